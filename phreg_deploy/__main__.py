@@ -1,0 +1,3 @@
+from phreg_deploy.cli import main
+
+main()

@@ -1,0 +1,162 @@
+"""What ``check`` does: the bundle's own exam, and the same images through PyTorch where a reference is given.
+
+It lives here because it joins two rooms that must not know each other: the exporter cannot mark its own homework.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from phreg_deploy.photographs import Photographs, read_photographs
+from phreg_deploy.pictures import colours, components, heat
+from phreg_deploy.progress import Progress
+from phreg_deploy.runtime.features import FeatureExtractor
+from phreg_deploy.runtime.parity import check_reference, compare_runs, judge, worst
+from phreg_deploy.scores import Run, Scores, score
+
+Pictures = list[list[tuple[str, Image.Image]]]
+
+
+def bundle_run(extractor: FeatureExtractor) -> Run:
+    """A bundle as ``scores.score`` calls it."""
+
+    def run(images: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        dense = extractor.dense(np.ascontiguousarray(images))
+        return dense.features, dense.token_norm
+
+    return run
+
+
+def run_check(
+    extractor: FeatureExtractor, *, reference: str | None, reference_checkpoint: Path | None, base: str | None, base_checkpoint: Path | None,
+    images: Path | None, limit: int, gates: tuple[float | None, float | None], progress: Progress,
+) -> tuple[dict[str, Any], Pictures]:  # fmt: skip
+    """Returns the report, and pictures of the first image where there are images."""
+    manifest, size = extractor.manifest, extractor.manifest.sizes.default
+    comparisons = [
+        {"with": "own reference", "size": f"{c['size'][0]}x{c['size'][1]}, batch {c['batch']}", "parity": c["parity"]}
+        for c in check_reference(extractor)
+    ]
+    scored: dict[str, tuple[Scores, str]] = {}
+    photographs: Photographs | None = None
+    if images is not None:
+        photographs = read_photographs(images, size, manifest.preprocess, limit)
+        if photographs.skip_line:
+            progress.say(photographs.skip_line)
+        models = {
+            name: _model(source, weights, size)
+            for name, source, weights in (("base", base, base_checkpoint), ("student", reference, reference_checkpoint))
+            if source
+        }
+        median = manifest.norm_median
+        for name, model in models.items():
+            run = _model_run(model, extractor)
+            scored[name] = (
+                score(run, photographs, manifest.model.patch, median=median, progress=progress, name=f"scoring {name}"),
+                "PyTorch, these images",
+            )
+            median = scored["base"][0].norm_outliers.median if name == "base" else median
+        scored["bundle"] = (
+            score(
+                bundle_run(extractor),
+                photographs,
+                manifest.model.patch,
+                median=median,
+                progress=progress,
+                name="scoring bundle",
+            ),
+            f"{extractor.backend}, these images",
+        )
+        if "student" in models:
+            parity = _on_photographs(extractor, _model_run(models["student"], extractor), photographs, median, progress)
+            comparisons.append(
+                {
+                    "with": f"PyTorch {reference}",
+                    "size": f"{size[0]}x{size[1]}, {len(photographs)} images",
+                    "parity": parity,
+                }
+            )
+    missed = judge(worst([c["parity"] for c in comparisons]), manifest.precision, *gates)
+    document = {
+        "bundle": str(extractor.bundle.folder), "backend": extractor.backend, "precision": manifest.precision, "images": len(photographs) if photographs else 0,
+        "comparisons": [{**c, "parity": c["parity"].to_json()} for c in comparisons],
+        "artifacts": {name: {**s.to_json(), "note": note} for name, (s, note) in scored.items()}, "missed": missed,
+    }  # fmt: skip
+    if photographs is not None and "base" not in scored and reference:
+        document["artifacts"] = {**_recorded(reference), **document["artifacts"]}
+    return document, _pictures(photographs, {name: s for name, (s, _) in scored.items()})
+
+
+def _model(source: str, weights: Path | None, size: tuple[int, int]) -> Any:
+    from phreg_deploy.distill.source import load_model
+
+    return load_model(source, checkpoint=weights, image_size=size)
+
+
+def _model_run(model: Any, extractor: FeatureExtractor) -> Run:
+    from phreg_deploy.distill.measure import model_run
+
+    return model_run(model, extractor.manifest.preprocess)
+
+
+def _recorded(reference: str) -> dict[str, Any]:
+    """The base model's figures as the student's record has them: other images, so the note says which."""
+    from phreg_deploy.distill.checkpoint import read_record
+
+    folder = Path(reference.removeprefix("local-dir:"))
+    record = read_record(folder) if folder.is_dir() else None
+    if record is None:
+        return {}
+    scores = record["scores"]
+    return {
+        "base": {
+            "norm_outliers": scores["base"]["norm_outliers"],
+            "shift_incoherence": {"rate": None},
+            "note": f"recorded at distillation, {scores['images']} other images",
+        }
+    }
+
+
+def _on_photographs(
+    extractor: FeatureExtractor, run: Run, photographs: Photographs, median: float | None, progress: Progress
+) -> Any:
+    """Parity on real images, in batches that the bundle serves; the weakest figures over the batches."""
+    step, found = extractor.manifest.batches.highest, []
+    with progress.task("parity on images", len(photographs)) as advance:
+        for start in range(0, len(photographs), step):
+            batch = photographs.batch(start, start + step)
+            dense = extractor.dense(batch)
+            features, norms = run(batch)
+            found.append(
+                (
+                    {"features": dense.features, "token_norm": dense.token_norm},
+                    {"features": features, "token_norm": norms},
+                )
+            )
+            advance(len(batch))
+    got, expected = (
+        {name: np.concatenate([pair[i][name] for pair in found]) for name in ("features", "token_norm")} for i in (0, 1)
+    )
+    return compare_runs(got, expected, median)
+
+
+def _pictures(photographs: Photographs | None, scored: dict[str, Scores]) -> Pictures:
+    if photographs is None or not scored:
+        return []
+    shown = Image.fromarray(photographs.array(0))
+    top = 3 * next(iter(scored.values())).norm_outliers.median
+    rows: Pictures = []
+    for name, scores in scored.items():
+        basis = components([scores.first_features])
+        rows.append(
+            [
+                ("image", shown),
+                (f"{name}: features (PCA)", colours(scores.first_features, basis)),
+                (f"{name}: token norms", heat(scores.first_norms, top)),
+            ]
+        )
+    return rows

@@ -1,0 +1,190 @@
+"""``artifacts``, ``inspect`` and ``doctor``: looking without changing anything."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import click
+
+from phreg_deploy.cli.options import (
+    Result,
+    backend_option,
+    checkpoint_option,
+    device_option,
+    images_option,
+    output_options,
+    percent,
+)
+from phreg_deploy.errors import PhregError
+
+
+@click.command()
+@click.argument("model")
+@images_option(True, "Folder of images to score on.")
+@checkpoint_option
+@click.option("--image-size", help="e.g. 518 or 480x640; by default the model's or the bundle's own.")
+@click.option(
+    "--limit",
+    default=64,
+    show_default=True,
+    type=click.IntRange(1),
+    help="Images at most, in the order of their names.",
+)
+@click.option(
+    "--median",
+    type=float,
+    help="The base model's median norm; by default a student's or bundle's record, else the model's own.",
+)
+@click.option("--picture", type=click.Path(path_type=Path), help="Write a PNG of the first image's features and norms.")
+@device_option
+@backend_option
+@output_options
+def artifacts(model: str, images: Path, picture: Path | None, as_json: bool, quiet: bool, **asked: Any) -> None:
+    """Score the artifacts in the dense features of MODEL: a timm name, a student's folder or a bundle.
+
+    \b
+    Examples:
+      phreg-deploy artifacts vit_small_patch14_dinov2.lvd142m --images photos/ --picture before.png
+      phreg-deploy artifacts student --images photos/
+      phreg-deploy artifacts student.bundle --images photos/
+    """
+    from phreg_deploy.bundle import is_bundle
+    from phreg_deploy.cli.scoring import score_bundle, score_model
+
+    result = Result(as_json, quiet)
+    document, sheet = (score_bundle if is_bundle(model) else score_model)(
+        model, images=images, progress=result.progress, **asked
+    )
+    outliers, shift = document["norm_outliers"], document["shift_incoherence"]
+    rows = [
+        ["norm-outlier rate", percent(outliers["rate"])],
+        ["    high / low", f"{percent(outliers['upper'])} / {percent(outliers['lower'])}"],
+        ["largest norm / median", outliers["largest"]],
+        ["median norm measured against", outliers["median"]],
+        ["shift incoherence", percent(shift["rate"])],
+        [
+            "    1 - cosine, percentiles 50 / 90 / 95 / 99",
+            " / ".join(f"{shift[p]:.3f}" for p in ("p50", "p90", "p95", "p99")),
+        ],
+    ]
+    result.table(f"Artifacts of {model} on {document['images']} images", ["score", "value"], rows)
+    if document.get("blocks"):
+        rows = [[str(i), b["median"], b["largest"], percent(b["rate"])] for i, b in enumerate(document["blocks"])]
+        result.table(
+            "Block by block, over patch tokens", ["block", "median norm", "largest / median", "above 2x"], rows
+        )
+    if picture is not None:
+        from phreg_deploy.whole import write_error
+
+        try:
+            sheet.save(picture, format="PNG")
+        except OSError as error:
+            raise write_error(error, picture) from None
+        result.say(f"Wrote {picture}.")
+    result.json(document)
+
+
+@click.command()
+@click.argument("path", type=click.Path(path_type=Path))
+@output_options
+def inspect(path: Path, as_json: bool, quiet: bool) -> None:
+    """Print what a student's folder or a BUNDLE is, and verify a bundle's hashes.
+
+    \b
+    Example:
+      phreg-deploy inspect student.bundle
+    """
+    from phreg_deploy.bundle import Bundle, is_bundle
+
+    result = Result(as_json, quiet)
+    if is_bundle(path):
+        bundle = Bundle.read(path)
+        bundle.verify()
+        facts = bundle.manifest.to_json()
+        size = {name: f"{(path / name).stat().st_size / 2**20:.1f} MB" for name in facts["files"]}
+        rows = [
+            [
+                "model",
+                f"{facts['model']['architecture']}, {facts['model']['parameters'] / 1e6:.1f} M parameters, {facts['model']['registers']} registers",
+            ],
+            [
+                "serves",
+                f"{bundle.manifest.sizes}, batch {bundle.manifest.batches}, {bundle.manifest.precision}, opset {bundle.manifest.opset}",
+            ],
+            ["inputs", ", ".join(f"{k} {v['dtype']} {v['shape']}" for k, v in facts["inputs"].items())],
+            ["outputs", ", ".join(f"{k} {v['dtype']} {v['shape']}" for k, v in facts["outputs"].items())],
+            ["preprocessing", ", ".join(f"{k} {v}" for k, v in facts["preprocess"].items())],
+            ["source", f"{facts['source']['model']}, weights {facts['source']['weights_sha256'][:16]}…"],
+            ["stayed in float32", ", ".join(facts["float_parts"]) or "everything"],
+            ["files, hashes verified", ", ".join(f"{k} {v}" for k, v in size.items())],
+        ]
+        if bundle.manifest.random_weights:
+            rows.append(["WARNING", "random weights: for timing only"])
+        result.table(f"Bundle {path}", ["", ""], rows)
+        result.json({"kind": "bundle", **facts})
+        return
+    _inspect_student(path, result)
+
+
+def _inspect_student(path: Path, result: Result) -> None:
+    if not (path / "config.json").is_file():
+        found = (
+            "nothing"
+            if not path.exists()
+            else "a file"
+            if path.is_file()
+            else "a folder with neither manifest.json nor config.json"
+        )
+        raise PhregError(f"inspect: got {path}, where there is {found}; expected a student's folder or a bundle.")
+    try:
+        config = json.loads((path / "config.json").read_text())
+        record = json.loads((path / "phreg.json").read_text()) if (path / "phreg.json").is_file() else None
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise PhregError(
+            f"inspect: a JSON file in {path} is damaged ({error}); copy or distil the student again."
+        ) from None
+    rows = [["architecture", str(config.get("architecture"))], ["arguments", json.dumps(config.get("model_args", {}))]]
+    if record:
+        scores = record["scores"]
+        rows += [
+            ["source", f"{record['source']['model']}, weights {record['source']['weights_sha256'][:16]}…"],
+            [
+                "recipe",
+                f"{record['recipe']['name']}, {record['recipe']['epochs']} epochs, {record['registers']} registers, seed {record['seed']}",
+            ],
+            [
+                "register neurons",
+                ", ".join(f"block {n['block']} unit {n['unit']}" for n in record["register_neurons"]) or "none",
+            ],
+            [
+                "images",
+                f"{record['images']['trained']} trained on, {len(record['images']['held_out'])} held out, {record['images']['skipped']} skipped",
+            ],
+            *([f"norm-outlier rate, {m}", percent(scores[m]["norm_outliers"]["rate"])] for m in ("base", "student")),
+            *([f"cosine to denoised target, {m}", f"{scores[m]['fidelity']['mean']:.4f}"] for m in ("base", "student")),
+        ]
+    result.table(f"Student {path}" if record else f"timm model {path}", ["", ""], rows)
+    result.json({"kind": "student" if record else "timm", "config": config, "record": record})
+
+
+@click.command()
+@output_options
+def doctor(as_json: bool, quiet: bool) -> None:
+    """Say what this machine can run, and the line that mends each thing that is missing.
+
+    \b
+    Example:
+      phreg-deploy doctor
+    """
+    from phreg_deploy.runtime.diagnosis import diagnose
+
+    result = Result(as_json, quiet)
+    findings = diagnose()
+    result.table(
+        "What this machine can run",
+        ["part", "state", "for", "what to do"],
+        [[f.part, f.state, f.purpose, f.mend or ""] for f in findings],
+    )
+    result.json({"findings": [f.to_json() for f in findings], "commands": {f.part: f.usable for f in findings}})

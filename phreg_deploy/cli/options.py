@@ -1,0 +1,95 @@
+"""What commands share: options, and the way in which results are printed."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import click
+from rich.box import SIMPLE_HEAD
+from rich.console import Console
+from rich.table import Table
+
+from phreg_deploy.progress import Progress
+
+WIDTH = 140  # of tables in files and pipes
+
+
+class Result:
+    """Where a command prints: tables to stdout, or with ``--json`` to stderr and one JSON line to stdout."""
+
+    def __init__(self, as_json: bool, quiet: bool) -> None:
+        self.as_json, self.quiet = as_json, quiet
+        self.progress = Progress(quiet)
+        self.console = Console(stderr=as_json, highlight=False)
+        if not self.console.is_terminal:
+            self.console = Console(stderr=as_json, highlight=False, width=WIDTH)
+
+    def table(self, title: str, columns: list[str], rows: list[list[Any]]) -> None:
+        if self.quiet:
+            return
+        table = Table(*columns, title=title, title_justify="left", title_style="bold", box=SIMPLE_HEAD)
+        for row in rows:
+            table.add_row(*(cell if isinstance(cell, str) else figure(cell) for cell in row))
+        self.console.print(table)
+
+    def say(self, text: str) -> None:
+        if not self.quiet:
+            self.console.print(text, markup=False, soft_wrap=True)
+
+    def json(self, document: dict[str, Any]) -> None:
+        if self.as_json:
+            click.echo(json.dumps(_plain(document), sort_keys=True))
+
+
+def figure(value: Any) -> str:
+    """A number as people read it."""
+    if value is None:
+        return "-"
+    if isinstance(value, bool) or not isinstance(value, float):
+        return str(value)
+    return f"{value:.4g}" if abs(value) < 0.9 or abs(value) >= 1.1 else f"{value:.6f}".rstrip("0").rstrip(".")
+
+
+def percent(share: float | None) -> str:
+    return "-" if share is None else f"{100 * share:.3f} %"
+
+
+def _plain(value: Any) -> Any:
+    """JSON has neither infinity nor paths nor dataclasses of ours."""
+    if isinstance(value, dict):
+        return {str(k): _plain(v) for k, v in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_plain(v) for v in value]
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    if hasattr(value, "to_json"):
+        return _plain(value.to_json())
+    return str(value) if isinstance(value, Path) else value
+
+
+def output_options(command: Callable[..., Any]) -> Callable[..., Any]:
+    command = click.option(
+        "--json", "as_json", is_flag=True, help="One JSON document as the last line of stdout; tables go to stderr."
+    )(command)
+    return click.option("--quiet", is_flag=True, help="No progress bars and no tables.")(command)
+
+
+def images_option(required: bool, text: str) -> Callable[..., Any]:
+    return click.option("--images", type=click.Path(path_type=Path), required=required, help=text)
+
+
+backend_option = click.option("--backend", default="auto", show_default=True, help="auto or onnxruntime-cpu.")
+threads_option = click.option(
+    "--threads", type=click.IntRange(1), help="Intra-op threads; by default one per physical core."
+)
+force_option = click.option("--force", is_flag=True, help="Replace an output that exists.")
+checkpoint_option = click.option(
+    "--checkpoint",
+    type=click.Path(path_type=Path),
+    help="Weights for a timm name: .safetensors, or .pth read with weights_only.",
+)
+device_option = click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda or cuda:N.")

@@ -1,0 +1,93 @@
+"""What ``artifacts`` does for a bundle, and for a PyTorch model."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from PIL import Image
+
+from phreg_deploy.errors import PhregError
+from phreg_deploy.photographs import Photographs, read_photographs
+from phreg_deploy.pictures import colours, components, heat, sheet
+from phreg_deploy.progress import Progress
+from phreg_deploy.scores import Scores, score
+from phreg_deploy.spec import parse_size
+
+
+def score_bundle(
+    path: str,
+    *,
+    images: Path,
+    checkpoint: Path | None,
+    image_size: str | None,
+    limit: int,
+    median: float | None,
+    device: str,
+    backend: str,
+    progress: Progress,
+) -> tuple[dict[str, Any], Image.Image]:
+    """Scores of a bundle, without PyTorch."""
+    from phreg_deploy.cli.checking import bundle_run
+    from phreg_deploy.runtime.features import FeatureExtractor
+
+    if checkpoint is not None:
+        raise PhregError(f"artifacts: --checkpoint goes with a timm name, but {path} is a bundle.")
+    with FeatureExtractor.load(path, backend) as extractor:
+        manifest = extractor.manifest
+        size = parse_size(image_size) if image_size else manifest.sizes.default
+        manifest.sizes.check(size, manifest.model.patch)
+        photographs = _read(images, size, manifest.preprocess, limit, progress)
+        scores = score(
+            bundle_run(extractor),
+            photographs,
+            manifest.model.patch,
+            median=median or manifest.norm_median,
+            progress=progress,
+        )
+        return {"model": path, "backend": extractor.backend, **scores.to_json()}, _sheet(photographs, scores)
+
+
+def score_model(
+    name: str,
+    *,
+    images: Path,
+    checkpoint: Path | None,
+    image_size: str | None,
+    limit: int,
+    median: float | None,
+    device: str,
+    backend: str,
+    progress: Progress,
+) -> tuple[dict[str, Any], Image.Image]:
+    """Scores of a timm model or a student, block by block too."""
+    from phreg_deploy.distill.checkpoint import read_record
+    from phreg_deploy.distill.hardware import find_device
+    from phreg_deploy.distill.measure import block_norms, model_run
+    from phreg_deploy.distill.source import load_model, model_preprocess
+
+    where = find_device(device)
+    model = load_model(name, checkpoint=checkpoint, image_size=parse_size(image_size) if image_size else None)
+    folder = Path(name.removeprefix("local-dir:"))
+    record = read_record(folder) if folder.is_dir() else None
+    preprocess, patch = model_preprocess(model), tuple(model.patch_embed.patch_size)
+    photographs = _read(images, tuple(model.patch_embed.img_size), preprocess, limit, progress)
+    centre = median or (record["scores"]["median_norm"] if record else None)
+    scores = score(model_run(model, preprocess, where), photographs, patch, median=centre, progress=progress)
+    blocks = block_norms(model, photographs, preprocess, where)
+    return {"model": name, "device": where, **scores.to_json(), "blocks": blocks}, _sheet(photographs, scores)
+
+
+def _read(images: Path, size: tuple[int, int], preprocess: Any, limit: int, progress: Progress) -> Photographs:
+    photographs = read_photographs(images, size, preprocess, limit)
+    if photographs.skip_line:
+        progress.say(photographs.skip_line)
+    return photographs
+
+
+def _sheet(photographs: Photographs, scores: Scores) -> Image.Image:
+    basis = components([scores.first_features])
+    return sheet([[
+        ("image", Image.fromarray(photographs.array(0))), ("features (PCA)", colours(scores.first_features, basis)),
+        ("token norms, bright at 3x the median", heat(scores.first_norms, 3 * scores.norm_outliers.median)),
+    ]])  # fmt: skip

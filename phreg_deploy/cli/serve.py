@@ -1,0 +1,247 @@
+"""``check``, ``profile`` and ``extract``: what a device does with a bundle."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import click
+
+from phreg_deploy.cli.options import (
+    Result,
+    backend_option,
+    force_option,
+    images_option,
+    output_options,
+    percent,
+    threads_option,
+)
+from phreg_deploy.errors import GateFailed, PhregError
+
+
+@click.command()
+@click.argument("bundle", type=click.Path(path_type=Path))
+@click.option("--reference", help="The PyTorch student (or timm name) to compare with on --images.")
+@click.option(
+    "--reference-checkpoint", type=click.Path(path_type=Path), help="Weights for a timm name given as --reference."
+)
+@click.option("--base", help="The base model, for its artifact rate beside the others.")
+@click.option("--base-checkpoint", type=click.Path(path_type=Path), help="Weights for a timm name given as --base.")
+@images_option(False, "Folder of images to compare and to take artifact rates on.")
+@click.option("--limit", default=64, show_default=True, type=click.IntRange(1), help="Images at most.")
+@backend_option
+@threads_option
+@click.option("--cosine", type=float, help="Gate on the 1st-percentile patch cosine; by default the precision's.")
+@click.option("--outlier-points", type=float, help="Gate on the change of the norm-outlier rate, percentage points.")
+@click.option("--report", type=click.Path(path_type=Path), help="Write an HTML page with pictures.")
+@output_options
+def check(
+    bundle: Path,
+    backend: str,
+    threads: int | None,
+    cosine: float | None,
+    outlier_points: float | None,
+    report: Path | None,
+    as_json: bool,
+    quiet: bool,
+    **asked: Any,
+) -> None:
+    """Check a BUNDLE: parity with PyTorch and artifact rates. Exit code 3 when a gate is missed.
+
+    Without --reference no PyTorch is needed: the bundle carries its own exam.
+
+    \b
+    Examples:
+      phreg-deploy check student.bundle
+      phreg-deploy check student.bundle --reference student --images photos/ --report report.html
+    """
+    from phreg_deploy.cli.checking import run_check
+    from phreg_deploy.runtime.features import FeatureExtractor
+
+    result = Result(as_json, quiet)
+    if asked["reference"] and not asked["images"]:
+        raise PhregError("check: --reference needs --images DIR to compare on.")
+    if report is not None and not report.absolute().parent.is_dir():
+        raise PhregError(f"report: there is no folder {report.absolute().parent}; create it first.")
+    with FeatureExtractor.load(bundle, backend, threads=threads) as extractor:
+        document, pictures = run_check(extractor, gates=(cosine, outlier_points), progress=result.progress, **asked)
+    columns = [
+        "compared with",
+        "size",
+        "cosine p1",
+        "cosine min",
+        "relative L2",
+        "largest diff.",
+        "neighbours",
+        "outlier points",
+    ]
+    rows = [
+        [c["with"], c["size"], f"{c['parity']['cosine_p1']:.8f}", f"{c['parity']['cosine_min']:.8f}", f"{c['parity']['relative_l2']:.1e}",
+         f"{c['parity']['largest_difference']:.1e}", percent(c["parity"]["neighbours"]), f"{c['parity']['outlier_points']:.4f}"]
+        for c in document["comparisons"]
+    ]  # fmt: skip
+    result.table(f"Parity of {bundle} on {document['backend']} ({document['precision']})", columns, rows)
+    if document["artifacts"]:
+        rows = [
+            [
+                name,
+                percent(a["norm_outliers"]["rate"]),
+                a["norm_outliers"]["largest"],
+                percent(a["shift_incoherence"]["rate"]),
+                a["note"],
+            ]
+            for name, a in document["artifacts"].items()
+        ]
+        result.table(
+            f"Artifacts on {document['images']} images",
+            ["", "norm-outlier rate", "largest / median", "shift incoherence", "note"],
+            rows,
+        )
+    if report is not None:
+        from phreg_deploy.runtime.report import render
+        from phreg_deploy.whole import write_whole
+
+        write_whole(report, render(document, pictures).encode())
+        result.say(f"Wrote {report}.")
+    result.json(document)
+    if document["missed"]:
+        raise GateFailed(f"check: {bundle}: {'; '.join(document['missed'])}.")
+    result.say("All gates passed.")
+
+
+@click.command()
+@click.argument("bundle", type=click.Path(path_type=Path))
+@backend_option
+@threads_option
+@click.option("--batch", "batches", help="Batch sizes, e.g. 1,4,8; by default the bundle's best.")
+@click.option("--image-size", help="For bundles with several sizes, e.g. 518 or 480x640.")
+@click.option(
+    "--seconds",
+    default=5.0,
+    show_default=True,
+    type=click.FloatRange(0.1),
+    help="Of measuring per batch, after the warm-up.",
+)
+@click.option(
+    "--baseline", type=click.Path(path_type=Path), help="An earlier --json report; exit code 3 when the median grew."
+)
+@click.option("--tolerance", default=0.1, show_default=True, help="Growth allowed over the baseline.")
+@output_options
+def profile(
+    bundle: Path,
+    backend: str,
+    threads: int | None,
+    batches: str | None,
+    image_size: str | None,
+    seconds: float,
+    baseline: Path | None,
+    tolerance: float,
+    as_json: bool,
+    quiet: bool,
+) -> None:
+    """Measure a BUNDLE's latency: the bare graph, the extractor around it, preprocessing apart; interleaved.
+
+    \b
+    Examples:
+      phreg-deploy profile student.bundle --threads 2
+      phreg-deploy profile student.bundle --batch 1,8 --json > today.json
+      phreg-deploy profile student.bundle --batch 1,8 --baseline today.json
+    """
+    from phreg_deploy.runtime.features import FeatureExtractor
+    from phreg_deploy.runtime.latency import against_baseline, profile_bundle
+    from phreg_deploy.spec import parse_size
+
+    result = Result(as_json, quiet)
+    if batches and not all(part.strip().isdigit() for part in batches.split(",")):
+        raise PhregError(f"batch: got {batches!r}, expected numbers, e.g. 1,4,8.")
+    before = _read_baseline(baseline) if baseline else None
+    with FeatureExtractor.load(bundle, backend, threads=threads) as extractor:
+        report = profile_bundle(
+            extractor, batches=[int(part) for part in batches.split(",")] if batches else None,
+            size=parse_size(image_size) if image_size else None, seconds=seconds, threads=threads, progress=result.progress,
+        )  # fmt: skip
+    rows = [
+        [str(r["batch"]), f"{r['size'][0]}x{r['size'][1]}", name, *(f"{r[name][q]:.2f}" for q in ("p50", "p90", "p99", "minimum")), str(r[name]["rounds"]), "yes" if r[name]["stable"] else "NO"]
+        for r in report["results"] for name in ("graph", "extractor", "preprocess")
+    ]  # fmt: skip
+    where = report["conditions"]
+    result.table(
+        f"Milliseconds on {where['backend']} ({where['processor']}, {where['cores']} cores)",
+        ["batch", "size", "part", "p50", "p90", "p99", "min", "rounds", "stable"],
+        rows,
+    )
+    for r in report["results"]:
+        result.say(
+            f"batch {r['batch']}: {r['images_per_second']:.1f} images/s; the extractor adds {100 * r['overhead']:.1f} % to the bare graph."
+        )
+    slower = against_baseline(report, before, tolerance) if before else []
+    result.json({**report, "slower": slower})
+    if slower:
+        raise GateFailed(f"profile: {'; '.join(slower)}.")
+
+
+@click.command()
+@click.argument("bundle", type=click.Path(path_type=Path))
+@click.argument("images", nargs=-1, required=True, type=click.Path(path_type=Path))
+@click.option("-o", "--output", type=click.Path(path_type=Path), required=True, help="Folder to write into.")
+@backend_option
+@threads_option
+@click.option("--image-size", help="For bundles with several sizes, e.g. 518 or 480x640.")
+@click.option("--pictures/--no-pictures", default=True, show_default=True, help="Write feature and norm pictures too.")
+@force_option
+@output_options
+def extract(
+    bundle: Path,
+    images: tuple[Path, ...],
+    output: Path,
+    backend: str,
+    threads: int | None,
+    image_size: str | None,
+    pictures: bool,
+    force: bool,
+    as_json: bool,
+    quiet: bool,
+) -> None:
+    """Write the dense features (.npy) of IMAGES, files or folders, and pictures of them (.png).
+
+    \b
+    Example:
+      phreg-deploy extract student.bundle photo.jpg more-photos/ -o features/
+    """
+    from phreg_deploy.runtime.extraction import extract_images
+    from phreg_deploy.runtime.features import FeatureExtractor
+    from phreg_deploy.spec import parse_size
+
+    result = Result(as_json, quiet)
+    with FeatureExtractor.load(bundle, backend, threads=threads) as extractor:
+        report = extract_images(
+            extractor,
+            list(images),
+            output,
+            size=parse_size(image_size) if image_size else None,
+            pictures=pictures,
+            force=force,
+            progress=result.progress,
+        )
+    rows = [
+        [entry["image"], "x".join(str(s) for s in entry["shape"]), percent(entry["artifact_rate"])]
+        for entry in report["images"][:20]
+    ]
+    result.table(f"Features in {output}", ["image", "features", "artifact rate"], rows)
+    if report["skipped"]:
+        name, reason = next(iter(report["skipped"].items()))
+        result.say(f"Skipped {len(report['skipped'])}: {name}: {reason}")
+    result.json(report)
+
+
+def _read_baseline(path: Path) -> dict[str, Any]:
+    try:
+        document: dict[str, Any] = json.loads(path.read_text().strip().splitlines()[-1])
+        return document
+    except OSError as error:
+        raise PhregError(f"baseline: {path} cannot be read ({error.strerror}).") from None
+    except (json.JSONDecodeError, IndexError, UnicodeDecodeError):
+        raise PhregError(
+            f"baseline: {path} is not JSON; expected what `phreg-deploy profile --json` printed."
+        ) from None

@@ -1,0 +1,242 @@
+"""``distill``: from a model's name and a folder of images to a student's folder, resumable and never half-written."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import platform
+import shutil
+import time
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import timm
+import torch
+from torch import nn
+
+from phreg_deploy import __version__
+from phreg_deploy.distill import taps
+from phreg_deploy.distill.checkpoint import write_student
+from phreg_deploy.distill.hardware import find_autocast, find_device
+from phreg_deploy.distill.measure import compare
+from phreg_deploy.distill.neurons import Survey, survey
+from phreg_deploy.distill.recipes import Recipe, default_rate, find_recipe
+from phreg_deploy.distill.source import load_model, model_preprocess, weights_digest
+from phreg_deploy.distill.student import add_registers
+from phreg_deploy.distill.teacher import TargetCache, Teacher
+from phreg_deploy.distill.training import train
+from phreg_deploy.distill.transplant import STRENGTH, silence, transplant
+from phreg_deploy.errors import PhregError
+from phreg_deploy.photographs import Photographs, read_photographs
+from phreg_deploy.progress import SILENT, Progress
+from phreg_deploy.spec import Preprocess
+from phreg_deploy.whole import check_target, whole_folder, write_error
+
+SURVEYED = 256  # images that neurons are searched and transplanted on
+
+
+@dataclass(frozen=True)
+class Request:
+    """Everything that decides which student comes out; two equal requests give the same student.
+
+    ``epochs``, ``lr`` and ``batch`` None: the recipe's. ``strength``: of a transplanted neuron, as a share of what it
+    had on outlier tokens. ``holdout``: share of the images, chosen by name, that scores are taken on and that training
+    never sees. ``views``: per image and target.
+    """
+
+    model: str
+    images: Path
+    checkpoint: Path | None = None
+    recipe: str = "transplant"
+    registers: int = 4
+    image_size: tuple[int, int] | None = None
+    epochs: int | None = None
+    lr: float | None = None
+    batch: int | None = None
+    views: int = 10
+    strength: float = STRENGTH
+    unlock: str | None = None
+    holdout: float = 0.1
+    seed: int = 0
+    device: str = "auto"
+    precision: str = "auto"
+
+
+def distill(
+    request: Request,
+    output: Path,
+    *,
+    cache: Path | None = None,
+    resume: bool = False,
+    force: bool = False,
+    progress: Progress = SILENT,
+) -> dict[str, Any]:
+    """Distil registers into a model and write the student to ``output``.
+
+    Args:
+        cache: where denoised targets are kept; by default ``$XDG_CACHE_HOME/phreg-deploy``.
+        resume: go on with an interrupted run of the same settings, kept in ``OUTPUT.partial``.
+
+    Returns:
+        The student's record (``phreg.json``): recipe, seed, digests, versions, scores before and after.
+
+    Raises:
+        PhregError: bad input, an output that exists, another run's leftovers, a loss that is not finite.
+    """
+    started = time.perf_counter()
+    check_target(output, force)
+    recipe, device = _recipe(request), find_device(request.device)
+    autocast = find_autocast(request.precision, device)
+    base = load_model(request.model, checkpoint=request.checkpoint, image_size=request.image_size)
+    recipe = replace(recipe, lr=request.lr if request.lr is not None else default_rate(recipe, base.embed_dim))
+    preprocess = model_preprocess(base, "center")
+    photographs = read_photographs(request.images, tuple(base.patch_embed.img_size), preprocess)
+    if photographs.skip_line:
+        progress.say(photographs.skip_line)
+    training, held = split(photographs, request.holdout)
+    progress.say(
+        f"{len(training)} images to train on, {len(held)} held out for scores; {device}, {'bfloat16 autocast' if autocast else 'float32'}."
+    )
+
+    student = add_registers(base, request.registers, request.seed)  # refuses before hours of targets
+    work = _work_folder(output, request, weights_digest(base), training, recipe, autocast, resume, force)
+    targets = TargetCache(
+        Teacher(base, preprocess, views=request.views, seed=request.seed, device=device, autocast=autocast),
+        cache or cache_folder(),
+    )
+    try:
+        with progress.task("teacher targets", len(training)) as advance:
+            computed = targets.fill(training, advance)
+    except OSError as error:
+        raise write_error(error, targets.folder) from error
+    target_seconds = time.perf_counter() - started
+    found = _prepare(base, student, request, training, preprocess, device, progress)
+    history: dict[str, Any] = {"loss": []}
+    if recipe.epochs:
+        history = train(
+            student, targets, training.digests, preprocess, recipe,
+            seed=request.seed, device=device, autocast=autocast, work=work, resume=resume, progress=progress,
+        )  # fmt: skip
+    scores = compare(base, student, held or training, preprocess, device=device, autocast=autocast, progress=progress)
+    record = {
+        "source": {"model": request.model, "checkpoint": request.checkpoint.name if request.checkpoint else None, "weights_sha256": weights_digest(base.cpu())},
+        "recipe": recipe.to_json(),
+        "registers": request.registers, "strength": request.strength, "views": request.views, "seed": request.seed,
+        "preprocess": preprocess.to_json(), "image_size": list(base.patch_embed.img_size), "autocast": autocast, "device": device,
+        "images": {"trained": len(training), "digest": training.digest(), "held_out": held.names if held else [], "skipped": len(photographs.skipped)},
+        "register_neurons": [n.to_json() for n in found.neurons] if found else [],
+        "history": history, "scores": scores,
+        "seconds": {"total": time.perf_counter() - started, "targets": target_seconds, "targets_computed": computed},
+        "versions": {"phreg_deploy": __version__, "torch": torch.__version__, "timm": timm.__version__, "python": platform.python_version()},
+    }  # fmt: skip
+    with whole_folder(output, force) as folder:
+        write_student(student, record, folder)
+    shutil.rmtree(work, ignore_errors=True)
+    return record
+
+
+def split(photographs: Photographs, share: float) -> tuple[Photographs, Photographs | None]:
+    """Training and held-out images, by a hash of each name: adding images moves no other image across.
+
+    With fewer than 20 images nothing is held out.
+    """
+    if not 0 <= share < 1:
+        raise PhregError(f"holdout: got {share}, expected a share from 0 to below 1.")
+    place = [int(hashlib.sha256(name.encode()).hexdigest()[:8], 16) / 2**32 for name in photographs.names]
+    held = [i for i, p in enumerate(place) if p < share]
+    if len(photographs) < 20 or not held or len(held) == len(photographs):
+        return photographs, None
+    return photographs.subset(i for i, p in enumerate(place) if p >= share), photographs.subset(held)
+
+
+def cache_folder() -> Path:
+    """``$XDG_CACHE_HOME/phreg-deploy``, or ``~/.cache/phreg-deploy``."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "phreg-deploy"
+
+
+def _recipe(request: Request) -> Recipe:
+    recipe = find_recipe(request.recipe)
+    changes = {"epochs": request.epochs, "batch": request.batch, "unlock": request.unlock}
+    for name, least in (("epochs", 0), ("batch", 1), ("views", 2)):
+        value = getattr(request, name)
+        if value is not None and value < least:
+            raise PhregError(f"{name}: got {value}, expected at least {least}.")
+    if request.lr is not None and not 0 < request.lr < 1:
+        raise PhregError(f"lr: got {request.lr}, expected a number between 0 and 1, e.g. 3e-4.")
+    if not 0 < request.strength <= 4:
+        raise PhregError(f"strength: got {request.strength}, expected a share above 0 and up to 4, e.g. {STRENGTH}.")
+    return replace(recipe, **{k: v for k, v in changes.items() if v is not None})
+
+
+def _prepare(
+    base: nn.Module,
+    student: nn.Module,
+    request: Request,
+    training: Photographs,
+    preprocess: Preprocess,
+    device: str,
+    progress: Progress,
+) -> Survey | None:
+    """The training-free part: for ``transplant``, find the register neurons and move them (or silence them without registers)."""
+    if request.recipe != "transplant":
+        return None
+    count = min(SURVEYED, len(training))
+    batches = [
+        taps.normalise(
+            torch.from_numpy(training.batch(i, min(i + 16, count))).to(device), preprocess.mean, preprocess.std
+        )
+        for i in range(0, count, 16)
+    ]
+    with progress.task("register neurons", 2 * count) as advance:
+        found = survey(base.to(device), batches, advance)
+    progress.say(found.word)
+    if found.neurons and not request.registers:
+        silence(student, found.neurons)
+    elif found.neurons:
+        student.to(device)
+        with progress.task("transplant", count * len({n.block for n in found.neurons})) as advance:
+            transplant(student, found.neurons, batches, strength=request.strength, advance=advance)
+    return found
+
+
+def _work_folder(
+    output: Path,
+    request: Request,
+    weights: str,
+    training: Photographs,
+    recipe: Recipe,
+    autocast: bool,
+    resume: bool,
+    force: bool,
+) -> Path:
+    """``OUTPUT.partial`` with this run's settings in it; another run's is refused, or replaced with ``force``."""
+    work = output.with_name(output.name + ".partial")
+    settings = {
+        "weights": weights, "images": training.digest(), "recipe": recipe.to_json(), "registers": request.registers,
+        "views": request.views, "strength": request.strength, "seed": request.seed, "autocast": autocast,
+    }  # fmt: skip
+    kept = work / "settings.json"
+    if kept.is_file():
+        before = json.loads(kept.read_text())
+        changed = sorted(k for k in settings if before.get(k) != json.loads(json.dumps(settings[k])))
+        if resume and changed:
+            raise PhregError(
+                f"resume: {work} was started with other settings ({', '.join(changed)}); give the same ones, or --force to start over."
+            )
+        if not resume and not force:
+            raise PhregError(
+                f"output: an interrupted run is kept in {work}; add --resume to go on with it, or --force to start over."
+            )
+        if resume:
+            return work
+        shutil.rmtree(work)
+    elif resume:
+        raise PhregError(f"resume: there is no interrupted run in {work}; start without --resume.")
+    try:
+        work.mkdir(exist_ok=True)
+        kept.write_text(json.dumps(settings, indent=1))
+    except OSError as error:
+        raise write_error(error, work) from error
+    return work

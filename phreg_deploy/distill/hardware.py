@@ -1,0 +1,41 @@
+"""Which device and precision a run gets: what was asked for, or an error; ``auto`` says what it chose."""
+
+from __future__ import annotations
+
+import torch
+
+from phreg_deploy.errors import BackendMissing, PhregError
+
+
+def find_device(asked: str) -> str:
+    """``auto``, ``cpu``, ``cuda`` or ``cuda:N`` -> a device that works here.
+
+    Raises:
+        BackendMissing: CUDA was asked for and this torch cannot use it. PhregError: another word.
+    """
+    if asked == "auto":
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    if asked == "cpu":
+        return asked
+    if asked == "cuda" or (asked.startswith("cuda:") and asked[5:].isdigit()):
+        if not torch.cuda.is_available():
+            raise BackendMissing(
+                f"device: got {asked!r}, but torch {torch.__version__} sees no usable GPU. Check nvidia-smi and the driver, or use --device cpu."
+            )
+        if asked != "cuda" and int(asked[5:]) >= torch.cuda.device_count():
+            raise BackendMissing(
+                f"device: got {asked!r}, but there are {torch.cuda.device_count()} GPUs, numbered from 0."
+            )
+        return asked
+    raise PhregError(f"device: got {asked!r}, expected auto, cpu, cuda or cuda:N.")
+
+
+def find_autocast(asked: str, device: str) -> bool:
+    """Whether to run under bfloat16 autocast. ``auto``: where the device computes bfloat16 natively (twice as fast)."""
+    if asked not in ("auto", "fp32", "bf16"):
+        raise PhregError(f"precision: got {asked!r}, expected auto, fp32 or bf16.")
+    if asked != "auto":
+        return asked == "bf16"
+    if device.startswith("cuda"):
+        return torch.cuda.get_device_capability(device)[0] >= 8
+    return bool(torch.cpu._is_avx512_bf16_supported())

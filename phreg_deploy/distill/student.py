@@ -1,0 +1,59 @@
+"""The same ViT with R register tokens, by surgery on the state dict; still a model that stock timm builds."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import timm
+import torch
+from torch import nn
+
+from phreg_deploy.distill.source import model_arguments, model_spec
+from phreg_deploy.errors import PhregError
+
+
+def add_registers(model: nn.Module, registers: int, seed: int = 0) -> nn.Module:
+    """A copy of ``model`` with ``registers`` register tokens, drawn from N(0, 1/C) (arXiv 2505.21501 appendix).
+
+    With ``registers`` 0 the copy computes what ``model`` computes, to rounding: the position embedding of the class
+    token moves into the class token, as timm's own conversion of DINOv2 does, so that ``no_embed_class`` holds.
+
+    Raises:
+        PhregError: the model already has registers.
+    """
+    spec = model_spec(model)
+    if spec.registers:
+        raise PhregError(
+            f"model: {spec.architecture} already has {spec.registers} register tokens; distil the variant without, or export this one as it is."
+        )
+    if registers < 0 or registers > 64:
+        raise PhregError(f"registers: got {registers}, expected 0 to 64.")
+    state = dict(model.state_dict())
+    embedded = state.get("pos_embed")
+    if embedded is not None and embedded.shape[1] == model.patch_embed.num_patches + 1:
+        state["cls_token"] = state["cls_token"] + embedded[:, :1]
+        state["pos_embed"] = embedded[:, 1:]
+    if registers:
+        generator = torch.Generator().manual_seed(seed)
+        state["reg_token"] = torch.randn(1, registers, spec.width, generator=generator) / spec.width**0.5
+    student = rebuild(model, **_register_arguments(model, registers))
+    student.load_state_dict(state, strict=True)
+    return student.eval()
+
+
+def rebuild(model: nn.Module, **changes: Any) -> nn.Module:
+    """A fresh model of the same architecture and configuration, with some arguments changed; weights not copied."""
+    arguments = {
+        **model_arguments(model),
+        "num_classes": model.num_classes,
+        "img_size": tuple(model.patch_embed.img_size),
+        **changes,
+    }
+    return timm.create_model(
+        model.pretrained_cfg["architecture"], pretrained=False, pretrained_cfg=dict(model.pretrained_cfg), **arguments
+    )
+
+
+def _register_arguments(model: nn.Module, registers: int) -> dict[str, Any]:
+    name = "num_reg_tokens" if model_spec(model).family == "eva" else "reg_tokens"
+    return {name: registers, "no_embed_class": True}

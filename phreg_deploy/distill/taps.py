@@ -1,0 +1,84 @@
+"""Reading a ViT in the middle: block outputs, MLP inputs and hidden units, and the features that are served.
+
+Uniform over timm's ``VisionTransformer`` and ``Eva``, and over its plain and gated MLPs. B batch, N patch tokens,
+R registers, T = [class] + R + N tokens, C width, H hidden units.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import nn
+
+
+@dataclass
+class Features:
+    """``tokens`` after the final norm ``(B, T, C)``; ``norms`` the pre-norm L2 norms of patch tokens ``(B, N)``."""
+
+    tokens: torch.Tensor
+    norms: torch.Tensor
+    prefix: int
+    class_token: bool
+
+    @property
+    def patches(self) -> torch.Tensor:  # (B, N, C)
+        return self.tokens[:, self.prefix :]
+
+    @property
+    def cls(self) -> torch.Tensor | None:  # (B, C)
+        return self.tokens[:, 0] if self.class_token else None
+
+
+def forward(model: nn.Module, images: torch.Tensor) -> Features:
+    """Dense features of normalised ``images`` ``(B, 3, H, W)``: timm's ``forward_features``, and the norms before it."""
+    kept: list[torch.Tensor] = []
+    handle = model.norm.register_forward_pre_hook(lambda _module, inputs: kept.append(inputs[0]))
+    try:
+        tokens = model.forward_features(images)
+    finally:
+        handle.remove()
+    prefix = model.num_prefix_tokens
+    return Features(tokens, kept[0][:, prefix:].float().norm(dim=-1), prefix, model.cls_token is not None)
+
+
+@contextmanager
+def block_outputs(model: nn.Module, see: Callable[[int, torch.Tensor], None]) -> Iterator[None]:
+    """While open, every forward calls ``see(block, output)`` with output ``(B, T, C)``."""
+    handles = [b.register_forward_hook(lambda _m, _i, out, i=i: see(i, out)) for i, b in enumerate(model.blocks)]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+@contextmanager
+def hidden_units(model: nn.Module, see: Callable[[int, torch.Tensor], None]) -> Iterator[None]:
+    """While open, every forward calls ``see(block, hidden)`` with the activated hidden units ``(B, T, H)`` of each MLP."""
+
+    def watch(i: int) -> torch.utils.hooks.RemovableHandle:
+        return hidden_tap(model.blocks[i].mlp).register_forward_pre_hook(lambda _m, inputs: see(i, inputs[0]))
+
+    handles = [watch(i) for i in range(len(model.blocks))]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def hidden_tap(mlp: nn.Module) -> nn.Module:
+    """The module whose input is the activated hidden layer: the MLP's inner norm where it has one, else ``fc2``."""
+    inner = getattr(mlp, "norm", None)
+    return mlp.fc2 if inner is None or isinstance(inner, nn.Identity) else inner
+
+
+def normalise(images: np.ndarray | torch.Tensor, mean: tuple[float, ...], std: tuple[float, ...]) -> torch.Tensor:
+    """uint8 ``(B, H, W, 3)`` -> float32 ``(B, 3, H, W)`` as the model expects it."""
+    x = torch.as_tensor(images).permute(0, 3, 1, 2).float().div_(255)
+    centre = torch.tensor(mean, device=x.device).view(1, 3, 1, 1)
+    return (x - centre) / torch.tensor(std, device=x.device).view(1, 3, 1, 1)

@@ -1,0 +1,167 @@
+"""Denoised targets: the base model's own features, averaged over re-aligned shifted and flipped views.
+
+The method is arXiv 2505.21501 section 3.1. Targets depend on the image, the weights and the settings alone, so they
+are computed once and kept on disk in float16; later epochs and later runs cost only the student.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import nn
+
+from phreg_deploy.artifacts import cosine
+from phreg_deploy.distill import taps
+from phreg_deploy.distill.source import weights_digest
+from phreg_deploy.photographs import Photographs
+from phreg_deploy.spec import Preprocess
+from phreg_deploy.views import View, draw_views, gather, seed_of, show
+
+CHUNK = 40  # views per forward; about 1 GB of activations for a ViT-B at 224 px
+
+
+@dataclass
+class Target:
+    """What the base model says of one image.
+
+    ``patches`` ``(Hp, Wp, C)``: mean over the views that cover each patch. ``plain`` ``(Hp, Wp, C)`` and ``cls``
+    ``(C,)``: the unshifted view. ``norms`` ``(Hp, Wp)``: its pre-norm norms. ``others``, ``covered``: sum of the other
+    views' features and how many there were. All but ``patches``, ``cls`` and ``norms`` are left out of the cache.
+    """
+
+    patches: np.ndarray
+    cls: np.ndarray | None
+    norms: np.ndarray
+    plain: np.ndarray
+    others: np.ndarray
+    covered: np.ndarray
+
+
+class Teacher:
+    """A frozen base model that denoises its own features.
+
+    Args:
+        model: the base model, in evaluation mode.
+        views: views per image, the first of them plain; 10 in the paper.
+        seed: of the views; each image's are drawn from the seed and its own digest, so order does not matter.
+        device: where to run. autocast: bfloat16 autocast (halves the time on CPUs and GPUs that have it).
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        preprocess: Preprocess,
+        *,
+        views: int = 10,
+        seed: int = 0,
+        device: str = "cpu",
+        autocast: bool = False,
+    ) -> None:
+        self.model, self.preprocess, self.views, self.seed, self.device, self.autocast = (
+            model.to(device),
+            preprocess,
+            views,
+            seed,
+            device,
+            autocast,
+        )
+        self.patch = tuple(model.patch_embed.patch_size)
+        self.grid = tuple(model.patch_embed.grid_size)
+        settings = {
+            "weights": weights_digest(model),
+            "size": model.patch_embed.img_size,
+            "views": views,
+            "seed": seed,
+            "autocast": autocast,
+            **asdict(preprocess),
+        }
+        self.digest = hashlib.sha256(repr(sorted(settings.items())).encode()).hexdigest()
+
+    @torch.inference_mode()
+    def denoise(self, photographs: Photographs, start: int, stop: int) -> list[Target]:
+        """Targets of ``photographs[start:stop]``, all views in one batch."""
+        plans = [
+            draw_views(self.views, self.grid, seed_of(self.seed, digest)) for digest in photographs.digests[start:stop]
+        ]
+        images = photographs.batch(start, stop)
+        shown = np.stack(
+            [show(image, view, self.patch) for image, plan in zip(images, plans) for view in plan]
+        )  # (B * V, H, W, 3)
+        with precision(self.device, self.autocast):
+            seen = taps.forward(
+                self.model,
+                taps.normalise(torch.from_numpy(shown).to(self.device), self.preprocess.mean, self.preprocess.std),
+            )
+        maps = seen.patches.float().cpu().numpy().reshape(len(plans), self.views, *self.grid, -1)  # (B, V, Hp, Wp, C)
+        norms = seen.norms.cpu().numpy().reshape(len(plans), self.views, *self.grid)
+        cls = None if seen.cls is None else seen.cls.float().cpu().numpy().reshape(len(plans), self.views, -1)
+        return [
+            self._merge(maps[i], norms[i, 0], None if cls is None else cls[i, 0], plan) for i, plan in enumerate(plans)
+        ]
+
+    def _merge(self, maps: np.ndarray, norms: np.ndarray, cls: np.ndarray | None, plan: list[View]) -> Target:
+        others, covered = gather(maps[1:], plan[1:])
+        return Target((others + maps[0]) / (covered + 1)[..., None], cls, norms, maps[0], others, covered)
+
+    def targets(self, photographs: Photographs, advance: Callable[[int], None] = lambda _n: None) -> Iterator[Target]:
+        """Targets of every photograph, in order, without touching the cache."""
+        step = max(1, CHUNK // self.views)
+        for start in range(0, len(photographs), step):
+            yield from self.denoise(photographs, start, min(start + step, len(photographs)))
+            advance(min(step, len(photographs) - start))
+
+
+class TargetCache:
+    """Targets on disk, one ``.npz`` an image, named by its digest, in a folder named by the teacher's settings.
+
+    Holds per image: ``image`` uint8 ``(H, W, 3)`` as fitted, so that training decodes no file; ``patches`` float16 ``(N, C)``, ``cls`` float16 ``(C,)``, ``norms`` float32 ``(N,)`` of the plain
+    view, and ``drift`` float16 ``(N,)``: 1 - cosine between the plain view and the target.
+    """
+
+    def __init__(self, teacher: Teacher, folder: Path) -> None:
+        self.teacher, self.folder = teacher, folder / f"targets-{teacher.digest[:16]}"
+
+    def path(self, digest: str) -> Path:
+        return self.folder / f"{digest[:32]}.npz"
+
+    def fill(self, photographs: Photographs, advance: Callable[[int], None] = lambda _n: None) -> int:
+        """Compute what is missing; an interrupted call goes on where it stopped. Returns how many were computed."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        missing = [i for i, digest in enumerate(photographs.digests) if not self._whole(digest)]
+        advance(len(photographs) - len(missing))
+        todo = photographs.subset(missing)
+        for i, target in enumerate(self.teacher.targets(todo, advance)):
+            flat = target.patches.reshape(-1, target.patches.shape[-1])
+            drift = 1 - cosine(target.plain, target.patches).reshape(-1)
+            cls = np.zeros(0) if target.cls is None else target.cls
+            place = self.path(todo.digests[i])
+            with open(place.with_suffix(".partial"), "wb") as file:
+                np.savez(
+                    file, image=todo.array(i), patches=flat.astype(np.float16), cls=cls.astype(np.float16),
+                    norms=target.norms.reshape(-1), drift=drift.astype(np.float16),
+                )  # fmt: skip
+            os.replace(place.with_suffix(".partial"), place)
+        return len(missing)
+
+    def read(self, digest: str) -> dict[str, np.ndarray]:
+        with np.load(self.path(digest), allow_pickle=False) as data:
+            return dict(data)
+
+    def _whole(self, digest: str) -> bool:
+        try:
+            self.read(digest)
+        except (OSError, ValueError, EOFError, KeyError):
+            return False
+        return True
+
+
+def precision(device: str, autocast: bool) -> AbstractContextManager:
+    """bfloat16 autocast where asked for."""
+    return torch.autocast(torch.device(device).type, dtype=torch.bfloat16) if autocast else nullcontext()

@@ -1,0 +1,188 @@
+"""The distillation loop: loss, schedule, resume. Knows neither files of images nor where the student goes.
+
+B batch, N patch tokens, C width.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from phreg_deploy.distill import taps
+from phreg_deploy.distill.recipes import Recipe, unlocked
+from phreg_deploy.distill.teacher import TargetCache, precision
+from phreg_deploy.errors import PhregError
+from phreg_deploy.progress import Progress
+from phreg_deploy.spec import Preprocess
+from phreg_deploy.whole import write_error
+
+
+@dataclass
+class Batch:
+    """``images`` uint8 ``(B, H, W, 3)``, ``patches`` ``(B, N, C)``, ``cls`` ``(B, C)`` or None, ``drift`` ``(B, N)``."""
+
+    images: torch.Tensor
+    patches: torch.Tensor
+    cls: torch.Tensor | None
+    drift: torch.Tensor
+
+
+@dataclass
+class Scale:
+    """Variances of the targets: what squared errors are measured in."""
+
+    patches: float = 1.0
+    cls: float = 1.0
+
+
+def train(
+    student: nn.Module, cache: TargetCache, digests: list[str], preprocess: Preprocess, recipe: Recipe, *,
+    seed: int, device: str, autocast: bool, work: Path, resume: bool, progress: Progress,
+) -> dict[str, Any]:  # fmt: skip
+    """Distil ``student`` in place against cached targets; the state after every epoch is kept in ``work``.
+
+    Args:
+        digests: of the training images, all in the cache.
+        work: a folder of this run's own; ``state.pt`` in it is what ``resume`` goes on from. Each epoch's order
+            depends on the seed and its number only, so that a resumed run gives the same student.
+
+    Returns:
+        The history: mean loss per epoch.
+
+    Raises:
+        PhregError: a loss that is not finite; ``work`` then still holds the last good epoch.
+    """
+    student.to(device)
+    free = unlocked(student, recipe.unlock)
+    groups = [
+        {"params": [p for p in free if p.ndim > 1 or recipe.name == "ph-reg"], "weight_decay": recipe.weight_decay},
+        {"params": [p for p in free if p.ndim <= 1 and recipe.name != "ph-reg"], "weight_decay": 0.0},
+    ]
+    optimizer = torch.optim.AdamW(groups, lr=recipe.lr, betas=(0.9, 0.999))
+    steps = max(1, math.ceil(len(digests) / recipe.batch))
+    history: list[float] = []
+    state = work / "state.pt"
+    if resume and state.is_file():
+        kept = torch.load(state, map_location=device, weights_only=True)
+        student.load_state_dict(kept["student"])
+        optimizer.load_state_dict(kept["optimizer"])
+        history = kept["history"]
+    scale = target_scale(cache, digests) if recipe.scale_free else Scale()
+    student.train()
+    with progress.task("distilling", recipe.epochs * len(digests)) as advance:
+        advance(len(history) * len(digests))
+        for epoch in range(len(history), recipe.epochs):
+            losses = []
+            for step, batch in enumerate(_batches(cache, digests, recipe, seed, epoch)):
+                for group in optimizer.param_groups:
+                    group["lr"] = rate(recipe, (epoch * steps + step) / (recipe.epochs * steps))
+                with precision(device, autocast):
+                    seen = taps.forward(
+                        student, taps.normalise(batch.images.to(device), preprocess.mean, preprocess.std)
+                    )
+                loss = objective(seen, batch, recipe, scale, device)
+                if not torch.isfinite(loss):
+                    raise PhregError(
+                        f"distill: the loss became {loss.item()} in epoch {epoch + 1}, step {step + 1}. The state after epoch {epoch} is kept in "
+                        f"{work}; try a smaller --lr, or --precision fp32."
+                    )
+                optimizer.zero_grad(set_to_none=True)
+                loss.backward()
+                if recipe.clip:
+                    nn.utils.clip_grad_norm_(free, recipe.clip)
+                optimizer.step()
+                losses.append(loss.item())
+                advance(len(batch.images), note=f"loss {np.mean(losses[-20:]):.4f}")
+            history.append(float(np.mean(losses)))
+            _keep(state, {"student": student.state_dict(), "optimizer": optimizer.state_dict(), "history": history})
+    student.eval().cpu()
+    for parameter in student.parameters():
+        parameter.requires_grad_(True)
+    return {"loss": history, "steps_per_epoch": steps}
+
+
+def objective(seen: taps.Features, batch: Batch, recipe: Recipe, scale: Scale, device: str) -> torch.Tensor:
+    """(1 - cos) + MSE on patch tokens (arXiv 2505.21501 section 3.2), and the same on the class token where asked."""
+    weight = 1 + recipe.hard_weight * batch.drift.to(device)
+    loss = _distance(seen.patches.float(), batch.patches.to(device), weight / weight.mean(), scale.patches)
+    if recipe.class_weight and seen.cls is not None and batch.cls is not None:
+        one = torch.ones(len(batch.images), device=device)
+        loss = loss + recipe.class_weight * _distance(seen.cls.float(), batch.cls.to(device), one, scale.cls)
+    return loss
+
+
+def rate(recipe: Recipe, done: float) -> float:
+    """The learning rate when ``done`` (0-1) of all steps are made."""
+    if recipe.lr_end is not None:
+        return float(recipe.lr * (recipe.lr_end / recipe.lr) ** done)
+    warm = 0.1
+    if done < warm:
+        return recipe.lr * (0.04 + 0.96 * done / warm)
+    return recipe.lr * max(1e-4, 0.5 + 0.5 * math.cos(math.pi * (done - warm) / (1 - warm)))
+
+
+def target_scale(cache: TargetCache, digests: list[str], most: int = 64) -> Scale:
+    """Variance over images and positions, averaged over channels, of a sample of the targets."""
+    items = [cache.read(d) for d in digests[:: max(1, len(digests) // most)]]
+    patches = np.concatenate([item["patches"].astype(np.float32) for item in items])
+    cls = np.stack([item["cls"].astype(np.float32) for item in items])
+    return Scale(float(patches.var(0).mean()) or 1.0, (float(cls.var(0).mean()) or 1.0) if cls.size else 1.0)
+
+
+def _distance(x: torch.Tensor, target: torch.Tensor, weight: torch.Tensor, variance: float) -> torch.Tensor:
+    cosine = 1 - F.cosine_similarity(x, target, dim=-1)
+    return (weight * cosine).mean() + (weight * (x - target).square().mean(-1)).mean() / variance
+
+
+def _batches(cache: TargetCache, digests: list[str], recipe: Recipe, seed: int, epoch: int) -> Iterator[Batch]:
+    """One epoch in its own order, the next batches read ahead by two threads."""
+    rng = np.random.default_rng([seed, epoch])
+    order = rng.permutation(len(digests))
+    parts = [order[i : i + recipe.batch] for i in range(0, len(order), recipe.batch)]
+    flips = [rng.random(len(part)) < 0.5 if recipe.flips else np.zeros(len(part), bool) for part in parts]
+    with ThreadPoolExecutor(2) as pool:
+        waiting = [
+            pool.submit(_load, cache, [digests[i] for i in part], flip) for part, flip in zip(parts[:4], flips[:4])
+        ]
+        for ahead in range(4, len(parts) + 4):
+            ready = waiting.pop(0).result() if waiting else None
+            if ahead < len(parts):
+                waiting.append(pool.submit(_load, cache, [digests[i] for i in parts[ahead]], flips[ahead]))
+            if ready is not None:
+                yield ready
+
+
+def _load(cache: TargetCache, digests: list[str], flips: np.ndarray) -> Batch:
+    items = [cache.read(digest) for digest in digests]
+    grid = cache.teacher.grid
+    for item, flip in zip(items, flips):
+        for name in ("patches", "drift"):
+            item[name] = item[name].astype(np.float32).reshape(*grid, -1)
+        if flip:
+            for name in ("image", "patches", "drift"):
+                item[name] = item[name][:, ::-1]
+    patches = torch.from_numpy(np.stack([item["patches"] for item in items])).flatten(1, 2)
+    drift = torch.from_numpy(np.stack([item["drift"] for item in items])).flatten(1)
+    cls = (
+        torch.from_numpy(np.stack([item["cls"] for item in items]).astype(np.float32)) if items[0]["cls"].size else None
+    )
+    return Batch(torch.from_numpy(np.stack([item["image"] for item in items])), patches, cls, drift)
+
+
+def _keep(path: Path, state: dict[str, Any]) -> None:
+    partial = path.with_suffix(".writing")
+    try:
+        torch.save(state, partial)
+        partial.replace(path)
+    except (OSError, RuntimeError) as error:  # torch reports a full disk as a RuntimeError
+        partial.unlink(missing_ok=True)
+        raise write_error(error if isinstance(error, OSError) else OSError(28, str(error)), path) from error

@@ -1,0 +1,36 @@
+"""The errors that a user can cause, and the exit code that each one means.
+
+A message says what was got, what was expected and what to do, in that order. The command line prints it as one
+paragraph without a traceback; anything that is not a ``PhregError`` is a defect of this project.
+"""
+
+
+class PhregError(Exception):
+    """Bad input or bad usage. Exit code 2."""
+
+    exit_code = 2
+
+
+class GateFailed(PhregError):
+    """A measured figure missed its gate (parity, artifact rate, latency baseline). Exit code 3."""
+
+    exit_code = 3
+
+
+class BackendMissing(PhregError):
+    """A backend or dependency is not installed or not usable here. Exit code 4."""
+
+    exit_code = 4
+
+
+def missing_extra(module: str, extra: str, what: str) -> BackendMissing:
+    """The error for an import that fails because an extra was not installed.
+
+    Args:
+        module: the module that could not be imported, e.g. ``"torch"``.
+        extra: the extra that brings it, e.g. ``"distill"``.
+        what: what needed it, e.g. ``"`phreg-deploy distill`"``.
+    """
+    return BackendMissing(
+        f'{what} needs the module {module!r}, which is not installed. Run: pip install "phreg-deploy[{extra}]"'
+    )

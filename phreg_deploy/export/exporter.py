@@ -1,0 +1,196 @@
+"""``export``: a student or any supported timm ViT -> a bundle folder with its own exam inside."""
+
+from __future__ import annotations
+
+import copy
+import io
+import json
+import platform
+import zipfile
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import timm
+import torch
+from torch import nn
+
+from phreg_deploy import __version__
+from phreg_deploy.bundle import GRAPH, MANIFEST, POSITIONS, REFERENCE, Bundle, Manifest, file_digest
+from phreg_deploy.distill import taps
+from phreg_deploy.distill.checkpoint import read_record
+from phreg_deploy.distill.source import load_model, model_preprocess, model_spec, weights_digest
+from phreg_deploy.errors import PhregError
+from phreg_deploy.export.folding import patch_positions
+from phreg_deploy.export.graph import DenseViT
+from phreg_deploy.export.trace import OPSET, trace
+from phreg_deploy.progress import SILENT, Progress
+from phreg_deploy.spec import Batches, Preprocess, Sizes
+from phreg_deploy.whole import check_target, whole_folder
+
+SEED = 417  # of the reference's inputs
+STAMP = (1980, 1, 1, 0, 0, 0)  # the oldest date a zip can hold: the same bundle has the same bytes on any day
+
+
+@dataclass(frozen=True)
+class ExportRequest:
+    """What to export. ``image_size`` and ``batch`` as on the command line (``Sizes.parse``, ``Batches.parse``)."""
+
+    model: str
+    checkpoint: Path | None = None
+    precision: str = "fp32"
+    image_size: str | None = None
+    batch: str = "1"
+    crop: str = "squash"
+    random_weights: bool = False
+
+
+def export_bundle(request: ExportRequest, output: Path, *, force: bool = False, progress: Progress = SILENT) -> Bundle:
+    """Write a bundle of ``request.model`` to ``output``.
+
+    Raises:
+        PhregError: bad input, an output that exists, a size that is not a multiple of the patch, or a range of sizes
+            for a model whose rotary embedding cannot be an input.
+    """
+    if request.precision not in ("fp32", "fp16"):
+        raise PhregError(f"precision: got {request.precision!r}, expected fp32 or fp16.")
+    check_target(output, force)
+    batches = Batches.parse(request.batch)
+    with progress.task(f"export {request.precision}", 4) as advance:
+        model = load_model(request.model, checkpoint=request.checkpoint, random_weights=request.random_weights)
+        native = tuple(model.patch_embed.img_size)
+        sizes = Sizes.parse(request.image_size or f"{native[0]}x{native[1]}", tuple(model.patch_embed.patch_size))
+        if sizes.dynamic and getattr(model, "rope", None) is not None:
+            raise PhregError(
+                f"image size: got {request.image_size!r}, but {request.model} has a rotary position embedding, which is baked for one size. Export one bundle per size."
+            )
+        preprocess = model_preprocess(model, request.crop)
+        record = None if request.random_weights else _record(request.model)
+        base_positions = _grid(model)
+        advance(note="folding")
+        sized = _at(model, sizes.default)
+        lean = DenseViT(sized, preprocess, positions_as_input=sizes.dynamic, half=request.precision == "fp16")
+        advance(note="tracing")
+        graph = trace(lean, sizes, batches)
+        advance(note="reference")
+        manifest = _manifest(request, model, graph, preprocess, sizes, batches, record)
+        for key, value in sorted(_portrait(manifest).items()):
+            entry = graph.metadata_props.add()
+            entry.key, entry.value = key, value
+        exam = reference(model, preprocess, sizes, batches)
+        with whole_folder(output, force) as folder:
+            (folder / GRAPH).write_bytes(graph.SerializeToString(deterministic=True))
+            _write_npz(folder / REFERENCE, exam)
+            if sizes.dynamic and base_positions is not None:
+                np.save(folder / POSITIONS, base_positions, allow_pickle=False)
+            files = {p.name: file_digest(p) for p in sorted(folder.iterdir())}
+            (folder / MANIFEST).write_text(
+                json.dumps(replace(manifest, files=files).to_json(), indent=1, sort_keys=True) + "\n"
+            )
+        advance(note="")
+    return Bundle.read(output)
+
+
+@torch.inference_mode()
+def reference(model: nn.Module, preprocess: Preprocess, sizes: Sizes, batches: Batches) -> dict[str, np.ndarray]:
+    """The exam: seeded images at every size of interest, and what the *untouched* PyTorch model answers, in float32.
+
+    Returns:
+        ``{case}/image`` uint8 ``(B, H, W, 3)``, ``{case}/features`` ``(B, Hp, Wp, C)``, ``{case}/cls`` ``(B, C)`` where
+        there is a class token, ``{case}/token_norm`` ``(B, Hp, Wp)``.
+    """
+    rng, exam = np.random.default_rng(SEED), {}
+    batch = min(2, batches.highest) if batches.dynamic else batches.best
+    for case, size in enumerate(dict.fromkeys(sizes.sizes)):
+        sized = _at(model, size)
+        images = np.stack([_image(rng, size) for _ in range(batch)])
+        seen = taps.forward(sized, taps.normalise(images, preprocess.mean, preprocess.std))
+        grid = tuple(sized.patch_embed.grid_size)
+        answers = {
+            "image": images, "features": seen.patches.numpy().reshape(batch, *grid, -1), "token_norm": seen.norms.numpy().reshape(batch, *grid),
+            **({} if seen.cls is None else {"cls": seen.cls.numpy()}),
+        }  # fmt: skip
+        exam.update({f"{case}/{name}": value for name, value in answers.items()})
+    return exam
+
+
+def _image(rng: np.random.Generator, size: tuple[int, int]) -> np.ndarray:
+    """Something between noise and a photograph: coarse and fine random fields added up, uint8 ``(H, W, 3)``."""
+    total = np.zeros((*size, 3))
+    for cells, strength in ((3, 70), (9, 40), (31, 25), (113, 12)):
+        coarse = rng.standard_normal((cells, cells, 3))
+        rows = np.linspace(0, cells - 1, size[0]).astype(int)
+        columns = np.linspace(0, cells - 1, size[1]).astype(int)
+        total += strength * coarse[rows][:, columns]
+    return np.clip(total + 120, 0, 255).astype(np.uint8)
+
+
+def _at(model: nn.Module, size: tuple[int, int]) -> nn.Module:
+    """The model at another input size; the original keeps its own position embedding."""
+    if tuple(model.patch_embed.img_size) == size:
+        return model
+    sized = copy.deepcopy(model)
+    sized.set_input_size(img_size=size)
+    return sized.eval()
+
+
+def _grid(model: nn.Module) -> np.ndarray | None:
+    positions = patch_positions(model)
+    return None if positions is None else positions.reshape(*model.patch_embed.grid_size, -1).numpy().astype(np.float32)
+
+
+def _record(name: str) -> dict[str, Any] | None:
+    folder = Path(name.removeprefix("local-dir:"))
+    return read_record(folder) if folder.is_dir() else None
+
+
+def _manifest(
+    request: ExportRequest,
+    model: nn.Module,
+    graph: onnx.ModelProto,
+    preprocess: Preprocess,
+    sizes: Sizes,
+    batches: Batches,
+    record: dict[str, Any] | None,
+) -> Manifest:
+    def describe(values: Any) -> dict[str, dict[str, Any]]:
+        names = {v.name: onnx.helper.tensor_dtype_to_np_dtype(v.type.tensor_type.elem_type).name for v in values}
+        return {
+            v.name: {
+                "dtype": names[v.name],
+                "shape": [d.dim_value or d.dim_param for d in v.type.tensor_type.shape.dim],
+            }
+            for v in values
+        }
+
+    folder = (
+        request.model
+        if not Path(request.model.removeprefix("local-dir:")).is_dir()
+        else Path(request.model.removeprefix("local-dir:")).name
+    )
+    return Manifest(
+        model=model_spec(model), preprocess=preprocess, sizes=sizes, batches=batches, precision=request.precision, opset=OPSET,
+        inputs=describe(graph.graph.input), outputs=describe(graph.graph.output),
+        source={"model": folder, "weights_sha256": weights_digest(model), "distilled": None if record is None else record["recipe"]["name"]},
+        versions={"phreg_deploy": __version__, "torch": torch.__version__, "timm": timm.__version__, "onnx": onnx.__version__, "python": platform.python_version()},
+        norm_median=None if record is None else record["scores"]["median_norm"],
+        float_parts=[] if request.precision == "fp32" else ["patch projection", "token_norm"],
+        random_weights=request.random_weights,
+    )  # fmt: skip
+
+
+def _portrait(manifest: Manifest) -> dict[str, str]:
+    """The manifest as the graph carries it, so that ``model.onnx`` says by itself how it wants to be fed."""
+    facts = manifest.to_json()
+    return {f"phreg.{key}": json.dumps(facts[key], sort_keys=True) for key in facts if key != "files"}
+
+
+def _write_npz(path: Path, arrays: dict[str, np.ndarray]) -> None:
+    """``np.savez`` without the clock: the same arrays give the same bytes."""
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_STORED) as archive:
+        for name, array in arrays.items():
+            data = io.BytesIO()
+            np.lib.format.write_array(data, np.ascontiguousarray(array), allow_pickle=False)
+            archive.writestr(zipfile.ZipInfo(f"{name}.npy", STAMP), data.getvalue())

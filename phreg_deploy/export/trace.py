@@ -1,0 +1,115 @@
+"""A lean module -> ONNX bytes: traced by ``torch.onnx.export``, then stripped until the same weights give the same bytes."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import logging
+import warnings
+from typing import Any
+
+import onnx
+import torch
+from onnx import AttributeProto, GraphProto, ModelProto
+
+from phreg_deploy.errors import PhregError
+from phreg_deploy.export.graph import DenseViT
+from phreg_deploy.spec import Batches, Sizes
+
+OPSET = 20  # native LayerNormalization and Gelu; the newest that TensorRT 10.0 parses and INT8 in ONNX Runtime takes
+LARGEST = 2**31 - 2**20  # a protobuf file ends at 2 GB
+
+
+def trace(module: DenseViT, sizes: Sizes, batches: Batches) -> ModelProto:
+    """Trace ``module`` for one size or a range, one batch or a range.
+
+    Returns:
+        A model with inputs ``image`` (and ``pos_embed`` where several sizes are served) and outputs ``features``,
+        ``cls`` where there is a class token, ``token_norm``.
+
+    Raises:
+        PhregError: the weights do not fit into one ONNX file.
+    """
+    total = sum(p.numel() * p.element_size() for p in module.parameters())
+    if total > LARGEST:
+        raise PhregError(
+            f"export: the weights take {total / 2**30:.1f} GB, and one ONNX file ends at 2 GB. Use --precision fp16, or a smaller model."
+        )
+    height, width = sizes.default
+    hp, wp = height // module.patch[0], width // module.patch[1]
+    batch = 2 if batches.dynamic else batches.best  # torch.export takes 1 for a constant
+    if sizes.dynamic and hp == wp:
+        wp += 1  # a square example would tie height to width
+    arguments: tuple[torch.Tensor, ...] = (
+        torch.zeros(batch, hp * module.patch[0], wp * module.patch[1], 3, dtype=torch.uint8),
+    )
+    shapes: list[dict[int, Any]] = [{}]
+    if batches.dynamic:
+        shapes[0][0] = torch.export.Dim("batch", min=1, max=max(2, batches.highest))
+    if sizes.dynamic:
+        for axis, name in ((1, "Hp"), (2, "Wp")):
+            shapes[0][axis] = module.patch[axis - 1] * torch.export.Dim(name, min=2, max=4096)
+        arguments += (torch.zeros(1, hp * wp, module.projection.shape[1]),)
+        shapes.append({1: torch.export.Dim.AUTO})
+    outputs = ["features", *(["cls"] if module.class_token else []), "token_norm"]
+    with _silence():
+        program = torch.onnx.export(
+            module.eval(), arguments, input_names=["image", "pos_embed"][: len(arguments)], output_names=outputs,
+            opset_version=OPSET, dynamo=True, dynamic_shapes=tuple(shapes), external_data=False,
+        )  # fmt: skip
+    if program is None:
+        raise PhregError("export: torch returned no ONNX program.")
+    return tidy(program.model_proto, module, sizes, batches)
+
+
+def tidy(model: ModelProto, module: DenseViT, sizes: Sizes, batches: Batches) -> ModelProto:
+    """Strip what names a machine or a run (stack traces, paths, versions), and name the axes."""
+    model.producer_name, model.producer_version, model.doc_string = "phreg-deploy", "", ""
+    del model.metadata_props[:]
+    _strip(model.graph)
+    del model.graph.value_info[:]
+    grid: list[Any] = ["Hp", "Wp"] if sizes.dynamic else [s // p for s, p in zip(sizes.default, module.patch)]
+    pixels: list[Any] = ["H", "W"] if sizes.dynamic else list(sizes.default)
+    batch: Any = "B" if batches.dynamic else batches.best
+    width = module.projection.shape[1]
+    named = {
+        "image": [batch, *pixels, 3], "pos_embed": [1, "N", width], "features": [batch, *grid, width],
+        "cls": [batch, width], "token_norm": [batch, *grid],
+    }  # fmt: skip
+    for value in (*model.graph.input, *model.graph.output):
+        shape = value.type.tensor_type.shape
+        del shape.dim[:]
+        for side in named[value.name]:
+            dim = shape.dim.add()
+            if isinstance(side, int):
+                dim.dim_value = side
+            else:
+                dim.dim_param = side
+    onnx.checker.check_model(model)
+    return model
+
+
+def _strip(graph: GraphProto) -> None:
+    graph.doc_string, graph.name = "", "dense_vit"
+    for holder in (graph, *graph.node, *graph.initializer, *graph.input, *graph.output):
+        holder.doc_string = ""
+        if hasattr(holder, "metadata_props"):
+            del holder.metadata_props[:]
+    for node in graph.node:
+        for attribute in node.attribute:
+            if attribute.type == AttributeProto.GRAPH:
+                _strip(attribute.g)
+
+
+@contextlib.contextmanager
+def _silence() -> Any:
+    """torch's exporter prints and warns on success; what fails raises."""
+    logger = logging.getLogger("torch.onnx")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logger.setLevel(level)

@@ -1,0 +1,72 @@
+"""Pictures of features: principal components as colours, norms as heat. numpy and Pillow only."""
+
+from __future__ import annotations
+
+import base64
+import io
+
+import numpy as np
+from PIL import Image, ImageDraw
+
+SIDE = 256
+# Anchors of a dark-to-bright map, perceptually ordered; between them the colour is interpolated.
+HEAT = np.array(
+    [[4, 5, 20], [62, 15, 92], [140, 41, 99], [221, 81, 58], [252, 165, 10], [252, 255, 164]], dtype=np.float64
+)
+
+
+def components(maps: list[np.ndarray]) -> np.ndarray:
+    """Three principal directions ``(C, 4)``: a mean column, then three axes, over the patch tokens of all ``maps``.
+
+    The axes ignore the 2 % of tokens farthest from the mean, so that artifacts do not choose the colours.
+    """
+    tokens = np.concatenate([m.reshape(-1, m.shape[-1]) for m in maps]).astype(np.float64)
+    mean = tokens.mean(0)
+    distance = np.linalg.norm(tokens - mean, axis=1)
+    kept = tokens[distance <= np.quantile(distance, 0.98)]
+    mean = kept.mean(0)
+    _, vectors = np.linalg.eigh(np.cov((kept - mean).T))
+    return np.column_stack([mean, vectors[:, ::-1][:, :3]])
+
+
+def colours(features: np.ndarray, basis: np.ndarray, side: int = SIDE) -> Image.Image:
+    """Features ``(Hp, Wp, C)`` as an RGB image by a basis of ``components``; equal features get equal colours across images."""
+    shown = (features.astype(np.float64) - basis[:, 0]) @ basis[:, 1:]
+    low, high = np.quantile(shown.reshape(-1, 3), (0.02, 0.98), axis=0)
+    return _enlarge(np.clip((shown - low) / np.maximum(high - low, 1e-9), 0, 1) * 255, side)
+
+
+def heat(token_norm: np.ndarray, top: float, side: int = SIDE) -> Image.Image:
+    """Norms ``(Hp, Wp)`` from 0 to ``top`` as heat; what is above stays the brightest."""
+    place = np.clip(token_norm.astype(np.float64) / top, 0, 1) * (len(HEAT) - 1)
+    below = np.minimum(place.astype(int), len(HEAT) - 2)
+    part = (place - below)[..., None]
+    return _enlarge(HEAT[below] * (1 - part) + HEAT[below + 1] * part, side)
+
+
+def sheet(rows: list[list[tuple[str, Image.Image]]], side: int = SIDE) -> Image.Image:
+    """Captioned images on a light ground, row by row."""
+    gap, caption = 12, 20
+    width = max(len(row) for row in rows) * (side + gap) + gap
+    page = Image.new("RGB", (width, len(rows) * (side + caption + gap) + gap), (250, 250, 248))
+    draw = ImageDraw.Draw(page)
+    for y, row in enumerate(rows):
+        for x, (text, picture) in enumerate(row):
+            left, top = gap + x * (side + gap), gap + y * (side + caption + gap)
+            draw.text((left, top), text, fill=(40, 40, 40))
+            page.paste(picture.resize((side, side), Image.Resampling.NEAREST), (left, top + caption))
+    return page
+
+
+def data_url(picture: Image.Image) -> str:
+    """The picture as a PNG inside a page."""
+    data = io.BytesIO()
+    picture.save(data, "PNG", optimize=True)
+    return "data:image/png;base64," + base64.b64encode(data.getvalue()).decode()
+
+
+def _enlarge(pixels: np.ndarray, side: int) -> Image.Image:
+    height, width = pixels.shape[:2]
+    scale = side / max(height, width)
+    small = Image.fromarray(np.rint(pixels).astype(np.uint8))
+    return small.resize((round(width * scale), round(height * scale)), Image.Resampling.NEAREST)

@@ -1,0 +1,53 @@
+"""Progress bars on stderr: rate, time left and a figure or two. Rooms take a ``Progress``; ``SILENT`` shows nothing."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, ProgressColumn, Task, TextColumn, TimeRemainingColumn
+from rich.progress import Progress as Bars
+from rich.text import Text
+
+Advance = Callable[..., None]  # advance(count=1, note="loss 0.12")
+
+
+class _Rate(ProgressColumn):
+    def render(self, task: Task) -> Text:
+        speed = task.finished_speed or task.speed
+        return Text(f"{speed:.1f}/s" if speed else "", style="dim")
+
+
+class Progress:
+    """Shows one bar per task on stderr, and lines of text; silent when ``quiet``."""
+
+    def __init__(self, quiet: bool = False) -> None:
+        self.quiet = quiet
+        self.console = Console(stderr=True, quiet=quiet, highlight=False)
+
+    def say(self, text: str) -> None:
+        """A line for people, on stderr."""
+        self.console.print(text, markup=False)
+
+    @contextmanager
+    def task(self, name: str, total: int) -> Iterator[Advance]:
+        """``with progress.task("targets", 1000) as advance: advance(32, note="loss 0.1")``."""
+        columns = (
+            TextColumn("{task.description}"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            _Rate(),
+            TimeRemainingColumn(),
+            TextColumn("{task.fields[note]}"),
+        )
+        with Bars(*columns, console=self.console, disable=self.quiet) as bars:
+            task = bars.add_task(name, total=total, note="")
+
+            def advance(count: int = 1, note: str | None = None) -> None:
+                bars.update(task, advance=count, **({} if note is None else {"note": note}))
+
+            yield advance
+
+
+SILENT = Progress(quiet=True)

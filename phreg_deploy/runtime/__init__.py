@@ -1,0 +1,5 @@
+"""A bundle and images -> dense features, parity and latency reports. Imports neither torch, timm nor onnx."""
+
+from phreg_deploy.runtime.features import DenseFeatures, FeatureExtractor
+
+__all__ = ["DenseFeatures", "FeatureExtractor"]

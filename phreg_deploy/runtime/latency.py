@@ -1,0 +1,169 @@
+"""Latency of a bundle on this machine: warm-up, interleaved configurations, percentiles, and the conditions they hold in."""
+
+from __future__ import annotations
+
+import os
+import platform
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from phreg_deploy.errors import PhregError
+from phreg_deploy.progress import Progress
+from phreg_deploy.runtime.features import FeatureExtractor
+from phreg_deploy.spec import Stored
+
+LEAST = 10  # rounds, however slow
+WARM = 3
+SPREAD = 0.25  # of the median between the halves of a run; beyond it the figures are called unstable
+
+
+@dataclass(frozen=True)
+class Latency(Stored):
+    """Milliseconds per call. ``stable``: the medians of the first and second half differ by less than ``SPREAD``."""
+
+    rounds: int
+    minimum: float
+    mean: float
+    p50: float
+    p90: float
+    p99: float
+    maximum: float
+    stable: bool
+
+
+def measure(calls: dict[str, Callable[[], object]], seconds: float, progress: Progress) -> dict[str, Latency]:
+    """Time several calls in turn, A B C A B C, so that a machine whose speed drifts treats them alike.
+
+    Args:
+        seconds: of measuring in all, after the warm-up; at least ``LEAST`` rounds are made.
+    """
+    times: dict[str, list[float]] = {name: [] for name in calls}
+    with progress.task("measuring", 100) as advance:
+        for call in calls.values():
+            for _ in range(WARM):
+                call()
+        start, shown = time.perf_counter(), 0
+        while (spent := time.perf_counter() - start) < seconds or len(next(iter(times.values()))) < LEAST:
+            for name, call in calls.items():
+                before = time.perf_counter()
+                call()
+                times[name].append(1e3 * (time.perf_counter() - before))
+            done = min(100, int(100 * spent / seconds))
+            advance(done - shown)
+            shown = done
+        advance(100 - shown)
+    return {name: summarise(values) for name, values in times.items()}
+
+
+def summarise(values: list[float]) -> Latency:
+    """Percentiles of single-call times in milliseconds."""
+    half = len(values) // 2
+    first, second = float(np.median(values[:half] or values)), float(np.median(values[half:]))
+    p50, p90, p99 = (float(q) for q in np.percentile(values, (50, 90, 99)))
+    stable = abs(first - second) <= SPREAD * p50
+    return Latency(len(values), min(values), float(np.mean(values)), p50, p90, p99, max(values), stable)
+
+
+def profile_bundle(
+    extractor: FeatureExtractor,
+    *,
+    batches: list[int] | None,
+    size: tuple[int, int] | None,
+    seconds: float,
+    threads: int | None,
+    progress: Progress,
+) -> dict[str, Any]:
+    """Latency and throughput for each batch: the bare graph, the extractor around it, and preprocessing apart.
+
+    Returns:
+        ``conditions`` and ``results``: per batch ``graph``, ``extractor`` and ``preprocess`` latencies, ``overhead``
+        (median extractor over median graph - 1) and ``images_per_second``.
+    """
+    manifest = extractor.manifest
+    size = size or manifest.sizes.default
+    manifest.sizes.check(size, manifest.model.patch)
+    rng = np.random.default_rng(0)
+    photograph = rng.integers(0, 256, (480, 640, 3), dtype=np.uint8)
+    results = []
+    for batch in batches or [manifest.batches.best]:
+        manifest.batches.check(batch)
+        images = rng.integers(0, 256, (batch, *size, 3), dtype=np.uint8)
+        feed = {
+            "image": images,
+            **({"pos_embed": extractor._positions(size)} if "pos_embed" in manifest.inputs else {}),
+        }
+        backend = extractor._open()
+        timed = measure(
+            {
+                "graph": lambda feed=feed, backend=backend: backend.run(feed),  # type: ignore[misc]
+                "extractor": lambda images=images: extractor.dense(images),  # type: ignore[misc]
+                "preprocess": lambda: extractor.prepare(photograph, size),
+            },
+            seconds, progress,
+        )  # fmt: skip
+        results.append({
+            "batch": batch, "size": list(size), **{name: latency.to_json() for name, latency in timed.items()},
+            "overhead": timed["extractor"].p50 / timed["graph"].p50 - 1, "images_per_second": 1e3 * batch / timed["extractor"].p50,
+        })  # fmt: skip
+    return {"conditions": conditions(extractor, threads), "results": results}
+
+
+def conditions(extractor: FeatureExtractor, threads: int | None) -> dict[str, Any]:
+    """What the figures depend on: the machine, its load, the versions, the bundle."""
+    manifest = extractor.manifest
+    return {
+        "processor": processor(), "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
+        "load": list(os.getloadavg()) if hasattr(os, "getloadavg") else None, "system": platform.platform(), "python": platform.python_version(),
+        "backend": extractor.backend, "backend_version": backend_version(extractor.backend), "threads": threads,
+        "precision": manifest.precision, "model": manifest.model.architecture, "registers": manifest.model.registers,
+        "random_weights": manifest.random_weights, "graph_sha256": manifest.files.get("model.onnx"), "photograph": "640x480 noise",
+    }  # fmt: skip
+
+
+def backend_version(name: str) -> str:
+    from importlib.metadata import PackageNotFoundError, version
+
+    for package in {"onnxruntime-cpu": ("onnxruntime", "onnxruntime-gpu")}.get(name, (name,)):
+        try:
+            return f"{package} {version(package)}"
+        except PackageNotFoundError:
+            continue
+    return name
+
+
+def processor() -> str:
+    """The processor's own name, where the system tells."""
+    try:
+        with open("/proc/cpuinfo") as file:
+            return next(line.split(":", 1)[1].strip() for line in file if line.startswith("model name"))
+    except (OSError, StopIteration):
+        return platform.processor() or platform.machine()
+
+
+def against_baseline(report: dict[str, Any], baseline: dict[str, Any], tolerance: float) -> list[str]:
+    """Batches whose median grew by more than ``tolerance`` (0.1 is 10 %) over an earlier report's, in words.
+
+    Raises:
+        PhregError: the baseline is no report, or has no batch and size in common.
+    """
+    try:
+        before = {(r["batch"], tuple(r["size"])): r["extractor"]["p50"] for r in baseline["results"]}
+    except (KeyError, TypeError):
+        raise PhregError("baseline: the file is not a report of `phreg-deploy profile --json`.") from None
+    slower, shared = [], 0
+    for result in report["results"]:
+        key = (result["batch"], tuple(result["size"]))
+        if key in before:
+            shared += 1
+            ratio = result["extractor"]["p50"] / before[key]
+            if ratio > 1 + tolerance:
+                slower.append(
+                    f"batch {key[0]} at {key[1][0]}x{key[1][1]}: {result['extractor']['p50']:.2f} ms, {ratio:.2f}x the baseline's {before[key]:.2f} ms"
+                )
+    if not shared:
+        raise PhregError(f"baseline: it has no batch and size in common with this run; it holds {sorted(before)}.")
+    return slower

@@ -1,0 +1,77 @@
+"""Shifted and flipped views of an image, and the way back into its patch grid (arXiv 2505.21501 section 3.1).
+
+Shifts are whole patches, so the way back is an index and never an interpolation. B batch, V views, (Hp, Wp) grid.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass
+
+import numpy as np
+
+SHIFT = 0.15  # of the side; the paper's table 4 is flat above 0.10
+POOL = 100  # offsets drawn, of which the farthest apart are kept, as in the paper's code
+WHITE = 255  # the paper fills the gap with white
+
+
+@dataclass(frozen=True)
+class View:
+    """Content moves up by ``down`` and left by ``right`` patches, then is mirrored where ``flip``."""
+
+    down: int
+    right: int
+    flip: bool
+
+
+def draw_views(count: int, grid: tuple[int, int], seed: int) -> list[View]:
+    """``count`` views: the identity first, then offsets chosen by farthest-point sampling, each flipped with p = 0.5.
+
+    Args:
+        grid: (Hp, Wp). The largest shift is ``SHIFT`` of each side, rounded to whole patches and at least one.
+    """
+    rng = np.random.default_rng(seed)
+    reach = np.maximum(1, np.rint(SHIFT * np.asarray(grid))).astype(int)
+    pool = rng.integers(-reach, reach + 1, size=(POOL, 2))
+    chosen = np.zeros((1, 2), dtype=int)
+    while len(chosen) < count:
+        distance = ((pool[:, None] - chosen[None]) ** 2).sum(-1).min(1)
+        chosen = np.vstack([chosen, pool[distance.argmax()]])
+    flips = rng.random(count) < 0.5
+    return [View(int(y), int(x), bool(f) and i > 0) for i, ((y, x), f) in enumerate(zip(chosen, flips))]
+
+
+def _spans(offset: int, size: int) -> tuple[slice, slice]:
+    """Source and destination along one axis for content that moves by -offset."""
+    start, stop = max(0, offset), min(size, size + offset)
+    return slice(start, stop), slice(start - offset, stop - offset)
+
+
+def show(image: np.ndarray, view: View, patch: tuple[int, int]) -> np.ndarray:
+    """The uint8 image ``(H, W, 3)`` as ``view`` shows it, the gap filled with white."""
+    (from_y, to_y), (from_x, to_x) = (_spans(o * p, s) for o, p, s in zip((view.down, view.right), patch, image.shape))
+    shown = np.full_like(image, WHITE)
+    shown[to_y, to_x] = image[from_y, from_x]
+    return shown[:, ::-1] if view.flip else shown
+
+
+def realign(features: np.ndarray, view: View) -> tuple[np.ndarray, tuple[slice, slice]]:
+    """Features ``(Hp, Wp, C)`` of a view back at their places: the valid part, and where it goes in the grid."""
+    features = features[:, ::-1] if view.flip else features
+    (to_y, from_y), (to_x, from_x) = (_spans(o, s) for o, s in zip((view.down, view.right), features.shape))
+    return features[from_y, from_x], (to_y, to_x)
+
+
+def gather(maps: np.ndarray, views: list[View]) -> tuple[np.ndarray, np.ndarray]:
+    """Sum of re-aligned feature maps ``(V, Hp, Wp, C)`` at their places, and how many views cover each patch."""
+    total, count = np.zeros_like(maps[0]), np.zeros(maps.shape[1:3], dtype=np.float32)
+    for features, view in zip(maps, views):
+        part, place = realign(features, view)
+        total[place] += part
+        count[place] += 1
+    return total, count
+
+
+def seed_of(seed: int, digest: str) -> int:
+    """A seed for one image's views: order and company of the images do not matter."""
+    return int.from_bytes(hashlib.sha256(f"{seed}:{digest}".encode()).digest()[:8], "little")
