@@ -45,7 +45,9 @@ class Progress:
             task = bars.add_task(name, total=total, note="")
 
             def advance(count: int = 1, note: str | None = None) -> None:
-                bars.update(task, advance=count, **({} if note is None else {"note": note}))
+                bars.advance(task, count)
+                if note is not None:
+                    bars.update(task, note=note)
 
             yield advance
 

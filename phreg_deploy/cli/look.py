@@ -51,7 +51,7 @@ def artifacts(model: str, images: Path, picture: Path | None, as_json: bool, qui
       phreg-deploy artifacts student.bundle --images photos/
     """
     from phreg_deploy.bundle import is_bundle
-    from phreg_deploy.cli.scoring import score_bundle, score_model
+    from phreg_deploy.verify.scoring import score_bundle, score_model
 
     result = Result(as_json, quiet)
     document, sheet = (score_bundle if is_bundle(model) else score_model)(

@@ -56,8 +56,8 @@ def check(
       phreg-deploy check student.bundle
       phreg-deploy check student.bundle --reference student --images photos/ --report report.html
     """
-    from phreg_deploy.cli.checking import run_check
     from phreg_deploy.runtime.features import FeatureExtractor
+    from phreg_deploy.verify.checking import run_check
 
     result = Result(as_json, quiet)
     if asked["reference"] and not asked["images"]:

@@ -7,16 +7,16 @@ from pathlib import Path
 from typing import Any
 
 from timm.models import save_for_hf
-from torch import nn
 
 from phreg_deploy.distill.source import model_arguments
+from phreg_deploy.distill.taps import ViT
 from phreg_deploy.errors import PhregError
 
 RECORD = "phreg.json"
 RECORD_VERSION = 1
 
 
-def write_student(student: nn.Module, record: dict[str, Any], folder: Path) -> None:
+def write_student(student: ViT, record: dict[str, Any], folder: Path) -> None:
     """Write the three files into an existing folder. ``timm.create_model("local-dir:FOLDER", pretrained=True)`` reads it back."""
     arguments = {k: v for k, v in model_arguments(student).items() if k != "num_classes"}
     save_for_hf(student, str(folder), model_args=arguments, safe_serialization=True)

@@ -14,7 +14,6 @@ from typing import Any
 
 import timm
 import torch
-from torch import nn
 
 from phreg_deploy import __version__
 from phreg_deploy.distill import taps
@@ -25,6 +24,7 @@ from phreg_deploy.distill.neurons import Survey, survey
 from phreg_deploy.distill.recipes import Recipe, default_rate, find_recipe
 from phreg_deploy.distill.source import load_model, model_preprocess, weights_digest
 from phreg_deploy.distill.student import add_registers
+from phreg_deploy.distill.taps import ViT
 from phreg_deploy.distill.teacher import TargetCache, Teacher
 from phreg_deploy.distill.training import train
 from phreg_deploy.distill.transplant import STRENGTH, silence, transplant
@@ -97,7 +97,7 @@ def distill(
         progress.say(photographs.skip_line)
     training, held = split(photographs, request.holdout)
     progress.say(
-        f"{len(training)} images to train on, {len(held)} held out for scores; {device}, {'bfloat16 autocast' if autocast else 'float32'}."
+        f"{len(training)} images to train on, {len(held) if held else 0} held out for scores; {device}, {'bfloat16 autocast' if autocast else 'float32'}."
     )
 
     student = add_registers(base, request.registers, request.seed)  # refuses before hours of targets
@@ -158,7 +158,7 @@ def cache_folder() -> Path:
 
 def _recipe(request: Request) -> Recipe:
     recipe = find_recipe(request.recipe)
-    changes = {"epochs": request.epochs, "batch": request.batch, "unlock": request.unlock}
+    changes: dict[str, Any] = {"epochs": request.epochs, "batch": request.batch, "unlock": request.unlock}
     for name, least in (("epochs", 0), ("batch", 1), ("views", 2)):
         value = getattr(request, name)
         if value is not None and value < least:
@@ -171,8 +171,8 @@ def _recipe(request: Request) -> Recipe:
 
 
 def _prepare(
-    base: nn.Module,
-    student: nn.Module,
+    base: ViT,
+    student: ViT,
     request: Request,
     training: Photographs,
     preprocess: Preprocess,

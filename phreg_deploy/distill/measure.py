@@ -7,10 +7,11 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import nn
 
 from phreg_deploy.artifacts import OUTLIER_FACTOR, agreement, cosine, norm_outliers, outlier_mask
 from phreg_deploy.distill import taps
+from phreg_deploy.distill.source import classifies
+from phreg_deploy.distill.taps import ViT
 from phreg_deploy.distill.teacher import Teacher
 from phreg_deploy.photographs import Photographs
 from phreg_deploy.progress import Progress
@@ -22,7 +23,7 @@ REFERENCE_SEED = 12345
 STEP = 16
 
 
-def model_run(model: nn.Module, preprocess: Preprocess, device: str = "cpu") -> Run:
+def model_run(model: ViT, preprocess: Preprocess, device: str = "cpu") -> Run:
     """The model as ``scores.score`` calls it: uint8 images in, float32 features and norms out."""
     model = model.to(device).eval()
     grid = tuple(model.patch_embed.grid_size)
@@ -42,7 +43,7 @@ def model_run(model: nn.Module, preprocess: Preprocess, device: str = "cpu") -> 
 
 @torch.inference_mode()
 def read_features(
-    model: nn.Module, photographs: Photographs, preprocess: Preprocess, device: str = "cpu"
+    model: ViT, photographs: Photographs, preprocess: Preprocess, device: str = "cpu"
 ) -> dict[str, np.ndarray]:
     """Of every photograph: ``patches`` ``(M, N, C)``, ``norms`` ``(M, N)``, ``cls`` ``(M, C)`` and ``logits`` where there are any."""
     model = model.to(device).eval()
@@ -54,14 +55,14 @@ def read_features(
         parts["norms"].append(seen.norms.cpu().numpy())
         if seen.cls is not None:
             parts["cls"].append(seen.cls.cpu().numpy())
-        if model.num_classes:
+        if classifies(model):
             parts["logits"].append(model.forward_head(seen.tokens).cpu().numpy())
     return {name: np.concatenate(part) for name, part in parts.items() if part}
 
 
 @torch.inference_mode()
 def block_norms(
-    model: nn.Module, photographs: Photographs, preprocess: Preprocess, device: str = "cpu"
+    model: ViT, photographs: Photographs, preprocess: Preprocess, device: str = "cpu"
 ) -> list[dict[str, float]]:
     """Per block, over patch tokens: ``median`` norm of its output, ``largest`` over that median, ``rate`` above twice it."""
     model = model.to(device).eval()
@@ -86,8 +87,8 @@ def block_norms(
 
 
 def compare(
-    base: nn.Module,
-    student: nn.Module,
+    base: ViT,
+    student: ViT,
     photographs: Photographs,
     preprocess: Preprocess,
     *,

@@ -13,10 +13,10 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import nn
 
 from phreg_deploy.artifacts import OUTLIER_FACTOR
 from phreg_deploy.distill import taps
+from phreg_deploy.distill.taps import ViT
 
 SHARE = 0.75  # norm that a register neuron writes on outliers, at least, in median norms of its block's output
 SELECTIVITY = 10.0  # its activation on outliers, at least, in activations on ordinary tokens
@@ -65,7 +65,7 @@ class Survey:
 
 
 @torch.inference_mode()
-def survey(model: nn.Module, batches: list[torch.Tensor], advance: Callable[[int], None] = lambda _n: None) -> Survey:
+def survey(model: ViT, batches: list[torch.Tensor], advance: Callable[[int], None] = lambda _n: None) -> Survey:
     """Search every block of ``model`` for register neurons.
 
     Args:
@@ -120,11 +120,11 @@ def survey(model: nn.Module, batches: list[torch.Tensor], advance: Callable[[int
     return Survey(count / total, median, largest, sorted(strongest, key=lambda n: (n.block, n.unit)))
 
 
-def hidden_width(mlp: nn.Module) -> int:
+def hidden_width(mlp: ViT) -> int:
     return int(mlp.fc2.in_features)
 
 
-def written_norm(block: nn.Module) -> torch.Tensor:
+def written_norm(block: ViT) -> torch.Tensor:
     """Norm that one unit of activation writes into the residual stream, ``(H,)``; LayerScale included."""
     scale = getattr(getattr(block, "ls2", None), "gamma", None)
     scale = getattr(block, "gamma_2", None) if scale is None else scale

@@ -16,10 +16,12 @@ import timm
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
+from timm.data.config import resolve_model_data_config
 from timm.models.eva import Eva, EvaBlock
 from timm.models.vision_transformer import Block, VisionTransformer
 from torch import nn
 
+from phreg_deploy.distill.taps import ViT
 from phreg_deploy.errors import PhregError
 from phreg_deploy.spec import ModelSpec, Preprocess, check_multiple
 
@@ -37,7 +39,7 @@ def load_model(
     checkpoint: Path | None = None,
     image_size: tuple[int, int] | None = None,
     random_weights: bool = False,
-) -> nn.Module:
+) -> ViT:
     """Load a supported model in float32, in evaluation mode, on the CPU.
 
     Args:
@@ -75,7 +77,7 @@ def load_model(
     return model.float().eval()
 
 
-def model_spec(model: nn.Module) -> ModelSpec:
+def model_spec(model: ViT) -> ModelSpec:
     """The facts of a loaded model that travel with every artifact."""
     return ModelSpec(
         architecture=model.pretrained_cfg.get("architecture") or type(model).__name__,
@@ -91,18 +93,18 @@ def model_spec(model: nn.Module) -> ModelSpec:
     )
 
 
-def model_preprocess(model: nn.Module, crop: str = "squash") -> Preprocess:
+def model_preprocess(model: ViT, crop: str = "squash") -> Preprocess:
     """Mean, standard deviation and interpolation of timm's configuration for these weights.
 
     Args:
         crop: "squash" serves the whole image; "center" is timm's own evaluation crop.
     """
-    config = timm.data.resolve_model_data_config(model)
+    config = resolve_model_data_config(model)
     pct = float(config["crop_pct"]) if crop == "center" else 1.0
     return Preprocess(tuple(config["mean"]), tuple(config["std"]), config["interpolation"], crop, pct)
 
 
-def weights_digest(model: nn.Module) -> str:
+def weights_digest(model: ViT) -> str:
     """sha256 over names and float32 bytes of every weight: the identity of a model, however it was stored."""
     digest = hashlib.sha256()
     for key, value in sorted(model.state_dict().items()):
@@ -111,12 +113,21 @@ def weights_digest(model: nn.Module) -> str:
     return digest.hexdigest()
 
 
-def model_arguments(model: nn.Module) -> dict[str, Any]:
+def model_arguments(model: ViT) -> dict[str, Any]:
     """The keyword arguments with which timm builds this model again."""
     return dict(getattr(model, "_model_args", {}))
 
 
-def check_supported(model: nn.Module, name: str) -> None:
+def classifies(model: ViT) -> bool:
+    """Whether the model's head gives class scores; a CLIP's head is the projection into the space shared with text."""
+    return (
+        model.num_classes > 1
+        and isinstance(model.head, nn.Linear)
+        and "clip" not in str(model.pretrained_cfg.get("architecture"))
+    )
+
+
+def check_supported(model: ViT, name: str) -> None:
     """Raise ``PhregError``, with the reason, unless registers can be added to and dense features read from ``model``."""
     reason = _unsupported(model)
     if reason:
@@ -126,7 +137,7 @@ def check_supported(model: nn.Module, name: str) -> None:
         )
 
 
-def _unsupported(model: nn.Module) -> str | None:
+def _unsupported(model: ViT) -> str | None:
     for key, reason in REFUSED.items():
         if key in type(model).__name__.lower():
             return reason
@@ -183,14 +194,14 @@ def _check_name(name: str) -> None:
             )
 
 
-def _create(name: str, **arguments: Any) -> nn.Module:
+def _create(name: str, **arguments: Any) -> ViT:
     try:
         return timm.create_model(name, **arguments)
     except (RuntimeError, ValueError, TypeError, KeyError, AssertionError) as error:
         raise PhregError(f"model: timm cannot build {name}: {error}") from error
 
 
-def _from_name(name: str, random_weights: bool) -> nn.Module:
+def _from_name(name: str, random_weights: bool) -> ViT:
     if random_weights:
         torch.manual_seed(0)
         return _create(name, pretrained=False)
@@ -213,7 +224,7 @@ def _from_name(name: str, random_weights: bool) -> nn.Module:
         ) from error
 
 
-def _from_folder(folder: Path) -> nn.Module:
+def _from_folder(folder: Path) -> ViT:
     missing = [f for f in ("config.json", "model.safetensors") if not (folder / f).is_file()]
     if missing:
         hint = (
@@ -238,7 +249,7 @@ def _from_folder(folder: Path) -> nn.Module:
     return _create(f"local-dir:{folder}", pretrained=True)
 
 
-def _from_file(name: str, path: Path) -> nn.Module:
+def _from_file(name: str, path: Path) -> ViT:
     state = read_weights(path)
     classes = {k: state[k].shape[0] for k in ("head.weight", "head.bias") if k in state}
     model = _create(name, pretrained=False, num_classes=next(iter(classes.values()), 0))

@@ -6,13 +6,13 @@ from typing import Any
 
 import timm
 import torch
-from torch import nn
 
 from phreg_deploy.distill.source import model_arguments, model_spec
+from phreg_deploy.distill.taps import ViT
 from phreg_deploy.errors import PhregError
 
 
-def add_registers(model: nn.Module, registers: int, seed: int = 0) -> nn.Module:
+def add_registers(model: ViT, registers: int, seed: int = 0) -> ViT:
     """A copy of ``model`` with ``registers`` register tokens, drawn from N(0, 1/C) (arXiv 2505.21501 appendix).
 
     With ``registers`` 0 the copy computes what ``model`` computes, to rounding: the position embedding of the class
@@ -41,7 +41,7 @@ def add_registers(model: nn.Module, registers: int, seed: int = 0) -> nn.Module:
     return student.eval()
 
 
-def rebuild(model: nn.Module, **changes: Any) -> nn.Module:
+def rebuild(model: ViT, **changes: Any) -> ViT:
     """A fresh model of the same architecture and configuration, with some arguments changed; weights not copied."""
     arguments = {
         **model_arguments(model),
@@ -54,6 +54,6 @@ def rebuild(model: nn.Module, **changes: Any) -> nn.Module:
     )
 
 
-def _register_arguments(model: nn.Module, registers: int) -> dict[str, Any]:
+def _register_arguments(model: ViT, registers: int) -> dict[str, Any]:
     name = "num_reg_tokens" if model_spec(model).family == "eva" else "reg_tokens"
     return {name: registers, "no_embed_class": True}

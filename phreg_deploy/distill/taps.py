@@ -9,10 +9,13 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
 from torch import nn
+
+ViT = Any  # a timm VisionTransformer or Eva, or a part of one: timm publishes no types, and torch types every attribute as Tensor | Module
 
 
 @dataclass
@@ -33,7 +36,7 @@ class Features:
         return self.tokens[:, 0] if self.class_token else None
 
 
-def forward(model: nn.Module, images: torch.Tensor) -> Features:
+def forward(model: ViT, images: torch.Tensor) -> Features:
     """Dense features of normalised ``images`` ``(B, 3, H, W)``: timm's ``forward_features``, and the norms before it."""
     kept: list[torch.Tensor] = []
     handle = model.norm.register_forward_pre_hook(lambda _module, inputs: kept.append(inputs[0]))
@@ -46,7 +49,7 @@ def forward(model: nn.Module, images: torch.Tensor) -> Features:
 
 
 @contextmanager
-def block_outputs(model: nn.Module, see: Callable[[int, torch.Tensor], None]) -> Iterator[None]:
+def block_outputs(model: ViT, see: Callable[[int, torch.Tensor], None]) -> Iterator[None]:
     """While open, every forward calls ``see(block, output)`` with output ``(B, T, C)``."""
     handles = [b.register_forward_hook(lambda _m, _i, out, i=i: see(i, out)) for i, b in enumerate(model.blocks)]
     try:
@@ -57,7 +60,7 @@ def block_outputs(model: nn.Module, see: Callable[[int, torch.Tensor], None]) ->
 
 
 @contextmanager
-def hidden_units(model: nn.Module, see: Callable[[int, torch.Tensor], None]) -> Iterator[None]:
+def hidden_units(model: ViT, see: Callable[[int, torch.Tensor], None]) -> Iterator[None]:
     """While open, every forward calls ``see(block, hidden)`` with the activated hidden units ``(B, T, H)`` of each MLP."""
 
     def watch(i: int) -> torch.utils.hooks.RemovableHandle:
@@ -71,7 +74,7 @@ def hidden_units(model: nn.Module, see: Callable[[int, torch.Tensor], None]) -> 
             handle.remove()
 
 
-def hidden_tap(mlp: nn.Module) -> nn.Module:
+def hidden_tap(mlp: ViT) -> ViT:
     """The module whose input is the activated hidden layer: the MLP's inner norm where it has one, else ``fc2``."""
     inner = getattr(mlp, "norm", None)
     return mlp.fc2 if inner is None or isinstance(inner, nn.Identity) else inner

@@ -15,11 +15,11 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from torch import nn
 
 from phreg_deploy.artifacts import cosine
 from phreg_deploy.distill import taps
 from phreg_deploy.distill.source import weights_digest
+from phreg_deploy.distill.taps import ViT
 from phreg_deploy.photographs import Photographs
 from phreg_deploy.spec import Preprocess
 from phreg_deploy.views import View, draw_views, gather, seed_of, show
@@ -56,7 +56,7 @@ class Teacher:
 
     def __init__(
         self,
-        model: nn.Module,
+        model: ViT,
         preprocess: Preprocess,
         *,
         views: int = 10,

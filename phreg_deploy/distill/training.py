@@ -19,6 +19,8 @@ from torch import nn
 
 from phreg_deploy.distill import taps
 from phreg_deploy.distill.recipes import Recipe, unlocked
+from phreg_deploy.distill.source import classifies
+from phreg_deploy.distill.taps import ViT
 from phreg_deploy.distill.teacher import TargetCache, precision
 from phreg_deploy.errors import PhregError
 from phreg_deploy.progress import Progress
@@ -45,7 +47,7 @@ class Scale:
 
 
 def train(
-    student: nn.Module, cache: TargetCache, digests: list[str], preprocess: Preprocess, recipe: Recipe, *,
+    student: ViT, cache: TargetCache, digests: list[str], preprocess: Preprocess, recipe: Recipe, *,
     seed: int, device: str, autocast: bool, work: Path, resume: bool, progress: Progress,
 ) -> dict[str, Any]:  # fmt: skip
     """Distil ``student`` in place against cached targets; the state after every epoch is kept in ``work``.
@@ -89,7 +91,7 @@ def train(
                     seen = taps.forward(
                         student, taps.normalise(batch.images.to(device), preprocess.mean, preprocess.std)
                     )
-                loss = objective(seen, batch, recipe, scale, device)
+                loss = objective(student, seen, batch, recipe, scale, device)
                 if not torch.isfinite(loss):
                     raise PhregError(
                         f"distill: the loss became {loss.item()} in epoch {epoch + 1}, step {step + 1}. The state after epoch {epoch} is kept in "
@@ -110,13 +112,21 @@ def train(
     return {"loss": history, "steps_per_epoch": steps}
 
 
-def objective(seen: taps.Features, batch: Batch, recipe: Recipe, scale: Scale, device: str) -> torch.Tensor:
-    """(1 - cos) + MSE on patch tokens (arXiv 2505.21501 section 3.2), and the same on the class token where asked."""
+def objective(
+    student: ViT, seen: taps.Features, batch: Batch, recipe: Recipe, scale: Scale, device: str
+) -> torch.Tensor:
+    """(1 - cos) + MSE on patch tokens (arXiv 2505.21501 section 3.2); the same, and the head's answers, on the class token."""
     weight = 1 + recipe.hard_weight * batch.drift.to(device)
     loss = _distance(seen.patches.float(), batch.patches.to(device), weight / weight.mean(), scale.patches)
-    if recipe.class_weight and seen.cls is not None and batch.cls is not None:
-        one = torch.ones(len(batch.images), device=device)
-        loss = loss + recipe.class_weight * _distance(seen.cls.float(), batch.cls.to(device), one, scale.cls)
+    if seen.cls is None or batch.cls is None:
+        return loss
+    cls, wanted = seen.cls.float(), batch.cls.to(device)
+    if recipe.class_weight:
+        one = torch.ones(len(cls), device=device)
+        loss = loss + recipe.class_weight * _distance(cls, wanted, one, scale.cls)
+    if recipe.logit_weight and classifies(student) and student.global_pool == "token":
+        answers, expected = (student.head(student.fc_norm(token)).log_softmax(-1) for token in (cls, wanted))
+        loss = loss + recipe.logit_weight * F.kl_div(answers, expected, reduction="batchmean", log_target=True)
     return loss
 
 

@@ -12,10 +12,10 @@ from collections.abc import Callable
 from itertools import groupby
 
 import torch
-from torch import nn
 
 from phreg_deploy.distill import taps
 from phreg_deploy.distill.neurons import RegisterNeuron
+from phreg_deploy.distill.taps import ViT
 
 RIDGE = 0.05  # of the mean variance
 SILENT = -4.0  # pre-activation at the others' 0.9999 quantile: GELU(-4) = -1.3e-4
@@ -26,7 +26,7 @@ SAMPLES = 65536  # rows kept for the quantile
 
 @torch.no_grad()
 def transplant(
-    student: nn.Module,
+    student: ViT,
     neurons: list[RegisterNeuron],
     batches: list[torch.Tensor],
     *,
@@ -53,14 +53,14 @@ def transplant(
 
 
 @torch.no_grad()
-def silence(student: nn.Module, neurons: list[RegisterNeuron]) -> None:
+def silence(student: ViT, neurons: list[RegisterNeuron]) -> None:
     """The control without registers: the same units never fire again."""
     for neuron in neurons:
         student.blocks[neuron.block].mlp.fc2.weight[:, neuron.unit] = 0
 
 
 def _statistics(
-    student: nn.Module, index: int, batches: list[torch.Tensor], sink: int, advance: Callable[[int], None]
+    student: ViT, index: int, batches: list[torch.Tensor], sink: int, advance: Callable[[int], None]
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     """Of the MLP's inputs in one block: mean at the register; mean, covariance and a sample over the other tokens.
 
@@ -70,7 +70,7 @@ def _statistics(
     total, square, at_sink = (torch.zeros(s, dtype=torch.float64) for s in ((width,), (width, width), (width,)))
     count, images, rows = 0, 0, []
 
-    def see(_module: nn.Module, inputs: tuple[torch.Tensor, ...]) -> None:
+    def see(_module: ViT, inputs: tuple[torch.Tensor, ...]) -> None:
         nonlocal count, images
         z = inputs[0].detach().double().cpu()  # (B, T, C)
         others = torch.cat([z[:, :sink], z[:, start:]], dim=1).reshape(-1, width)
@@ -93,7 +93,7 @@ def _statistics(
 
 
 def _rewrite(
-    mlp: nn.Module, neuron: RegisterNeuron, direction: torch.Tensor, centre: torch.Tensor, rest: float, strength: float
+    mlp: ViT, neuron: RegisterNeuron, direction: torch.Tensor, centre: torch.Tensor, rest: float, strength: float
 ) -> None:
     """Pre-activation = gain * direction.(z - centre) + offset: ``level`` at the register, ``SILENT`` at the others' quantile."""
     wanted = strength * neuron.activation
@@ -116,9 +116,7 @@ def _rewrite(
         bias.copy_(torch.as_tensor(wanted / level).to(bias))
 
 
-def _rows(
-    mlp: nn.Module, unit: int
-) -> tuple[tuple[torch.Tensor, torch.Tensor], tuple[torch.Tensor, torch.Tensor] | None]:
+def _rows(mlp: ViT, unit: int) -> tuple[tuple[torch.Tensor, torch.Tensor], tuple[torch.Tensor, torch.Tensor] | None]:
     """(weight row, bias) of the unit's gate, and of its value where the MLP is gated."""
     if hasattr(mlp, "fc1_g"):
         return (mlp.fc1_g.weight[unit], mlp.fc1_g.bias[unit]), (mlp.fc1_x.weight[unit], mlp.fc1_x.bias[unit])

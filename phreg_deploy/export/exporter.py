@@ -15,13 +15,13 @@ import numpy as np
 import onnx
 import timm
 import torch
-from torch import nn
 
 from phreg_deploy import __version__
 from phreg_deploy.bundle import GRAPH, MANIFEST, POSITIONS, REFERENCE, Bundle, Manifest, file_digest
 from phreg_deploy.distill import taps
 from phreg_deploy.distill.checkpoint import read_record
 from phreg_deploy.distill.source import load_model, model_preprocess, model_spec, weights_digest
+from phreg_deploy.distill.taps import ViT
 from phreg_deploy.errors import PhregError
 from phreg_deploy.export.folding import patch_positions
 from phreg_deploy.export.graph import DenseViT
@@ -94,7 +94,7 @@ def export_bundle(request: ExportRequest, output: Path, *, force: bool = False, 
 
 
 @torch.inference_mode()
-def reference(model: nn.Module, preprocess: Preprocess, sizes: Sizes, batches: Batches) -> dict[str, np.ndarray]:
+def reference(model: ViT, preprocess: Preprocess, sizes: Sizes, batches: Batches) -> dict[str, np.ndarray]:
     """The exam: seeded images at every size of interest, and what the *untouched* PyTorch model answers, in float32.
 
     Returns:
@@ -127,7 +127,7 @@ def _image(rng: np.random.Generator, size: tuple[int, int]) -> np.ndarray:
     return np.clip(total + 120, 0, 255).astype(np.uint8)
 
 
-def _at(model: nn.Module, size: tuple[int, int]) -> nn.Module:
+def _at(model: ViT, size: tuple[int, int]) -> ViT:
     """The model at another input size; the original keeps its own position embedding."""
     if tuple(model.patch_embed.img_size) == size:
         return model
@@ -136,7 +136,7 @@ def _at(model: nn.Module, size: tuple[int, int]) -> nn.Module:
     return sized.eval()
 
 
-def _grid(model: nn.Module) -> np.ndarray | None:
+def _grid(model: ViT) -> np.ndarray | None:
     positions = patch_positions(model)
     return None if positions is None else positions.reshape(*model.patch_embed.grid_size, -1).numpy().astype(np.float32)
 
@@ -148,7 +148,7 @@ def _record(name: str) -> dict[str, Any] | None:
 
 def _manifest(
     request: ExportRequest,
-    model: nn.Module,
+    model: ViT,
     graph: onnx.ModelProto,
     preprocess: Preprocess,
     sizes: Sizes,

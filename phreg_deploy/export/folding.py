@@ -6,11 +6,12 @@ C width, H heads, D head width, p patch side.
 from __future__ import annotations
 
 import torch
-from torch import nn
+
+from phreg_deploy.distill.taps import ViT
 
 
 def fold_normalisation(
-    projection: nn.Conv2d, mean: tuple[float, ...], std: tuple[float, ...]
+    projection: ViT, mean: tuple[float, ...], std: tuple[float, ...]
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Pixel scaling, mean and standard deviation into the patch projection.
 
@@ -28,7 +29,7 @@ def fold_normalisation(
     return scaled.float(), bias.float()
 
 
-def fold_layer_scale(linear: nn.Linear, gamma: torch.Tensor | None) -> None:
+def fold_layer_scale(linear: ViT, gamma: torch.Tensor | None) -> None:
     """LayerScale into the linear layer before it, in place: gamma * (W x + b) = (gamma W) x + gamma b."""
     if gamma is None:
         return
@@ -50,7 +51,7 @@ def fold_attention_scale(weight: torch.Tensor, bias: torch.Tensor | None, width:
             bias[:width] *= scale
 
 
-def prefix_tokens(model: nn.Module) -> torch.Tensor | None:
+def prefix_tokens(model: ViT) -> torch.Tensor | None:
     """Class token and registers with their position embedding, ``(1, 1 + R, C)``; None where there are none."""
     parts = [token for token in (model.cls_token, model.reg_token) if token is not None]
     if not parts:
@@ -61,7 +62,7 @@ def prefix_tokens(model: nn.Module) -> torch.Tensor | None:
     return tokens
 
 
-def patch_positions(model: nn.Module) -> torch.Tensor | None:
+def patch_positions(model: ViT) -> torch.Tensor | None:
     """Position embedding of the patches at the model's present size, ``(1, N, C)``; None where there is none."""
     if model.pos_embed is None:
         return None

@@ -6,11 +6,13 @@ B batch, (Hp, Wp) patch grid, N = Hp * Wp, T = 1 + R + N tokens, C width, H head
 from __future__ import annotations
 
 import copy
+from typing import Any
 
 import torch
-from timm.layers import apply_rot_embed_cat
+from timm.layers.pos_embed_sincos import apply_rot_embed_cat
 from torch import nn
 
+from phreg_deploy.distill.taps import ViT
 from phreg_deploy.export.folding import (
     fold_attention_scale,
     fold_layer_scale,
@@ -31,7 +33,7 @@ class DenseViT(nn.Module):
     """
 
     def __init__(
-        self, model: nn.Module, preprocess: Preprocess, *, positions_as_input: bool = False, half: bool = False
+        self, model: ViT, preprocess: Preprocess, *, positions_as_input: bool = False, half: bool = False
     ) -> None:
         super().__init__()
         self.patch = tuple(model.patch_embed.patch_size)
@@ -88,7 +90,7 @@ class DenseViT(nn.Module):
 class DenseBlock(nn.Module):
     """A pre-norm block with LayerScale folded away; computes what timm's block computes."""
 
-    def __init__(self, block: nn.Module, rope: torch.Tensor | None, prefix_count: int) -> None:
+    def __init__(self, block: ViT, rope: torch.Tensor | None, prefix_count: int) -> None:
         super().__init__()
         self.norm1, self.norm2 = copy.deepcopy(block.norm1), copy.deepcopy(block.norm2)
         self.attn = DenseAttention(block.attn, rope, prefix_count)
@@ -104,7 +106,7 @@ class DenseBlock(nn.Module):
 class DenseAttention(nn.Module):
     """One fused qkv projection, its query rows scaled; explicit attention, which every runtime fuses in its own way."""
 
-    def __init__(self, attn: nn.Module, rope: torch.Tensor | None, prefix_count: int) -> None:
+    def __init__(self, attn: ViT, rope: torch.Tensor | None, prefix_count: int) -> None:
         super().__init__()
         self.heads, self.head_width, self.prefix_count = attn.num_heads, attn.head_dim, prefix_count
         width = self.heads * self.head_width
@@ -119,7 +121,7 @@ class DenseAttention(nn.Module):
             self.qkv.bias = nn.Parameter(bias)
         self.norm, self.gate, self.proj = copy.deepcopy(attn.norm), copy.deepcopy(attn.gate), copy.deepcopy(attn.proj)
         self.half_rotation = bool(getattr(attn, "rotate_half", False))
-        self.rope = None if rope is None else nn.Parameter(rope.clone())
+        self.rope: Any = None if rope is None else nn.Parameter(rope.clone())
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         b, t, _ = x.shape
@@ -143,7 +145,7 @@ class DenseAttention(nn.Module):
         return torch.cat([head, apply_rot_embed_cat(tail, self.rope, half=self.half_rotation)], dim=2)
 
 
-def _fused_qkv(attn: nn.Module) -> tuple[torch.Tensor, torch.Tensor | None]:
+def _fused_qkv(attn: ViT) -> tuple[torch.Tensor, torch.Tensor | None]:
     """Weight ``(3 * H * D, C)`` and bias of any of timm's attention modules, detached copies."""
     if attn.qkv is not None:
         weight, bias = attn.qkv.weight.detach().clone(), attn.qkv.bias
@@ -158,12 +160,12 @@ def _fused_qkv(attn: nn.Module) -> tuple[torch.Tensor, torch.Tensor | None]:
     return weight, torch.cat([zeros if part.bias is None else part.bias.detach() for part in parts])
 
 
-def _layer_scale(block: nn.Module, which: int) -> torch.Tensor | None:
+def _layer_scale(block: ViT, which: int) -> torch.Tensor | None:
     gamma = getattr(getattr(block, f"ls{which}", None), "gamma", None)
     return getattr(block, f"gamma_{which}", None) if gamma is None else gamma
 
 
-def _rotary(model: nn.Module) -> list[torch.Tensor | None]:
+def _rotary(model: ViT) -> list[torch.Tensor | None]:
     """The rotary embedding of each block at the model's present size."""
     rope = getattr(model, "rope", None)
     if rope is None:

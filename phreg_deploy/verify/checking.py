@@ -1,7 +1,4 @@
-"""What ``check`` does: the bundle's own exam, and the same images through PyTorch where a reference is given.
-
-It lives here because it joins two rooms that must not know each other: the exporter cannot mark its own homework.
-"""
+"""What ``check`` does: the bundle's own exam, and the same images through PyTorch where a reference is given."""
 
 from __future__ import annotations
 
@@ -13,7 +10,7 @@ from PIL import Image
 
 from phreg_deploy.photographs import Photographs, read_photographs
 from phreg_deploy.pictures import colours, components, heat
-from phreg_deploy.progress import Progress
+from phreg_deploy.progress import SILENT, Progress
 from phreg_deploy.runtime.features import FeatureExtractor
 from phreg_deploy.runtime.parity import check_reference, compare_runs, judge, worst
 from phreg_deploy.scores import Run, Scores, score
@@ -32,10 +29,26 @@ def bundle_run(extractor: FeatureExtractor) -> Run:
 
 
 def run_check(
-    extractor: FeatureExtractor, *, reference: str | None, reference_checkpoint: Path | None, base: str | None, base_checkpoint: Path | None,
-    images: Path | None, limit: int, gates: tuple[float | None, float | None], progress: Progress,
-) -> tuple[dict[str, Any], Pictures]:  # fmt: skip
-    """Returns the report, and pictures of the first image where there are images."""
+    extractor: FeatureExtractor,
+    *,
+    reference: str | None = None,
+    reference_checkpoint: Path | None = None,
+    base: str | None = None,
+    base_checkpoint: Path | None = None,
+    images: Path | None = None,
+    limit: int = 64,
+    gates: tuple[float | None, float | None] = (None, None),
+    progress: Progress = SILENT,
+) -> tuple[dict[str, Any], Pictures]:
+    """Parity with the bundle's own reference, and on ``images`` artifact rates and parity with a PyTorch ``reference``.
+
+    Args:
+        reference, base: a student's folder or a timm name, each with its checkpoint where it needs one.
+        gates: 1st-percentile cosine and change of the norm-outlier rate in points; None for the precision's own.
+
+    Returns:
+        The report, with ``missed`` gates in words, and pictures of the first image where there are images.
+    """
     manifest, size = extractor.manifest, extractor.manifest.sizes.default
     comparisons = [
         {"with": "own reference", "size": f"{c['size'][0]}x{c['size'][1]}, batch {c['batch']}", "parity": c["parity"]}
@@ -81,7 +94,7 @@ def run_check(
                 }
             )
     missed = judge(worst([c["parity"] for c in comparisons]), manifest.precision, *gates)
-    document = {
+    document: dict[str, Any] = {
         "bundle": str(extractor.bundle.folder), "backend": extractor.backend, "precision": manifest.precision, "images": len(photographs) if photographs else 0,
         "comparisons": [{**c, "parity": c["parity"].to_json()} for c in comparisons],
         "artifacts": {name: {**s.to_json(), "note": note} for name, (s, note) in scored.items()}, "missed": missed,

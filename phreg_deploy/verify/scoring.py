@@ -28,8 +28,8 @@ def score_bundle(
     progress: Progress,
 ) -> tuple[dict[str, Any], Image.Image]:
     """Scores of a bundle, without PyTorch."""
-    from phreg_deploy.cli.checking import bundle_run
     from phreg_deploy.runtime.features import FeatureExtractor
+    from phreg_deploy.verify.checking import bundle_run
 
     if checkpoint is not None:
         raise PhregError(f"artifacts: --checkpoint goes with a timm name, but {path} is a bundle.")

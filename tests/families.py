@@ -1,0 +1,59 @@
+"""One small real timm model per supported family: real architectures and options, few and narrow blocks."""
+
+import timm
+import torch
+
+FAMILIES = {
+    "augreg": ("vit_tiny_patch16_224", {}),
+    "dino": ("vit_small_patch16_224", {}),
+    "dinov2": ("vit_small_patch14_dinov2", {}),
+    "dinov2-giant": ("vit_giant_patch14_dinov2", {}),  # SwiGLU, packed
+    "deit3": ("deit3_small_patch16_224", {}),
+    "clip-quickgelu": ("vit_base_patch16_clip_quickgelu_224", {}),
+    "clip": ("vit_base_patch16_clip_224", {}),
+    "mae": ("vit_base_patch16_224", {"global_pool": "avg"}),
+    "siglip": ("vit_base_patch16_siglip_224", {}),
+    "eva": ("eva_large_patch14_196", {}),
+    "eva02": ("eva02_tiny_patch14_224", {}),  # rotary, SwiGLU
+    "eva02-base": ("eva02_base_patch14_224", {}),  # separate q, k, v; norm inside the MLP
+}
+
+
+def small(family: str, *, depth: int = 2, width: int = 48, heads: int = 3, seed: int = 0, side: int = 4):
+    """The family's model, ``side`` x ``side`` patches, with weights large enough that every path matters."""
+    name, options = FAMILIES[family]
+    patch = 14 if "patch14" in name else 16
+    torch.manual_seed(seed)
+    model = timm.create_model(
+        name, depth=depth, embed_dim=width, num_heads=heads, img_size=patch * side, num_classes=7, **options
+    )
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            noise = torch.randn(parameter.shape, generator=generator)
+            if "norm" in name and name.endswith("weight"):
+                parameter.copy_(1 + 0.2 * noise)
+            elif "gamma" in name:
+                parameter.copy_(0.5 + 0.2 * noise)
+            elif parameter.ndim == 1:
+                parameter.copy_(0.2 * noise)
+            elif "token" in name or "pos_embed" in name:
+                parameter.copy_(0.5 * noise)
+            else:
+                fan_in = parameter[0].numel()
+                parameter.copy_(noise / fan_in**0.5)
+    return model.eval()
+
+
+def plant(model, block: int = 0, unit: int = 5, corner: float = 30.0):
+    """Make a hidden unit that fires for the first patch's position alone and writes a long vector: a register neuron."""
+    with torch.no_grad():
+        start = model.num_prefix_tokens if not model.no_embed_class else 0
+        mark = torch.randn(model.embed_dim, generator=torch.Generator().manual_seed(7))
+        mark -= mark.mean()
+        model.pos_embed[0, start] = 8 * mark
+        row = mark / mark.norm()
+        model.blocks[block].mlp.fc1.weight[unit] = corner * row
+        model.blocks[block].mlp.fc1.bias[unit] = -corner * 4.5
+        model.blocks[block].mlp.fc2.weight[:, unit] *= 3 / model.blocks[block].mlp.fc2.weight[:, unit].norm()
+    return model

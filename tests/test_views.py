@@ -1,0 +1,50 @@
+import numpy as np
+import pytest
+
+from phreg_deploy.views import View, draw_views, gather, realign, seed_of, show
+
+
+def coordinates(grid):
+    rows, columns = np.mgrid[: grid[0], : grid[1]]
+    return np.stack([rows, columns], -1)
+
+
+@pytest.mark.parametrize("view", [View(0, 0, False), View(2, -1, False), View(-2, 2, True), View(0, 1, True)])
+def test_realigned_patches_come_from_where_they_are_put(view):
+    """A picture whose every pixel names its patch, seen through a view, finds its way back."""
+    grid, patch = (5, 6), 4
+    image = np.repeat(np.repeat(coordinates(grid), patch, 0), patch, 1)
+    image = np.concatenate([image, np.zeros_like(image[..., :1])], -1).astype(np.uint8)
+    shown = show(image, view, (patch, patch))
+    features = shown[::patch, ::patch, :2].astype(np.float32)
+    part, place = realign(features, view)
+    np.testing.assert_array_equal(part, coordinates(grid)[place])
+
+
+def test_the_gap_is_white():
+    shown = show(np.zeros((8, 8, 3), np.uint8), View(1, 0, False), (4, 4))
+    assert (shown[4:] == 255).all()
+    assert (shown[:4] == 0).all()
+
+
+def test_views_start_plain_stay_in_reach_and_follow_the_seed():
+    views = draw_views(10, (14, 14), seed=3)
+    assert views[0] == View(0, 0, False)
+    assert len(views) == 10
+    assert max(abs(v.down) for v in views) == 2  # 0.15 * 14, rounded
+    assert views == draw_views(10, (14, 14), seed=3)
+    assert views != draw_views(10, (14, 14), seed=4)
+    assert len({(v.down, v.right) for v in views}) == 10  # farthest apart: no offset twice
+
+
+def test_gather_counts_the_views_that_cover_each_patch():
+    views = [View(0, 0, False), View(1, 0, False), View(-1, 0, True)]
+    total, count = gather(np.ones((3, 3, 3, 2), np.float32), views)
+    np.testing.assert_array_equal(count, [[2, 2, 2], [3, 3, 3], [2, 2, 2]])
+    np.testing.assert_array_equal(total[..., 0], count)
+
+
+def test_an_images_views_do_not_depend_on_its_company():
+    assert seed_of(0, "a") == seed_of(0, "a")
+    assert seed_of(0, "a") != seed_of(0, "b")
+    assert seed_of(0, "a") != seed_of(1, "a")
