@@ -32,14 +32,19 @@ def read(folder: Path) -> np.ndarray:
 
 def patch_labels(labels: np.ndarray, patch: int) -> np.ndarray:
     m, h, w = labels.shape
-    tiles = labels.reshape(m, h // patch, patch, w // patch, patch).transpose(0, 1, 3, 2, 4).reshape(m, -1, patch * patch)
+    tiles = (
+        labels.reshape(m, h // patch, patch, w // patch, patch).transpose(0, 1, 3, 2, 4).reshape(m, -1, patch * patch)
+    )
     return np.stack([(tiles == k).sum(-1) for k in range(CLASSES + 1)], -1).argmax(-1)
 
 
 @torch.inference_mode()
 def features(model: torch.nn.Module, images: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     preprocess = model_preprocess(model)
-    seen = [taps.forward(model, taps.normalise(images[i : i + 8], preprocess.mean, preprocess.std)) for i in range(0, len(images), 8)]
+    seen = [
+        taps.forward(model, taps.normalise(images[i : i + 8], preprocess.mean, preprocess.std))
+        for i in range(0, len(images), 8)
+    ]
     return torch.cat([s.patches for s in seen]).numpy(), torch.cat([s.norms for s in seen]).numpy()
 
 
@@ -96,7 +101,10 @@ def main() -> None:
     asked = parser.parse_args()
     torch.manual_seed(0)
 
-    sets = {name: (read(asked.data / f"camvid_{name}"), read(asked.data / f"camvid_{name}_labels")) for name in ("train", "val")}
+    sets = {
+        name: (read(asked.data / f"camvid_{name}"), read(asked.data / f"camvid_{name}_labels"))
+        for name in ("train", "val")
+    }
     base = load_model(asked.base, checkpoint=asked.checkpoint, image_size=SIZE)
     grid, patch = tuple(base.patch_embed.grid_size), base.patch_embed.patch_size[0]
     labels = {name: patch_labels(y, patch) for name, (_, y) in sets.items()}
@@ -108,7 +116,11 @@ def main() -> None:
         keep = labels["train"] != VOID
         mean, spread, weight, bias = fit(train[keep], labels["train"][keep])
         predicted = (((torch.from_numpy(val) - mean) / spread) @ weight + bias).argmax(-1).numpy()
-        row = {"model": name, **scores(predicted, labels["val"], outliers["val"]), "norm_outlier_rate": norm_outliers(norms, median).rate}
+        row = {
+            "model": name,
+            **scores(predicted, labels["val"], outliers["val"]),
+            "norm_outlier_rate": norm_outliers(norms, median).rate,
+        }
         print(json.dumps(row), flush=True)  # noqa: T201
         return row
 

@@ -24,7 +24,12 @@ from phreg_deploy.export.exporter import ExportRequest, export_bundle
 from phreg_deploy.runtime.features import FeatureExtractor
 from phreg_deploy.runtime.parity import compare_runs
 
-NAMES = ("vit_small_patch14_dinov2", "vit_base_patch16_clip_quickgelu_224", "deit3_small_patch16_224", "vit_base_patch16_siglip_224")
+NAMES = (
+    "vit_small_patch14_dinov2",
+    "vit_base_patch16_clip_quickgelu_224",
+    "deit3_small_patch16_224",
+    "vit_base_patch16_siglip_224",
+)
 CASES = (((14, 14), 1), ((16, 12), 8), ((21, 27), 2))  # patch grid, batch
 
 
@@ -70,9 +75,14 @@ def main() -> None:
                         sized = load_model(str(folder), image_size=size)
                         with torch.inference_mode():
                             seen = taps.forward(sized, taps.normalise(images, preprocess.mean, preprocess.std))
-                        expected = {"features": seen.patches.numpy().reshape(got["features"].shape), "token_norm": seen.norms.numpy().reshape(got["token_norm"].shape)}
+                        expected = {
+                            "features": seen.patches.numpy().reshape(got["features"].shape),
+                            "token_norm": seen.norms.numpy().reshape(got["token_norm"].shape),
+                        }
                         parity = compare_runs(got, expected)
-                        rows.append({"model": name, "registers": registers, "size": size, "batch": batch, **parity.to_json()})
+                        rows.append(
+                            {"model": name, "registers": registers, "size": size, "batch": batch, **parity.to_json()}
+                        )
                         print(json.dumps(rows[-1]), flush=True)  # noqa: T201
     worst = min(row["cosine_p1"] for row in rows)
     report = {"worst_cosine_p1": worst, "rows": rows}

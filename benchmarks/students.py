@@ -71,9 +71,17 @@ def main() -> None:
         )
         print(json.dumps(rows[-1]), flush=True)  # noqa: T201
     fixed = nearest_interior(first["patches"], outliers, tuple(base.patch_embed.grid_size))
-    rows.append({"model": "base, nearest interior patch copied", "fidelity": asdict(agreement(fixed, target, outliers))})
+    rows.append(
+        {"model": "base, nearest interior patch copied", "fidelity": asdict(agreement(fixed, target, outliers))}
+    )
     print(json.dumps(rows[-1]))  # noqa: T201
-    report = {"photographs": len(photographs), "scenes": len(scenes), "rows": rows, "torch": torch.__version__, "threads": torch.get_num_threads()}
+    report = {
+        "photographs": len(photographs),
+        "scenes": len(scenes),
+        "rows": rows,
+        "torch": torch.__version__,
+        "threads": torch.get_num_threads(),
+    }
     if asked.json:
         asked.json.write_text(json.dumps(report, indent=1) + "\n")
 

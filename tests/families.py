@@ -45,15 +45,27 @@ def small(family: str, *, depth: int = 2, width: int = 48, heads: int = 3, seed:
     return model.eval()
 
 
-def plant(model, block: int = 0, unit: int = 5, corner: float = 30.0):
-    """Make a hidden unit that fires for the first patch's position alone and writes a long vector: a register neuron."""
+def plant(model, block: int = 0, unit: int = 5, level: float = 40.0):
+    """Make a register neuron: a hidden unit that fires for the first patch's place alone and writes a long vector there.
+
+    The direction is fitted to the inputs of the block's MLP, so that it works in any block of any family.
+    """
+    generator = torch.Generator().manual_seed(7)
     with torch.no_grad():
-        start = model.num_prefix_tokens if not model.no_embed_class else 0
-        mark = torch.randn(model.embed_dim, generator=torch.Generator().manual_seed(7))
-        mark -= mark.mean()
-        model.pos_embed[0, start] = 8 * mark
-        row = mark / mark.norm()
-        model.blocks[block].mlp.fc1.weight[unit] = corner * row
-        model.blocks[block].mlp.fc1.bias[unit] = -corner * 4.5
-        model.blocks[block].mlp.fc2.weight[:, unit] *= 3 / model.blocks[block].mlp.fc2.weight[:, unit].norm()
+        place = model.num_prefix_tokens if not model.no_embed_class else 0
+        model.pos_embed[0, place] += 1.5 * torch.randn(model.embed_dim, generator=generator)
+        mlp, inputs = model.blocks[block].mlp, []
+        handle = mlp.register_forward_pre_hook(lambda _m, args: inputs.append(args[0].double()))
+        model.forward_features(torch.randn(32, 3, *model.patch_embed.img_size, generator=generator))
+        handle.remove()
+        first = model.num_prefix_tokens
+        here = inputs[0][:, first]
+        others = torch.cat([inputs[0][:, :first], inputs[0][:, first + 1 :]], 1).flatten(0, 1)
+        spread = torch.cov(others.T) + 0.05 * torch.eye(model.embed_dim, dtype=torch.float64)
+        direction = torch.linalg.solve(spread, here.mean(0) - others.mean(0))
+        low, high = float((others @ direction).max()), float((here @ direction).mean())
+        gain = (level + 6) / (high - low)
+        mlp.fc1.weight[unit] = (gain * direction).float()
+        mlp.fc1.bias[unit] = level - gain * high
+        mlp.fc2.weight[:, unit] *= 3 / mlp.fc2.weight[:, unit].norm()
     return model

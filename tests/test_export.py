@@ -8,10 +8,10 @@ from phreg_deploy.artifacts import agreement
 from phreg_deploy.distill import taps
 from phreg_deploy.distill.source import model_preprocess
 from phreg_deploy.distill.student import add_registers
+from phreg_deploy.export.folding import patch_positions
 from phreg_deploy.export.graph import DenseViT
 from phreg_deploy.export.trace import OPSET, trace
 from phreg_deploy.runtime.positions import resample
-from phreg_deploy.export.folding import patch_positions
 from phreg_deploy.spec import Batches, Sizes
 from tests.families import FAMILIES, small
 
@@ -54,7 +54,9 @@ def test_every_family_is_served_as_pytorch_computes_it(family, registers):
     got, seen, _ = served(model, images)
     patches = seen.patches.numpy()
     assert agreement(got["features"].reshape(patches.shape), patches).minimum > 0.999999
-    np.testing.assert_allclose(got["features"].reshape(patches.shape), patches, rtol=1e-3, atol=2e-4 * np.abs(patches).max())
+    np.testing.assert_allclose(
+        got["features"].reshape(patches.shape), patches, rtol=1e-3, atol=2e-4 * np.abs(patches).max()
+    )
     np.testing.assert_allclose(got["token_norm"].reshape(seen.norms.shape), seen.norms.numpy(), rtol=1e-4)
     assert ("cls" in got) == (model.cls_token is not None)
     if "cls" in got:

@@ -20,7 +20,9 @@ def test_normalisation_moves_into_the_patch_projection(bias):
     projection = nn.Conv2d(3, 8, 4, 4, bias=bias)
     mean, std = (0.48, 0.45, 0.41), (0.27, 0.26, 0.28)
     image = torch.randint(0, 256, (2, 8, 12, 3))
-    normal = (image.permute(0, 3, 1, 2).double() / 255 - torch.tensor(mean).view(1, 3, 1, 1)) / torch.tensor(std).view(1, 3, 1, 1)
+    normal = (image.permute(0, 3, 1, 2).double() / 255 - torch.tensor(mean).view(1, 3, 1, 1)) / torch.tensor(std).view(
+        1, 3, 1, 1
+    )
     expected = copy.deepcopy(projection).double()(normal).flatten(2).transpose(1, 2)
     weight, offset = fold_normalisation(projection, mean, std)
     rows = image.reshape(2, 2, 4, 3, 4, 3).permute(0, 1, 3, 2, 4, 5).reshape(2, 6, -1).double()

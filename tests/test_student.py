@@ -8,8 +8,9 @@ import torch
 
 from phreg_deploy.distill import taps
 from phreg_deploy.distill.checkpoint import read_record, write_student
-from phreg_deploy.distill.source import load_model, model_spec, weights_digest
+from phreg_deploy.distill.source import load_model, model_spec
 from phreg_deploy.distill.student import add_registers
+from phreg_deploy.distill.weights import weights_digest
 from phreg_deploy.errors import PhregError
 from tests.families import FAMILIES, small
 
@@ -47,7 +48,9 @@ def folders(tmp_path_factory):
         folder = root / family
         folder.mkdir()
         write_student(student, {"scores": {}}, folder)
-        images = torch.linspace(-2, 2, 3 * student.patch_embed.img_size[0] ** 2).reshape(1, 3, *student.patch_embed.img_size)
+        images = torch.linspace(-2, 2, 3 * student.patch_embed.img_size[0] ** 2).reshape(
+            1, 3, *student.patch_embed.img_size
+        )
         with torch.no_grad():
             np.save(folder / "expected.npy", student.forward_features(images).numpy())
     return root
@@ -69,7 +72,9 @@ for folder in sorted(pathlib.Path(sys.argv[1]).iterdir()):
     report[folder.name] = float(abs(got - numpy.load(folder / "expected.npy")).max())
 print(json.dumps(report))
 """
-    done = subprocess.run([sys.executable, "-W", "ignore", "-c", code, str(folders)], capture_output=True, text=True, check=True)
+    done = subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", code, str(folders)], capture_output=True, text=True, check=True
+    )
     report = json.loads(done.stdout.splitlines()[-1])
     assert set(report) == set(FAMILIES)
     assert max(report.values()) < 1e-5

@@ -18,16 +18,17 @@ import torch
 from phreg_deploy import __version__
 from phreg_deploy.distill import taps
 from phreg_deploy.distill.checkpoint import write_student
-from phreg_deploy.distill.hardware import find_autocast, find_device
+from phreg_deploy.distill.hardware import find_autocast, find_device, quickest_attention
 from phreg_deploy.distill.measure import compare
 from phreg_deploy.distill.neurons import Survey, survey
 from phreg_deploy.distill.recipes import Recipe, default_rate, find_recipe
-from phreg_deploy.distill.source import load_model, model_preprocess, weights_digest
+from phreg_deploy.distill.source import load_model, model_preprocess
 from phreg_deploy.distill.student import add_registers
 from phreg_deploy.distill.taps import ViT
 from phreg_deploy.distill.teacher import TargetCache, Teacher
 from phreg_deploy.distill.training import train
 from phreg_deploy.distill.transplant import STRENGTH, silence, transplant
+from phreg_deploy.distill.weights import weights_digest
 from phreg_deploy.errors import PhregError
 from phreg_deploy.photographs import Photographs, read_photographs
 from phreg_deploy.progress import SILENT, Progress
@@ -101,6 +102,8 @@ def distill(
     )
 
     student = add_registers(base, request.registers, request.seed)  # refuses before hours of targets
+    for model in (base, student):
+        quickest_attention(model, device, autocast)
     work = _work_folder(output, request, weights_digest(base), training, recipe, autocast, resume, force)
     targets = TargetCache(
         Teacher(base, preprocess, views=request.views, seed=request.seed, device=device, autocast=autocast),

@@ -6,7 +6,6 @@ Decides what is supported, and refuses the rest by name with the reason.
 from __future__ import annotations
 
 import difflib
-import hashlib
 import json
 import logging
 from pathlib import Path
@@ -22,6 +21,7 @@ from timm.models.vision_transformer import Block, VisionTransformer
 from torch import nn
 
 from phreg_deploy.distill.taps import ViT
+from phreg_deploy.distill.weights import read_weights
 from phreg_deploy.errors import PhregError
 from phreg_deploy.spec import ModelSpec, Preprocess, check_multiple
 
@@ -102,15 +102,6 @@ def model_preprocess(model: ViT, crop: str = "squash") -> Preprocess:
     config = resolve_model_data_config(model)
     pct = float(config["crop_pct"]) if crop == "center" else 1.0
     return Preprocess(tuple(config["mean"]), tuple(config["std"]), config["interpolation"], crop, pct)
-
-
-def weights_digest(model: ViT) -> str:
-    """sha256 over names and float32 bytes of every weight: the identity of a model, however it was stored."""
-    digest = hashlib.sha256()
-    for key, value in sorted(model.state_dict().items()):
-        digest.update(key.encode())
-        digest.update(value.detach().cpu().float().contiguous().numpy().tobytes())
-    return digest.hexdigest()
 
 
 def model_arguments(model: ViT) -> dict[str, Any]:
@@ -266,32 +257,3 @@ def _from_file(name: str, path: Path) -> ViT:
             f"checkpoint: the weights in {path} do not fit {name}: {' '.join(line.strip() for line in first[:3])[:400]}"
         ) from error
     return model
-
-
-def read_weights(path: Path) -> dict[str, torch.Tensor]:
-    """A flat state dict from ``.safetensors`` or a torch checkpoint; nothing is unpickled beyond tensors.
-
-    Raises:
-        PhregError: missing, of another suffix, corrupt, or holding something other than tensors.
-    """
-    if not path.is_file():
-        raise PhregError(f"checkpoint: there is no file {path}.")
-    if path.suffix == ".safetensors":
-        try:
-            return load_file(path)
-        except SafetensorError as error:
-            raise PhregError(f"checkpoint: {path} is corrupt or truncated ({error}).") from None
-    if path.suffix not in (".pth", ".pt", ".bin"):
-        raise PhregError(f"checkpoint: got {path.name}, expected .safetensors, .pth, .pt or .bin.")
-    try:
-        state = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # torch raises pickle, zip, EOF and runtime errors for damaged files
-        raise PhregError(
-            f"checkpoint: {path} cannot be read safely ({type(error).__name__}): it is damaged, or holds more than tensors. Convert it to .safetensors."
-        ) from None
-    for key in ("state_dict", "model", "teacher"):
-        if isinstance(state, dict) and isinstance(state.get(key), dict):
-            state = state[key]
-    if not isinstance(state, dict) or not state or not all(isinstance(v, torch.Tensor) for v in state.values()):
-        raise PhregError(f"checkpoint: {path} holds no state dict; expected a mapping from names to tensors.")
-    return state

@@ -18,8 +18,8 @@ import torch
 
 from phreg_deploy.artifacts import cosine
 from phreg_deploy.distill import taps
-from phreg_deploy.distill.source import weights_digest
 from phreg_deploy.distill.taps import ViT
+from phreg_deploy.distill.weights import weights_digest
 from phreg_deploy.photographs import Photographs
 from phreg_deploy.spec import Preprocess
 from phreg_deploy.views import View, draw_views, gather, seed_of, show

@@ -20,8 +20,9 @@ from phreg_deploy import __version__
 from phreg_deploy.bundle import GRAPH, MANIFEST, POSITIONS, REFERENCE, Bundle, Manifest, file_digest
 from phreg_deploy.distill import taps
 from phreg_deploy.distill.checkpoint import read_record
-from phreg_deploy.distill.source import load_model, model_preprocess, model_spec, weights_digest
+from phreg_deploy.distill.source import load_model, model_preprocess, model_spec
 from phreg_deploy.distill.taps import ViT
+from phreg_deploy.distill.weights import weights_digest
 from phreg_deploy.errors import PhregError
 from phreg_deploy.export.folding import patch_positions
 from phreg_deploy.export.graph import DenseViT

@@ -1,0 +1,204 @@
+"""A whole world in miniature, made once a session: photographs, a model with a planted register neuron, its student, bundles.
+
+Nothing here needs the network. Fixtures that need torch skip where it is not installed.
+"""
+
+import importlib
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from tests.world import invoke, photograph
+
+os.environ.update(HF_HUB_OFFLINE="1", OMP_NUM_THREADS="1", COLUMNS="140")
+
+SIDE, PATCH, WIDTH, DEPTH = 64, 8, 48, 3
+NEURON = (1, 17)  # block and hidden unit of the planted register neuron
+
+
+@pytest.fixture(scope="session")
+def run_cli():
+    return invoke
+
+
+@pytest.fixture(scope="session", autouse=True)
+def home(tmp_path_factory):
+    """The cache of teacher targets stays inside the session."""
+    folder = tmp_path_factory.mktemp("home")
+    with mock.patch.dict(os.environ, XDG_CACHE_HOME=str(folder)):
+        yield folder / "phreg-deploy"
+
+
+@pytest.fixture(scope="session")
+def torch():
+    torch = pytest.importorskip("torch")
+    pytest.importorskip("timm")
+    torch.set_num_threads(1)
+    return torch
+
+
+@pytest.fixture(scope="session")
+def photos(tmp_path_factory) -> Path:
+    """24 photographs, JPEG and PNG, of many sizes."""
+    folder = tmp_path_factory.mktemp("photos")
+    for i in range(24):
+        picture = photograph(i, 70 + 7 * (i % 5), 66 + 11 * (i % 4))
+        picture.save(folder / f"frame-{i:02d}.{'jpg' if i % 2 else 'png'}")
+    return folder
+
+
+@pytest.fixture(scope="session")
+def odd_images(tmp_path_factory) -> Path:
+    """One file of each odd kind: five modes that can be read, and three files that cannot."""
+    folder, picture = tmp_path_factory.mktemp("odd"), photograph(100, 90, 80)
+    picture.convert("L").save(folder / "grey.png")
+    picture.convert("CMYK").save(folder / "cmyk.jpg")
+    picture.convert("RGBA").save(folder / "rgba.png")
+    picture.convert("P", palette=Image.Palette.ADAPTIVE).save(folder / "palette.png")
+    deep = np.asarray(picture.convert("L")).astype(np.uint16) * 257
+    Image.fromarray(deep).save(folder / "grey16.png")
+    picture.save(folder / "whole.jpg")
+    data = (folder / "whole.jpg").read_bytes()
+    (folder / "truncated.jpg").write_bytes(data[: len(data) // 2])
+    (folder / "empty.png").write_bytes(b"")
+    (folder / "text.jpg").write_text("not an image\n")
+    return folder
+
+
+def plant(model: Any, torch: Any) -> None:
+    """Give ``model`` seeded weights of normal scale, and a unit that turns the four corner tokens into outliers.
+
+    The corners are marked in the position embedding; the unit reads the mark and writes one large vector.
+    """
+    draw = torch.Generator().manual_seed(7)
+    block, unit = NEURON
+    with torch.no_grad():
+        for name, value in model.named_parameters():
+            noise = torch.randn(value.shape, generator=draw)
+            if "norm" in name:
+                value.copy_(0.1 * noise + (1.0 if name.endswith("weight") else 0.0))
+            elif value.ndim > 1 and name.endswith("weight"):
+                value.copy_(noise / value[0].numel() ** 0.5)
+            else:
+                value.copy_(0.3 * noise if "embed" in name or "token" in name else 0.05 * noise)
+        mark = torch.randn(WIDTH, generator=draw)
+        mark = (mark - mark.mean()) / (mark - mark.mean()).norm()
+        last = SIDE // PATCH - 1
+        for row, column in ((0, 0), (0, last), (last, 0), (last, last)):
+            model.pos_embed[0, 1 + row * (last + 1) + column] += 9 * mark
+        mlp = model.blocks[block].mlp
+        mlp.fc1.weight[unit] = 60 * mark
+        mlp.fc1.bias[unit] = -60 * 3.5
+        wrote = torch.randn(WIDTH, generator=draw)
+        mlp.fc2.weight[:, unit] = 2 * wrote / wrote.norm()
+
+
+@pytest.fixture(scope="session")
+def base(tmp_path_factory, torch) -> Path:
+    """A folder that stock timm loads: a ViT of 64 px, patch 8, width 48, 3 blocks, 5 classes."""
+    import timm
+    from timm.models import save_for_hf
+
+    shape = {"img_size": SIDE, "patch_size": PATCH, "embed_dim": WIDTH, "depth": DEPTH, "num_heads": 3}
+    model = timm.create_model("vit_tiny_patch16_224", num_classes=5, **shape)
+    plant(model, torch)
+    folder = tmp_path_factory.mktemp("models") / "base"
+    save_for_hf(model, str(folder), model_args=shape, safe_serialization=True)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def checkpoint(tmp_path_factory, torch) -> Path:
+    """Random weights, in safetensors, that fit timm's own ``vit_tiny_patch16_224`` at its native 224 px."""
+    import timm
+    from safetensors.torch import save_file
+
+    torch.manual_seed(3)
+    path = tmp_path_factory.mktemp("weights") / "vit_tiny.safetensors"
+    save_file(timm.create_model("vit_tiny_patch16_224", pretrained=False).state_dict(), path)
+    return path
+
+
+@pytest.fixture(scope="session")
+def distilled(tmp_path_factory, base, photos) -> tuple[Path, dict[str, Any]]:
+    """A student of one epoch, and its record."""
+    from phreg_deploy.distill.distillation import Request, distill
+
+    folder = tmp_path_factory.mktemp("students") / "student"
+    request = Request(str(base), photos, epochs=1, batch=8, views=6, device="cpu", precision="fp32")
+    return folder, distill(request, folder)
+
+
+@pytest.fixture(scope="session")
+def student(distilled) -> Path:
+    return distilled[0]
+
+
+@pytest.fixture(scope="session")
+def bundle(tmp_path_factory, student) -> Path:
+    """The student at 64 x 64, one image at a time."""
+    from phreg_deploy.export.exporter import ExportRequest, export_bundle
+
+    folder = tmp_path_factory.mktemp("bundles") / "fixed"
+    export_bundle(ExportRequest(str(student)), folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def wide_bundle(tmp_path_factory, student) -> Path:
+    """The student from 48 to 96 pixels a side, one to four images."""
+    from phreg_deploy.export.exporter import ExportRequest, export_bundle
+
+    folder = tmp_path_factory.mktemp("bundles") / "wide"
+    export_bundle(ExportRequest(str(student), image_size="48:64:96", batch="1:2:4"), folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def traces():
+    """Graphs that were traced, by weights, sizes and batches."""
+    return {}
+
+
+@pytest.fixture
+def traced_once(torch, traces, monkeypatch):
+    """For tests of what is around an export: the same student at the same size is traced once a session."""
+    exporter = importlib.import_module("phreg_deploy.export.exporter")
+
+    def once(module, sizes, batches, trace=exporter.trace):
+        key = (sizes, batches, module.projection.sum().item())
+        if key not in traces:
+            traces[key] = trace(module, sizes, batches).SerializeToString()
+        return exporter.onnx.load_from_string(traces[key])
+
+    monkeypatch.setattr(exporter, "trace", once)
+
+
+@pytest.fixture
+def world(request, tmp_path):
+    """The fixtures by name, made when first asked for, and ``out`` and ``tmp`` of this test's own: for tables of cases."""
+
+    class World:
+        tmp, out = tmp_path, tmp_path / "out"
+
+        def __getattr__(self, name: str) -> Any:
+            return request.getfixturevalue(name)
+
+        def copy(self, name: str, **files: Any) -> Path:
+            """A copy of a fixture's folder in which some files, by their stem, are other bytes (None: missing)."""
+            folder = Path(shutil.copytree(getattr(self, name), tmp_path / f"copy-of-{name}"))
+            for stem, change in files.items():
+                (path,) = folder.glob(f"{stem}.*")
+                if change is None:
+                    path.unlink()
+                    continue
+                path.write_bytes(change(path.read_bytes()) if callable(change) else change)
+            return folder
+
+    return World()

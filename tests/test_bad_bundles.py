@@ -1,0 +1,168 @@
+"""Bundles that are missing, damaged, changed or too new, and everything that can be wrong beside them: one table."""
+
+import hashlib
+import json
+
+import pytest
+
+from tests.world import leftovers
+
+pytestmark = pytest.mark.usefixtures("torch")
+
+READERS = {
+    "check": lambda w, bundle: ["check", bundle],
+    "profile": lambda w, bundle: ["profile", bundle, "--seconds", "0.1"],
+    "extract": lambda w, bundle: ["extract", bundle, w.photos, "-o", w.out],
+    "artifacts": lambda w, bundle: ["artifacts", bundle, "--images", w.photos, "--limit", "2"],
+    "inspect": lambda w, bundle: ["inspect", bundle],
+}
+
+
+def half(data):
+    return data[: len(data) // 2]
+
+
+def edit(**changes):
+    """A change of the manifest's keys; None takes one away."""
+
+    def change(data):
+        manifest = {**json.loads(data), **changes}
+        return json.dumps({k: v for k, v in manifest.items() if v is not None}).encode()
+
+    return change
+
+
+def rehashed(folder):
+    """The manifest agrees with the files again: what a careless tool leaves behind."""
+    manifest = json.loads((folder / "manifest.json").read_text())
+    manifest["files"] = {name: hashlib.sha256((folder / name).read_bytes()).hexdigest() for name in manifest["files"]}
+    (folder / "manifest.json").write_text(json.dumps(manifest))
+    return folder
+
+
+def write(w, name, data):
+    (w.tmp / name).write_text(data)
+    return w.tmp / name
+
+
+BUNDLES = {  # id: (bundle, fragments) for every reader
+    "no folder": (lambda w: w.tmp / "none", ["none", "there is nothing"]),
+    "a file": (lambda w: w.photos / "frame-01.jpg", ["frame-01.jpg", "there is a file"]),
+    "newer format": (lambda w: w.copy("bundle", manifest=edit(format=2)), ["got format 2", "at most 1", "Upgrade phreg-deploy"]),
+    "no format": (lambda w: w.copy("bundle", manifest=edit(format=None)), ["manifest.json", "no format number"]),
+    "manifest empty": (lambda w: w.copy("bundle", manifest=b""), ["manifest.json", "not valid JSON"]),
+    "manifest truncated": (lambda w: w.copy("bundle", manifest=half), ["manifest.json", "not valid JSON", "export the bundle again"]),
+    "manifest not text": (lambda w: w.copy("bundle", manifest=b"\xff\xfe\x80"), ["manifest.json", "not valid JSON"]),
+    "manifest a list": (lambda w: w.copy("bundle", manifest=b"[]"), ["manifest.json", "damaged or not ours"]),
+    "key missing": (lambda w: w.copy("bundle", manifest=edit(sizes=None)), ["manifest.json", "['sizes']"]),
+    "key unknown": (lambda w: w.copy("bundle", manifest=edit(colour=1)), ["manifest.json", "['colour']"]),
+    "model no object": (lambda w: w.copy("bundle", manifest=edit(model=3)), ["manifest.json", "ModelSpec", "int"]),
+    "sizes malformed": (lambda w: w.copy("bundle", manifest=edit(sizes={"mode": "fixed", "sizes": [64]})), ["manifest.json", "sizes"]),
+    "precision unknown": (lambda w: w.copy("bundle", manifest=edit(precision="int3")), ["manifest.json", "int3"]),
+    "files no object": (lambda w: w.copy("bundle", manifest=edit(files=7)), ["manifest.json", "files"]),
+    "graph changed": (lambda w: w.copy("bundle", model=lambda b: b[:-1] + b"?"), ["model.onnx", "has sha256", "changed or damaged"]),
+    "graph truncated": (lambda w: w.copy("bundle", model=half), ["model.onnx", "has sha256"]),
+    "graph empty": (lambda w: w.copy("bundle", model=b""), ["model.onnx", "has sha256"]),
+    "graph missing": (lambda w: w.copy("bundle", model=None), ["lacks model.onnx", "export the bundle again"]),
+    "reference truncated": (lambda w: w.copy("bundle", reference=half), ["reference.npz", "has sha256"]),
+    "reference missing": (lambda w: w.copy("bundle", reference=None), ["lacks reference.npz"]),
+    "positions changed": (lambda w: w.copy("wide_bundle", pos_embed=half), ["pos_embed.npy", "has sha256"]),
+}  # fmt: skip
+OTHERS = {
+    "check: a student": (lambda w: ["check", w.student], ["no manifest.json", "run `phreg-deploy export` on it first"]),
+    "inspect: an empty folder": (lambda w: ["inspect", w.tmp], ["neither manifest.json nor config.json"]),
+    "inspect: config damaged": (lambda w: ["inspect", w.copy("student", config=b"{")], ["copy-of-student", "damaged"]),
+    "inspect: config a list": (lambda w: ["inspect", w.copy("student", config=b"[]")], ["config.json", "damaged"]),
+    "inspect: record damaged": (lambda w: ["inspect", w.copy("student", phreg=half)], ["damaged"]),
+    "inspect: record without scores": (lambda w: ["inspect", w.copy("student", phreg=b'{"format": 1}')], ["phreg.json", "damaged"]),
+    "inspect: newer record": (lambda w: ["inspect", w.copy("student", phreg=edit(format=2))], ["format 2", "at most 1"]),
+    "check: reference of noise": (lambda w: ["check", rehashed(w.copy("bundle", reference=b"noise"))], ["reference.npz", "cannot be read"]),
+    "check: reference truncated": (lambda w: ["check", rehashed(w.copy("bundle", reference=half))], ["reference.npz", "cannot be read"]),
+    "check: reference empty": (lambda w: ["check", rehashed(w.copy("bundle", reference=b""))], ["reference.npz", "cannot be read"]),
+    "extract: graph of noise": (
+        lambda w: READERS["extract"](w, rehashed(w.copy("bundle", model=b"noise"))),
+        ["ONNX Runtime", "cannot load", "model.onnx"],
+    ),
+    "extract: positions truncated": (
+        lambda w: READERS["extract"](w, rehashed(w.copy("wide_bundle", pos_embed=half))),
+        ["pos_embed.npy", "cannot be read"],
+    ),
+    "check: reference without images": (lambda w: ["check", w.bundle, "--reference", w.student], ["--reference needs --images"]),
+    "check: base without images": (lambda w: ["check", w.bundle, "--base", w.base], ["--base", "--images"]),
+    "check: reference missing": (
+        lambda w: ["check", w.bundle, "--images", w.photos, "--reference", "local-dir:gone"],
+        ["local-dir:gone names no folder"],
+    ),
+    "check: images missing": (lambda w: ["check", w.bundle, "--images", w.tmp / "none"], ["there is nothing"]),
+    "check: report nowhere": (lambda w: ["check", w.bundle, "--report", w.tmp / "no" / "r.html"], ["no folder", "create it first"]),
+    "check: no limit": (lambda w: ["check", w.bundle, "--limit", "0"], ["--limit", "x>=1"]),
+    "check: no thread": (lambda w: ["check", w.bundle, "--threads", "0"], ["--threads"]),
+    "check: unknown backend": (lambda w: ["check", w.bundle, "--backend", "tflite"], ["'tflite'", "auto, onnxruntime-cpu"]),
+    "extract: size not served": (lambda w: [*READERS["extract"](w, w.bundle), "--image-size", "72"], ["72x72", "expected 64x64"]),
+    "extract: size out of range": (lambda w: [*READERS["extract"](w, w.wide_bundle), "--image-size", "48x104"], ["48x104", "48x48 to 96x96"]),
+    "extract: size not a multiple": (lambda w: [*READERS["extract"](w, w.wide_bundle), "--image-size", "60"], ["60x60"]),
+    "extract: image missing": (lambda w: ["extract", w.bundle, w.tmp / "x.jpg", "-o", w.out], ["there is no file", "x.jpg"]),
+    "extract: image truncated": (
+        lambda w: ["extract", w.bundle, w.photos, w.odd_images / "truncated.jpg", "-o", w.out],
+        ["truncated.jpg", "truncated or damaged"],
+    ),
+    "extract: text for an image": (lambda w: ["extract", w.bundle, w.odd_images / "text.jpg", "-o", w.out], ["text.jpg", "not an image"]),
+    "extract: empty folder": (lambda w: ["extract", w.bundle, w.tmp, "-o", w.out], ["holds no image"]),
+    "extract: no image named": (lambda w: ["extract", w.bundle, "-o", w.out], ["Missing argument", "IMAGES"]),
+    "artifacts: checkpoint with a bundle": (
+        lambda w: ["artifacts", w.bundle, "--images", w.photos, "--checkpoint", w.checkpoint],
+        ["--checkpoint goes with a timm name"],
+    ),
+    "artifacts: size not served": (lambda w: [*READERS["artifacts"](w, w.bundle), "--image-size", "72"], ["72x72"]),
+    "artifacts: picture nowhere": (lambda w: [*READERS["artifacts"](w, w.bundle), "--picture", w.tmp / "no" / "p.png"], ["p.png"]),
+    "profile: batch not served": (lambda w: [*READERS["profile"](w, w.bundle), "--batch", "2"], ["got 2 images", "--batch 1:1:2"]),
+    "profile: batch of words": (lambda w: [*READERS["profile"](w, w.bundle), "--batch", "1,b"], ["'1,b'", "1,4,8"]),
+    "profile: no time": (lambda w: ["profile", w.bundle, "--seconds", "0"], ["--seconds"]),
+    "profile: baseline missing": (lambda w: [*READERS["profile"](w, w.bundle), "--baseline", w.tmp / "b.json"], ["b.json", "cannot be read"]),
+    "profile: baseline a folder": (lambda w: [*READERS["profile"](w, w.bundle), "--baseline", w.tmp], ["cannot be read"]),
+    "profile: baseline not JSON": (lambda w: [*READERS["profile"](w, w.bundle), "--baseline", write(w, "b", "5 ms")], ["is not JSON"]),
+    "profile: baseline blank": (lambda w: [*READERS["profile"](w, w.bundle), "--baseline", write(w, "b", " \n")], ["is not JSON"]),
+    "profile: baseline of another kind": (
+        lambda w: [*READERS["profile"](w, w.bundle), "--baseline", write(w, "b", '{"error": "x"}')],
+        ["not a report"],
+    ),
+    "profile: baseline an empty object": (lambda w: [*READERS["profile"](w, w.bundle), "--baseline", write(w, "b", "{}")], ["not a report"]),
+    "profile: baseline with a word": (
+        lambda w: [*READERS["profile"](w, w.bundle), "--baseline",
+                   write(w, "b", '{"results": [{"batch": 1, "size": [64, 64], "extractor": {"p50": "fast"}}]}')],
+        ["not a report"],
+    ),
+    "profile: baseline of other batches": (
+        lambda w: [*READERS["profile"](w, w.bundle), "--baseline",
+                   write(w, "b", '{"results": [{"batch": 9, "size": [64, 64], "extractor": {"p50": 1.0}}]}')],
+        ["no batch and size in common", "9"],
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", BUNDLES)
+@pytest.mark.parametrize("reader", READERS)
+def test_a_bad_bundle_is_refused_by_every_reader(world, run_cli, reader, name):
+    make, fragments = BUNDLES[name]
+    asked = READERS[reader](world, make(world))
+    if reader in ("artifacts", "inspect") and name in ("no folder", "a file"):
+        fragments = fragments[:1]  # a path that is no bundle may also be a model: both are named
+    run_cli(*asked, "--json").refused(2, *fragments)
+    assert not world.out.exists()
+    assert leftovers(world.tmp) == []
+
+
+@pytest.mark.parametrize("name", OTHERS)
+def test_a_mistake_beside_a_bundle_is_exit_code_2(world, run_cli, name):
+    make, fragments = OTHERS[name]
+    run_cli(*make(world), "--json").refused(2, *fragments)
+    assert not world.out.exists()
+    assert leftovers(world.tmp) == []
+
+
+@pytest.mark.parametrize("backend", ["onnxruntime-cuda", "openvino", "tensorrt"])
+@pytest.mark.parametrize("reader", ["check", "profile", "extract", "artifacts"])
+def test_a_backend_that_is_planned_is_exit_code_4(world, run_cli, reader, backend):
+    asked = READERS[reader](world, world.bundle)
+    run_cli(*asked, "--backend", backend, "--json").refused(4, backend, "onnxruntime-cpu")
+    assert not world.out.exists()

@@ -1,0 +1,223 @@
+"""The command line on a real model, from a timm ViT to features and back: what is printed, where, and with which exit code."""
+
+import json
+import shutil
+import subprocess
+import sys
+from importlib.metadata import entry_points
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from phreg_deploy import __version__
+from phreg_deploy.cli import main
+from phreg_deploy.runtime import FeatureExtractor
+from tests.world import ROOT, leftovers
+
+pytestmark = pytest.mark.usefixtures("torch")
+QUICK = ["--epochs", "1", "--batch", "8", "--views", "6", "--device", "cpu", "--precision", "fp32"]
+
+
+def done(outcome):
+    """The JSON document of a command that went well: one line on stdout, and nothing that smells of a traceback."""
+    assert outcome.code == 0, outcome.err[-800:]
+    assert len(outcome.out.splitlines()) == 1
+    assert "Traceback" not in outcome.err
+    return outcome.document
+
+
+@pytest.mark.parametrize("command", sorted(main.commands))
+def test_every_command_has_help_with_an_example(run_cli, command):
+    for flag in ("--help", "-h"):
+        outcome = run_cli(command, flag)
+        assert outcome.code == 0
+        assert "Example" in outcome.out
+        assert f"phreg-deploy {command} " in outcome.out or f"phreg-deploy {command}\n" in outcome.out
+        for option in ("--json", "--quiet"):
+            assert option in outcome.out
+        assert outcome.err == ""
+
+
+def test_the_help_names_the_chain_and_the_exit_codes(run_cli):
+    outcome = run_cli("--help")
+    assert outcome.code == 0
+    for command in main.commands:
+        assert f"\n  {command} " in outcome.out
+    assert "Exit codes: 0 done; 2 usage or bad input; 3 a gate failed; 4" in " ".join(outcome.out.split())
+    assert __version__ in run_cli("--version").out
+    bare = run_cli()
+    assert "Usage: phreg-deploy" in bare.out + bare.err
+
+
+def test_help_does_not_import_torch():
+    code = (
+        "import sys; sys.argv = ['phreg-deploy', '--help']\n"
+        "from phreg_deploy.cli import main\n"
+        "try: main()\n"
+        "except SystemExit as stop: print('code', stop.code)\n"
+        "print('heavy', sorted({'torch', 'timm', 'onnx', 'onnxruntime', 'safetensors'} & set(sys.modules)))"
+    )
+    done = subprocess.run([sys.executable, "-W", "error", "-c", code], capture_output=True, text=True, check=True)
+    assert "Usage: phreg-deploy" in done.stdout
+    assert done.stdout.splitlines()[-2:] == ["code 0", "heavy []"]
+
+
+def test_python_m_and_the_script_are_the_same():
+    done = subprocess.run(
+        [sys.executable, "-m", "phreg_deploy", "--help"], capture_output=True, text=True, check=True, cwd=ROOT
+    )
+    assert "Usage: python -m phreg_deploy" in done.stdout
+    assert done.stderr == ""
+    (script,) = entry_points(group="console_scripts", name="phreg-deploy")
+    assert script.load() is main
+
+
+def test_the_chain(world, run_cli):
+    """distill -> inspect -> export -> check -> profile -> extract -> artifacts, each on what the one before wrote."""
+    student, bundle = world.tmp / "student", world.tmp / "bundle"
+    record = done(run_cli("distill", world.base, "--images", world.photos, "-o", student, *QUICK, "--json"))
+    assert record["output"] == str(student)
+    assert record["images"] == {**record["images"], "trained": 21, "skipped": 0}
+    assert [(n["block"], n["unit"]) for n in record["register_neurons"]] == [(1, 17)]
+    assert record["scores"]["student"]["norm_outliers"]["rate"] < record["scores"]["base"]["norm_outliers"]["rate"]
+    assert len(record["history"]["loss"]) == 1
+    seen = done(run_cli("inspect", student, "--json"))
+    assert seen["kind"] == "student"
+    assert seen["config"]["model_args"]["reg_tokens"] == 4
+    assert seen["record"]["seed"] == record["seed"] == 0
+
+    written = done(run_cli("export", student, "-o", bundle, "--image-size", "64", "--json"))
+    assert written["check"]["missed"] == []
+    assert written["check"]["parity"]["cosine_p1"] > 0.99999
+    assert {p.name for p in bundle.iterdir()} == {"manifest.json", "model.onnx", "reference.npz"}
+    assert done(run_cli("inspect", bundle, "--json")) == {
+        "kind": "bundle",
+        **json.loads((bundle / "manifest.json").read_text()),
+    }
+
+    page = world.tmp / "report.html"
+    asked = ["--reference", student, "--base", world.base, "--images", world.photos, "--limit", "5", "--report", page]
+    report = done(run_cli("check", bundle, *asked, "--json"))
+    assert report["missed"] == []
+    assert [c["with"] for c in report["comparisons"]] == ["own reference", f"PyTorch {student}"]
+    assert set(report["artifacts"]) == {"base", "student", "bundle"}
+    assert report["artifacts"]["bundle"]["norm_outliers"]["rate"] == 0
+    assert report["artifacts"]["base"]["norm_outliers"]["rate"] == pytest.approx(4 / 64)
+    html = page.read_text()
+    assert html.count("data:image/png;base64,") == 9
+    assert "All gates passed" in html
+
+    speed = done(run_cli("profile", bundle, "--seconds", "0.2", "--threads", "1", "--json"))
+    assert speed["results"][0]["extractor"]["rounds"] >= 10
+    assert speed["conditions"]["backend"] == "onnxruntime-cpu"
+    assert speed["slower"] == []
+    assert leftovers(world.tmp) == []
+
+
+def test_a_student_loads_in_stock_timm(student):
+    import timm
+
+    model = timm.create_model(f"local-dir:{student}", pretrained=True)
+    assert (model.num_reg_tokens, model.no_embed_class, model.num_classes) == (4, True, 5)
+
+
+def test_extract_writes_what_the_extractor_says(world, run_cli):
+    nested = world.tmp / "in" / "deep"
+    nested.mkdir(parents=True)
+    for source, name in (("frame-00.png", "a.png"), ("frame-02.png", "a-2.png"), ("frame-01.jpg", "deep/a.jpg")):
+        shutil.copy(world.photos / source, world.tmp / "in" / name)
+    (nested / "broken.jpg").write_bytes(b"")
+    report = done(
+        run_cli("extract", world.wide_bundle, world.tmp / "in", "-o", world.out, "--image-size", "48x64", "--json")
+    )
+    assert [entry["shape"] for entry in report["images"]] == [[6, 8, 48]] * 3
+    assert [name.rsplit("/", 1)[1] for name in report["skipped"]] == ["broken.jpg"]
+    files = {entry["image"]: entry["features"] for entry in report["images"]}
+    assert len(set(files.values())) == 3, f"one image overwrote another: {files}"
+    with FeatureExtractor.load(world.wide_bundle) as extractor:
+        for image, file in files.items():
+            stored = np.load(world.out / file)
+            assert stored.dtype == np.float32
+            assert np.array_equal(stored, extractor(image, (48, 64)).features[0])
+    assert len(list(world.out.glob("*.png"))) == 3
+    bare = done(run_cli("extract", world.bundle, world.photos, "-o", world.tmp / "bare", "--no-pictures", "--json"))
+    assert len(bare["images"]) == 24
+    assert {p.suffix for p in (world.tmp / "bare").iterdir()} == {".npy"}
+
+
+def test_artifacts_of_model_student_and_bundle_agree(world, run_cli):
+    found = {}
+    for name in ("base", "student", "bundle"):
+        picture = world.tmp / f"{name}.png"
+        asked = ["--images", world.photos, "--limit", "4", "--picture", picture, "--json"]
+        found[name] = done(run_cli("artifacts", getattr(world, name), *asked))
+        assert found[name]["images"] == 4
+        with Image.open(picture) as sheet:
+            assert sheet.size == (816, 300)
+    assert found["base"]["norm_outliers"]["rate"] == pytest.approx(4 / 64)
+    assert found["base"]["norm_outliers"]["largest"] > 5
+    assert found["student"]["norm_outliers"]["rate"] == 0
+    assert found["bundle"]["norm_outliers"] == pytest.approx(found["student"]["norm_outliers"], rel=1e-4)
+    assert found["bundle"]["shift_incoherence"] == pytest.approx(found["student"]["shift_incoherence"], abs=2e-3)
+    assert len(found["base"]["blocks"]) == 3
+
+
+def test_artifacts_of_a_timm_name_with_a_checkpoint(world, run_cli):
+    asked = ["--checkpoint", world.checkpoint, "--images", world.photos, "--limit", "1", "--json"]
+    assert done(run_cli("artifacts", "vit_tiny_patch16_224", *asked))["images"] == 1
+
+
+def test_unreadable_files_are_skipped_and_counted(world, run_cli):
+    outcome = run_cli("artifacts", world.bundle, "--images", world.odd_images, "--json")
+    assert done(outcome)["images"] == 6
+    assert "Skipped 3 unreadable files" in outcome.err
+    assert "empty.png" in outcome.err
+
+
+@pytest.mark.parametrize(
+    ("command", "title"),
+    [
+        (lambda w: ["inspect", w.bundle], "Bundle "),
+        (lambda w: ["inspect", w.student], "Student "),
+        (lambda w: ["inspect", w.base], "timm model "),
+        (lambda w: ["check", w.bundle, "--images", w.photos, "--limit", "2"], "Parity of "),
+        (lambda w: ["profile", w.bundle, "--seconds", "0.1"], "Milliseconds on "),
+        (lambda w: ["extract", w.bundle, w.photos / "frame-00.png", "-o", w.out], "Features in "),
+        (lambda w: ["artifacts", w.student, "--images", w.photos, "--limit", "2"], "Artifacts of "),
+        (lambda w: ["distill", w.base, "--images", w.photos, "-o", w.out, *QUICK, "--epochs", "0"], "Base and student on "),
+    ],
+)  # fmt: skip
+def test_tables_go_to_stdout_or_aside_or_nowhere(world, run_cli, command, title):
+    plain = run_cli(*command(world))
+    assert plain.code == 0, plain.err
+    assert title in plain.out
+    force = ["--force"] if world.out.exists() else []
+    aside = run_cli(*command(world), *force, "--json")
+    assert title in aside.err
+    assert isinstance(done(aside), dict)
+    silent = run_cli(*command(world), *force, "--quiet")
+    assert (silent.code, silent.out, silent.err) == (0, "", "")
+    assert isinstance(done(run_cli(*command(world), *force, "--quiet", "--json")), dict)
+
+
+def test_doctor_says_what_this_machine_can_run(run_cli):
+    outcome = run_cli("doctor", "--json")
+    findings = {f["part"]: f for f in done(outcome)["findings"]}
+    assert {"python", "torch + timm", "onnx", "onnxruntime", "NVIDIA driver"} <= set(findings)
+    for part in ("python", "torch + timm", "onnx", "onnxruntime"):
+        assert findings[part]["usable"], findings[part]
+        assert findings[part]["mend"] is None
+    assert "What this machine can run" in outcome.err
+
+
+def test_an_interruption_is_exit_code_130_and_leaves_nothing(world, run_cli, monkeypatch):
+    def interrupted(*_args, **_kwargs):
+        raise KeyboardInterrupt
+
+    asked = ["extract", world.bundle, world.photos, "-o", world.out, "--json"]
+    monkeypatch.setattr(np, "save", interrupted)
+    outcome = run_cli(*asked)
+    assert outcome.code == 130
+    assert "Interrupted" in outcome.err
+    assert list(world.tmp.iterdir()) == []

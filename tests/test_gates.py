@@ -1,0 +1,75 @@
+"""Gates on parity, artifact rates and latency: exit code 3, and one JSON document that holds both the figures and the error."""
+
+import importlib
+import json
+
+import numpy as np
+import pytest
+
+pytestmark = pytest.mark.usefixtures("torch", "traced_once")
+
+
+def test_a_missed_parity_gate_is_exit_code_3(world, run_cli):
+    page = world.tmp / "report.html"
+    outcome = run_cli("check", world.bundle, "--cosine", "1.1", "--report", page, "--json")
+    outcome.refused(3, str(world.bundle), "1st-percentile patch cosine", "expected at least 1.1")
+    assert len(outcome.out.splitlines()) == 1, "one JSON document, with the figures and the error"
+    assert outcome.document["missed"] == [outcome.document["error"].split(": ", 2)[2].rstrip(".")]
+    assert "Gates missed" in page.read_text()
+
+
+def test_a_bundle_that_misses_its_gate_at_export_is_exit_code_3(world, run_cli, monkeypatch):
+    parity = importlib.import_module("phreg_deploy.runtime.parity")
+    asked = ["export", world.student, "-o", world.out, "--json"]
+    monkeypatch.setitem(parity.GATES, "fp32", {"cosine_p1": 1.1, "outlier_points": 0.0})
+    outcome = run_cli(*asked)
+    outcome.refused(3, "parity", "expected at least 1.1")
+    assert len(outcome.out.splitlines()) == 1
+    assert outcome.document["check"]["missed"]
+
+
+@pytest.mark.parametrize(("before", "code"), [(1e-6, 3), (1e6, 0)])
+def test_a_latency_baseline_is_a_gate(world, run_cli, before, code):
+    report = {"results": [{"batch": 1, "size": [64, 64], "extractor": {"p50": before}}]}
+    (world.tmp / "then.json").write_text("some line before\n" + json.dumps(report))
+    outcome = run_cli("profile", world.bundle, "--seconds", "0.1", "--baseline", world.tmp / "then.json", "--json")
+    assert outcome.code == code, outcome.err
+    assert len(outcome.out.splitlines()) == 1
+    assert len(outcome.document["slower"]) == (code == 3)
+    if code:
+        outcome.refused(3, "batch 1 at 64x64", "the baseline's")
+
+
+def test_a_gate_on_the_outlier_rate(world, run_cli):
+    outcome = run_cli("check", world.bundle, "--outlier-points", "-1", "--json")
+    outcome.refused(3, "norm-outlier rate changed by 0.0000 points", "expected at most -1")
+
+
+def test_a_users_gate_replaces_the_precisions(world, run_cli, monkeypatch):
+    monkeypatch.setitem(
+        importlib.import_module("phreg_deploy.runtime.parity").GATES, "fp32", {"cosine_p1": 1.1, "outlier_points": 0.0}
+    )
+    assert run_cli("check", world.bundle).code == 3
+    assert run_cli("check", world.bundle, "--cosine", "0.9").code == 0
+
+
+def test_a_bundle_of_another_model_misses_its_gates(world, run_cli):
+    """The student's bundle against the base model, whose features it must not reproduce."""
+    outcome = run_cli(
+        "check", world.bundle, "--reference", world.base, "--images", world.photos, "--limit", "3", "--json"
+    )
+    outcome.refused(3, "1st-percentile patch cosine")
+
+
+def test_values_that_are_not_numbers_miss_every_gate():
+    from phreg_deploy.runtime.parity import compare_runs, judge
+
+    rng = np.random.default_rng(0)
+    run = {"features": rng.normal(size=(1, 4, 4, 8)), "token_norm": np.ones((1, 4, 4))}
+    assert judge(compare_runs(run, run), "fp32") == []
+    bad = {**run, "features": run["features"].copy()}
+    bad["features"][0, 1, 1, 3] = np.nan
+    parity = compare_runs(bad, run)
+    assert parity.bad_values == 1
+    assert judge(parity, "int8")[0].split(",")[0] == "1 NaN or infinite values"
+    assert len(judge(parity, "int8", cosine_p1=0.0, outlier_points=100.0)) == 1

@@ -1,0 +1,141 @@
+"""Which room may import which, held as data; and a runtime that really runs where torch is not."""
+
+import ast
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+PACKAGE = ROOT / "phreg_deploy"
+ROOMS = {p.name for p in PACKAGE.iterdir() if p.is_dir() and (p / "__init__.py").is_file()}
+
+# room: what its files import at any depth, functions included; "" is the vocabulary, which everybody may import
+MAY = {
+    "": set(),
+    "runtime": set(),
+    "distill": set(),
+    "export": {"distill"},
+    "verify": {"runtime", "distill"},
+    "demo": {"distill", "export", "runtime", "verify"},
+    "cli": {"distill", "export", "runtime", "verify", "demo"},
+}
+# room: the rooms that it imports inside functions only, so that the heavy one is optional
+LATE = {"verify": {"distill"}, "cli": {"distill", "export", "runtime", "verify", "demo"}}
+HEAVY = {"torch", "timm", "onnx", "onnxscript", "safetensors", "torchvision"}
+HEAVY_ROOMS = {"distill", "export", "demo"}
+BLOCKED = ("torch", "timm", "onnx", "onnxscript", "safetensors", "torchvision")
+FILES = sorted(PACKAGE.rglob("*.py"))
+
+
+def room_of(path: Path) -> str:
+    parts = path.relative_to(PACKAGE).parts
+    return parts[0] if len(parts) > 1 else ""
+
+
+def imports(path: Path) -> list[tuple[str, bool]]:
+    """Dotted names that a file imports, and whether the import waits inside a function."""
+    tree, found = ast.parse(path.read_text()), []
+
+    def walk(node: ast.AST, late: bool) -> None:
+        for child in ast.iter_child_nodes(node):
+            if isinstance(child, ast.Import):
+                found.extend((alias.name, late) for alias in child.names)
+            elif isinstance(child, ast.ImportFrom):
+                assert child.level == 0, f"{path}: relative import"
+                found.extend((f"{child.module}.{alias.name}", late) for alias in child.names)
+            walk(child, late or isinstance(child, ast.FunctionDef))
+
+    walk(tree, False)
+    return found
+
+
+def rooms_imported(path: Path) -> set[tuple[str, bool]]:
+    named = [(name.split("."), late) for name, late in imports(path)]
+    return {
+        (parts[1], late) for parts, late in named if parts[0] == "phreg_deploy" and len(parts) > 1 and parts[1] in ROOMS
+    }
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda p: str(p.relative_to(PACKAGE)))
+def test_imports_run_one_way(path):
+    room = room_of(path)
+    assert room in MAY, f"{room} is a new room: say in MAY what it may import"
+    if path.name == "__main__.py":
+        assert {name for name, _ in rooms_imported(path)} == {"cli"}
+        return
+    for name, late in rooms_imported(path):
+        assert name == room or name in MAY[room], f"{path.name} in {room or 'the vocabulary'} imports {name}"
+        assert late or name not in LATE.get(room, ()), f"{path.name} imports {name} at its top"
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda p: str(p.relative_to(PACKAGE)))
+def test_heavy_modules_stay_in_heavy_rooms(path):
+    for name, late in imports(path):
+        heavy = name.split(".")[0] in HEAVY
+        assert not heavy or room_of(path) in HEAVY_ROOMS or (late and room_of(path) == "cli"), f"{path} imports {name}"
+
+
+def test_the_rule_covers_every_room_and_names_no_ghost():
+    assert set(MAY) - {""} <= ROOMS
+    assert set(MAY) - {""} == {room_of(p) for p in FILES} - {""}
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda p: str(p.relative_to(PACKAGE)))
+def test_files_are_small(path):
+    assert len(path.read_text().splitlines()) <= 300
+
+
+def test_no_module_shadows_a_dependency():
+    stems = {p.stem for p in FILES}
+    assert not stems & {"onnx", "tensorrt", "profile", "torch", "timm", "utils", "onnxruntime", "numpy", "click"}
+
+
+@pytest.mark.parametrize("name", ["export", "runtime"])
+def test_rooms_are_linked_from_the_root(name):
+    link = ROOT / name
+    assert link.is_symlink()
+    assert not link.readlink().is_absolute()
+    assert link.resolve() == PACKAGE / name
+
+
+SERVE = """
+import json, sys
+for name in sys.argv[3].split(","):
+    sys.modules[name] = None
+import phreg_deploy.runtime
+from phreg_deploy.runtime import FeatureExtractor
+with FeatureExtractor.load(sys.argv[1], threads=1) as extractor:
+    dense = extractor(sys.argv[2])
+    print(json.dumps({
+        "shape": dense.features.shape, "first": dense.features[0, 0, 0].tolist(), "backend": extractor.backend,
+        "rate": float(dense.artifact_rate[0]), "cls": dense.cls.shape,
+        "heavy": [n for n in sys.argv[3].split(",") if sys.modules.get(n) is not None],
+    }))
+"""
+
+
+@pytest.mark.parametrize("which", ["bundle", "wide_bundle"])
+def test_the_runtime_serves_where_torch_is_not(request, which, photos):
+    from phreg_deploy.runtime import FeatureExtractor
+
+    folder, image = request.getfixturevalue(which), photos / "frame-03.jpg"
+    done = subprocess.run(
+        [sys.executable, "-W", "error", "-c", SERVE, str(folder), str(image), ",".join(BLOCKED)],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    said = json.loads(done.stdout)
+    assert said["shape"] == [1, 8, 8, 48]
+    assert said["cls"] == [1, 48]
+    assert said["backend"] == "onnxruntime-cpu"
+    assert said["heavy"] == []
+    with FeatureExtractor.load(folder, threads=1) as extractor:
+        dense = extractor(image)
+    np.testing.assert_allclose(said["first"], dense.features[0, 0, 0], rtol=1e-5, atol=1e-6)
+    assert said["rate"] == pytest.approx(float(dense.artifact_rate[0]))

@@ -1,0 +1,140 @@
+"""What happens where an extra was not installed, or is broken: exit code 4 and the line that mends it, in a process without it."""
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+
+from tests.world import ROOT, Outcome
+
+pytestmark = pytest.mark.usefixtures("torch", "traced_once")
+
+RUN = """
+import json, sys
+from dataclasses import asdict
+blocked, commands = json.loads(sys.argv[1])
+sys.modules.update(dict.fromkeys(blocked))
+from tests.world import invoke
+print(json.dumps([asdict(invoke(*command)) for command in commands]))
+"""
+HEAVY = ["torch", "timm", "safetensors", "onnx", "onnxscript", "torchvision"]
+DISTILL, EXPORT = 'pip install "phreg-deploy[distill]"', 'pip install "phreg-deploy[export]"'
+
+
+def without(blocked, commands, path=()):
+    """Outcomes of commands in one process in which ``blocked`` modules cannot be imported; ``path`` comes first."""
+    done = subprocess.run(
+        [sys.executable, "-c", RUN, json.dumps([blocked, [[str(a) for a in command] for command in commands]])],
+        capture_output=True,
+        text=True,
+        check=False,
+        cwd=ROOT,
+        env={**os.environ, "PYTHONPATH": ":".join(str(p) for p in (*path, ROOT))},
+    )
+    assert done.returncode == 0, done.stderr[-1500:]
+    return [Outcome(**outcome) for outcome in json.loads(done.stdout.splitlines()[-1])]
+
+
+def makers(w):
+    """The commands that need PyTorch."""
+    return {
+        "distill": ["distill", w.base, "--images", w.photos, "-o", w.out, "--json"],
+        "export": ["export", w.student, "-o", w.out, "--json"],
+        "artifacts": ["artifacts", w.base, "--images", w.photos, "--json"],
+        "check": ["check", w.bundle, "--images", w.photos, "--reference", w.student, "--json"],
+    }
+
+
+@pytest.mark.parametrize(
+    ("module", "extras"),
+    [
+        ("torch", {"distill": DISTILL, "export": EXPORT, "artifacts": DISTILL, "check": DISTILL}),
+        ("timm", {"distill": DISTILL, "export": EXPORT, "artifacts": DISTILL, "check": DISTILL}),
+        ("safetensors", {"distill": DISTILL, "export": EXPORT, "artifacts": DISTILL, "check": DISTILL}),
+        ("onnx", {"export": EXPORT}),
+        ("onnxscript", {"export": EXPORT}),
+    ],
+)
+def test_a_missing_module_is_named_with_the_extra_that_brings_it(world, module, extras):
+    commands = makers(world)
+    outcomes = without([module], [commands[name] for name in extras])
+    for (name, extra), outcome in zip(extras.items(), outcomes):
+        outcome.refused(4, f"'{module}'", extra)
+        assert not world.out.exists(), name
+
+
+def test_what_serves_needs_no_torch(world):
+    image = world.photos / "frame-02.png"
+    outcomes = without(
+        HEAVY,
+        [
+            ["inspect", world.bundle, "--json"],
+            ["inspect", world.student, "--json"],
+            [
+                "check",
+                world.bundle,
+                "--images",
+                world.photos,
+                "--limit",
+                "2",
+                "--report",
+                world.tmp / "r.html",
+                "--json",
+            ],
+            ["extract", world.wide_bundle, image, "-o", world.out, "--json"],
+            ["artifacts", world.bundle, "--images", world.photos, "--limit", "2", "--json"],
+            ["profile", world.bundle, "--seconds", "0.1", "--json"],
+        ],
+    )
+    assert [outcome.code for outcome in outcomes] == [0] * 6, [o.err[-300:] for o in outcomes if o.code]
+    assert outcomes[0].document["kind"] == "bundle"
+    assert outcomes[1].document["kind"] == "student"
+    assert outcomes[2].document["missed"] == []
+    assert (world.out / "frame-02.npy").is_file()
+
+
+def test_a_torchvision_of_another_torch_is_recognised(world):
+    broken = world.tmp / "broken" / "timm"
+    broken.mkdir(parents=True)
+    (broken / "__init__.py").write_text('raise RuntimeError("operator torchvision::nms does not exist")\n')
+    commands = makers(world)
+    for outcome in without([], list(commands.values()), path=[broken.parent]):
+        outcome.refused(4, "torchvision", "another build of torch", "pip install --force-reinstall torch torchvision")
+
+
+SERVING = {
+    "check": lambda w: ["check", w.bundle],
+    "extract": lambda w: ["extract", w.bundle, w.photos, "-o", w.out],
+    "profile": lambda w: ["profile", w.bundle, "--seconds", "0.1"],
+    "artifacts": lambda w: ["artifacts", w.bundle, "--images", w.photos],
+}
+
+
+@pytest.mark.parametrize("backend", ["auto", "onnxruntime-cpu"])
+@pytest.mark.parametrize("command", SERVING)
+def test_serving_without_a_runtime(world, run_cli, monkeypatch, command, backend):
+    asked = SERVING[command](world)
+    monkeypatch.setitem(sys.modules, "onnxruntime", None)
+    run_cli(*asked, "--backend", backend, "--json").refused(4, 'pip install "phreg-deploy[cpu]"')
+    assert not world.out.exists()
+
+
+def test_a_runtime_that_cannot_be_imported(world):
+    broken = world.tmp / "broken" / "onnxruntime"
+    broken.mkdir(parents=True)
+    (broken / "__init__.py").write_text('raise ImportError("libonnxruntime.so.1: cannot open shared object file")\n')
+    commands = [[*SERVING[name](world), "--json"] for name in SERVING]
+    for outcome in without(HEAVY, commands, path=[broken.parent]):
+        outcome.refused(4, "libonnxruntime.so.1", "pip install")
+
+
+def test_export_without_a_runtime_says_that_nothing_was_checked(world, run_cli, monkeypatch):
+    asked = ["export", world.student, "-o", world.out]
+    monkeypatch.setitem(sys.modules, "onnxruntime", None)
+    outcome = run_cli(*asked, "--json")
+    assert outcome.code == 0, outcome.err
+    assert "phreg-deploy[cpu]" in outcome.document["check"]["skipped"]
+    assert "Parity was not checked" in outcome.err
+    assert (world.out / "model.onnx").is_file()

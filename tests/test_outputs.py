@@ -1,0 +1,192 @@
+"""Outputs are whole or not there: what exists is kept without --force, and a refusing disk leaves nothing half-written."""
+
+import errno
+import importlib
+import os
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from tests.world import leftovers
+
+resource = pytest.importorskip("resource")
+pytestmark = pytest.mark.usefixtures("torch", "traced_once")
+
+DISTILL = ["--epochs", "1", "--batch", "8", "--views", "6", "--device", "cpu", "--precision", "fp32"]
+WRITERS = {
+    "distill": lambda w, out, *more: ["distill", w.base, "--images", w.photos, "-o", out, *DISTILL, *more],
+    "export": lambda w, out, *more: ["export", w.student, "-o", out, "--no-check", *more],
+    "extract": lambda w, out, *more: ["extract", w.bundle, w.photos / "frame-00.png", "-o", out, *more],
+}
+MAIN_FILE = {"distill": "model.safetensors", "export": "model.onnx", "extract": "frame-00.npy"}
+
+
+@pytest.fixture
+def limited():
+    """``limited(bytes)``: from now on the system refuses to let any file grow beyond that, as a full disk would."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    yield lambda size: resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
+    resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+
+def refuse(monkeypatch, holder, name, number=errno.ENOSPC, when=lambda *_: True, kind=OSError):
+    """``holder.name`` fails from now on as the system would make it fail."""
+    original = getattr(holder, name)
+
+    def failing(*args, **kwargs):
+        if when(*args):
+            raise OSError(number, os.strerror(number)) if kind is OSError else kind(os.strerror(number))
+        return original(*args, **kwargs)
+
+    monkeypatch.setattr(holder, name, failing)
+
+
+def tree(folder):
+    return {str(p.relative_to(folder)): p.read_bytes() for p in folder.rglob("*") if p.is_file()}
+
+
+@pytest.mark.parametrize("command", WRITERS)
+def test_an_output_that_exists_needs_force(world, run_cli, command):
+    world.out.mkdir()
+    (world.out / "mine.txt").write_text("kept")
+    run_cli(*WRITERS[command](world, world.out), "--json").refused(2, "exists already", "--force")
+    assert tree(world.out) == {"mine.txt": b"kept"}
+    outcome = run_cli(*WRITERS[command](world, world.out, "--force"), "--json")
+    assert outcome.code == 0, outcome.err
+    assert (world.out / MAIN_FILE[command]).is_file()
+    assert not (world.out / "mine.txt").exists()
+    assert leftovers(world.tmp) == []
+    assert [p.name for p in world.tmp.iterdir()] == ["out"]
+
+
+@pytest.mark.parametrize("command", WRITERS)
+def test_an_output_that_cannot_be(world, run_cli, command):
+    run_cli(*WRITERS[command](world, world.tmp / "no" / "out"), "--json").refused(
+        2, "there is no folder", "create it first"
+    )
+    assert not (world.tmp / "no").exists()
+    (world.tmp / "file").write_text("kept")
+    for force in ([], ["--force"]):
+        run_cli(*WRITERS[command](world, world.tmp / "file", *force), "--json").refused(2, str(world.tmp / "file"))
+    run_cli(*WRITERS[command](world, world.tmp / "file" / "out"), "--json").refused(2, "there is no folder")
+    assert (world.tmp / "file").read_text() == "kept"
+
+
+@pytest.mark.parametrize(("number", "fragments"), [(errno.EROFS, ["Read-only"]), (errno.EACCES, ["Permission denied"])])
+@pytest.mark.parametrize("command", WRITERS)
+def test_a_folder_that_cannot_be_written(world, run_cli, monkeypatch, command, number, fragments):
+    asked = WRITERS[command](world, world.out)
+    refuse(monkeypatch, Path, "mkdir", number, when=lambda path, *_: path.parent == world.tmp)
+    run_cli(*asked, "--json").refused(2, "cannot be written to", "choose another folder", *fragments)
+    assert list(world.tmp.iterdir()) == []
+
+
+@pytest.mark.parametrize("command", WRITERS)
+def test_an_output_without_a_name(world, run_cli, monkeypatch, command):
+    asked = WRITERS[command](world, ".", "--force")
+    monkeypatch.chdir(world.tmp)
+    run_cli(*asked, "--json").refused(2, "output")
+
+
+@pytest.mark.parametrize("command", WRITERS)
+def test_force_never_replaces_what_the_command_reads(world, run_cli, command):
+    """A slip of the hand must not cost a user the photographs, the student or the bundle."""
+    source = world.copy({"distill": "photos", "export": "student", "extract": "bundle"}[command])
+    asked = [source if a in (world.photos, world.student, world.bundle) else a for a in WRITERS[command](world, source)]
+    before = tree(source)
+    run_cli(*asked, "--force", "--json").refused(2, "output", str(source))
+    assert tree(source) == before
+
+
+STAGES = {  # id: (command, options, patched holder and name, how it fails)
+    "cache": ("distill", ["--cache", "CACHE"], (np, "savez"), OSError),
+    "state": ("distill", [], ("torch", "save"), RuntimeError),
+    "student": ("distill", ["--epochs", "0"], ("phreg_deploy.distill.checkpoint", "save_for_hf"), OSError),
+    "graph": ("export", [], (Path, "write_bytes"), OSError),
+    "manifest": ("export", [], (Path, "write_text"), OSError),
+    "features": ("extract", [], (np, "save"), OSError),
+}
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_a_full_disk_says_so_and_leaves_nothing(world, run_cli, monkeypatch, stage):
+    command, options, (holder, name), kind = STAGES[stage]
+    options = [world.tmp / "cache" if o == "CACHE" else o for o in options]
+    asked = WRITERS[command](world, world.out, *options)
+    holder = importlib.import_module(holder) if isinstance(holder, str) else holder
+    refuse(monkeypatch, holder, name, kind=kind)
+    outcome = run_cli(*asked, "--json")
+    outcome.refused(2, "disk is full", "free space")
+    assert_clean(world, outcome)
+
+
+WRITES = {  # id: (command, options, bytes at which the disk is full); below it everything before the stage fits
+    "targets": ("distill", ["--cache", "CACHE"], 5_000),
+    "state": ("distill", [], 600_000),
+    "weights": ("distill", ["--epochs", "0"], 100_000),
+    "graph": ("export", [], 100_000),
+    "features": ("extract", [], 5_000),
+    "picture": ("extract", [], 13_000),
+}
+
+
+@pytest.mark.parametrize("stage", WRITES)
+def test_a_write_that_the_system_refuses(world, run_cli, limited, stage):
+    """For real: every byte goes through the system, so that no library's own way of failing is forgotten."""
+    command, options, size = WRITES[stage]
+    options = [world.tmp / "cache" if o == "CACHE" else o for o in options]
+    asked = WRITERS[command](world, world.out, *options)
+    limited(size)
+    outcome = run_cli(*asked, "--json")
+    limited(resource.RLIM_INFINITY)
+    outcome.refused(2, "was not written" if "disk is full" in outcome.err else "cannot be written")
+    assert_clean(world, outcome)
+
+
+@pytest.mark.parametrize(("option", "command"), [("--report", "check"), ("--picture", "artifacts")])
+def test_a_page_or_picture_that_cannot_be_written_keeps_the_old_one(world, run_cli, limited, option, command):
+    asked = [command, world.bundle, "--images", world.photos, "--limit", "1", option, world.tmp / "old"]
+    (world.tmp / "old").write_text("kept")
+    limited(1_000)
+    outcome = run_cli(*asked, "--json")
+    limited(resource.RLIM_INFINITY)
+    outcome.refused(2, "old", "cannot be written")
+    assert tree(world.tmp) == {"old": b"kept"}
+
+
+def test_an_interrupted_distillation_is_resumed_or_started_over(world, run_cli, monkeypatch):
+    asked = WRITERS["distill"](world, world.out, "--json")
+    with monkeypatch.context() as patch:
+        refuse(patch, importlib.import_module("phreg_deploy.distill.checkpoint"), "save_for_hf")
+        run_cli(*asked).refused(2, "disk is full")
+    run_cli(*asked).refused(2, "interrupted run", "--resume", "--force")
+    run_cli(*asked, "--resume", "--seed", "1").refused(2, "other settings", "seed")
+    resumed = run_cli(*asked, "--resume")
+    assert resumed.code == 0, resumed.err
+    assert len(resumed.document["history"]["loss"]) == 1
+    assert [p.name for p in world.tmp.iterdir()] == ["out"]
+
+
+@pytest.mark.parametrize("name", ["state.pt", "settings.json"])
+def test_a_damaged_interrupted_run_is_refused(world, run_cli, monkeypatch, name):
+    asked = WRITERS["distill"](world, world.out, "--json")
+    with monkeypatch.context() as patch:
+        refuse(patch, importlib.import_module("phreg_deploy.distill.checkpoint"), "save_for_hf")
+        run_cli(*asked).refused(2, "disk is full")
+    kept = world.tmp / "out.partial" / name
+    kept.write_bytes(kept.read_bytes()[: kept.stat().st_size // 2])
+    run_cli(*asked, "--resume").refused(2, "out.partial", "--force")
+    started = run_cli(*asked, "--force")
+    assert started.code == 0, started.err
+
+
+def assert_clean(world, outcome):
+    """Neither the output nor a temporary name; an interrupted distillation may keep its state beside it, to resume."""
+    assert not world.out.exists()
+    kept = world.tmp / "out.partial"
+    found = [name for name in leftovers(world.tmp) if name.split(os.sep)[0] != kept.name]
+    assert found == []
+    if kept.exists():
+        assert {p.name for p in kept.iterdir()} <= {"settings.json", "state.pt"}
+        assert "Nothing was left behind" not in outcome.err

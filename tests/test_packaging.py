@@ -1,0 +1,48 @@
+"""What a user installs is what the tree holds."""
+
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+
+
+@pytest.fixture(scope="module")
+def wheel(tmp_path_factory):
+    pytest.importorskip("build")
+    out = tmp_path_factory.mktemp("wheel")
+    code = [
+        sys.executable,
+        "-m",
+        "pip",
+        "wheel",
+        "--quiet",
+        "--no-deps",
+        "--no-build-isolation",
+        "-w",
+        str(out),
+        str(ROOT),
+    ]
+    done = subprocess.run(code, capture_output=True, text=True, check=False)
+    if done.returncode and "setuptools" in done.stderr:
+        pytest.skip("setuptools is not in this environment")
+    assert done.returncode == 0, done.stderr
+    return next(out.glob("*.whl"))
+
+
+def test_the_wheel_holds_every_module_and_the_embedded_model(wheel):
+    names = set(zipfile.ZipFile(wheel).namelist())
+    package = ROOT / "phreg_deploy"
+    expected = {str(p.relative_to(ROOT)) for p in package.rglob("*.py") if "__pycache__" not in p.parts}
+    expected |= {f"phreg_deploy/demo/model/{name}" for name in ("config.json", "model.safetensors")} | {
+        "phreg_deploy/py.typed"
+    }
+    assert expected <= names
+    assert not [n for n in names if n.startswith(("tests/", "benchmarks/", "export/", "runtime/"))]
+
+
+def test_the_wheel_is_small_enough_to_carry(wheel):
+    assert wheel.stat().st_size < 6 * 2**20

@@ -1,0 +1,118 @@
+"""Teacher targets on disk: computed once, never half-written, and read in a way that Python 3.10 and 3.11 survive."""
+
+import ast
+import threading
+from dataclasses import replace
+
+import numpy as np
+import pytest
+
+from phreg_deploy.photographs import read_photographs
+
+pytestmark = pytest.mark.usefixtures("torch")
+
+
+@pytest.fixture
+def case(base, photos, tmp_path):
+    """A cache of the base model's targets, and six photographs to fill it with."""
+    from phreg_deploy.distill.source import load_model, model_preprocess
+    from phreg_deploy.distill.teacher import TargetCache, Teacher
+
+    model = load_model(str(base))
+    preprocess = model_preprocess(model, "center")
+    photographs = read_photographs(photos, (64, 64), preprocess, limit=6)
+    return TargetCache(Teacher(model, preprocess, views=4), tmp_path), photographs
+
+
+def test_targets_are_computed_once(case):
+    cache, photographs = case
+    assert cache.fill(photographs) == 6
+    assert cache.fill(photographs) == 0
+    item = cache.read(photographs.digests[2])
+    assert {name: (value.dtype.name, value.shape) for name, value in item.items()} == {
+        "image": ("uint8", (64, 64, 3)),
+        "patches": ("float16", (64, 48)),
+        "cls": ("float16", (48,)),
+        "norms": ("float32", (64,)),
+        "drift": ("float16", (64,)),
+    }
+    assert np.array_equal(item["image"], photographs.array(2))
+    assert sorted(p.name for p in cache.folder.iterdir()) == sorted(f"{d[:32]}.npz" for d in photographs.digests)
+
+
+def test_targets_do_not_depend_on_company_or_order(case):
+    cache, photographs = case
+    cache.fill(photographs.subset([4]))
+    alone = cache.read(photographs.digests[4])
+    cache.path(photographs.digests[4]).unlink()
+    cache.fill(photographs.subset([5, 4, 0]))
+    together = cache.read(photographs.digests[4])
+    for name, value in alone.items():
+        np.testing.assert_allclose(together[name].astype(np.float32), value.astype(np.float32), atol=2e-3)
+
+
+def test_other_settings_have_another_folder(case):
+    from phreg_deploy.distill.teacher import TargetCache, Teacher
+
+    cache, _ = case
+    teacher = cache.teacher
+    others = [
+        Teacher(teacher.model, teacher.preprocess, views=5),
+        Teacher(teacher.model, teacher.preprocess, views=4, seed=1),
+        Teacher(teacher.model, teacher.preprocess, views=4, autocast=True),
+        Teacher(teacher.model, replace(teacher.preprocess, crop_mode="squash"), views=4),
+    ]
+    folders = {TargetCache(other, cache.folder.parent).folder for other in others}
+    assert len(folders | {cache.folder}) == 5
+
+
+@pytest.mark.parametrize("damage", [lambda b: b[:300], lambda b: b"", lambda b: b"noise", lambda b: b[:-200]])
+def test_a_damaged_target_is_computed_again(case, damage):
+    cache, photographs = case
+    cache.fill(photographs)
+    path = cache.path(photographs.digests[1])
+    whole = cache.read(photographs.digests[1])
+    path.write_bytes(damage(path.read_bytes()))
+    assert cache.fill(photographs) == 1
+    assert np.array_equal(cache.read(photographs.digests[1])["patches"], whole["patches"])
+
+
+def test_a_write_that_fails_leaves_no_part(case, monkeypatch):
+    cache, photographs = case
+
+    def full(file, **arrays):
+        file.write(b"half")
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(np, "savez", full)
+        with pytest.raises(OSError, match="No space"):
+            cache.fill(photographs)
+    assert list(cache.folder.iterdir()) == []
+    assert cache.fill(photographs) == 6
+
+
+def test_targets_are_parsed_by_one_thread_at_a_time(case, monkeypatch):
+    """``np.load`` parses headers with ``ast``, which raises SystemError from two threads at once (python/cpython#106905)."""
+    from phreg_deploy.distill.recipes import RECIPES
+    from phreg_deploy.distill.training import _batches
+
+    cache, photographs = case
+    cache.fill(photographs)
+    inside, crowds, gate, parse = [], [], threading.Lock(), ast.literal_eval
+
+    def watched(text):
+        with gate:
+            inside.append(text)
+            crowds.append(len(inside))
+        threading.Event().wait(0.002)
+        try:
+            return parse(text)
+        finally:
+            with gate:
+                inside.pop()
+
+    monkeypatch.setattr(ast, "literal_eval", watched)
+    recipe = replace(RECIPES["transplant"], batch=1, epochs=1)
+    assert len(list(_batches(cache, photographs.digests * 3, recipe, seed=0, epoch=0))) == 18
+    assert max(crowds) == 1

@@ -1,0 +1,79 @@
+import json
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from phreg_deploy.artifacts import agreement, outlier_mask
+from phreg_deploy.distill import taps
+from phreg_deploy.distill.source import model_preprocess
+from phreg_deploy.distill.teacher import TargetCache, Teacher
+from phreg_deploy.photographs import read_photographs
+from phreg_deploy.views import draw_views, realign, seed_of, show
+from tests.families import plant, small
+
+
+@pytest.fixture(scope="module")
+def photographs(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("photographs")
+    rng = np.random.default_rng(0)
+    for i in range(6):
+        coarse = rng.integers(0, 256, (5, 5, 3), dtype=np.uint8)
+        Image.fromarray(coarse).resize((80, 72), Image.Resampling.BICUBIC).save(folder / f"{i}.png")
+    model = small("augreg", side=5)
+    return read_photographs(folder, tuple(model.patch_embed.img_size), model_preprocess(model, "center"))
+
+
+def test_the_target_is_the_mean_over_views_done_one_by_one(photographs):
+    model = small("augreg", side=5)
+    preprocess = model_preprocess(model)
+    target = Teacher(model, preprocess, views=6, seed=3).denoise(photographs, 1, 2)[0]
+    total, count = np.zeros((5, 5, 48)), np.zeros((5, 5))
+    for view in draw_views(6, (5, 5), seed_of(3, photographs.digests[1])):
+        image = show(photographs.array(1), view, (16, 16))
+        with torch.no_grad():
+            seen = taps.forward(
+                model, taps.normalise(np.ascontiguousarray(image)[None], preprocess.mean, preprocess.std)
+            )
+        part, place = realign(seen.patches[0].reshape(5, 5, -1).numpy(), view)
+        total[place] += part
+        count[place] += 1
+    np.testing.assert_allclose(target.patches, total / count[..., None], rtol=1e-3, atol=1e-4)
+    assert target.cls.shape == (48,)
+
+
+def test_averaging_takes_a_planted_artifact_out(photographs):
+    """The planted token sits at one place of the grid; the image moves under it, so other views see past it."""
+    model = plant(small("augreg", side=5))
+    found = list(Teacher(model, model_preprocess(model), views=10).targets(photographs))
+    plain, target = np.stack([t.plain for t in found]), np.stack([t.patches for t in found])
+    norms = np.stack([t.norms for t in found])
+    outliers = outlier_mask(norms, float(np.median(norms)))
+    assert outliers[:, 0, 0].all()
+    on, off = agreement(plain, target, outliers).chosen, agreement(plain, target, ~outliers).chosen
+    assert on < off - 0.1
+
+
+def test_the_cache_computes_each_target_once_and_mends_what_is_damaged(photographs, tmp_path):
+    model = small("augreg", side=5)
+    cache = TargetCache(Teacher(model, model_preprocess(model), views=3), tmp_path)
+    assert cache.fill(photographs.subset(range(4))) == 4
+    assert cache.fill(photographs) == 2
+    assert cache.fill(photographs) == 0
+    cache.path(photographs.digests[2]).write_bytes(b"cut short")
+    assert cache.fill(photographs) == 1
+    item = cache.read(photographs.digests[2])
+    assert item["patches"].dtype == np.float16
+    np.testing.assert_array_equal(item["image"], photographs.array(2))
+    assert not list(cache.folder.glob("*.partial"))
+
+
+def test_other_settings_have_another_cache(tmp_path):
+    model, preprocess = small("augreg", side=5), model_preprocess(small("augreg", side=5))
+    digests = {
+        Teacher(m, preprocess, views=v, seed=s).digest
+        for m, v, s in ((model, 3, 0), (model, 4, 0), (model, 3, 1), (small("augreg", side=5, seed=1), 3, 0))
+    }
+    assert len(digests) == 4
+    assert json.dumps(sorted(digests))

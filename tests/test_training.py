@@ -1,0 +1,136 @@
+import json
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import timm
+import torch
+from PIL import Image
+
+from phreg_deploy.distill import distillation, training
+from phreg_deploy.distill.checkpoint import write_student
+from phreg_deploy.distill.distillation import Request, distill, split
+from phreg_deploy.distill.recipes import RECIPES, unlocked
+from phreg_deploy.distill.source import load_model
+from phreg_deploy.distill.weights import weights_digest
+from phreg_deploy.errors import PhregError
+from tests.families import plant, small
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory):
+    """A model with a planted neuron on disk, and two dozen pictures."""
+    root = tmp_path_factory.mktemp("world")
+    (root / "model").mkdir()
+    write_student(plant(small("augreg")), {"scores": {}}, root / "model")
+    (root / "pictures").mkdir()
+    rng = np.random.default_rng(0)
+    for i in range(24):
+        coarse = rng.integers(0, 256, (4, 4, 3), dtype=np.uint8)
+        Image.fromarray(coarse).resize((72, 72), Image.Resampling.BICUBIC).save(root / "pictures" / f"{i:02}.png")
+    return root
+
+
+def request(world, **changes):
+    start = Request(str(world / "model"), world / "pictures", epochs=2, batch=8, views=3, precision="fp32", holdout=0.2)
+    return replace(start, **changes)
+
+
+def digest(folder):
+    return weights_digest(load_model(str(folder)))
+
+
+def test_the_same_request_gives_the_same_student_and_a_better_one(world, tmp_path):
+    records = [distill(request(world), tmp_path / name, cache=tmp_path / "cache") for name in ("a", "b")]
+    assert digest(tmp_path / "a") == digest(tmp_path / "b")
+    scores = records[0]["scores"]
+    assert scores["base"]["norm_outliers"]["rate"] == pytest.approx(1 / 16, rel=0.2)
+    assert scores["student"]["norm_outliers"]["rate"] < 0.01
+    assert scores["student"]["fidelity"]["outliers"] > scores["base"]["fidelity"]["outliers"]
+    assert records[0]["seconds"]["targets_computed"] > 0
+    assert records[1]["seconds"]["targets_computed"] == 0  # the cache
+    assert not list(tmp_path.glob("*.partial"))
+    held = set(records[0]["images"]["held_out"])
+    assert held
+    assert records[0]["images"]["trained"] + len(held) == 24
+
+
+def test_an_interrupted_run_resumes_to_the_same_student(world, tmp_path, monkeypatch):
+    distill(request(world), tmp_path / "whole", cache=tmp_path / "cache")
+    calls = []
+    real = training.objective
+
+    def broken(*arguments):
+        calls.append(1)
+        if len(calls) == 5:  # in the second epoch
+            raise KeyboardInterrupt
+        return real(*arguments)
+
+    monkeypatch.setattr(training, "objective", broken)
+    with pytest.raises(KeyboardInterrupt):
+        distill(request(world), tmp_path / "halves", cache=tmp_path / "cache")
+    monkeypatch.setattr(training, "objective", real)
+    assert not (tmp_path / "halves").exists()
+    with pytest.raises(PhregError, match="--resume"):
+        distill(request(world), tmp_path / "halves", cache=tmp_path / "cache")
+    with pytest.raises(PhregError, match=r"other settings .*seed"):
+        distill(request(world, seed=1), tmp_path / "halves", cache=tmp_path / "cache", resume=True)
+    distill(request(world), tmp_path / "halves", cache=tmp_path / "cache", resume=True)
+    assert digest(tmp_path / "halves") == digest(tmp_path / "whole")
+    assert not (tmp_path / "halves.partial").exists()
+
+
+def test_a_loss_that_is_not_finite_stops_with_the_last_good_state_kept(world, tmp_path, monkeypatch):
+    real, calls = training.objective, []
+
+    def poisoned(*arguments):
+        calls.append(1)
+        return real(*arguments) * (float("nan") if len(calls) == 5 else 1)
+
+    monkeypatch.setattr(training, "objective", poisoned)
+    with pytest.raises(PhregError, match=r"loss became nan in epoch 2, step 2\. The state after epoch 1 is kept"):
+        distill(request(world), tmp_path / "student", cache=tmp_path / "cache")
+    kept = torch.load(tmp_path / "student.partial" / "state.pt", weights_only=True)
+    assert len(kept["history"]) == 1
+    assert all(torch.isfinite(v).all() for v in kept["student"].values())
+    assert not (tmp_path / "student").exists()
+
+
+@pytest.mark.parametrize("changes", [{"recipe": "ph-reg"}, {"registers": 0}, {"epochs": 0}])
+def test_the_paper_the_control_and_no_training(world, tmp_path, changes):
+    record = distill(request(world, **changes), tmp_path / "student", cache=tmp_path / "cache")
+    model = timm.create_model(f"local-dir:{tmp_path / 'student'}", pretrained=True)
+    assert (0 if model.reg_token is None else model.reg_token.shape[1]) == changes.get("registers", 4)
+    assert len(record["history"]["loss"]) == changes.get("epochs", 2)
+    if changes.get("recipe") == "ph-reg":
+        assert record["register_neurons"] == []
+    else:
+        assert [(n["block"], n["unit"]) for n in record["register_neurons"]] == [(0, 5)]
+    assert json.loads((tmp_path / "student" / "phreg.json").read_text())["recipe"]["name"] == changes.get(
+        "recipe", "transplant"
+    )
+
+
+def test_the_papers_unlocked_set_is_the_papers():
+    model = small("augreg", depth=3)
+    free = unlocked(model, RECIPES["ph-reg"].unlock)
+    names = {name for name, p in model.named_parameters() if any(p is f for f in free)}
+    assert {"pos_embed", "cls_token", "patch_embed.proj.weight", "patch_embed.proj.bias"} <= names
+    assert all(n.startswith(("pos_embed", "cls_token", "patch_embed.", "blocks.2.")) for n in names)
+    assert not any(p.requires_grad for n, p in model.named_parameters() if n not in names)
+    unlocked(model, "all")
+    assert not model.head.weight.requires_grad
+    assert model.blocks[0].mlp.fc1.weight.requires_grad
+
+
+def test_the_split_goes_by_name(world):
+    photographs = distillation.read_photographs(
+        world / "pictures", (64, 64), distillation.model_preprocess(small("augreg"))
+    )
+    train, held = split(photographs, 0.2)
+    _again, held_again = split(photographs.subset(range(20)), 0.2)
+    assert not set(train.names) & set(held.names)
+    assert set(held_again.names) <= set(held.names)
+    assert split(photographs.subset(range(10)), 0.2)[1] is None
+    with pytest.raises(PhregError, match="holdout"):
+        split(photographs, 1.5)

@@ -1,0 +1,81 @@
+"""What tests share that is no fixture: the command line in this process, and photographs that nobody took."""
+
+import contextlib
+import functools
+import io
+import json
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import numpy as np
+from PIL import Image, ImageDraw, ImageFilter
+
+ROOT = Path(__file__).resolve().parent.parent
+LEFTOVERS = (".writing", ".probe", ".old", ".partial")
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What a command did: exit code, stdout, stderr."""
+
+    code: int
+    out: str
+    err: str
+
+    @property
+    def document(self) -> dict[str, Any]:
+        """The JSON document, the last line of stdout, in the JSON that everybody reads: no NaN, no infinity."""
+        return json.loads(self.out.splitlines()[-1], parse_constant=_strict)
+
+    def refused(self, code: int, *fragments: str) -> None:
+        """Assert an error for people on stderr and, run with ``--json``, the same for machines on stdout."""
+        said = " ".join(self.err.split())
+        assert self.code == code, f"exit code {self.code}, expected {code}: {self.err[-800:]}"
+        assert "Traceback" not in said
+        assert "Error: " in said
+        for fragment in fragments:
+            assert fragment in said, f"{fragment!r} is not in: {said[-800:]}"
+        assert self.out, "with --json, the error goes to stdout as well"
+        assert self.document["exit_code"] == code
+        assert self.document["error"] in said, "one paragraph, the same on both streams"
+
+
+def _strict(word: str) -> None:
+    raise ValueError(f"{word} is not JSON")
+
+
+def invoke(*arguments: object) -> Outcome:
+    """The command line in this process. What is not an exit is a defect, and comes out as it is."""
+    from phreg_deploy.cli import main
+
+    words, out, err, code = [str(a) for a in arguments], io.StringIO(), io.StringIO(), 0
+    with mock.patch.object(sys, "argv", ["phreg-deploy", *words]):
+        with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+            try:
+                main(prog_name="phreg-deploy")
+            except SystemExit as stop:
+                code = stop.code if isinstance(stop.code, int) else 0 if stop.code is None else 1
+    return Outcome(code, out.getvalue(), err.getvalue())
+
+
+@functools.lru_cache
+def photograph(seed: int, width: int, height: int) -> Image.Image:
+    """Sky, ground, a few soft shapes and grain: enough for features to differ from place to place."""
+    rng = np.random.default_rng(seed)
+    colours = rng.integers(0, 256, (8, 3))
+    image = Image.new("RGB", (width, height), tuple(colours[0]))
+    draw = ImageDraw.Draw(image)
+    draw.rectangle((0, height // 2, width, height), fill=tuple(colours[1]))
+    for colour in colours[2:]:
+        x, y, r = rng.integers(0, width), rng.integers(0, height), rng.integers(6, 30)
+        draw.ellipse((x - r, y - r // 2, x + r, y + r // 2), fill=tuple(colour))
+    soft = np.asarray(image.filter(ImageFilter.GaussianBlur(1)), dtype=np.float64)
+    return Image.fromarray(np.clip(soft + rng.normal(0, 6, soft.shape), 0, 255).astype(np.uint8))
+
+
+def leftovers(folder: Path) -> list[str]:
+    """Temporary names that an output left below ``folder``."""
+    return [str(p.relative_to(folder)) for p in folder.rglob("*") if any(mark in p.name for mark in LEFTOVERS)]
