@@ -1,4 +1,4 @@
-"""Teacher targets on disk: computed once, never half-written, and read in a way that Python 3.10 and 3.11 survive."""
+"""Teacher targets on disk: computed once, never half-written, and read by one thread at a time."""
 
 import ast
 import threading
@@ -93,7 +93,10 @@ def test_a_write_that_fails_leaves_no_part(case, monkeypatch):
 
 
 def test_targets_are_parsed_by_one_thread_at_a_time(case, monkeypatch):
-    """``np.load`` parses headers with ``ast``, which raises SystemError from two threads at once (python/cpython#106905)."""
+    """``np.load`` parses headers with ``ast``, which two threads at once can bring to a SystemError.
+
+    Seen here on Python 3.11.7, in the middle of an epoch; see python/cpython#106905.
+    """
     from phreg_deploy.distill.recipes import RECIPES
     from phreg_deploy.distill.training import _batches
 
