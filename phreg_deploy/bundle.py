@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import zipfile
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -75,6 +76,11 @@ class Manifest:
             model=ModelSpec.from_json(fields["model"]), preprocess=Preprocess.from_json(fields["preprocess"]),
             sizes=Sizes.from_json(fields["sizes"]), batches=Batches.from_json(fields["batches"]),
         )  # fmt: skip
+        for key in ("inputs", "outputs", "source", "versions", "files"):
+            if not isinstance(fields[key], dict):
+                raise PhregError(f"manifest: {key} is no object; it is damaged. Export the bundle again.")
+        if fields["precision"] not in GATES:
+            raise PhregError(f"manifest: got precision {fields['precision']!r}, expected one of {', '.join(GATES)}.")
         return cls(**fields)
 
 
@@ -140,7 +146,7 @@ class Bundle:
 
     def reference(self) -> dict[str, np.ndarray]:
         """Seeded inputs and the PyTorch model's outputs, keyed ``{case}/{tensor}``, e.g. ``0/image``, ``0/features``."""
-        return self._load(REFERENCE, lambda p: dict(np.load(p, allow_pickle=False)))
+        return self._load(REFERENCE, _read_npz)
 
     def cases(self) -> list[dict[str, np.ndarray]]:
         """The reference, one dictionary per case."""
@@ -157,8 +163,13 @@ class Bundle:
             raise PhregError(f"bundle: {self.folder} has no {name}; export the bundle again.")
         try:
             return read(path)
-        except (OSError, ValueError, EOFError, KeyError) as error:
+        except (OSError, ValueError, EOFError, KeyError, zipfile.BadZipFile) as error:
             raise PhregError(f"bundle: {path} cannot be read ({error}); copy or export the bundle again.") from None
+
+
+def _read_npz(path: Path) -> dict[str, np.ndarray]:
+    with open(path, "rb") as file, np.load(file, allow_pickle=False) as data:
+        return dict(data)
 
 
 def file_digest(path: Path) -> str:

@@ -4,11 +4,22 @@ A message says what was got, what was expected and what to do, in that order. Th
 paragraph without a traceback; anything that is not a ``PhregError`` is a defect of this project.
 """
 
+from __future__ import annotations
+
+from typing import Any
+
 
 class PhregError(Exception):
-    """Bad input or bad usage. Exit code 2."""
+    """Bad input or bad usage. Exit code 2.
+
+    ``report``: figures that ``--json`` prints together with the error; a missed gate has some.
+    """
 
     exit_code = 2
+
+    def __init__(self, message: str, report: dict[str, Any] | None = None) -> None:
+        super().__init__(message)
+        self.report = report or {}
 
 
 class GateFailed(PhregError):

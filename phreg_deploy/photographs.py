@@ -64,6 +64,8 @@ def to_rgb(image: Image.Image) -> Image.Image:
         raise PhregError(
             "image: got 32-bit float pixels (mode 'F'), whose scale is unknown; expected 8-bit or 16-bit pixels."
         )
+    if image.mode == "P" and isinstance(image.info.get("transparency"), bytes):
+        image = image.convert("RGBA")  # Pillow warns of the direct way, which gives the same
     return image.convert("RGB")
 
 

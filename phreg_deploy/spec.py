@@ -92,7 +92,10 @@ class Sizes(Stored):
     @classmethod
     def from_json(cls, data: dict[str, Any]) -> Sizes:
         raw = Stored.from_json.__func__(cls, data)  # type: ignore[attr-defined]
-        return cls(raw.mode, tuple((int(h), int(w)) for h, w in raw.sizes))
+        try:
+            return cls(raw.mode, tuple((int(h), int(w)) for h, w in raw.sizes))
+        except (TypeError, ValueError):
+            raise PhregError(f"Sizes: got the sizes {raw.sizes}, expected pairs of height and width.") from None
 
     @classmethod
     def parse(cls, text: str, patch: tuple[int, int]) -> Sizes:

@@ -52,6 +52,9 @@ def test_an_output_that_exists_needs_force(world, run_cli, command):
     (world.out / "mine.txt").write_text("kept")
     run_cli(*WRITERS[command](world, world.out), "--json").refused(2, "exists already", "--force")
     assert tree(world.out) == {"mine.txt": b"kept"}
+    run_cli(*WRITERS[command](world, world.out, "--force"), "--json").refused(2, "did not write", "choose another name")
+    assert tree(world.out) == {"mine.txt": b"kept"}
+    (world.out / "phreg.json").write_text("{}")
     outcome = run_cli(*WRITERS[command](world, world.out, "--force"), "--json")
     assert outcome.code == 0, outcome.err
     assert (world.out / MAIN_FILE[command]).is_file()

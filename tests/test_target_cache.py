@@ -32,7 +32,7 @@ def test_targets_are_computed_once(case):
     assert {name: (value.dtype.name, value.shape) for name, value in item.items()} == {
         "image": ("uint8", (64, 64, 3)),
         "patches": ("float16", (64, 48)),
-        "cls": ("float16", (48,)),
+        "cls": ("float16", (2, 48)),
         "norms": ("float32", (64,)),
         "drift": ("float16", (64,)),
     }

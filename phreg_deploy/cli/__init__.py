@@ -11,6 +11,7 @@ import click
 
 from phreg_deploy import __version__
 from phreg_deploy.cli import look, make, serve, show
+from phreg_deploy.cli.options import plain
 from phreg_deploy.errors import PhregError
 
 
@@ -26,11 +27,16 @@ class Group(click.Group):
 
     def main(self, *args: Any, **kwargs: Any) -> Any:
         try:
-            return super().main(*args, **kwargs)
+            code = super().main(*args, **{**kwargs, "standalone_mode": False})
+            sys.exit(code if isinstance(code, int) else 0)
         except PhregError as error:
-            _fail(str(error), error.exit_code)
+            click.echo(f"Error: {error}", err=True)
+            _fail(str(error), error.exit_code, error.report)
+        except click.ClickException as error:  # unknown options and the like: click's words, and ours for machines
+            error.show()
+            _fail(error.format_message(), error.exit_code)
         except (KeyboardInterrupt, click.Abort):
-            _fail("Interrupted. Nothing half-written was left; an interrupted `distill` goes on with --resume.", 130)
+            _interrupted()
         except BrokenPipeError:
             sys.exit(0)
 
@@ -38,13 +44,18 @@ class Group(click.Group):
         try:
             return super().invoke(ctx)
         except KeyboardInterrupt:  # click would print "Aborted!" and exit 1
-            _fail("Interrupted. Nothing half-written was left; an interrupted `distill` goes on with --resume.", 130)
+            _interrupted()
 
 
-def _fail(message: str, code: int) -> None:
+def _interrupted() -> None:
+    message = "Interrupted. Nothing half-written was left; an interrupted `distill` goes on with --resume."
     click.echo(f"Error: {message}", err=True)
+    _fail(message, 130)
+
+
+def _fail(message: str, code: int, report: dict[str, Any] | None = None) -> None:
     if "--json" in sys.argv:
-        click.echo(json.dumps({"error": message, "exit_code": code}))
+        click.echo(json.dumps(plain({**(report or {}), "error": message, "exit_code": code}), sort_keys=True))
     sys.exit(code)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,7 @@ from phreg_deploy.cli.options import (
     percent,
 )
 from phreg_deploy.errors import PhregError
+from phreg_deploy.record import read_record
 
 
 @click.command()
@@ -34,7 +36,7 @@ from phreg_deploy.errors import PhregError
 )
 @click.option(
     "--median",
-    type=float,
+    type=click.FloatRange(0, min_open=True),
     help="The base model's median norm; by default a student's or bundle's record, else the model's own.",
 )
 @click.option("--picture", type=click.Path(path_type=Path), help="Write a PNG of the first image's features and norms.")
@@ -76,12 +78,11 @@ def artifacts(model: str, images: Path, picture: Path | None, as_json: bool, qui
             "Block by block, over patch tokens", ["block", "median norm", "largest / median", "above 2x"], rows
         )
     if picture is not None:
-        from phreg_deploy.whole import write_error
+        from phreg_deploy.whole import write_whole
 
-        try:
-            sheet.save(picture, format="PNG")
-        except OSError as error:
-            raise write_error(error, picture) from None
+        data = io.BytesIO()
+        sheet.save(data, format="PNG")
+        write_whole(picture, data.getvalue())
         result.say(f"Wrote {picture}.")
     result.json(document)
 
@@ -140,33 +141,44 @@ def _inspect_student(path: Path, result: Result) -> None:
         raise PhregError(f"inspect: got {path}, where there is {found}; expected a student's folder or a bundle.")
     try:
         config = json.loads((path / "config.json").read_text())
-        record = json.loads((path / "phreg.json").read_text()) if (path / "phreg.json").is_file() else None
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise PhregError(
-            f"inspect: a JSON file in {path} is damaged ({error}); copy or distil the student again."
+            f"inspect: {path / 'config.json'} is damaged ({error}); copy or distil the student again."
         ) from None
+    if not isinstance(config, dict):
+        raise PhregError(f"inspect: {path / 'config.json'} is damaged (no object); copy or distil the student again.")
+    record = read_record(path)
     rows = [["architecture", str(config.get("architecture"))], ["arguments", json.dumps(config.get("model_args", {}))]]
     if record:
-        scores = record["scores"]
-        rows += [
-            ["source", f"{record['source']['model']}, weights {record['source']['weights_sha256'][:16]}…"],
-            [
-                "recipe",
-                f"{record['recipe']['name']}, {record['recipe']['epochs']} epochs, {record['registers']} registers, seed {record['seed']}",
-            ],
-            [
-                "register neurons",
-                ", ".join(f"block {n['block']} unit {n['unit']}" for n in record["register_neurons"]) or "none",
-            ],
-            [
-                "images",
-                f"{record['images']['trained']} trained on, {len(record['images']['held_out'])} held out, {record['images']['skipped']} skipped",
-            ],
-            *([f"norm-outlier rate, {m}", percent(scores[m]["norm_outliers"]["rate"])] for m in ("base", "student")),
-            *([f"cosine to denoised target, {m}", f"{scores[m]['fidelity']['mean']:.4f}"] for m in ("base", "student")),
-        ]
+        try:
+            rows += _story(record)
+        except (KeyError, TypeError) as error:
+            raise PhregError(
+                f"inspect: {path / 'phreg.json'} is damaged (no {error}); copy or distil the student again."
+            ) from None
     result.table(f"Student {path}" if record else f"timm model {path}", ["", ""], rows)
     result.json({"kind": "student" if record else "timm", "config": config, "record": record})
+
+
+def _story(record: dict[str, Any]) -> list[list[str]]:
+    scores = record["scores"]
+    return [
+        ["source", f"{record['source']['model']}, weights {record['source']['weights_sha256'][:16]}…"],
+        [
+            "recipe",
+            f"{record['recipe']['name']}, {record['recipe']['epochs']} epochs, {record['registers']} registers, seed {record['seed']}",
+        ],
+        [
+            "register neurons",
+            ", ".join(f"block {n['block']} unit {n['unit']}" for n in record["register_neurons"]) or "none",
+        ],
+        [
+            "images",
+            f"{record['images']['trained']} trained on, {len(record['images']['held_out'])} held out, {record['images']['skipped']} skipped",
+        ],
+        *([f"norm-outlier rate, {m}", percent(scores[m]["norm_outliers"]["rate"])] for m in ("base", "student")),
+        *([f"cosine to denoised target, {m}", f"{scores[m]['fidelity']['mean']:.4f}"] for m in ("base", "student")),
+    ]
 
 
 @click.command()

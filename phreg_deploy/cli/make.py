@@ -41,7 +41,7 @@ from phreg_deploy.errors import BackendMissing, GateFailed, PhregError
 )
 @click.option("--views", default=10, show_default=True, help="Shifted and flipped views per teacher target.")
 @click.option("--holdout", default=0.1, show_default=True, help="Share of the images, chosen by name, kept for scores.")
-@click.option("--seed", default=0, show_default=True)
+@click.option("--seed", default=0, show_default=True, type=click.IntRange(0, 2**32 - 1))
 @device_option
 @click.option("--precision", default="auto", show_default=True, help="auto, fp32 or bf16 autocast.")
 @click.option(
@@ -156,9 +156,9 @@ def export(
     document: dict[str, Any] = {"output": output, "manifest": manifest.to_json()}
     if not no_check:
         document["check"] = _examine(output, result)
-    result.json(document)
     if document.get("check", {}).get("missed"):
-        raise GateFailed(f"parity: {output}: {'; '.join(document['check']['missed'])}.")
+        raise GateFailed(f"parity: {output}: {'; '.join(document['check']['missed'])}.", document)
+    result.json(document)
 
 
 def _examine(output: Path, result: Result) -> dict[str, Any]:

@@ -42,7 +42,7 @@ class Result:
 
     def json(self, document: dict[str, Any]) -> None:
         if self.as_json:
-            click.echo(json.dumps(_plain(document), sort_keys=True))
+            click.echo(json.dumps(plain(document), sort_keys=True))
 
 
 def figure(value: Any) -> str:
@@ -58,16 +58,16 @@ def percent(share: float | None) -> str:
     return "-" if share is None else f"{100 * share:.3f} %"
 
 
-def _plain(value: Any) -> Any:
+def plain(value: Any) -> Any:
     """JSON has neither infinity nor paths nor dataclasses of ours."""
     if isinstance(value, dict):
-        return {str(k): _plain(v) for k, v in value.items()}
+        return {str(k): plain(v) for k, v in value.items()}
     if isinstance(value, (list, tuple)):
-        return [_plain(v) for v in value]
+        return [plain(v) for v in value]
     if isinstance(value, float) and not math.isfinite(value):
         return None
     if hasattr(value, "to_json"):
-        return _plain(value.to_json())
+        return plain(value.to_json())
     return str(value) if isinstance(value, Path) else value
 
 

@@ -60,8 +60,9 @@ def check(
     from phreg_deploy.verify.checking import run_check
 
     result = Result(as_json, quiet)
-    if asked["reference"] and not asked["images"]:
-        raise PhregError("check: --reference needs --images DIR to compare on.")
+    for option in ("reference", "base"):
+        if asked[option] and not asked["images"]:
+            raise PhregError(f"check: --{option} needs --images DIR to compare on.")
     if report is not None and not report.absolute().parent.is_dir():
         raise PhregError(f"report: there is no folder {report.absolute().parent}; create it first.")
     with FeatureExtractor.load(bundle, backend, threads=threads) as extractor:
@@ -104,9 +105,9 @@ def check(
 
         write_whole(report, render(document, pictures).encode())
         result.say(f"Wrote {report}.")
-    result.json(document)
     if document["missed"]:
-        raise GateFailed(f"check: {bundle}: {'; '.join(document['missed'])}.")
+        raise GateFailed(f"check: {bundle}: {'; '.join(document['missed'])}.", document)
+    result.json(document)
     result.say("All gates passed.")
 
 
@@ -155,7 +156,7 @@ def profile(
     result = Result(as_json, quiet)
     if batches and not all(part.strip().isdigit() for part in batches.split(",")):
         raise PhregError(f"batch: got {batches!r}, expected numbers, e.g. 1,4,8.")
-    before = _read_baseline(baseline) if baseline else None
+    before = _read_baseline(baseline) if baseline else {}
     with FeatureExtractor.load(bundle, backend, threads=threads) as extractor:
         report = profile_bundle(
             extractor, batches=[int(part) for part in batches.split(",")] if batches else None,
@@ -175,10 +176,10 @@ def profile(
         result.say(
             f"batch {r['batch']}: {r['images_per_second']:.1f} images/s; the extractor adds {100 * r['overhead']:.1f} % to the bare graph."
         )
-    slower = against_baseline(report, before, tolerance) if before else []
-    result.json({**report, "slower": slower})
+    slower = against_baseline(report, before, tolerance) if baseline else []
     if slower:
-        raise GateFailed(f"profile: {'; '.join(slower)}.")
+        raise GateFailed(f"profile: {'; '.join(slower)}.", {**report, "slower": slower})
+    result.json({**report, "slower": slower})
 
 
 @click.command()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 import time
 from pathlib import Path
@@ -72,6 +73,7 @@ def run_demo(output: Path, *, force: bool = False, progress: Progress = SILENT) 
         picture.save(folder / "before-after.png")
         (folder / "report.html").write_text(render(check, pages))
         shutil.rmtree(folder / "cache")
+        (folder / "demo.json").write_text(json.dumps({"figures": figures, "check": check}, indent=1) + "\n")
     if check["missed"]:
         raise GateFailed(f"demo: {'; '.join(check['missed'])}.")
     return {

@@ -87,7 +87,7 @@ def distill(
         PhregError: bad input, an output that exists, another run's leftovers, a loss that is not finite.
     """
     started = time.perf_counter()
-    check_target(output, force)
+    check_target(output, force, [Path(request.model.removeprefix("local-dir:")), request.images, request.checkpoint])
     recipe, device = _recipe(request), find_device(request.device)
     autocast = find_autocast(request.precision, device)
     base = load_model(request.model, checkpoint=request.checkpoint, image_size=request.image_size)
@@ -162,7 +162,7 @@ def cache_folder() -> Path:
 def _recipe(request: Request) -> Recipe:
     recipe = find_recipe(request.recipe)
     changes: dict[str, Any] = {"epochs": request.epochs, "batch": request.batch, "unlock": request.unlock}
-    for name, least in (("epochs", 0), ("batch", 1), ("views", 2)):
+    for name, least in (("epochs", 0), ("batch", 1), ("views", 2), ("seed", 0)):
         value = getattr(request, name)
         if value is not None and value < least:
             raise PhregError(f"{name}: got {value}, expected at least {least}.")
@@ -222,7 +222,12 @@ def _work_folder(
     }  # fmt: skip
     kept = work / "settings.json"
     if kept.is_file():
-        before = json.loads(kept.read_text())
+        try:
+            before = json.loads(kept.read_text())
+        except ValueError:
+            if resume:
+                raise PhregError(f"resume: {kept} is damaged; add --force instead of --resume to start over.") from None
+            before = {}
         changed = sorted(k for k in settings if before.get(k) != json.loads(json.dumps(settings[k])))
         if resume and changed:
             raise PhregError(

@@ -33,6 +33,9 @@ REFUSED = {
 }
 
 
+FAMILIES = ("vision_transformer", "eva", "deit")  # timm's modules that build a plain VisionTransformer or Eva
+
+
 def load_model(
     name: str,
     *,
@@ -53,6 +56,10 @@ def load_model(
         PhregError: unknown name (the closest are named), unsupported family, missing, corrupt or NaN weights.
     """
     folder = _folder(name)
+    if random_weights and (folder is not None or checkpoint is not None):
+        raise PhregError(
+            f"model: --random-weights goes with a timm name alone; got {f'the folder {folder}' if folder else f'--checkpoint {checkpoint}'} as well."
+        )
     if folder is not None and checkpoint is not None:
         raise PhregError(f"model: got both the folder {folder} and --checkpoint {checkpoint}; give one of them.")
     logging.getLogger("timm").setLevel(logging.WARNING)
@@ -178,25 +185,29 @@ def _check_name(name: str) -> None:
         raise PhregError(
             f"model: {name!r} is neither a timm model nor a folder.{hint} All names: python -c \"import timm; print(timm.list_models('vit*'))\""
         )
-    for key, reason in REFUSED.items():
-        if key in base:
-            raise PhregError(
-                f"model: {name} is not supported: {reason}. Expected a plain timm VisionTransformer or Eva."
-            )
+    module = timm.models.model_entrypoint(base).__module__
+    reason = next((reason for key, reason in REFUSED.items() if key in base), None)
+    if reason is None and module.rsplit(".", 1)[-1] not in FAMILIES:
+        reason = f"it is of another family ({module})"
+    if reason:  # before anything is downloaded
+        raise PhregError(f"model: {name} is not supported: {reason}. Expected a plain timm VisionTransformer or Eva.")
 
 
 def _create(name: str, **arguments: Any) -> ViT:
     try:
         return timm.create_model(name, **arguments)
     except (RuntimeError, ValueError, TypeError, KeyError, AssertionError) as error:
-        raise PhregError(f"model: timm cannot build {name}: {error}") from error
+        raise PhregError(f"model: timm cannot build {name}: {' '.join(str(error).split())[:400]}") from error
 
 
 def _from_name(name: str, random_weights: bool) -> ViT:
     if random_weights:
         torch.manual_seed(0)
         return _create(name, pretrained=False)
-    config = timm.get_pretrained_cfg(name, allow_unregistered=True)
+    try:
+        config = timm.get_pretrained_cfg(name, allow_unregistered=True)
+    except RuntimeError:  # a tag that timm does not know
+        config = None
     if config is None or not config.has_weights:
         tags = timm.list_pretrained(f"{name.split('.')[0]}*")
         known = (
@@ -227,7 +238,7 @@ def _from_folder(folder: Path) -> ViT:
             f"model: {folder} holds no {' and no '.join(missing)}; expected a folder written by `phreg-deploy distill`.{hint}"
         )
     try:
-        json.loads((folder / "config.json").read_text())
+        config = json.loads((folder / "config.json").read_text())
         load_file(folder / "model.safetensors")
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise PhregError(
@@ -237,6 +248,8 @@ def _from_folder(folder: Path) -> ViT:
         raise PhregError(
             f"model: {folder / 'model.safetensors'} is corrupt or truncated ({error}); copy or distil the student again."
         ) from None
+    if not isinstance(config, dict) or not isinstance(config.get("architecture"), str):
+        raise PhregError(f"model: {folder / 'config.json'} names no architecture; copy or distil the student again.")
     return _create(f"local-dir:{folder}", pretrained=True)
 
 

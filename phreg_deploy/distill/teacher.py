@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import zipfile
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass
@@ -24,24 +25,22 @@ from phreg_deploy.photographs import Photographs
 from phreg_deploy.spec import Preprocess
 from phreg_deploy.views import View, draw_views, gather, seed_of, show
 
+CACHE_FORMAT = 2  # of the files below: other formats are other folders
 CHUNK = 40  # views per forward; about 1 GB of activations for a ViT-B at 224 px
 
 
 @dataclass
 class Target:
-    """What the base model says of one image.
+    """What the base model says of one image, float32.
 
-    ``patches`` ``(Hp, Wp, C)``: mean over the views that cover each patch. ``plain`` ``(Hp, Wp, C)`` and ``cls``
-    ``(C,)``: the unshifted view. ``norms`` ``(Hp, Wp)``: its pre-norm norms. ``others``, ``covered``: sum of the other
-    views' features and how many there were. All but ``patches``, ``cls`` and ``norms`` are left out of the cache.
+    ``patches`` ``(Hp, Wp, C)``: mean over the views that cover each patch. ``plain`` ``(Hp, Wp, C)``: the unshifted
+    view, ``norms`` ``(Hp, Wp)`` its pre-norm norms. ``cls`` ``(2, C)``: class tokens of the image and its mirror image.
     """
 
     patches: np.ndarray
     cls: np.ndarray | None
     norms: np.ndarray
     plain: np.ndarray
-    others: np.ndarray
-    covered: np.ndarray
 
 
 class Teacher:
@@ -80,6 +79,7 @@ class Teacher:
             "views": views,
             "seed": seed,
             "autocast": autocast,
+            "format": CACHE_FORMAT,
             **asdict(preprocess),
         }
         self.digest = hashlib.sha256(repr(sorted(settings.items())).encode()).hexdigest()
@@ -91,24 +91,26 @@ class Teacher:
             draw_views(self.views, self.grid, seed_of(self.seed, digest)) for digest in photographs.digests[start:stop]
         ]
         images = photographs.batch(start, stop)
+        # (B * (V + 1), H, W, 3): the last is the mirror image, whose class token is a target of its own
+        mirrored = View(0, 0, True)
         shown = np.stack(
-            [show(image, view, self.patch) for image, plan in zip(images, plans) for view in plan]
-        )  # (B * V, H, W, 3)
+            [show(image, view, self.patch) for image, plan in zip(images, plans) for view in (*plan, mirrored)]
+        )
         with precision(self.device, self.autocast):
             seen = taps.forward(
                 self.model,
                 taps.normalise(torch.from_numpy(shown).to(self.device), self.preprocess.mean, self.preprocess.std),
             )
-        maps = seen.patches.float().cpu().numpy().reshape(len(plans), self.views, *self.grid, -1)  # (B, V, Hp, Wp, C)
-        norms = seen.norms.cpu().numpy().reshape(len(plans), self.views, *self.grid)
-        cls = None if seen.cls is None else seen.cls.float().cpu().numpy().reshape(len(plans), self.views, -1)
-        return [
-            self._merge(maps[i], norms[i, 0], None if cls is None else cls[i, 0], plan) for i, plan in enumerate(plans)
-        ]
-
-    def _merge(self, maps: np.ndarray, norms: np.ndarray, cls: np.ndarray | None, plan: list[View]) -> Target:
-        others, covered = gather(maps[1:], plan[1:])
-        return Target((others + maps[0]) / (covered + 1)[..., None], cls, norms, maps[0], others, covered)
+        count = self.views + 1
+        maps = seen.patches.float().cpu().numpy().reshape(len(plans), count, *self.grid, -1)  # (B, V + 1, Hp, Wp, C)
+        norms = seen.norms.cpu().numpy().reshape(len(plans), count, *self.grid)[:, 0]
+        cls = None if seen.cls is None else seen.cls.float().cpu().numpy().reshape(len(plans), count, -1)[:, [0, -1]]
+        found = []
+        for i, plan in enumerate(plans):
+            others, covered = gather(maps[i, 1:-1], plan[1:])
+            mean = (others + maps[i, 0]) / (covered + 1)[..., None]
+            found.append(Target(mean, None if cls is None else cls[i], norms[i], maps[i, 0]))
+        return found
 
     def targets(self, photographs: Photographs, advance: Callable[[int], None] = lambda _n: None) -> Iterator[Target]:
         """Targets of every photograph, in order, without touching the cache."""
@@ -121,8 +123,9 @@ class Teacher:
 class TargetCache:
     """Targets on disk, one ``.npz`` an image, named by its digest, in a folder named by the teacher's settings.
 
-    Holds per image: ``image`` uint8 ``(H, W, 3)`` as fitted, so that training decodes no file; ``patches`` float16 ``(N, C)``, ``cls`` float16 ``(C,)``, ``norms`` float32 ``(N,)`` of the plain
-    view, and ``drift`` float16 ``(N,)``: 1 - cosine between the plain view and the target.
+    Holds per image: ``image`` uint8 ``(H, W, 3)`` as fitted, so that training decodes no file; ``patches``
+    float16 ``(N, C)``; ``cls`` float16 ``(2, C)`` of the image and its mirror image (empty without class token);
+    ``norms`` float32 ``(N,)`` of the plain view; ``drift`` float16 ``(N,)``: 1 - cosine between it and the target.
     """
 
     def __init__(self, teacher: Teacher, folder: Path) -> None:
@@ -142,22 +145,26 @@ class TargetCache:
             drift = 1 - cosine(target.plain, target.patches).reshape(-1)
             cls = np.zeros(0) if target.cls is None else target.cls
             place = self.path(todo.digests[i])
-            with open(place.with_suffix(".partial"), "wb") as file:
-                np.savez(
-                    file, image=todo.array(i), patches=flat.astype(np.float16), cls=cls.astype(np.float16),
-                    norms=target.norms.reshape(-1), drift=drift.astype(np.float16),
-                )  # fmt: skip
-            os.replace(place.with_suffix(".partial"), place)
+            partial = place.with_suffix(".partial")
+            try:
+                with open(partial, "wb") as file:
+                    np.savez(
+                        file, image=todo.array(i), patches=flat.astype(np.float16), cls=cls.astype(np.float16),
+                        norms=target.norms.reshape(-1), drift=drift.astype(np.float16),
+                    )  # fmt: skip
+                os.replace(partial, place)
+            finally:
+                partial.unlink(missing_ok=True)
         return len(missing)
 
     def read(self, digest: str) -> dict[str, np.ndarray]:
-        with np.load(self.path(digest), allow_pickle=False) as data:
+        with open(self.path(digest), "rb") as file, np.load(file, allow_pickle=False) as data:
             return dict(data)
 
     def _whole(self, digest: str) -> bool:
         try:
             self.read(digest)
-        except (OSError, ValueError, EOFError, KeyError):
+        except (OSError, ValueError, EOFError, KeyError, zipfile.BadZipFile):
             return False
         return True
 

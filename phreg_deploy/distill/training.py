@@ -6,6 +6,7 @@ B batch, N patch tokens, C width.
 from __future__ import annotations
 
 import math
+import threading
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -19,13 +20,15 @@ from torch import nn
 
 from phreg_deploy.distill import taps
 from phreg_deploy.distill.recipes import Recipe, unlocked
-from phreg_deploy.distill.source import classifies
 from phreg_deploy.distill.taps import ViT
 from phreg_deploy.distill.teacher import TargetCache, precision
 from phreg_deploy.errors import PhregError
 from phreg_deploy.progress import Progress
 from phreg_deploy.spec import Preprocess
 from phreg_deploy.whole import write_error
+
+# numpy parses headers with ast, which can raise SystemError from two threads at once (seen on 3.11.7; cpython #106905)
+_PARSING = threading.Lock()
 
 
 @dataclass
@@ -74,7 +77,12 @@ def train(
     history: list[float] = []
     state = work / "state.pt"
     if resume and state.is_file():
-        kept = torch.load(state, map_location=device, weights_only=True)
+        try:
+            kept = torch.load(state, map_location=device, weights_only=True)
+        except Exception as error:  # torch raises pickle, zip, EOF and runtime errors for damaged files
+            raise PhregError(
+                f"resume: {state} is damaged ({type(error).__name__}); add --force instead of --resume to start over."
+            ) from None
         student.load_state_dict(kept["student"])
         optimizer.load_state_dict(kept["optimizer"])
         history = kept["history"]
@@ -91,7 +99,7 @@ def train(
                     seen = taps.forward(
                         student, taps.normalise(batch.images.to(device), preprocess.mean, preprocess.std)
                     )
-                loss = objective(student, seen, batch, recipe, scale, device)
+                loss = objective(seen, batch, recipe, scale, device)
                 if not torch.isfinite(loss):
                     raise PhregError(
                         f"distill: the loss became {loss.item()} in epoch {epoch + 1}, step {step + 1}. The state after epoch {epoch} is kept in "
@@ -112,21 +120,13 @@ def train(
     return {"loss": history, "steps_per_epoch": steps}
 
 
-def objective(
-    student: ViT, seen: taps.Features, batch: Batch, recipe: Recipe, scale: Scale, device: str
-) -> torch.Tensor:
-    """(1 - cos) + MSE on patch tokens (arXiv 2505.21501 section 3.2); the same, and the head's answers, on the class token."""
+def objective(seen: taps.Features, batch: Batch, recipe: Recipe, scale: Scale, device: str) -> torch.Tensor:
+    """(1 - cos) + MSE on patch tokens (arXiv 2505.21501 section 3.2), and the same on the class token where asked."""
     weight = 1 + recipe.hard_weight * batch.drift.to(device)
     loss = _distance(seen.patches.float(), batch.patches.to(device), weight / weight.mean(), scale.patches)
-    if seen.cls is None or batch.cls is None:
-        return loss
-    cls, wanted = seen.cls.float(), batch.cls.to(device)
-    if recipe.class_weight:
-        one = torch.ones(len(cls), device=device)
-        loss = loss + recipe.class_weight * _distance(cls, wanted, one, scale.cls)
-    if recipe.logit_weight and classifies(student) and student.global_pool == "token":
-        answers, expected = (student.head(student.fc_norm(token)).log_softmax(-1) for token in (cls, wanted))
-        loss = loss + recipe.logit_weight * F.kl_div(answers, expected, reduction="batchmean", log_target=True)
+    if recipe.class_weight and seen.cls is not None and batch.cls is not None:
+        one = torch.ones(len(batch.images), device=device)
+        loss = loss + recipe.class_weight * _distance(seen.cls.float(), batch.cls.to(device), one, scale.cls)
     return loss
 
 
@@ -172,11 +172,14 @@ def _batches(cache: TargetCache, digests: list[str], recipe: Recipe, seed: int, 
 
 
 def _load(cache: TargetCache, digests: list[str], flips: np.ndarray) -> Batch:
-    items = [cache.read(digest) for digest in digests]
+    with _PARSING:
+        items = [cache.read(digest) for digest in digests]
     grid = cache.teacher.grid
     for item, flip in zip(items, flips):
         for name in ("patches", "drift"):
             item[name] = item[name].astype(np.float32).reshape(*grid, -1)
+        if item["cls"].size:
+            item["cls"] = item["cls"][int(flip)]
         if flip:
             for name in ("image", "patches", "drift"):
                 item[name] = item[name][:, ::-1]

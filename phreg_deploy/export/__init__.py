@@ -3,10 +3,12 @@
 Needs the extra ``export`` (torch, timm, onnx, onnxscript).
 """
 
+from importlib.util import find_spec
+
 from phreg_deploy.errors import missing_extra
 
-try:
-    import onnx  # noqa: F401
-    import onnxscript  # noqa: F401
-except ImportError as error:
-    raise missing_extra(error.name or "onnx", "export", "phreg_deploy.export") from error
+for module in ("onnx", "onnxscript", "safetensors", "timm", "torch"):
+    if find_spec(module) is None:
+        raise missing_extra(module, "export", "phreg_deploy.export")
+
+import phreg_deploy.distill  # noqa: E402, F401  (says what is wrong where torch is there and broken)

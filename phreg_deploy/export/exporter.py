@@ -19,7 +19,6 @@ import torch
 from phreg_deploy import __version__
 from phreg_deploy.bundle import GRAPH, MANIFEST, POSITIONS, REFERENCE, Bundle, Manifest, file_digest
 from phreg_deploy.distill import taps
-from phreg_deploy.distill.checkpoint import read_record
 from phreg_deploy.distill.source import load_model, model_preprocess, model_spec
 from phreg_deploy.distill.taps import ViT
 from phreg_deploy.distill.weights import weights_digest
@@ -28,6 +27,7 @@ from phreg_deploy.export.folding import patch_positions
 from phreg_deploy.export.graph import DenseViT
 from phreg_deploy.export.trace import OPSET, trace
 from phreg_deploy.progress import SILENT, Progress
+from phreg_deploy.record import read_record, recorded
 from phreg_deploy.spec import Batches, Preprocess, Sizes
 from phreg_deploy.whole import check_target, whole_folder
 
@@ -57,7 +57,7 @@ def export_bundle(request: ExportRequest, output: Path, *, force: bool = False, 
     """
     if request.precision not in ("fp32", "fp16"):
         raise PhregError(f"precision: got {request.precision!r}, expected fp32 or fp16.")
-    check_target(output, force)
+    check_target(output, force, [Path(request.model.removeprefix("local-dir:")), request.checkpoint])
     batches = Batches.parse(request.batch)
     with progress.task(f"export {request.precision}", 4) as advance:
         model = load_model(request.model, checkpoint=request.checkpoint, random_weights=request.random_weights)
@@ -144,7 +144,11 @@ def _grid(model: ViT) -> np.ndarray | None:
 
 def _record(name: str) -> dict[str, Any] | None:
     folder = Path(name.removeprefix("local-dir:"))
-    return read_record(folder) if folder.is_dir() else None
+    record = read_record(folder) if folder.is_dir() else None
+    if record is not None:  # what the manifest takes from it, before a minute of tracing
+        for keys in (("recipe", "name"), ("scores", "median_norm")):
+            recorded(record, folder, *keys)
+    return record
 
 
 def _manifest(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +27,8 @@ def extract_images(
         images: files, or folders that are searched. A folder's unreadable files are skipped and named; a file that was
             named and cannot be read is an error.
 
+    ``features.json`` beside them is the index, which is also returned.
+
     Returns:
         ``images``: per image its name, files, shape and artifact rate; ``skipped``: names and reasons.
     """
@@ -36,7 +39,10 @@ def extract_images(
     extractor.manifest.sizes.check(size, extractor.spec.patch)
     report: dict[str, Any] = {"output": str(output), "backend": extractor.backend, "images": [], "skipped": {}}
     basis = None
-    with whole_folder(output, force) as folder, progress.task("extracting", len(wanted)) as advance:
+    with (
+        whole_folder(output, force, [extractor.bundle.folder, *images]) as folder,
+        progress.task("extracting", len(wanted)) as advance,
+    ):
         for (path, named), name in zip(wanted, names):
             try:
                 array = extractor.prepare(path, size)
@@ -70,14 +76,19 @@ def extract_images(
             raise PhregError(
                 f"extract: none of the {len(wanted)} images can be read. The first: {next(iter(report['skipped'].values()))}"
             )
+        (folder / "features.json").write_text(json.dumps(report, indent=1) + "\n")
     return report
 
 
 def _names(paths: list[Path]) -> list[str]:
-    """File names without suffix; the second of a name gets a number."""
-    taken: dict[str, int] = {}
+    """File names without suffix; the second of a name gets a number. Unlike also where case does not count."""
+    taken: set[str] = set()
     names = []
     for path in paths:
-        taken[path.stem] = taken.get(path.stem, 0) + 1
-        names.append(path.stem if taken[path.stem] == 1 else f"{path.stem}-{taken[path.stem]}")
+        name, count = path.stem, 1
+        while name.lower() in taken:
+            count += 1
+            name = f"{path.stem}-{count}"
+        taken.add(name.lower())
+        names.append(name)
     return names

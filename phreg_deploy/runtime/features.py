@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -129,16 +129,21 @@ class FeatureExtractor(Closing):
 
     def run(self, batch: np.ndarray) -> dict[str, np.ndarray]:
         """Array to array: uint8 ``(B, H, W, 3)`` at a served size and batch -> the graph's outputs by name, as they come."""
-        backend = self._open()
+        return self._open().run(self.feed(batch))
+
+    def feed(self, batch: np.ndarray) -> dict[str, np.ndarray]:
+        """What the graph is fed for a batch: the images, and their position embedding where the bundle serves several sizes."""
         if batch.dtype != np.uint8 or batch.ndim != 4 or batch.shape[3] != 3:
             _check_images(batch)
         size = (batch.shape[1], batch.shape[2])
         self.manifest.sizes.check(size, self.spec.patch)
         self.manifest.batches.check(len(batch))
-        feed = {"image": batch}
-        if self._base is not None:
-            feed["pos_embed"] = self._positions(size)
-        return backend.run(feed)
+        return {"image": batch} if self._base is None else {"image": batch, "pos_embed": self._positions(size)}
+
+    def bare(self, batch: np.ndarray) -> Callable[[], object]:
+        """The graph on this batch and nothing around it: what the extractor's own cost is measured against."""
+        backend, feed = self._open(), self.feed(batch)
+        return lambda: backend.run(feed)
 
     def close(self) -> None:
         """Free the session and the device. Calling the extractor afterwards is an error."""

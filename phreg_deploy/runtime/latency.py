@@ -92,14 +92,9 @@ def profile_bundle(
     for batch in batches or [manifest.batches.best]:
         manifest.batches.check(batch)
         images = rng.integers(0, 256, (batch, *size, 3), dtype=np.uint8)
-        feed = {
-            "image": images,
-            **({"pos_embed": extractor._positions(size)} if "pos_embed" in manifest.inputs else {}),
-        }
-        backend = extractor._open()
         timed = measure(
             {
-                "graph": lambda feed=feed, backend=backend: backend.run(feed),  # type: ignore[misc]
+                "graph": extractor.bare(images),
                 "extractor": lambda images=images: extractor.dense(images),  # type: ignore[misc]
                 "preprocess": lambda: extractor.prepare(photograph, size),
             },
@@ -151,15 +146,15 @@ def against_baseline(report: dict[str, Any], baseline: dict[str, Any], tolerance
         PhregError: the baseline is no report, or has no batch and size in common.
     """
     try:
-        before = {(r["batch"], tuple(r["size"])): r["extractor"]["p50"] for r in baseline["results"]}
-    except (KeyError, TypeError):
+        before = {(r["batch"], tuple(r["size"])): float(r["extractor"]["p50"]) for r in baseline["results"]}
+    except (KeyError, TypeError, ValueError):
         raise PhregError("baseline: the file is not a report of `phreg-deploy profile --json`.") from None
     slower, shared = [], 0
     for result in report["results"]:
         key = (result["batch"], tuple(result["size"]))
         if key in before:
             shared += 1
-            ratio = result["extractor"]["p50"] / before[key]
+            ratio = result["extractor"]["p50"] / max(before[key], 1e-9)
             if ratio > 1 + tolerance:
                 slower.append(
                     f"batch {key[0]} at {key[1][0]}x{key[1][1]}: {result['extractor']['p50']:.2f} ms, {ratio:.2f}x the baseline's {before[key]:.2f} ms"

@@ -11,6 +11,7 @@ from PIL import Image
 from phreg_deploy.photographs import Photographs, read_photographs
 from phreg_deploy.pictures import colours, components, heat
 from phreg_deploy.progress import SILENT, Progress
+from phreg_deploy.record import read_record, recorded
 from phreg_deploy.runtime.features import FeatureExtractor
 from phreg_deploy.runtime.parity import check_reference, compare_runs, judge, worst
 from phreg_deploy.scores import Run, Scores, score
@@ -118,13 +119,11 @@ def _model_run(model: Any, extractor: FeatureExtractor) -> Run:
 
 def _recorded(reference: str) -> dict[str, Any]:
     """The base model's figures as the student's record has them: other images, so the note says which."""
-    from phreg_deploy.distill.checkpoint import read_record
-
     folder = Path(reference.removeprefix("local-dir:"))
     record = read_record(folder) if folder.is_dir() else None
     if record is None:
         return {}
-    scores = record["scores"]
+    scores = recorded(record, folder, "scores")
     return {
         "base": {
             "norm_outliers": scores["base"]["norm_outliers"],

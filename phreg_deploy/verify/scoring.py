@@ -11,6 +11,7 @@ from phreg_deploy.errors import PhregError
 from phreg_deploy.photographs import Photographs, read_photographs
 from phreg_deploy.pictures import colours, components, heat, sheet
 from phreg_deploy.progress import Progress
+from phreg_deploy.record import read_record, recorded
 from phreg_deploy.scores import Scores, score
 from phreg_deploy.spec import parse_size
 
@@ -61,7 +62,6 @@ def score_model(
     progress: Progress,
 ) -> tuple[dict[str, Any], Image.Image]:
     """Scores of a timm model or a student, block by block too."""
-    from phreg_deploy.distill.checkpoint import read_record
     from phreg_deploy.distill.hardware import find_device
     from phreg_deploy.distill.measure import block_norms, model_run
     from phreg_deploy.distill.source import load_model, model_preprocess
@@ -72,7 +72,7 @@ def score_model(
     record = read_record(folder) if folder.is_dir() else None
     preprocess, patch = model_preprocess(model), tuple(model.patch_embed.patch_size)
     photographs = _read(images, tuple(model.patch_embed.img_size), preprocess, limit, progress)
-    centre = median or (record["scores"]["median_norm"] if record else None)
+    centre = median or (recorded(record, folder, "scores", "median_norm") if record else None)
     scores = score(model_run(model, preprocess, where), photographs, patch, median=centre, progress=progress)
     blocks = block_norms(model, photographs, preprocess, where)
     return {"model": name, "device": where, **scores.to_json(), "blocks": blocks}, _sheet(photographs, scores)

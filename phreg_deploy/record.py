@@ -1,0 +1,45 @@
+"""``phreg.json``: the story of a student, as ``distill`` wrote it. Read without PyTorch."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from phreg_deploy.errors import PhregError
+
+RECORD = "phreg.json"
+RECORD_VERSION = 1
+
+
+def read_record(folder: Path) -> dict[str, Any] | None:
+    """The student's story, or None for a timm folder that ``distill`` did not write.
+
+    Raises:
+        PhregError: the record is damaged, or of a newer format.
+    """
+    path = folder / RECORD
+    if not path.is_file():
+        return None
+    try:
+        record: dict[str, Any] = json.loads(path.read_text())
+        version = int(record["format"])
+    except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError, ValueError):
+        raise PhregError(f"student: {path} is damaged; copy or distil the student again.") from None
+    if version > RECORD_VERSION:
+        raise PhregError(
+            f"student: {path} has format {version}, expected at most {RECORD_VERSION}. Upgrade phreg-deploy."
+        )
+    return record
+
+
+def recorded(record: dict[str, Any], folder: Path, *keys: str) -> Any:
+    """``record[key][key]...``; a record without it is damaged."""
+    value: Any = record
+    for key in keys:
+        if not isinstance(value, dict) or key not in value:
+            raise PhregError(
+                f"student: {folder / RECORD} is damaged (no {'.'.join(keys)}); copy or distil the student again."
+            )
+        value = value[key]
+    return value
