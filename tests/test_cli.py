@@ -143,7 +143,7 @@ def test_extract_writes_what_the_extractor_says(world, run_cli):
     assert len(list(world.out.glob("*.png"))) == 3
     bare = done(run_cli("extract", world.bundle, world.photos, "-o", world.tmp / "bare", "--no-pictures", "--json"))
     assert len(bare["images"]) == 24
-    assert {p.suffix for p in (world.tmp / "bare").iterdir()} == {".npy"}
+    assert {p.suffix for p in (world.tmp / "bare").iterdir()} == {".npy", ".json"}
 
 
 def test_artifacts_of_model_student_and_bundle_agree(world, run_cli):

@@ -33,18 +33,14 @@ def test_the_target_is_the_mean_over_views_done_one_by_one(photographs):
     for view in draw_views(6, (5, 5), seed_of(3, photographs.digests[1])):
         image = show(photographs.array(1), view, (16, 16))
         with torch.no_grad():
-            seen = taps.forward(
-                model, taps.normalise(np.array(image)[None], preprocess.mean, preprocess.std)
-            )
+            seen = taps.forward(model, taps.normalise(np.array(image)[None], preprocess.mean, preprocess.std))
         part, place = realign(seen.patches[0].reshape(5, 5, -1).numpy(), view)
         total[place] += part
         count[place] += 1
     np.testing.assert_allclose(target.patches, total / count[..., None], rtol=1e-3, atol=1e-4)
     with torch.no_grad():
         for cls, image in zip(target.cls, (photographs.array(1), photographs.array(1)[:, ::-1])):
-            seen = taps.forward(
-                model, taps.normalise(np.array(image)[None], preprocess.mean, preprocess.std)
-            )
+            seen = taps.forward(model, taps.normalise(np.array(image)[None], preprocess.mean, preprocess.std))
             np.testing.assert_allclose(cls, seen.cls[0].numpy(), rtol=1e-3, atol=1e-4)
 
 

@@ -144,14 +144,14 @@ def _pages(
 ) -> list[list[tuple[str, Image.Image]]]:
     """One row a scene: image, features and norms before, features and norms as they are served after."""
     grid = tuple(s // p for s, p in zip(photographs.size, extractor.spec.patch))
-    basis = {name: components(list(seen[name]["patches"][:SHOWN])) for name in ("base", "served")}
+    basis = components(list(seen["served"]["patches"][:SHOWN]))  # one for both: equal features, equal colours
     rows = []
     for i in range(SHOWN):
         row = [("scene", Image.fromarray(photographs.array(i)))]
         for name, word in (("base", "before"), ("served", "after")):
             features = seen[name]["patches"][i].reshape(*grid, -1)
             norms = seen[name]["norms"][i].reshape(grid)
-            row += [(f"features {word}", colours(features, basis[name])), (f"norms {word}", heat(norms, 3 * median))]
+            row += [(f"features {word}", colours(features, basis)), (f"norms {word}", heat(norms, 3 * median))]
         rows.append(row)
     return rows
 
