@@ -12,6 +12,7 @@ import click
 from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 from phreg_deploy.progress import Progress
 
@@ -33,7 +34,9 @@ class Result:
             return
         table = Table(*columns, title=title, title_justify="left", title_style="bold", box=SIMPLE_HEAD)
         for row in rows:
-            table.add_row(*(cell if isinstance(cell, str) else figure(cell) for cell in row))
+            table.add_row(
+                *(Text(cell if isinstance(cell, str) else figure(cell)) for cell in row)
+            )  # never markup: [distill] is text
         self.console.print(table)
 
     def say(self, text: str) -> None:
