@@ -69,6 +69,7 @@ def run_demo(output: Path, *, force: bool = False, progress: Progress = SILENT) 
             )
             figures, pages = _measure(extractor, folder, probed, tested)
         check["bundle"] = "demo.bundle"
+        check["comparisons"][-1]["with"] = "PyTorch student"  # its folder still has a temporary name here
         picture = sheet(pages, side=192)
         picture.save(folder / "before-after.png")
         (folder / "report.html").write_text(render(check, pages))

@@ -13,8 +13,8 @@ STYLE = """
 body{font:15px/1.5 system-ui,sans-serif;max-width:60rem;margin:2rem auto;padding:0 1rem;color:#222;background:#fafaf8}
 h1{font-size:1.4rem}h2{font-size:1.1rem;margin-top:2rem}table{border-collapse:collapse;width:100%}
 th,td{text-align:right;padding:.3rem .6rem;border-bottom:1px solid #ddd}th:first-child,td:first-child{text-align:left}
-.good{color:#176b3a}.bad{color:#a11}figure{display:inline-block;margin:.4rem .8rem .4rem 0}figcaption{font-size:.85rem;color:#555}
-img{width:256px;image-rendering:pixelated;display:block}footer{margin-top:2rem;font-size:.85rem;color:#777}
+.good{color:#176b3a}.bad{color:#a11}figure{display:inline-block;margin:.3rem .5rem .3rem 0}figcaption{font-size:.85rem;color:#555}
+img{width:168px;image-rendering:pixelated;display:block}footer{margin-top:2rem;font-size:.85rem;color:#777}
 """
 
 
@@ -70,7 +70,7 @@ def render(report: dict[str, Any], pictures: list[list[tuple[str, Image.Image]]]
             + "</div>"
             for row in pictures
         )
-        parts.append(f"<h2>The first image</h2>{figures}")
+        parts.append(f"<h2>Pictures</h2>{figures}")
     footer = "<footer>Norm outliers: patch tokens above 2x or below 1/2 of the base model's median pre-norm norm. Shift incoherence: patches whose feature changes when the image is shifted under them.</footer>"
     return f"<!doctype html><html lang=en><meta charset=utf-8><title>phreg-deploy check</title><style>{STYLE}</style>{''.join(parts)}{footer}</html>\n"
 
