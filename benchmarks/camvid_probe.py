@@ -18,6 +18,7 @@ import torch
 from PIL import Image
 
 from phreg_deploy.artifacts import norm_outliers, outlier_mask
+from phreg_deploy.demo.probe import patch_labels
 from phreg_deploy.distill import taps
 from phreg_deploy.distill.source import load_model, model_preprocess
 
@@ -28,14 +29,6 @@ DECAY = 1e-4
 def read(folder: Path) -> np.ndarray:
     """Images of a folder, uint8 ``(M, H, W, 3)``, or labels ``(M, H, W)``."""
     return np.stack([np.asarray(Image.open(path))[: SIZE[0], : SIZE[1]] for path in sorted(folder.iterdir())])
-
-
-def patch_labels(labels: np.ndarray, patch: int) -> np.ndarray:
-    m, h, w = labels.shape
-    tiles = (
-        labels.reshape(m, h // patch, patch, w // patch, patch).transpose(0, 1, 3, 2, 4).reshape(m, -1, patch * patch)
-    )
-    return np.stack([(tiles == k).sum(-1) for k in range(CLASSES + 1)], -1).argmax(-1)
 
 
 @torch.inference_mode()
@@ -107,7 +100,7 @@ def main() -> None:
     }
     base = load_model(asked.base, checkpoint=asked.checkpoint, image_size=SIZE)
     grid, patch = tuple(base.patch_embed.grid_size), base.patch_embed.patch_size[0]
-    labels = {name: patch_labels(y, patch) for name, (_, y) in sets.items()}
+    labels = {name: patch_labels(y, patch, CLASSES + 1).reshape(len(y), -1) for name, (_, y) in sets.items()}
     found = {name: features(base, x) for name, (x, _) in sets.items()}
     median = float(np.median(found["val"][1]))
     outliers = {name: outlier_mask(norms, median) for name, (_, norms) in found.items()}

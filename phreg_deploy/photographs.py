@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -162,12 +162,17 @@ class Photographs:
 
 
 def read_photographs(
-    folder: Path | str, size: tuple[int, int], preprocess: Preprocess, limit: int | None = None
+    folder: Path | str,
+    size: tuple[int, int],
+    preprocess: Preprocess,
+    limit: int | None = None,
+    say: Callable[[str], None] = lambda _text: None,
 ) -> Photographs:
     """Read and fit every image of a folder; unreadable files are skipped, counted and named.
 
     Args:
         size: (height, width) in pixels. limit: the first so many files, in the order of their names.
+        say: told, in one line, what was skipped.
 
     Raises:
         PhregError: no folder, no image, or none that can be read.
@@ -191,4 +196,6 @@ def read_photographs(
         raise PhregError(
             f"images: none of the {len(found.skipped)} image files in {folder} can be read. The first, {name}: {reason}"
         )
+    if found.skip_line:
+        say(found.skip_line)
     return found

@@ -12,8 +12,13 @@ RECORD = "phreg.json"
 RECORD_VERSION = 1
 
 
+def model_path(name: str) -> Path:
+    """Where a model's name points if it names a folder, ``FOLDER`` or ``local-dir:FOLDER``; nothing is there for a timm name."""
+    return Path(name.removeprefix("local-dir:"))
+
+
 def read_record(folder: Path) -> dict[str, Any] | None:
-    """The student's story, or None for a timm folder that ``distill`` did not write.
+    """The student's story, or None for a folder that ``distill`` did not write, or none at all.
 
     Raises:
         PhregError: the record is damaged, or of a newer format.

@@ -37,8 +37,8 @@ def patch_labels(labels: np.ndarray, patch: int, classes: int) -> np.ndarray:
     """The commonest class of each patch: uint8 ``(M, H, W)`` -> ``(M, Hp, Wp)``."""
     m, height, width = labels.shape
     tiles = labels.reshape(m, height // patch, patch, width // patch, patch).transpose(0, 1, 3, 2, 4)
-    counts = (tiles.reshape(*tiles.shape[:3], -1)[..., None] == np.arange(classes)).sum(3)
-    return counts.argmax(-1)  # type: ignore[no-any-return]
+    tiles = tiles.reshape(*tiles.shape[:3], -1)
+    return np.stack([(tiles == k).sum(-1) for k in range(classes)], -1).argmax(-1)  # type: ignore[no-any-return]
 
 
 def mean_iou(predicted: np.ndarray, labels: np.ndarray, classes: int) -> float:

@@ -32,6 +32,7 @@ from phreg_deploy.distill.weights import weights_digest
 from phreg_deploy.errors import PhregError
 from phreg_deploy.photographs import Photographs, read_photographs
 from phreg_deploy.progress import SILENT, Progress
+from phreg_deploy.record import model_path
 from phreg_deploy.spec import Preprocess
 from phreg_deploy.whole import check_target, whole_folder, write_error
 
@@ -87,15 +88,13 @@ def distill(
         PhregError: bad input, an output that exists, another run's leftovers, a loss that is not finite.
     """
     started = time.perf_counter()
-    check_target(output, force, [Path(request.model.removeprefix("local-dir:")), request.images, request.checkpoint])
+    check_target(output, force, [model_path(request.model), request.images, request.checkpoint])
     recipe, device = _recipe(request), find_device(request.device)
     autocast = find_autocast(request.precision, device)
     base = load_model(request.model, checkpoint=request.checkpoint, image_size=request.image_size)
     recipe = replace(recipe, lr=request.lr if request.lr is not None else default_rate(recipe, base.embed_dim))
     preprocess = model_preprocess(base, "center")
-    photographs = read_photographs(request.images, tuple(base.patch_embed.img_size), preprocess)
-    if photographs.skip_line:
-        progress.say(photographs.skip_line)
+    photographs = read_photographs(request.images, tuple(base.patch_embed.img_size), preprocess, say=progress.say)
     training, held = split(photographs, request.holdout)
     progress.say(
         f"{len(training)} images to train on, {len(held) if held else 0} held out for scores; {device}, {'bfloat16 autocast' if autocast else 'float32'}."

@@ -27,7 +27,7 @@ from phreg_deploy.export.folding import patch_positions
 from phreg_deploy.export.graph import DenseViT
 from phreg_deploy.export.trace import OPSET, trace
 from phreg_deploy.progress import SILENT, Progress
-from phreg_deploy.record import read_record, recorded
+from phreg_deploy.record import model_path, read_record, recorded
 from phreg_deploy.spec import Batches, Preprocess, Sizes
 from phreg_deploy.whole import check_target, whole_folder
 
@@ -57,7 +57,7 @@ def export_bundle(request: ExportRequest, output: Path, *, force: bool = False, 
     """
     if request.precision not in ("fp32", "fp16"):
         raise PhregError(f"precision: got {request.precision!r}, expected fp32 or fp16.")
-    check_target(output, force, [Path(request.model.removeprefix("local-dir:")), request.checkpoint])
+    check_target(output, force, [model_path(request.model), request.checkpoint])
     batches = Batches.parse(request.batch)
     with progress.task(f"export {request.precision}", 4) as advance:
         model = load_model(request.model, checkpoint=request.checkpoint, random_weights=request.random_weights)
@@ -143,8 +143,8 @@ def _grid(model: ViT) -> np.ndarray | None:
 
 
 def _record(name: str) -> dict[str, Any] | None:
-    folder = Path(name.removeprefix("local-dir:"))
-    record = read_record(folder) if folder.is_dir() else None
+    folder = model_path(name)
+    record = read_record(folder)
     if record is not None:  # what the manifest takes from it, before a minute of tracing
         for keys in (("recipe", "name"), ("scores", "median_norm")):
             recorded(record, folder, *keys)
@@ -170,15 +170,12 @@ def _manifest(
             for v in values
         }
 
-    folder = (
-        request.model
-        if not Path(request.model.removeprefix("local-dir:")).is_dir()
-        else Path(request.model.removeprefix("local-dir:")).name
-    )
+    place = model_path(request.model)
+    source = place.name if place.is_dir() else request.model
     return Manifest(
         model=model_spec(model), preprocess=preprocess, sizes=sizes, batches=batches, precision=request.precision, opset=OPSET,
         inputs=describe(graph.graph.input), outputs=describe(graph.graph.output),
-        source={"model": folder, "weights_sha256": weights_digest(model), "distilled": None if record is None else record["recipe"]["name"]},
+        source={"model": source, "weights_sha256": weights_digest(model), "distilled": None if record is None else record["recipe"]["name"]},
         versions={"phreg_deploy": __version__, "torch": torch.__version__, "timm": timm.__version__, "onnx": onnx.__version__, "python": platform.python_version()},
         norm_median=None if record is None else record["scores"]["median_norm"],
         float_parts=[] if request.precision == "fp32" else ["patch projection", "token_norm"],

@@ -11,7 +11,7 @@ from PIL import Image
 from phreg_deploy.photographs import Photographs, read_photographs
 from phreg_deploy.pictures import colours, components, heat
 from phreg_deploy.progress import SILENT, Progress
-from phreg_deploy.record import read_record, recorded
+from phreg_deploy.record import model_path, read_record, recorded
 from phreg_deploy.runtime.features import FeatureExtractor
 from phreg_deploy.runtime.parity import check_reference, compare_runs, judge, worst
 from phreg_deploy.scores import Run, Scores, score
@@ -58,9 +58,7 @@ def run_check(
     scored: dict[str, tuple[Scores, str]] = {}
     photographs: Photographs | None = None
     if images is not None:
-        photographs = read_photographs(images, size, manifest.preprocess, limit)
-        if photographs.skip_line:
-            progress.say(photographs.skip_line)
+        photographs = read_photographs(images, size, manifest.preprocess, limit, say=progress.say)
         models = {
             name: _model(source, weights, size)
             for name, source, weights in (("base", base, base_checkpoint), ("student", reference, reference_checkpoint))
@@ -119,8 +117,8 @@ def _model_run(model: Any, extractor: FeatureExtractor) -> Run:
 
 def _recorded(reference: str) -> dict[str, Any]:
     """The base model's figures as the student's record has them: other images, so the note says which."""
-    folder = Path(reference.removeprefix("local-dir:"))
-    record = read_record(folder) if folder.is_dir() else None
+    folder = model_path(reference)
+    record = read_record(folder)
     if record is None:
         return {}
     scores = recorded(record, folder, "scores")

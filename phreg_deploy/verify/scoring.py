@@ -11,7 +11,7 @@ from phreg_deploy.errors import PhregError
 from phreg_deploy.photographs import Photographs, read_photographs
 from phreg_deploy.pictures import colours, components, heat, sheet
 from phreg_deploy.progress import Progress
-from phreg_deploy.record import read_record, recorded
+from phreg_deploy.record import model_path, read_record, recorded
 from phreg_deploy.scores import Scores, score
 from phreg_deploy.spec import parse_size
 
@@ -38,7 +38,7 @@ def score_bundle(
         manifest = extractor.manifest
         size = parse_size(image_size) if image_size else manifest.sizes.default
         manifest.sizes.check(size, manifest.model.patch)
-        photographs = _read(images, size, manifest.preprocess, limit, progress)
+        photographs = read_photographs(images, size, manifest.preprocess, limit, say=progress.say)
         scores = score(
             bundle_run(extractor),
             photographs,
@@ -68,21 +68,14 @@ def score_model(
 
     where = find_device(device)
     model = load_model(name, checkpoint=checkpoint, image_size=parse_size(image_size) if image_size else None)
-    folder = Path(name.removeprefix("local-dir:"))
-    record = read_record(folder) if folder.is_dir() else None
+    folder = model_path(name)
+    record = read_record(folder)
     preprocess, patch = model_preprocess(model), tuple(model.patch_embed.patch_size)
-    photographs = _read(images, tuple(model.patch_embed.img_size), preprocess, limit, progress)
+    photographs = read_photographs(images, tuple(model.patch_embed.img_size), preprocess, limit, say=progress.say)
     centre = median or (recorded(record, folder, "scores", "median_norm") if record else None)
     scores = score(model_run(model, preprocess, where), photographs, patch, median=centre, progress=progress)
     blocks = block_norms(model, photographs, preprocess, where)
     return {"model": name, "device": where, **scores.to_json(), "blocks": blocks}, _sheet(photographs, scores)
-
-
-def _read(images: Path, size: tuple[int, int], preprocess: Any, limit: int, progress: Progress) -> Photographs:
-    photographs = read_photographs(images, size, preprocess, limit)
-    if photographs.skip_line:
-        progress.say(photographs.skip_line)
-    return photographs
 
 
 def _sheet(photographs: Photographs, scores: Scores) -> Image.Image:
