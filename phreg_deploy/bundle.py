@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import io
 import json
 import zipfile
 from dataclasses import dataclass, field
@@ -14,16 +15,20 @@ import numpy as np
 from phreg_deploy.errors import PhregError
 from phreg_deploy.spec import Batches, ModelSpec, Preprocess, Sizes
 
-FORMAT = 1
+FORMAT = 2
 MANIFEST, GRAPH, REFERENCE, POSITIONS = "manifest.json", "model.onnx", "reference.npz", "pos_embed.npy"
+CALIBRATION = "calibration.json"
+STAMP = (1980, 1, 1, 0, 0, 0)  # the oldest date a zip can hold: the same bundle has the same bytes on any day
 
-# 1st-percentile patch cosine at least; change of the norm-outlier rate at most, in percentage points
+# 1st-percentile patch cosine at least; change of the norm-outlier rate at most, in percentage points; share of patches
+# with the same nearest neighbour at least. "exam_p1": between two runtimes on one 8-bit graph. They round differently,
+# and every rounding moves others: .995 was measured in float32, .983 with bfloat16 around the 8-bit layers.
 GATES = {
     "fp32": {"cosine_p1": 0.99999, "outlier_points": 0.0},
     "fp16": {"cosine_p1": 0.999, "outlier_points": 0.05},
     "bf16": {"cosine_p1": 0.999, "outlier_points": 0.05},
-    "int8": {"cosine_p1": 0.99, "outlier_points": 0.1},
-    "fp8": {"cosine_p1": 0.99, "outlier_points": 0.1},
+    "int8": {"cosine_p1": 0.99, "outlier_points": 0.1, "neighbours": 0.75, "exam_p1": 0.97},
+    "fp8": {"cosine_p1": 0.99, "outlier_points": 0.1, "neighbours": 0.75, "exam_p1": 0.97},
 }
 
 
@@ -33,7 +38,8 @@ class Manifest:
 
     ``norm_median``: the base model's median pre-norm patch-token norm, which live artifact rates are measured against;
     None where nobody measured it. ``source``: where the weights came from, with their sha256. ``float_parts``: what
-    stayed in a higher precision than ``precision``.
+    stayed in a higher precision than ``precision``. ``quantisation``: what ``calibrate`` did and measured; None in a
+    bundle that was not calibrated.
     """
 
     model: ModelSpec
@@ -49,6 +55,7 @@ class Manifest:
     norm_median: float | None = None
     float_parts: list[str] = field(default_factory=list)
     random_weights: bool = False
+    quantisation: dict[str, Any] | None = None
     files: dict[str, str] = field(default_factory=dict)
 
     def to_json(self) -> dict[str, Any]:
@@ -66,6 +73,8 @@ class Manifest:
                 f"manifest: got format {version}, expected at most {FORMAT}. Upgrade phreg-deploy, or export the bundle again."
             )
         fields = {k: v for k, v in data.items() if k != "format"}
+        if version == 1:  # before calibration
+            fields.setdefault("quantisation", None)
         missing = sorted(set(cls.__dataclass_fields__) - set(fields))
         unknown = sorted(set(fields) - set(cls.__dataclass_fields__))
         if missing or unknown:
@@ -189,3 +198,18 @@ def _digest_3_10(file: Any) -> str:
 
 def is_bundle(path: Path | str) -> bool:
     return (Path(path) / MANIFEST).is_file()
+
+
+def portrait(manifest: Manifest) -> dict[str, str]:
+    """The manifest as the graph carries it, so that ``model.onnx`` says by itself how it wants to be fed."""
+    facts = manifest.to_json()
+    return {f"phreg.{key}": json.dumps(facts[key], sort_keys=True) for key in facts if key != "files"}
+
+
+def write_npz(path: Path, arrays: dict[str, np.ndarray]) -> None:
+    """``np.savez`` without the clock: the same arrays give the same bytes."""
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_STORED) as archive:
+        for name, array in arrays.items():
+            data = io.BytesIO()
+            np.lib.format.write_array(data, np.ascontiguousarray(array), allow_pickle=False)
+            archive.writestr(zipfile.ZipInfo(f"{name}.npy", STAMP), data.getvalue())

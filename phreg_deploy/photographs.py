@@ -28,8 +28,11 @@ RESAMPLING = {
 }
 
 
-def list_images(folder: Path | str, limit: int | None = None) -> list[Path]:
+def list_images(folder: Path | str, limit: int | None = None, spread: bool = False) -> list[Path]:
     """Every image file below ``folder``, in the order of their names.
+
+    Args:
+        limit: at most so many, the first ones; with ``spread``, evenly spaced ones, as frames of a video should be.
 
     Raises:
         PhregError: the folder is missing, is a file, or holds no image.
@@ -44,6 +47,8 @@ def list_images(folder: Path | str, limit: int | None = None) -> list[Path]:
     )
     if not paths:
         raise PhregError(f"images: {folder} holds no image; expected files that end in {', '.join(sorted(SUFFIXES))}.")
+    if spread and limit is not None and len(paths) > limit:
+        return [paths[i * len(paths) // limit] for i in range(limit)]
     return paths[:limit]
 
 
@@ -167,11 +172,12 @@ def read_photographs(
     preprocess: Preprocess,
     limit: int | None = None,
     say: Callable[[str], None] = lambda _text: None,
+    spread: bool = False,
 ) -> Photographs:
     """Read and fit every image of a folder; unreadable files are skipped, counted and named.
 
     Args:
-        size: (height, width) in pixels. limit: the first so many files, in the order of their names.
+        size: (height, width) in pixels. limit, spread: see ``list_images``.
         say: told, in one line, what was skipped.
 
     Raises:
@@ -179,7 +185,7 @@ def read_photographs(
     """
     folder = Path(folder)
     found, kept = Photographs(folder, size, preprocess), 0
-    for path in list_images(folder, limit):
+    for path in list_images(folder, limit, spread):
         name = str(path.relative_to(folder))
         try:
             array = fit(read_image(path), size, preprocess)

@@ -31,8 +31,8 @@ class Progress:
         self.console.print(text, markup=False)
 
     @contextmanager
-    def task(self, name: str, total: int) -> Iterator[Advance]:
-        """``with progress.task("targets", 1000) as advance: advance(32, note="loss 0.1")``."""
+    def task(self, name: str, total: int | None) -> Iterator[Advance]:
+        """``with progress.task("targets", 1000) as advance: advance(32, note="loss 0.1")``; total None where nobody knows."""
         columns = (
             TextColumn("{task.description}"),
             BarColumn(),

@@ -181,5 +181,5 @@ def _examine(output: Path, result: Result) -> dict[str, Any]:
         return {
             "backend": extractor.backend,
             "parity": parity.to_json(),
-            "missed": judge(parity, extractor.manifest.precision),
+            "missed": judge(parity, extractor.manifest.precision, exam=True),
         }

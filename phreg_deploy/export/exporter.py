@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import copy
-import io
 import json
 import platform
-import zipfile
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -17,7 +15,17 @@ import timm
 import torch
 
 from phreg_deploy import __version__
-from phreg_deploy.bundle import GRAPH, MANIFEST, POSITIONS, REFERENCE, Bundle, Manifest, file_digest
+from phreg_deploy.bundle import (
+    GRAPH,
+    MANIFEST,
+    POSITIONS,
+    REFERENCE,
+    Bundle,
+    Manifest,
+    file_digest,
+    portrait,
+    write_npz,
+)
 from phreg_deploy.distill import taps
 from phreg_deploy.distill.source import load_model, model_preprocess, model_spec
 from phreg_deploy.distill.taps import ViT
@@ -32,7 +40,6 @@ from phreg_deploy.spec import Batches, Preprocess, Sizes
 from phreg_deploy.whole import check_target, whole_folder
 
 SEED = 417  # of the reference's inputs
-STAMP = (1980, 1, 1, 0, 0, 0)  # the oldest date a zip can hold: the same bundle has the same bytes on any day
 
 
 @dataclass(frozen=True)
@@ -77,13 +84,13 @@ def export_bundle(request: ExportRequest, output: Path, *, force: bool = False, 
         graph = trace(lean, sizes, batches)
         advance(note="reference")
         manifest = _manifest(request, model, graph, preprocess, sizes, batches, record)
-        for key, value in sorted(_portrait(manifest).items()):
+        for key, value in sorted(portrait(manifest).items()):
             entry = graph.metadata_props.add()
             entry.key, entry.value = key, value
         exam = reference(model, preprocess, sizes, batches)
         with whole_folder(output, force) as folder:
             (folder / GRAPH).write_bytes(graph.SerializeToString(deterministic=True))
-            _write_npz(folder / REFERENCE, exam)
+            write_npz(folder / REFERENCE, exam)
             if sizes.dynamic and base_positions is not None:
                 np.save(folder / POSITIONS, base_positions, allow_pickle=False)
             files = {p.name: file_digest(p) for p in sorted(folder.iterdir())}
@@ -181,18 +188,3 @@ def _manifest(
         float_parts=[] if request.precision == "fp32" else ["patch projection", "token_norm"],
         random_weights=request.random_weights,
     )  # fmt: skip
-
-
-def _portrait(manifest: Manifest) -> dict[str, str]:
-    """The manifest as the graph carries it, so that ``model.onnx`` says by itself how it wants to be fed."""
-    facts = manifest.to_json()
-    return {f"phreg.{key}": json.dumps(facts[key], sort_keys=True) for key in facts if key != "files"}
-
-
-def _write_npz(path: Path, arrays: dict[str, np.ndarray]) -> None:
-    """``np.savez`` without the clock: the same arrays give the same bytes."""
-    with zipfile.ZipFile(path, "w", zipfile.ZIP_STORED) as archive:
-        for name, array in arrays.items():
-            data = io.BytesIO()
-            np.lib.format.write_array(data, np.ascontiguousarray(array), allow_pickle=False)
-            archive.writestr(zipfile.ZipInfo(f"{name}.npy", STAMP), data.getvalue())

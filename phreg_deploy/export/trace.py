@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import ast
 import contextlib
 import io
 import logging
 import warnings
+from collections import Counter
 from typing import Any
 
 import onnx
@@ -17,6 +19,7 @@ from phreg_deploy.export.graph import DenseViT
 from phreg_deploy.spec import Batches, Sizes
 
 OPSET = 20  # native LayerNormalization and Gelu; the newest that TensorRT 10.0 parses and INT8 in ONNX Runtime takes
+SCOPES = "pkg.torch.onnx.name_scopes"  # where torch's exporter writes the modules that a node came from
 LARGEST = 2**31 - 2**20  # a protobuf file ends at 2 GB
 
 
@@ -66,6 +69,7 @@ def tidy(model: ModelProto, module: DenseViT, sizes: Sizes, batches: Batches) ->
     """Strip what names a machine or a run (stack traces, paths, versions), and name the axes."""
     model.producer_name, model.producer_version, model.doc_string = "phreg-deploy", "", ""
     del model.metadata_props[:]
+    _name(model.graph)
     _strip(model.graph)
     del model.graph.value_info[:]
     grid: list[Any] = ["Hp", "Wp"] if sizes.dynamic else [s // p for s, p in zip(sizes.default, module.patch)]
@@ -87,6 +91,23 @@ def tidy(model: ModelProto, module: DenseViT, sizes: Sizes, batches: Batches) ->
                 dim.dim_param = side
     onnx.checker.check_model(model)
     return model
+
+
+def _name(graph: GraphProto) -> None:
+    """Name nodes after the module they came from, ``blocks.0.attn.qkv/MatMul``, and each linear layer's weight after it."""
+    weights = {i.name: i for i in graph.initializer}
+    uses = Counter(name for node in graph.node for name in node.input)
+    seen: Counter[str] = Counter()
+    path = ""
+    for node in graph.node:
+        scopes = next((p.value for p in node.metadata_props if p.key == SCOPES), None)
+        path = ast.literal_eval(scopes)[-2] if scopes else path  # the last is the call, the one before it the module
+        name = f"{path or 'dense'}/{node.op_type}"
+        seen[name] += 1
+        node.name = name if seen[name] == 1 else f"{name}_{seen[name]}"
+        if node.op_type == "MatMul" and path and node.input[1] in weights and uses[node.input[1]] == 1:
+            weights[node.input[1]].name = f"{path}.weight"
+            node.input[1] = f"{path}.weight"
 
 
 def _strip(graph: GraphProto) -> None:

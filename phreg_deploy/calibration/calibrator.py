@@ -1,0 +1,199 @@
+"""``calibrate``: ranges, smoothing, sensitivity, what stays in float, and the bundle that says all of it."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import time
+from dataclasses import dataclass, replace
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+
+from phreg_deploy import __version__
+from phreg_deploy.bundle import CALIBRATION, GATES, GRAPH, MANIFEST, POSITIONS, REFERENCE, Bundle, file_digest, portrait, write_npz
+from phreg_deploy.calibration.census import open_counted
+from phreg_deploy.calibration.images import Shares, share_out
+from phreg_deploy.calibration.linears import Linear, Wiring, find_linears
+from phreg_deploy.calibration.qdq import TARGETS
+from phreg_deploy.calibration.ranges import observe
+from phreg_deploy.calibration.search import CANDIDATES, MARGIN, Scene, Search, answer, compare
+from phreg_deploy.calibration.session import feeds, open_session
+from phreg_deploy.errors import GateFailed, PhregError
+from phreg_deploy.progress import SILENT, Progress
+from phreg_deploy.quantisation import Smoothing
+from phreg_deploy.runtime.features import FeatureExtractor
+from phreg_deploy.runtime.parity import Parity, judge
+from phreg_deploy.whole import check_target, whole_folder
+
+
+@dataclass(frozen=True)
+class CalibrationRequest:
+    """What to calibrate.
+
+    ``bundle``: in FP32. ``float_macs``: share of the linear layers' multiply-accumulates that may stay in float until the
+    bar is passed; 0 for none. ``smoothing``: a setting to take as it is; None to choose on images. ``cosine_p1``: the
+    bar on the 1st-percentile patch cosine; None for the precision's own.
+    """
+
+    bundle: Path
+    images: Path
+    mode: str = "int8"
+    target: str = "cpu"
+    float_macs: float = 0.1
+    cosine_p1: float | None = None
+    smoothing: Smoothing | None = None
+
+
+def calibrate(
+    request: CalibrationRequest, output: Path, *, force: bool = False, progress: Progress = SILENT
+) -> dict[str, Any]:
+    """Write an INT8 bundle of an FP32 one to ``output``.
+
+    Args:
+        force: replace an output that exists, and write also a bundle that misses the bar, marked so for ever.
+
+    Returns:
+        What ``calibration.json`` holds: ranges, sensitivities, what stayed in float and why, and the fidelity on images
+        that took part in none of the choices.
+
+    Raises:
+        PhregError: bad input, or an INT8 layer that would run in float. GateFailed: the bar is missed, and not
+            ``force``; nothing is written.
+    """
+    started = time.perf_counter()
+    _check(request)
+    check_target(output, force, [request.bundle, request.images])
+    bundle = Bundle.read(request.bundle)
+    bundle.verify()
+    manifest = bundle.manifest
+    if manifest.precision != "fp32":
+        raise PhregError(f"calibrate: got a bundle in {manifest.precision}, expected fp32. Export it with --precision fp32 first.")
+    shares = share_out(request.images, manifest, progress.say)
+    with FeatureExtractor.load(request.bundle, backend="onnxruntime-cpu", verify=False) as extractor:
+        model = onnx.load(bundle.graph)
+        linears = find_linears(model)
+        with progress.task("ranges", len(shares.calibrate)) as advance:
+            ranges = observe(model, linears, manifest.model, feeds(extractor, shares.calibrate), advance)
+        chosen_on, reported_on = (_scene(extractor, part, progress, name) for part, name in ((shares.select, "float answers"), (shares.report, "float answers, report")))
+    search = Search(Wiring(model), linears, ranges, request.target, manifest.norm_median, chosen_on)
+    passes = lambda parity: not _missed(parity, request, MARGIN)  # noqa: E731
+    smoothing, tried = request.smoothing or Smoothing(), []
+    if request.smoothing is None:
+        with progress.task("smoothing", 1 + len(CANDIDATES)) as advance:
+            smoothing, tried = search.smoothing(smoothing, advance)
+    with progress.task("sensitivity", len(linears)) as advance:
+        gains = search.sensitivities(smoothing, advance)
+    with progress.task("fallback", None) as advance:
+        keep, steps = search.fallback(smoothing, gains, request.float_macs, passes, advance)
+    graph = search.graph(smoothing, set(keep))
+    session, census = open_counted(graph, [n.name for n in linears if n.name not in keep])
+    onnx.checker.check_model(graph)
+    fidelity = compare(session, reported_on, manifest.norm_median)
+    missed = _missed(fidelity, request)
+    share = sum(n.size for n in linears if n.name in keep) / sum(n.size for n in linears)
+    report = {
+        "format": 1, "mode": request.mode, "target": request.target, "smoothing": smoothing.to_json(), "candidates": tried,
+        "images": shares.to_json(), "layers": _layers(search, smoothing, gains, keep, ranges), "fallback": steps,
+        "float_layers": keep, "float_macs": share, "integer_layers": len(census.integer), "bar": _bar(request),
+        "fidelity": fidelity.to_json(), "missed": missed, "seconds": time.perf_counter() - started,
+        "versions": {"phreg_deploy": __version__, "onnx": version("onnx"), "onnxruntime": _runtime_version()},
+    }  # fmt: skip
+    if missed and not force:
+        raise GateFailed(
+            f"calibrate: {'; '.join(missed)} ({_tried(keep, share)}). Nothing was written. Allow more float with --float-macs, give more or "
+            "fitting images, distil with `phreg-deploy distill --int8-aware`, or add --force to write it anyway, marked as missed.",
+            report,
+        )
+    _write(output, force, bundle, graph, report, session, progress)
+    return report
+
+
+def _check(request: CalibrationRequest) -> None:
+    if request.mode == "fp8":
+        raise PhregError("mode: fp8 is not in this version; use --mode int8.")
+    if request.mode != "int8":
+        raise PhregError(f"mode: got {request.mode!r}, expected int8.")
+    if request.target not in TARGETS:
+        raise PhregError(f"target: got {request.target!r}, expected {' or '.join(TARGETS)}.")
+    if not 0 <= request.float_macs <= 1:
+        raise PhregError(f"float MACs: got {request.float_macs}, expected a share from 0 to 1, e.g. 0.1.")
+    if request.cosine_p1 is not None and not 0 < request.cosine_p1 <= 1:
+        raise PhregError(f"cosine: got {request.cosine_p1}, expected a bar above 0 and up to 1, e.g. 0.99.")
+
+
+def _missed(parity: Parity, request: CalibrationRequest, margin: float = 1.0) -> list[str]:
+    """The bar in words where it is missed; with a margin below 1, a tighter bar."""
+    return judge(parity, request.mode, 1 - margin * (1 - _bar(request)["cosine_p1"]))
+
+
+def _bar(request: CalibrationRequest) -> dict[str, float]:
+    own = {} if request.cosine_p1 is None else {"cosine_p1": request.cosine_p1}
+    return {name: value for name, value in {**GATES[request.mode], **own}.items() if name != "exam_p1"}
+
+
+def _tried(keep: list[str], share: float) -> str:
+    return f"{len(keep)} layers, {100 * share:.1f} % of the MACs, were left in float" if keep else "every linear layer in 8 bits"
+
+
+def _scene(extractor: FeatureExtractor, photographs: Any, progress: Progress, name: str) -> Scene:
+    pairs = []
+    with progress.task(name, len(photographs)) as advance:
+        for feed, count in feeds(extractor, photographs):
+            outputs = extractor.run(feed["image"])
+            pairs.append(((feed, count), {key: value[:count] for key, value in outputs.items()}))
+            advance(count)
+    return Scene([pair[0] for pair in pairs], [pair[1] for pair in pairs])
+
+
+def _layers(search: Search, smoothing: Smoothing, gains: dict[str, Any], keep: list[str], ranges: Any) -> list[dict[str, Any]]:
+    total = sum(n.size for n in search.linears)
+    grids = search.grids(smoothing)
+
+    def entry(n: Linear) -> dict[str, Any]:
+        found = ranges[n.source]["all"]
+        reason = f"alone in float it gains {gains[n.name]['mean']:.2g} in mean and {gains[n.name]['p1']:.2g} in 1st-percentile cosine" if n.name in keep else None
+        return {
+            "name": n.name, "input": n.kind, "macs": n.size / total, "precision": "float" if n.name in keep else "int8", "reason": reason,
+            "low": float(found.low.min()), "high": float(found.high.max()), "step": grids[n.name].step, "zero": grids[n.name].zero, "sensitivity": gains[n.name],
+        }  # fmt: skip
+
+    return [entry(n) for n in search.linears]
+
+
+def _write(output: Path, force: bool, bundle: Bundle, graph: Any, report: dict[str, Any], session: Any, progress: Progress) -> None:
+    manifest = bundle.manifest
+    kept = [f"{name} (sensitive)" for name in report["float_layers"]]
+    summary = {k: report[k] for k in ("mode", "target", "smoothing", "float_layers", "float_macs", "fidelity", "bar", "missed")}
+    summary["images"] = {name: {k: part[k] for k in ("count", "digest")} for name, part in report["images"].items()}
+    new = replace(
+        manifest, precision=report["mode"], quantisation=summary,
+        float_parts=["patch projection", "layer norms", "attention", "GELU", "residual stream", *kept],
+        source={**manifest.source, "fp32_graph_sha256": manifest.files[GRAPH]}, versions={**manifest.versions, **report["versions"]},
+    )  # fmt: skip
+    del graph.metadata_props[:]
+    for key, value in sorted(portrait(new).items()):
+        entry = graph.metadata_props.add()
+        entry.key, entry.value = key, value
+    exam = {}
+    with FeatureExtractor.load(bundle.folder, backend="onnxruntime-cpu", verify=False) as extractor:
+        for case, expected in enumerate(bundle.cases()):
+            feed = extractor.feed(expected["image"])
+            exam.update({f"{case}/{k}": v for k, v in {"image": expected["image"], **answer(session, feed, len(expected["image"]))}.items()})
+    with whole_folder(output, force) as folder:
+        (folder / GRAPH).write_bytes(graph.SerializeToString(deterministic=True))
+        write_npz(folder / REFERENCE, exam)
+        (folder / CALIBRATION).write_text(json.dumps(report, indent=1, sort_keys=True) + "\n")
+        if (bundle.folder / POSITIONS).is_file():
+            shutil.copyfile(bundle.folder / POSITIONS, folder / POSITIONS)
+        files = {p.name: file_digest(p) for p in sorted(folder.iterdir())}
+        (folder / MANIFEST).write_text(json.dumps(replace(new, files=files).to_json(), indent=1, sort_keys=True) + "\n")
+
+
+def _runtime_version() -> str:
+    import onnxruntime
+
+    return str(onnxruntime.__version__)

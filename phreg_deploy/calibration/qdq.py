@@ -1,0 +1,125 @@
+"""Writes Q/DQ pairs around the linear layers of a graph, and nowhere else."""
+
+from __future__ import annotations
+
+import numpy as np
+import onnx
+from onnx import ModelProto, NodeProto, helper, numpy_helper
+
+from phreg_deploy.calibration.equalisation import Equalised
+from phreg_deploy.calibration.linears import Linear
+from phreg_deploy.quantisation import Grid
+
+TARGETS = ("cpu", "trt")
+
+
+def write_int8(model: ModelProto, linears: list[Linear], equalised: Equalised, keep: set[str], target: str) -> ModelProto:
+    """A copy of ``model`` with equalised numbers, and int8 weights and activations wherever ``keep`` does not forbid it.
+
+    "cpu": a zero point for hidden units, in uint8. "trt": TensorRT takes no zero point, so the same grid is reached by
+    shifting the hidden units by a constant, which the bias takes back. Biases are ``[1, 1, O]`` and every MatMul has a
+    DequantizeLinear of its own: with either otherwise, ONNX Runtime computes in float.
+    """
+    return _Writer(_without(model, {linear.weight for linear in linears}), equalised, target).write(linears, keep)
+
+
+def _without(model: ModelProto, weights: set[str]) -> ModelProto:
+    """A copy of the graph that leaves the large constants behind."""
+    copy = onnx.ModelProto(ir_version=model.ir_version, producer_name=model.producer_name)
+    copy.opset_import.extend(model.opset_import)
+    copy.metadata_props.extend(model.metadata_props)
+    copy.graph.name = model.graph.name
+    copy.graph.input.extend(model.graph.input)
+    copy.graph.output.extend(model.graph.output)
+    copy.graph.node.extend(model.graph.node)
+    copy.graph.initializer.extend(i for i in model.graph.initializer if i.name not in weights)
+    return copy
+
+
+class _Writer:
+    def __init__(self, model: ModelProto, equalised: Equalised, target: str) -> None:
+        self.model = model
+        self.equalised, self.target = equalised, target
+        self.nodes: list[NodeProto] = []
+        self.made: set[str] = set()
+
+    def write(self, linears: list[Linear], keep: set[str]) -> ModelProto:
+        graph = self.model.graph
+        by_matmul = {linear.matmul: linear for linear in linears}
+        adds = {linear.add for linear in linears if linear.add}
+        for node in graph.node:
+            if node.name in self.equalised.norms:
+                scale, shift = self.equalised.norms[node.name]
+                del node.input[1:]
+                node.input.extend(
+                    [self.constant(f"{node.name}.scale", scale.astype(np.float32)), self.constant(f"{node.name}.shift", shift.astype(np.float32))]
+                )
+                self.nodes.append(node)
+            elif node.name in by_matmul:
+                self.linear(by_matmul[node.name], node, by_matmul[node.name].name in keep)
+            elif node.name not in adds:
+                self.nodes.append(node)
+        nodes = list(self.nodes)
+        del graph.node[:]
+        graph.node.extend(nodes)
+        used = {name for node in graph.node for name in node.input}
+        kept = [tensor for tensor in graph.initializer if tensor.name in used]
+        del graph.initializer[:]
+        graph.initializer.extend(kept)
+        return self.model
+
+    def linear(self, linear: Linear, node: NodeProto, keep: bool) -> None:
+        name, bias = linear.name, self.equalised.biases[linear.name]
+        ends = self._end(linear, node)
+        if keep:
+            operands = [node.input[0], self.constant(f"{name}.float", self.equalised.float_weights[name])]
+        else:
+            grid = self.equalised.grids[name]
+            values, steps = self.equalised.eight_bits[name]
+            source, shift = self.activation(linear, node.input[0], grid)
+            bias = bias - shift * (values.astype(np.float64) * steps).sum(axis=0)
+            zero = self.constant(f"{name}.weight_zero", np.zeros(len(steps), np.int8))
+            self.add("DequantizeLinear", [self.constant(f"{name}.int8", values), self.constant(f"{name}.weight_step", steps), zero], f"{name}/weight", axis=1)
+            operands = [source, f"{name}/weight"]
+        shape = (-1,) if keep else (1, 1, -1)
+        if linear.add is None and not bias.any():
+            self.nodes.append(helper.make_node("MatMul", operands, [ends], name=linear.matmul))
+            return
+        self.nodes.append(helper.make_node("MatMul", operands, [f"{name}/product"], name=linear.matmul))
+        constant = self.constant(f"{name}.bias_folded", bias.astype(np.float32).reshape(shape))
+        self.nodes.append(helper.make_node("Add", [f"{name}/product", constant], [ends], name=f"{name}/Add"))
+
+    def activation(self, linear: Linear, source: str, grid: Grid) -> tuple[str, float]:
+        """The dequantized input of one MatMul, and by how much it was shifted."""
+        shift, quantised = 0.0, f"{source}/quantised"
+        hidden, signed = linear.kind == "hidden", grid.symmetric or self.target == "trt"
+        step = self.constant(f"{source}.step", np.float32(grid.step))
+        zero = self.constant(f"{source}.zero", np.int8(0) if signed else np.uint8(grid.zero))
+        if hidden and signed and not grid.symmetric:
+            shift = (grid.zero - 128) * float(np.float32(grid.step))
+        if quantised not in self.made:  # the layers that share an input share its QuantizeLinear
+            self.made.add(quantised)
+            scaled = source
+            if hidden and (grid.smooth != 1).any():
+                factor = self.constant(f"{source}.smooth", (1 / grid.smooth.astype(np.float64)).astype(np.float32).reshape(1, 1, -1))
+                scaled = self.add("Mul", [scaled, factor], f"{source}/smooth")
+            if shift:
+                scaled = self.add("Add", [scaled, self.constant(f"{source}.shift", np.float32(shift))], f"{source}/shift")
+            self.add("QuantizeLinear", [scaled, step, zero], quantised)
+        return self.add("DequantizeLinear", [quantised, step, zero], f"{linear.name}/input"), shift
+
+    def add(self, operator: str, inputs: list[str], output: str, **attributes: int) -> str:
+        self.nodes.append(helper.make_node(operator, inputs, [output], name=f"{output}/{operator}", **attributes))
+        return output
+
+    def constant(self, name: str, value: np.ndarray | np.generic) -> str:
+        if name not in self.made:
+            self.made.add(name)
+            self.model.graph.initializer.append(numpy_helper.from_array(np.asarray(value), name))
+        return name
+
+    def _end(self, linear: Linear, node: NodeProto) -> str:
+        """The tensor that leaves the layer: after its bias where it has one."""
+        if linear.add is None:
+            return node.output[0]
+        return next(n.output[0] for n in self.model.graph.node if n.name == linear.add)

@@ -1,0 +1,137 @@
+"""What to smooth and what to leave in float, decided by the features that come out at the end."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+
+from phreg_deploy.calibration.census import open_counted
+from phreg_deploy.calibration.equalisation import Equalised, equalise
+from phreg_deploy.calibration.linears import Linear, Wiring
+from phreg_deploy.calibration.qdq import write_int8
+from phreg_deploy.calibration.ranges import Ranges
+from phreg_deploy.quantisation import Smoothing
+from phreg_deploy.runtime.parity import Parity, Tally
+
+Feeds = list[tuple[dict[str, np.ndarray], int]]
+CANDIDATES = ({"norm": 0.5}, {"norm": 0.85}, {"hidden": 0.7}, {"hidden": 0.9}, {"hidden": None}, {"registers": False})
+WORTH = 0.98  # a candidate replaces what is there when it leaves at most this share of 1 - p1: less is noise
+MARGIN = 0.95  # the same for the bar, so that other images than the ones chosen on pass it too
+SECONDS = 150.0  # roughly, for the sensitivity of all layers; on slow models fewer images are used, but at least two
+
+
+@dataclass
+class Scene:
+    """Images with the float graph's answers to them."""
+
+    feeds: Feeds
+    answers: list[dict[str, np.ndarray]]
+
+    def first(self, images: int) -> Scene:
+        batches = max(1, -(-images // max(1, self.feeds[0][1])))
+        return Scene(self.feeds[:batches], self.answers[:batches])
+
+    def __len__(self) -> int:
+        return sum(count for _, count in self.feeds)
+
+
+def answer(session: Any, feed: dict[str, np.ndarray], count: int) -> dict[str, np.ndarray]:
+    names = [output.name for output in session.get_outputs()]
+    return {name: value[:count] for name, value in zip(names, session.run(names, feed))}
+
+
+class Search:
+    """Quantised graphs of one model, scored on the same images.
+
+    ``score`` builds a graph, counts its integer kernels (``census``) and compares its features with the float graph's.
+    """
+
+    def __init__(
+        self, wiring: Wiring, linears: list[Linear], ranges: Ranges, target: str, median: float | None, scene: Scene
+    ) -> None:
+        self.wiring, self.linears, self.ranges, self.target, self.median, self.scene = wiring, linears, ranges, target, median, scene
+        self._known: tuple[Smoothing, Equalised] | None = None
+
+    def graph(self, smoothing: Smoothing, keep: set[str]) -> Any:
+        if self._known is None or self._known[0] != smoothing:
+            self._known = None  # before the next one is made: both would not fit for large models
+            self._known = (smoothing, equalise(self.wiring, self.linears, self.ranges, smoothing))
+        return write_int8(self.wiring.model, self.linears, self._known[1], keep, self.target)
+
+    def grids(self, smoothing: Smoothing) -> Any:
+        self.graph(smoothing, {linear.name for linear in self.linears})
+        return self._known[1].grids  # type: ignore[index]
+
+    def score(self, smoothing: Smoothing, keep: set[str], scene: Scene | None = None) -> Parity:
+        session, _ = open_counted(self.graph(smoothing, keep), [n.name for n in self.linears if n.name not in keep])
+        return compare(session, scene or self.scene, self.median)
+
+    def smoothing(self, start: Smoothing, advance: Callable[..., None]) -> tuple[Smoothing, list[dict[str, Any]]]:
+        """One setting after another, each kept where it makes the 1st-percentile cosine better."""
+        best, score = start, self.score(start, set())
+        tried = [{"smoothing": best.to_json(), "parity": score.to_json()}]
+        advance(1)
+        for change in CANDIDATES:
+            candidate = replace(best, **change) if "norm" not in change else replace(best, norm=change["norm"], value=change["norm"])
+            if "registers" not in change or self._registers_matter():
+                found = self.score(candidate, set())
+                tried.append({"smoothing": candidate.to_json(), "parity": found.to_json()})
+                if 1 - found.cosine_p1 < WORTH * (1 - score.cosine_p1):
+                    best, score = candidate, found
+            advance(1)
+        return best, tried
+
+    def sensitivities(self, smoothing: Smoothing, advance: Callable[..., None]) -> dict[str, dict[str, float]]:
+        """What each layer's 8 bits cost: the gain in mean and 1st-percentile cosine when it alone goes back to float."""
+        started = time.perf_counter()
+        probe = self.scene.first(2)
+        self.score(smoothing, set(), probe)
+        spent = (time.perf_counter() - started) / len(probe)
+        scene = self.scene.first(int(np.clip(SECONDS / (spent * len(self.linears)), 2, 16)))
+        whole = self.score(smoothing, set(), scene)
+        found = {}
+        for linear in self.linears:
+            alone = self.score(smoothing, {linear.name}, scene)
+            found[linear.name] = {"mean": alone.cosine_mean - whole.cosine_mean, "p1": alone.cosine_p1 - whole.cosine_p1, "images": len(scene)}
+            advance(1)
+        return found
+
+    def fallback(
+        self, smoothing: Smoothing, gains: dict[str, dict[str, float]], cap: float, passes: Callable[[Parity], bool],
+        advance: Callable[..., None],
+    ) -> tuple[list[str], list[dict[str, Any]]]:  # fmt: skip
+        """Layers to leave in float, the most sensitive first, until the bar is passed or ``cap`` of the MACs is spent."""
+        total, spent = sum(n.size for n in self.linears), 0
+        keep: list[str] = []
+        score = self.score(smoothing, set())
+        steps: list[dict[str, Any]] = [{"layer": None, "parity": score.to_json()}]
+        for linear in sorted(self.linears, key=lambda n: -gains[n.name]["mean"]):
+            if passes(score):
+                break
+            if gains[linear.name]["mean"] <= 0 or (spent + linear.size) / total > cap:
+                continue
+            spent += linear.size
+            keep.append(linear.name)
+            score = self.score(smoothing, set(keep))
+            steps.append({"layer": linear.name, "parity": score.to_json()})
+            advance(1)
+        return keep, steps
+
+
+    def _registers_matter(self) -> bool:
+        return any(
+            not np.array_equal(parts["all"].low, parts["others"].low) or not np.array_equal(parts["all"].high, parts["others"].high)
+            for parts in self.ranges.values()
+        )
+
+
+def compare(session: Any, scene: Scene, median: float | None) -> Parity:
+    """Parity of a session with the answers of a scene."""
+    tally = Tally(median)
+    for (feed, count), expected in zip(scene.feeds, scene.answers):
+        tally.add(answer(session, feed, count), expected)
+    return tally.parity()

@@ -1,0 +1,47 @@
+"""ONNX Runtime sessions on graphs that are not on disk yet, and their inputs from photographs."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnxruntime
+from onnx import ModelProto
+
+from phreg_deploy.errors import PhregError
+from phreg_deploy.photographs import Photographs
+from phreg_deploy.runtime.features import FeatureExtractor
+
+
+def open_session(model: ModelProto, optimized: Path | None = None) -> Any:
+    """A CPU session of ``model``; its optimized graph is written to ``optimized`` where asked.
+
+    Raises:
+        PhregError: ONNX Runtime refuses the graph.
+    """
+    options = onnxruntime.SessionOptions()
+    options.log_severity_level = 3
+    if optimized is not None:
+        options.optimized_model_filepath = str(optimized)
+    try:
+        return onnxruntime.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
+    except Exception as error:  # the binding's exceptions share no base but Exception
+        raise PhregError(
+            f"calibrate: ONNX Runtime {onnxruntime.__version__} cannot load the graph: {str(error).splitlines()[0]}"
+        ) from None
+
+
+def feeds(extractor: FeatureExtractor, photographs: Photographs) -> Iterator[tuple[dict[str, np.ndarray], int]]:
+    """The graph's inputs, as many images at a time as the bundle serves best, and how many of them count.
+
+    Where a last batch is smaller than the bundle serves, it is filled up with its own last image.
+    """
+    lowest, best = extractor.manifest.batches.lowest, extractor.manifest.batches.best
+    for start in range(0, len(photographs), best):
+        batch = photographs.batch(start, start + best)
+        count = len(batch)
+        if count < lowest:
+            batch = np.concatenate([batch, np.repeat(batch[-1:], lowest - count, axis=0)])
+        yield extractor.feed(np.ascontiguousarray(batch)), count

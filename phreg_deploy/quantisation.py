@@ -1,0 +1,104 @@
+"""The arithmetic of eight bits, in one place: what ``calibrate`` writes is what INT8-aware distillation trains through.
+
+A linear layer y = x W + b takes x' = (x - c) / s on a grid of 8 bits, and W' = diag(s) W on 8 bits per output channel:
+y = x' W' + (b + c W). ``c`` and ``s`` are per input channel and cost nothing at run time but for hidden units (below).
+C input channels, O output channels.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from phreg_deploy.errors import PhregError
+from phreg_deploy.spec import Stored
+
+LEAST = 1e-5  # of a channel's magnitude, so that a dead channel divides nothing by zero
+WEIGHT_STEPS = 127
+
+
+@dataclass(frozen=True)
+class Smoothing(Stored):
+    """How much of each channel's range moves from the activations into the weights.
+
+    An exponent per kind of input, s = max|x - c|^alpha / max|W|^(1 - alpha) (SmoothQuant, arXiv 2211.10438), or None
+    for s = 1. ``norm``: outputs of a layer norm, s and c folded into it. ``value``: attention outputs, folded into the
+    value rows of the projection before. ``hidden``: activated hidden units, where GELU lets nothing through: one
+    elementwise multiplication. ``registers``: keep the register rows in the ranges of hidden units.
+    """
+
+    norm: float | None = 0.7
+    value: float | None = 0.7
+    hidden: float | None = 0.8
+    registers: bool = True
+
+    def __post_init__(self) -> None:
+        for name in ("norm", "value", "hidden"):
+            alpha = getattr(self, name)
+            if alpha is not None and not 0 <= alpha <= 1:
+                raise PhregError(f"smoothing: got {name} {alpha}, expected a number from 0 to 1, or none.")
+
+
+@dataclass(frozen=True)
+class Range:
+    """Smallest and largest value of each input channel over images and rows, float32 ``(C,)``."""
+
+    low: np.ndarray
+    high: np.ndarray
+
+    def join(self, other: Range) -> Range:
+        return Range(np.minimum(self.low, other.low), np.maximum(self.high, other.high))
+
+
+@dataclass(frozen=True)
+class Grid:
+    """Where an input goes: x' = (x - centre) / smooth lies on ``step`` * (k - zero) for k = 0..255.
+
+    ``zero`` 128 is symmetric: signed 8 bits with the zero point 0, of which -128 is never used.
+    """
+
+    centre: np.ndarray  # (C,)
+    smooth: np.ndarray  # (C,)
+    step: float
+    zero: int
+
+    @property
+    def symmetric(self) -> bool:
+        return self.zero == 128
+
+
+def place(found: Range, weight: np.ndarray, kind: str, smoothing: Smoothing) -> Grid:
+    """Grid of one input.
+
+    Inputs that a layer norm or an attention fed are centred per channel, so that a symmetric grid wastes nothing;
+    hidden units are not: most of them are near 0, which must stay a grid point, hence a zero point.
+
+    Args:
+        weight: ``(C, O)`` of the layers that read this input, side by side.
+        kind: "norm", "value" or "hidden".
+    """
+    low, high = found.low.astype(np.float64), found.high.astype(np.float64)
+    alpha = {"norm": smoothing.norm, "value": smoothing.value, "hidden": smoothing.hidden}[kind]
+    centred = kind == "norm" or (kind == "value" and alpha is not None)
+    centre = (low + high) / 2 if centred else np.zeros_like(low)
+    smooth = np.ones_like(low)
+    if alpha is not None:
+        magnitude = np.maximum(np.maximum(np.abs(high - centre), np.abs(low - centre)), LEAST)
+        heaviest = np.maximum(np.abs(weight).max(axis=1), LEAST).astype(np.float64)
+        smooth = magnitude**alpha / heaviest ** (1 - alpha)
+        smooth /= np.exp(np.log(smooth).mean())
+    bottom = float(min(0.0, ((low - centre) / smooth).min()))
+    top = float(max(0.0, ((high - centre) / smooth).max()))
+    if kind == "hidden":
+        step = np.float32(max(top - bottom, LEAST) / 255)
+        zero = int(np.clip(np.round(-bottom / step), 0, 255))
+    else:
+        step, zero = np.float32(max(top, -bottom, LEAST) / WEIGHT_STEPS), 128
+    return Grid(centre.astype(np.float32), smooth.astype(np.float32), float(step), zero)
+
+
+def quantise_weight(weight: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """``(C, O)`` -> int8 ``(C, O)`` in -127..127 and float32 steps ``(O,)``, symmetric per output channel."""
+    steps = np.maximum(np.abs(weight).max(axis=0) / WEIGHT_STEPS, 1e-12).astype(np.float32)
+    return np.clip(np.round(weight / steps), -WEIGHT_STEPS, WEIGHT_STEPS).astype(np.int8), steps
