@@ -78,6 +78,7 @@ def calibrate(
         linears = find_linears(model)
         with progress.task("ranges", len(shares.calibrate)) as advance:
             ranges = observe(model, linears, manifest.model, feeds(extractor, shares.calibrate), advance)
+        rounded_on = list(feeds(extractor, shares.calibrate))
         chosen_on, reported_on = (_scene(extractor, part, progress, name) for part, name in ((shares.select, "float answers"), (shares.report, "float answers, report")))
     search = Search(Wiring(model), linears, ranges, request.target, manifest.norm_median, chosen_on)
     passes = lambda parity: not _missed(parity, request, MARGIN)  # noqa: E731
@@ -85,6 +86,8 @@ def calibrate(
     if request.smoothing is None:
         with progress.task("smoothing", 1 + len(CANDIDATES)) as advance:
             smoothing, tried = search.smoothing(smoothing, advance)
+    with progress.task("rounding", len({n.source for n in linears})) as advance:
+        search.round(smoothing, shares.tokens, rounded_on, advance)
     with progress.task("sensitivity", len(linears)) as advance:
         gains = search.sensitivities(smoothing, advance)
     with progress.task("fallback", None) as advance:

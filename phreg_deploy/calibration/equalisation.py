@@ -49,8 +49,7 @@ def equalise(wiring: Wiring, linears: list[Linear], ranges: Ranges, smoothing: S
     for source, group in groups.items():
         kind = group[0].kind
         part = "others" if kind == "hidden" and not smoothing.registers else "all"
-        given = np.concatenate([wiring.value(g.weight) for g in group], axis=1)
-        grid = place(ranges[source][part], given, kind, smoothing)
+        grid = place(ranges[source][part], kind, smoothing)
         for linear in group:
             found.grids[linear.name] = grid
             if kind == "hidden":

@@ -23,6 +23,7 @@ class Shares:
     calibrate: Photographs
     select: Photographs
     report: Photographs
+    tokens: int  # per image
 
     def to_json(self) -> dict[str, Any]:
         parts = {"calibrate": self.calibrate, "select": self.select, "report": self.report}
@@ -51,4 +52,4 @@ def share_out(folder: Path, manifest: Manifest, say: Callable[[str], None]) -> S
         )
     part = len(order) / (CALIBRATE + select + report)
     ends = (round(part * CALIBRATE), round(part * (CALIBRATE + select)))
-    return Shares(found.subset(order[: ends[0]]), found.subset(order[ends[0] : ends[1]]), found.subset(order[ends[1] :]))
+    return Shares(found.subset(order[: ends[0]]), found.subset(order[ends[0] : ends[1]]), found.subset(order[ends[1] :]), grid + manifest.model.prefix_tokens)

@@ -14,11 +14,12 @@ from phreg_deploy.calibration.equalisation import Equalised, equalise
 from phreg_deploy.calibration.linears import Linear, Wiring
 from phreg_deploy.calibration.qdq import write_int8
 from phreg_deploy.calibration.ranges import Ranges
+from phreg_deploy.calibration.rounding import round_all
 from phreg_deploy.quantisation import Smoothing
 from phreg_deploy.runtime.parity import Parity, Tally
 
 Feeds = list[tuple[dict[str, np.ndarray], int]]
-CANDIDATES = ({"norm": 0.5}, {"norm": 0.85}, {"hidden": 0.7}, {"hidden": 0.9}, {"hidden": None}, {"registers": False})
+CANDIDATES = ({"norm": 0.65}, {"norm": 0.95}, {"hidden": 0.65}, {"hidden": 0.95}, {"hidden": None}, {"registers": False})
 WORTH = 0.98  # a candidate replaces what is there when it leaves at most this share of 1 - p1: less is noise
 MARGIN = 0.95  # the same for the bar, so that other images than the ones chosen on pass it too
 SECONDS = 150.0  # roughly, for the sensitivity of all layers; on slow models fewer images are used, but at least two
@@ -62,6 +63,11 @@ class Search:
             self._known = (smoothing, equalise(self.wiring, self.linears, self.ranges, smoothing))
         return write_int8(self.wiring.model, self.linears, self._known[1], keep, self.target)
 
+    def round(self, smoothing: Smoothing, tokens: int, feeds: Feeds, advance: Callable[..., None]) -> None:
+        """Round the weights on images, for this smoothing."""
+        self.graph(smoothing, set())
+        round_all(self.wiring.model, self.linears, self._known[1], tokens, feeds, advance)  # type: ignore[index]
+
     def grids(self, smoothing: Smoothing) -> Any:
         self.graph(smoothing, {linear.name for linear in self.linears})
         return self._known[1].grids  # type: ignore[index]
@@ -104,12 +110,12 @@ class Search:
         self, smoothing: Smoothing, gains: dict[str, dict[str, float]], cap: float, passes: Callable[[Parity], bool],
         advance: Callable[..., None],
     ) -> tuple[list[str], list[dict[str, Any]]]:  # fmt: skip
-        """Layers to leave in float, the most sensitive first, until the bar is passed or ``cap`` of the MACs is spent."""
+        """Layers to leave in float, the most sensitive for their size first, until the bar is passed or ``cap`` of the MACs is spent."""
         total, spent = sum(n.size for n in self.linears), 0
         keep: list[str] = []
         score = self.score(smoothing, set())
         steps: list[dict[str, Any]] = [{"layer": None, "parity": score.to_json()}]
-        for linear in sorted(self.linears, key=lambda n: -gains[n.name]["mean"]):
+        for linear in sorted(self.linears, key=lambda n: -gains[n.name]["mean"] / n.size):
             if passes(score):
                 break
             if gains[linear.name]["mean"] <= 0 or (spent + linear.size) / total > cap:
