@@ -10,18 +10,28 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import onnx
 
 from phreg_deploy import __version__
-from phreg_deploy.bundle import CALIBRATION, GATES, GRAPH, MANIFEST, POSITIONS, REFERENCE, Bundle, file_digest, portrait, write_npz
+from phreg_deploy.bundle import (
+    CALIBRATION,
+    GATES,
+    GRAPH,
+    MANIFEST,
+    POSITIONS,
+    REFERENCE,
+    Bundle,
+    file_digest,
+    portrait,
+    write_npz,
+)
 from phreg_deploy.calibration.census import open_counted
-from phreg_deploy.calibration.images import Shares, share_out
+from phreg_deploy.calibration.images import share_out
 from phreg_deploy.calibration.linears import Linear, Wiring, find_linears
 from phreg_deploy.calibration.qdq import TARGETS
 from phreg_deploy.calibration.ranges import observe
 from phreg_deploy.calibration.search import CANDIDATES, MARGIN, Scene, Search, answer, compare
-from phreg_deploy.calibration.session import feeds, open_session
+from phreg_deploy.calibration.session import feeds
 from phreg_deploy.errors import GateFailed, PhregError
 from phreg_deploy.progress import SILENT, Progress
 from phreg_deploy.quantisation import Smoothing
@@ -71,7 +81,9 @@ def calibrate(
     bundle.verify()
     manifest = bundle.manifest
     if manifest.precision != "fp32":
-        raise PhregError(f"calibrate: got a bundle in {manifest.precision}, expected fp32. Export it with --precision fp32 first.")
+        raise PhregError(
+            f"calibrate: got a bundle in {manifest.precision}, expected fp32. Export it with --precision fp32 first."
+        )
     shares = share_out(request.images, manifest, progress.say)
     with FeatureExtractor.load(request.bundle, backend="onnxruntime-cpu", verify=False) as extractor:
         model = onnx.load(bundle.graph)
@@ -79,10 +91,14 @@ def calibrate(
         with progress.task("ranges", len(shares.calibrate)) as advance:
             ranges = observe(model, linears, manifest.model, feeds(extractor, shares.calibrate), advance)
         rounded_on = list(feeds(extractor, shares.calibrate))
-        chosen_on, reported_on = (_scene(extractor, part, progress, name) for part, name in ((shares.select, "float answers"), (shares.report, "float answers, report")))
+        chosen_on, reported_on = (
+            _scene(extractor, part, progress, name)
+            for part, name in ((shares.select, "float answers"), (shares.report, "float answers, report"))
+        )
     search = Search(Wiring(model), linears, ranges, request.target, manifest.norm_median, chosen_on)
     passes = lambda parity: not _missed(parity, request, MARGIN)  # noqa: E731
-    smoothing, tried = request.smoothing or Smoothing(), []
+    smoothing = request.smoothing or Smoothing()
+    tried: list[dict[str, Any]] = []
     if request.smoothing is None:
         with progress.task("smoothing", 1 + len(CANDIDATES)) as advance:
             smoothing, tried = search.smoothing(smoothing, advance)
@@ -139,7 +155,11 @@ def _bar(request: CalibrationRequest) -> dict[str, float]:
 
 
 def _tried(keep: list[str], share: float) -> str:
-    return f"{len(keep)} layers, {100 * share:.1f} % of the MACs, were left in float" if keep else "every linear layer in 8 bits"
+    return (
+        f"{len(keep)} layers, {100 * share:.1f} % of the MACs, were left in float"
+        if keep
+        else "every linear layer in 8 bits"
+    )
 
 
 def _scene(extractor: FeatureExtractor, photographs: Any, progress: Progress, name: str) -> Scene:
@@ -152,13 +172,19 @@ def _scene(extractor: FeatureExtractor, photographs: Any, progress: Progress, na
     return Scene([pair[0] for pair in pairs], [pair[1] for pair in pairs])
 
 
-def _layers(search: Search, smoothing: Smoothing, gains: dict[str, Any], keep: list[str], ranges: Any) -> list[dict[str, Any]]:
+def _layers(
+    search: Search, smoothing: Smoothing, gains: dict[str, Any], keep: list[str], ranges: Any
+) -> list[dict[str, Any]]:
     total = sum(n.size for n in search.linears)
     grids = search.grids(smoothing)
 
     def entry(n: Linear) -> dict[str, Any]:
         found = ranges[n.source]["all"]
-        reason = f"alone in float it gains {gains[n.name]['mean']:.2g} in mean and {gains[n.name]['p1']:.2g} in 1st-percentile cosine" if n.name in keep else None
+        reason = (
+            f"alone in float it gains {gains[n.name]['mean']:.2g} in mean and {gains[n.name]['p1']:.2g} in 1st-percentile cosine"
+            if n.name in keep
+            else None
+        )
         return {
             "name": n.name, "input": n.kind, "macs": n.size / total, "precision": "float" if n.name in keep else "int8", "reason": reason,
             "low": float(found.low.min()), "high": float(found.high.max()), "step": grids[n.name].step, "zero": grids[n.name].zero, "sensitivity": gains[n.name],
@@ -167,10 +193,14 @@ def _layers(search: Search, smoothing: Smoothing, gains: dict[str, Any], keep: l
     return [entry(n) for n in search.linears]
 
 
-def _write(output: Path, force: bool, bundle: Bundle, graph: Any, report: dict[str, Any], session: Any, progress: Progress) -> None:
+def _write(
+    output: Path, force: bool, bundle: Bundle, graph: Any, report: dict[str, Any], session: Any, progress: Progress
+) -> None:
     manifest = bundle.manifest
     kept = [f"{name} (sensitive)" for name in report["float_layers"]]
-    summary = {k: report[k] for k in ("mode", "target", "smoothing", "float_layers", "float_macs", "fidelity", "bar", "missed")}
+    summary = {
+        k: report[k] for k in ("mode", "target", "smoothing", "float_layers", "float_macs", "fidelity", "bar", "missed")
+    }
     summary["images"] = {name: {k: part[k] for k in ("count", "digest")} for name, part in report["images"].items()}
     new = replace(
         manifest, precision=report["mode"], quantisation=summary,
@@ -185,7 +215,12 @@ def _write(output: Path, force: bool, bundle: Bundle, graph: Any, report: dict[s
     with FeatureExtractor.load(bundle.folder, backend="onnxruntime-cpu", verify=False) as extractor:
         for case, expected in enumerate(bundle.cases()):
             feed = extractor.feed(expected["image"])
-            exam.update({f"{case}/{k}": v for k, v in {"image": expected["image"], **answer(session, feed, len(expected["image"]))}.items()})
+            exam.update(
+                {
+                    f"{case}/{k}": v
+                    for k, v in {"image": expected["image"], **answer(session, feed, len(expected["image"]))}.items()
+                }
+            )
     with whole_folder(output, force) as folder:
         (folder / GRAPH).write_bytes(graph.SerializeToString(deterministic=True))
         write_npz(folder / REFERENCE, exam)

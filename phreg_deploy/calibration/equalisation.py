@@ -38,7 +38,9 @@ def equalise(wiring: Wiring, linears: list[Linear], ranges: Ranges, smoothing: S
     """
     weights = {linear.name: wiring.value(linear.weight).copy() for linear in linears}
     biases = {
-        linear.name: np.zeros(weights[linear.name].shape[1]) if linear.bias is None else wiring.value(linear.bias).astype(np.float64).reshape(-1)
+        linear.name: np.zeros(weights[linear.name].shape[1])
+        if linear.bias is None
+        else wiring.value(linear.bias).astype(np.float64).reshape(-1)
         for linear in linears
     }
     groups: dict[str, list[Linear]] = {}

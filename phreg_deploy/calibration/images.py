@@ -27,7 +27,9 @@ class Shares:
 
     def to_json(self) -> dict[str, Any]:
         parts = {"calibrate": self.calibrate, "select": self.select, "report": self.report}
-        return {name: {"count": len(part), "digest": part.digest(), "sha256": part.digests} for name, part in parts.items()}
+        return {
+            name: {"count": len(part), "digest": part.digest(), "sha256": part.digests} for name, part in parts.items()
+        }
 
 
 def share_out(folder: Path, manifest: Manifest, say: Callable[[str], None]) -> Shares:
@@ -52,4 +54,9 @@ def share_out(folder: Path, manifest: Manifest, say: Callable[[str], None]) -> S
         )
     part = len(order) / (CALIBRATE + select + report)
     ends = (round(part * CALIBRATE), round(part * (CALIBRATE + select)))
-    return Shares(found.subset(order[: ends[0]]), found.subset(order[ends[0] : ends[1]]), found.subset(order[ends[1] :]), grid + manifest.model.prefix_tokens)
+    return Shares(
+        found.subset(order[: ends[0]]),
+        found.subset(order[ends[0] : ends[1]]),
+        found.subset(order[ends[1] :]),
+        grid + manifest.model.prefix_tokens,
+    )

@@ -96,7 +96,11 @@ def _linear(node: NodeProto, wiring: Wiring, before: dict[str, Linear]) -> Linea
 def _feeder(source: str, wiring: Wiring, before: dict[str, Linear]) -> tuple[str, str, tuple[int, int]]:
     norm = wiring.producer.get(source)
     readers = wiring.readers[source]
-    if norm is not None and norm.op_type == "LayerNormalization" and all(r.op_type == "MatMul" and r.input[0] == source for r in readers):
+    if (
+        norm is not None
+        and norm.op_type == "LayerNormalization"
+        and all(r.op_type == "MatMul" and r.input[0] == source for r in readers)
+    ):
         return "norm", norm.name, (0, 0)
     mixed = wiring.back(source, "Reshape", "Transpose", "MatMul")
     if mixed is not None and len(readers) == 1:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import onnx
 from onnx import ModelProto, NodeProto, helper, numpy_helper
@@ -13,7 +15,9 @@ from phreg_deploy.quantisation import Grid
 TARGETS = ("cpu", "trt")
 
 
-def write_int8(model: ModelProto, linears: list[Linear], equalised: Equalised, keep: set[str], target: str) -> ModelProto:
+def write_int8(
+    model: ModelProto, linears: list[Linear], equalised: Equalised, keep: set[str], target: str
+) -> ModelProto:
     """A copy of ``model`` with equalised numbers, and int8 weights and activations wherever ``keep`` does not forbid it.
 
     "cpu": a zero point for hidden units, in uint8. "trt": TensorRT takes no zero point, so the same grid is reached by
@@ -52,7 +56,10 @@ class _Writer:
                 scale, shift = self.equalised.norms[node.name]
                 del node.input[1:]
                 node.input.extend(
-                    [self.constant(f"{node.name}.scale", scale.astype(np.float32)), self.constant(f"{node.name}.shift", shift.astype(np.float32))]
+                    [
+                        self.constant(f"{node.name}.scale", scale.astype(np.float32)),
+                        self.constant(f"{node.name}.shift", shift.astype(np.float32)),
+                    ]
                 )
                 self.nodes.append(node)
             elif node.name in by_matmul:
@@ -79,7 +86,12 @@ class _Writer:
             source, shift = self.activation(linear, node.input[0], grid)
             bias = bias - shift * (values.astype(np.float64) * steps).sum(axis=0)
             zero = self.constant(f"{name}.weight_zero", np.zeros(len(steps), np.int8))
-            self.add("DequantizeLinear", [self.constant(f"{name}.int8", values), self.constant(f"{name}.weight_step", steps), zero], f"{name}/weight", axis=1)
+            self.add(
+                "DequantizeLinear",
+                [self.constant(f"{name}.int8", values), self.constant(f"{name}.weight_step", steps), zero],
+                f"{name}/weight",
+                axis=1,
+            )
             operands = [source, f"{name}/weight"]
         shape = (-1,) if keep else (1, 1, -1)
         if linear.add is None and not bias.any():
@@ -101,14 +113,18 @@ class _Writer:
             self.made.add(quantised)
             scaled = source
             if hidden and (grid.smooth != 1).any():
-                factor = self.constant(f"{source}.smooth", (1 / grid.smooth.astype(np.float64)).astype(np.float32).reshape(1, 1, -1))
+                factor = self.constant(
+                    f"{source}.smooth", (1 / grid.smooth.astype(np.float64)).astype(np.float32).reshape(1, 1, -1)
+                )
                 scaled = self.add("Mul", [scaled, factor], f"{source}/smooth")
             if shift:
-                scaled = self.add("Add", [scaled, self.constant(f"{source}.shift", np.float32(shift))], f"{source}/shift")
+                scaled = self.add(
+                    "Add", [scaled, self.constant(f"{source}.shift", np.float32(shift))], f"{source}/shift"
+                )
             self.add("QuantizeLinear", [scaled, step, zero], quantised)
         return self.add("DequantizeLinear", [quantised, step, zero], f"{linear.name}/input"), shift
 
-    def add(self, operator: str, inputs: list[str], output: str, **attributes: int) -> str:
+    def add(self, operator: str, inputs: list[str], output: str, **attributes: Any) -> str:
         self.nodes.append(helper.make_node(operator, inputs, [output], name=f"{output}/{operator}", **attributes))
         return output
 

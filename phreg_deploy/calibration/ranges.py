@@ -18,7 +18,11 @@ Ranges = dict[str, dict[str, Range]]  # input tensor -> "all" and "others" (with
 
 
 def observe(
-    model: ModelProto, linears: list[Linear], spec: ModelSpec, feeds: Iterable[tuple[dict[str, np.ndarray], int]], advance: Callable[[int], None]
+    model: ModelProto,
+    linears: list[Linear],
+    spec: ModelSpec,
+    feeds: Iterable[tuple[dict[str, np.ndarray], int]],
+    advance: Callable[[int], None],
 ) -> Ranges:
     """Smallest and largest value per channel, reduced inside the graph, one batch at a time.
 
@@ -37,7 +41,9 @@ def observe(
             for part in rows:
                 now = Range(values[f"low/{part}/{source}"], values[f"high/{part}/{source}"])
                 if not (np.isfinite(now.low).all() and np.isfinite(now.high).all()):
-                    raise PhregError(f"calibrate: the input of {names[source]} is not finite; the bundle's weights are damaged.")
+                    raise PhregError(
+                        f"calibrate: the input of {names[source]} is not finite; the bundle's weights are damaged."
+                    )
                 before = found[source].get(part)
                 found[source][part] = now if before is None else before.join(now)
         advance(count)
@@ -77,7 +83,9 @@ def _instrumented(model: ModelProto, sources: list[str], rows: dict[str, tuple[i
         for part in rows:
             cut = f"{part}/{source}"
             graph.node.append(
-                helper.make_node("Slice", [source, f"observe/{part}/start", f"observe/{part}/end", "observe/axis"], [cut])
+                helper.make_node(
+                    "Slice", [source, f"observe/{part}/start", f"observe/{part}/end", "observe/axis"], [cut]
+                )
             )
             for kind, operator in (("low", "ReduceMin"), ("high", "ReduceMax")):
                 graph.node.append(helper.make_node(operator, [cut, "observe/axes"], [f"{kind}/{cut}"], keepdims=0))

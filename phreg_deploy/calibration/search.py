@@ -19,7 +19,14 @@ from phreg_deploy.quantisation import Smoothing
 from phreg_deploy.runtime.parity import Parity, Tally
 
 Feeds = list[tuple[dict[str, np.ndarray], int]]
-CANDIDATES = ({"norm": 0.65}, {"norm": 0.95}, {"hidden": 0.65}, {"hidden": 0.95}, {"hidden": None}, {"registers": False})
+CANDIDATES = (
+    {"norm": 0.65},
+    {"norm": 0.95},
+    {"hidden": 0.65},
+    {"hidden": 0.95},
+    {"hidden": None},
+    {"registers": False},
+)
 WORTH = 0.98  # a candidate replaces what is there when it leaves at most this share of 1 - p1: less is noise
 MARGIN = 0.95  # the same for the bar, so that other images than the ones chosen on pass it too
 SECONDS = 150.0  # roughly, for the sensitivity of all layers; on slow models fewer images are used, but at least two
@@ -54,7 +61,14 @@ class Search:
     def __init__(
         self, wiring: Wiring, linears: list[Linear], ranges: Ranges, target: str, median: float | None, scene: Scene
     ) -> None:
-        self.wiring, self.linears, self.ranges, self.target, self.median, self.scene = wiring, linears, ranges, target, median, scene
+        self.wiring, self.linears, self.ranges, self.target, self.median, self.scene = (
+            wiring,
+            linears,
+            ranges,
+            target,
+            median,
+            scene,
+        )
         self._known: tuple[Smoothing, Equalised] | None = None
 
     def graph(self, smoothing: Smoothing, keep: set[str]) -> Any:
@@ -82,7 +96,11 @@ class Search:
         tried = [{"smoothing": best.to_json(), "parity": score.to_json()}]
         advance(1)
         for change in CANDIDATES:
-            candidate = replace(best, **change) if "norm" not in change else replace(best, norm=change["norm"], value=change["norm"])
+            candidate = (
+                replace(best, **change)
+                if "norm" not in change
+                else replace(best, norm=change["norm"], value=change["norm"])
+            )
             if "registers" not in change or self._registers_matter():
                 found = self.score(candidate, set())
                 tried.append({"smoothing": candidate.to_json(), "parity": found.to_json()})
@@ -102,7 +120,11 @@ class Search:
         found = {}
         for linear in self.linears:
             alone = self.score(smoothing, {linear.name}, scene)
-            found[linear.name] = {"mean": alone.cosine_mean - whole.cosine_mean, "p1": alone.cosine_p1 - whole.cosine_p1, "images": len(scene)}
+            found[linear.name] = {
+                "mean": alone.cosine_mean - whole.cosine_mean,
+                "p1": alone.cosine_p1 - whole.cosine_p1,
+                "images": len(scene),
+            }
             advance(1)
         return found
 
@@ -127,10 +149,10 @@ class Search:
             advance(1)
         return keep, steps
 
-
     def _registers_matter(self) -> bool:
         return any(
-            not np.array_equal(parts["all"].low, parts["others"].low) or not np.array_equal(parts["all"].high, parts["others"].high)
+            not np.array_equal(parts["all"].low, parts["others"].low)
+            or not np.array_equal(parts["all"].high, parts["others"].high)
             for parts in self.ranges.values()
         )
 

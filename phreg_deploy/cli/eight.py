@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from phreg_deploy.cli.options import Result, figure, force_option, images_option, output_options, percent
+
+if TYPE_CHECKING:
+    from phreg_deploy.calibration.calibrator import CalibrationRequest
 
 SHOWN = 8  # layers in the table; calibration.json lists all
 
@@ -18,7 +21,10 @@ SHOWN = 8  # layers in the table; calibration.json lists all
 @click.option("-o", "--output", type=click.Path(path_type=Path), required=True, help="Folder of the bundle to write.")
 @click.option("--mode", default="int8", show_default=True, help="int8.")
 @click.option(
-    "--target", default="cpu", show_default=True, help="cpu (ONNX Runtime, OpenVINO), or trt: no zero points, for TensorRT."
+    "--target",
+    default="cpu",
+    show_default=True,
+    help="cpu (ONNX Runtime, OpenVINO), or trt: no zero points, for TensorRT.",
 )
 @click.option(
     "--float-macs",
@@ -52,18 +58,17 @@ def calibrate(
       phreg-deploy calibrate student.bundle --images photos/ -o student-int8.bundle --float-macs 0 --cosine 0.98
     """
     result = Result(as_json, quiet)
-    report = run_calibration(bundle, images, output, mode, target, float_macs, cosine, force, result)
+    from phreg_deploy.calibration.calibrator import CalibrationRequest
+
+    request = CalibrationRequest(bundle, images, mode=mode, target=target, float_macs=float_macs, cosine_p1=cosine)
+    report = run_calibration(request, output, force, result)
     result.json({"output": output, **report})
 
 
-def run_calibration(
-    bundle: Path, images: Path, output: Path, mode: str, target: str, float_macs: float, cosine: float | None, force: bool, result: Result
-) -> dict[str, Any]:  # fmt: skip
+def run_calibration(request: CalibrationRequest, output: Path, force: bool, result: Result) -> dict[str, Any]:
     """Calibrate and print; what ``calibrate`` and ``export --precision int8`` share."""
-    from phreg_deploy.calibration.calibrator import CalibrationRequest
     from phreg_deploy.calibration.calibrator import calibrate as run
 
-    request = CalibrationRequest(bundle, images, mode=mode, target=target, float_macs=float_macs, cosine_p1=cosine)
     report = run(request, output, force=force, progress=result.progress)
     found, bar = report["fidelity"], report["bar"]
     result.table(
@@ -83,7 +88,10 @@ def run_calibration(
     result.table(
         "Most sensitive layers: what 1 - cosine loses when each alone goes back to float",
         ["layer", "mean", "1st percentile", "share of MACs", "runs in"],
-        [[n["name"], n["sensitivity"]["mean"], n["sensitivity"]["p1"], percent(n["macs"]), n["precision"]] for n in worst],
+        [
+            [n["name"], n["sensitivity"]["mean"], n["sensitivity"]["p1"], percent(n["macs"]), n["precision"]]
+            for n in worst
+        ],
     )
     for line in report["missed"]:
         result.say(f"Missed: {line}. The manifest says so.")

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import tempfile
 from pathlib import Path
 from typing import Any
 
 import click
 
+from phreg_deploy.bundle import Bundle
+from phreg_deploy.cli.eight import run_calibration
 from phreg_deploy.cli.options import (
     Result,
     checkpoint_option,
@@ -17,6 +20,7 @@ from phreg_deploy.cli.options import (
     percent,
 )
 from phreg_deploy.errors import BackendMissing, GateFailed, PhregError
+from phreg_deploy.whole import check_target
 
 
 @click.command()
@@ -38,6 +42,9 @@ from phreg_deploy.errors import BackendMissing, GateFailed, PhregError
 @click.option("--unlock", type=click.Choice(["all", "paper"]), help="Weights that train; by default the recipe's.")
 @click.option(
     "--strength", type=float, help="Activation of a transplanted neuron, as a share of what it had on outlier tokens."
+)
+@click.option(
+    "--int8-aware", is_flag=True, help="Run the last epochs through fake quantisation, the one that `calibrate` writes."
 )
 @click.option("--views", default=10, show_default=True, help="Shifted and flipped views per teacher target.")
 @click.option("--holdout", default=0.1, show_default=True, help="Share of the images, chosen by name, kept for scores.")
@@ -80,21 +87,33 @@ def distill(
     request = Request(model=model, images=images, image_size=parse_size(image_size) if image_size else None, **chosen)
     record = run(request, output, cache=cache, resume=resume, force=force, progress=result.progress)
     scores = record["scores"]
+    models = [name for name in ("base", "student", "int8") if name in scores]
+    blank = [None] * (len(models) - 2)
     rows = [
-        ["norm-outlier rate", *(percent(scores[m]["norm_outliers"]["rate"]) for m in ("base", "student"))],
-        ["largest norm / median", *(scores[m]["norm_outliers"]["largest"] for m in ("base", "student"))],
+        ["norm-outlier rate", *(percent(scores[m]["norm_outliers"]["rate"]) for m in models)],
+        ["largest norm / median", *(scores[m]["norm_outliers"]["largest"] for m in models)],
         [
             "worst block's largest norm / median",
-            *(max(b["largest"] for b in scores[m]["blocks"]) for m in ("base", "student")),
+            *(max(b["largest"] for b in scores[m]["blocks"]) for m in models[:2]),
+            *blank,
         ],
-        ["cosine to denoised target, mean", *(scores[m]["fidelity"]["mean"] for m in ("base", "student"))],
-        ["    1st percentile", *(scores[m]["fidelity"]["p1"] for m in ("base", "student"))],
-        ["    over the base's outlier tokens", *(scores[m]["fidelity"]["outliers"] for m in ("base", "student"))],
-        ["class token cosine", "1", scores.get("class_cosine")],
-        ["top-1 agreement", "1", scores.get("top1_agreement")],
+        ["cosine to denoised target, mean", *(scores[m]["fidelity"]["mean"] for m in models)],
+        ["    1st percentile", *(scores[m]["fidelity"]["p1"] for m in models)],
+        ["    over the base's outlier tokens", *(scores[m]["fidelity"]["outliers"] for m in models)],
+        ["class token cosine", "1", scores.get("class_cosine"), *blank],
+        ["top-1 agreement", "1", scores.get("top1_agreement"), *blank],
     ]
+    if "int8" in scores:
+        own = scores["int8"]["own"]
+        rows.append(
+            ["cosine to the student's own FP32", None, "1", f"{own['mean']:.4f}, 1st percentile {own['p1']:.4f}"]
+        )
     kind = "held-out" if record["images"]["held_out"] else "training"
-    result.table(f"Base and student on {scores['images']} {kind} images", ["", "base", "student"], rows)
+    result.table(
+        f"Base and student on {scores['images']} {kind} images",
+        ["", "base", "student", "student, fake INT8"][: 1 + len(models)],
+        rows,
+    )
     result.say(
         f"Wrote {output} in {record['seconds']['total']:.0f} s. Next: phreg-deploy export {output} -o {output}.bundle --format onnx"
     )
@@ -114,7 +133,9 @@ def distill(
     help="Repeatable.",
 )
 @checkpoint_option
-@click.option("--precision", default="fp32", show_default=True, help="fp32 or fp16.")
+@click.option("--precision", default="fp32", show_default=True, help="fp32, fp16, or int8, which needs --images.")
+@images_option(False, "For --precision int8: photographs to calibrate on.")
+@click.option("--target", default="cpu", show_default=True, help="For --precision int8: cpu, or trt (no zero points).")
 @click.option(
     "--image-size", help="518, 480x640, a list 224,480x640 or a range 224:518:1036; by default the model's own."
 )
@@ -133,7 +154,15 @@ def distill(
 @force_option
 @output_options
 def export(
-    output: Path, formats: tuple[str, ...], no_check: bool, force: bool, as_json: bool, quiet: bool, **settings: Any
+    output: Path,
+    formats: tuple[str, ...],
+    images: Path | None,
+    target: str,
+    no_check: bool,
+    force: bool,
+    as_json: bool,
+    quiet: bool,
+    **settings: Any,
 ) -> None:
     """Write MODEL (a student's folder, or a timm name) as a bundle that a runtime without PyTorch serves.
 
@@ -149,16 +178,41 @@ def export(
             "export: --format trt is not in this version. Use --format onnx; the bundle's model.onnx is what an engine is built from."
         )
     result = Result(as_json, quiet)
-    bundle = export_bundle(ExportRequest(**settings), output, force=force, progress=result.progress)
+    document: dict[str, Any] = {"output": output}
+    if settings["precision"] == "int8":
+        document["calibration"] = _in_eight_bits(settings, images, output, target, force, result)
+        bundle = Bundle.read(output)
+    elif images is not None:
+        raise PhregError(f"export: --images is for --precision int8; got {settings['precision']}.")
+    else:
+        bundle = export_bundle(ExportRequest(**settings), output, force=force, progress=result.progress)
     manifest = bundle.manifest
     size = sum(p.stat().st_size for p in bundle.folder.iterdir()) / 2**20
     result.say(f"Wrote {output}: {manifest.precision}, {manifest.sizes}, batch {manifest.batches}, {size:.1f} MB.")
-    document: dict[str, Any] = {"output": output, "manifest": manifest.to_json()}
+    document["manifest"] = manifest.to_json()
     if not no_check:
         document["check"] = _examine(output, result)
     if document.get("check", {}).get("missed"):
         raise GateFailed(f"parity: {output}: {'; '.join(document['check']['missed'])}.", document)
     result.json(document)
+
+
+def _in_eight_bits(
+    settings: dict[str, Any], images: Path | None, output: Path, target: str, force: bool, result: Result
+) -> dict[str, Any]:
+    """``export --precision int8``: an FP32 bundle beside the output, calibrated into it, and gone again."""
+    from phreg_deploy.calibration.calibrator import CalibrationRequest
+    from phreg_deploy.export.exporter import ExportRequest, export_bundle
+
+    if images is None:
+        raise PhregError(
+            "export: --precision int8 needs --images DIR, photographs like those of the deployment, to calibrate on."
+        )
+    check_target(output, force, [images])
+    with tempfile.TemporaryDirectory(dir=output.parent, prefix=f".{output.name}.") as folder:
+        full = Path(folder) / "fp32.bundle"
+        export_bundle(ExportRequest(**{**settings, "precision": "fp32"}), full, progress=result.progress)
+        return run_calibration(CalibrationRequest(full, images, target=target), output, force, result)
 
 
 def _examine(output: Path, result: Result) -> dict[str, Any]:
@@ -175,11 +229,12 @@ def _examine(output: Path, result: Result) -> dict[str, Any]:
         raise GateFailed(f"export: the written bundle does not load: {error}") from error
     with extractor:
         parity = worst([case["parity"] for case in check_reference(extractor)])
+        other = "PyTorch" if extractor.manifest.quantisation is None else "ONNX Runtime's INT8"
         result.say(
-            f"Parity with PyTorch on {extractor.backend}: 1st-percentile patch cosine {parity.cosine_p1:.8f}, relative L2 {parity.relative_l2:.2e}."
+            f"Parity with {other} on {extractor.backend}: 1st-percentile patch cosine {parity.cosine_p1:.8f}, relative L2 {parity.relative_l2:.2e}."
         )
         return {
             "backend": extractor.backend,
             "parity": parity.to_json(),
-            "missed": judge(parity, extractor.manifest.precision, exam=True),
+            "missed": judge(parity, extractor.precision, exam=True),
         }

@@ -43,6 +43,11 @@ class Result:
         if not self.quiet:
             self.console.print(text, markup=False, soft_wrap=True)
 
+    def chosen(self, choice: str, asked: str) -> None:
+        """What ``--backend auto`` chose, and why."""
+        if asked == "auto":
+            self.say(f"Backend {choice}.")
+
     def json(self, document: dict[str, Any]) -> None:
         if self.as_json:
             click.echo(json.dumps(plain(document), sort_keys=True))
@@ -85,10 +90,22 @@ def images_option(required: bool, text: str) -> Callable[..., Any]:
     return click.option("--images", type=click.Path(path_type=Path), required=required, help=text)
 
 
-backend_option = click.option("--backend", default="auto", show_default=True, help="auto or onnxruntime-cpu.")
-threads_option = click.option(
-    "--threads", type=click.IntRange(1), help="Intra-op threads; by default one per physical core."
+backend_option = click.option(
+    "--backend", default="auto", show_default=True, help="auto (the fastest that passes), onnxruntime-cpu or openvino."
 )
+
+
+def tuning_options(command: Callable[..., Any]) -> Callable[..., Any]:
+    for option in (
+        click.option("--mode", type=click.Choice(["latency", "throughput"]), default="latency", show_default=True, help="openvino: of one call, or of calls from several threads."),
+        click.option("--compute", type=click.Choice(["auto", "fp32", "bf16"]), default="auto", show_default=True, help="Precision of what is not in 8 bits; bf16 needs openvino."),
+        click.option("--threads", type=click.IntRange(1), help="For one inference; by default one per physical core."),
+        backend_option,
+    ):  # fmt: skip
+        command = option(command)
+    return command
+
+
 force_option = click.option("--force", is_flag=True, help="Replace an output that exists.")
 checkpoint_option = click.option(
     "--checkpoint",

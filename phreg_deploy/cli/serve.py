@@ -10,12 +10,11 @@ import click
 
 from phreg_deploy.cli.options import (
     Result,
-    backend_option,
     force_option,
     images_option,
     output_options,
     percent,
-    threads_option,
+    tuning_options,
 )
 from phreg_deploy.errors import GateFailed, PhregError
 
@@ -30,8 +29,7 @@ from phreg_deploy.errors import GateFailed, PhregError
 @click.option("--base-checkpoint", type=click.Path(path_type=Path), help="Weights for a timm name given as --base.")
 @images_option(False, "Folder of images to compare and to take artifact rates on.")
 @click.option("--limit", default=64, show_default=True, type=click.IntRange(1), help="Images at most.")
-@backend_option
-@threads_option
+@tuning_options
 @click.option("--cosine", type=float, help="Gate on the 1st-percentile patch cosine; by default the precision's.")
 @click.option("--outlier-points", type=float, help="Gate on the change of the norm-outlier rate, percentage points.")
 @click.option("--report", type=click.Path(path_type=Path), help="Write an HTML page with pictures.")
@@ -40,6 +38,8 @@ def check(
     bundle: Path,
     backend: str,
     threads: int | None,
+    compute: str,
+    mode: str,
     cosine: float | None,
     outlier_points: float | None,
     report: Path | None,
@@ -65,7 +65,8 @@ def check(
             raise PhregError(f"check: --{option} needs --images DIR to compare on.")
     if report is not None and not report.absolute().parent.is_dir():
         raise PhregError(f"report: there is no folder {report.absolute().parent}; create it first.")
-    with FeatureExtractor.load(bundle, backend, threads=threads) as extractor:
+    with FeatureExtractor.load(bundle, backend, threads=threads, compute=compute, mode=mode) as extractor:
+        result.chosen(extractor.choice, backend)
         document, pictures = run_check(extractor, gates=(cosine, outlier_points), progress=result.progress, **asked)
     columns = [
         "compared with",
@@ -113,8 +114,7 @@ def check(
 
 @click.command()
 @click.argument("bundle", type=click.Path(path_type=Path))
-@backend_option
-@threads_option
+@tuning_options
 @click.option("--batch", "batches", help="Batch sizes, e.g. 1,4,8; by default the bundle's best.")
 @click.option("--image-size", help="For bundles with several sizes, e.g. 518 or 480x640.")
 @click.option(
@@ -133,6 +133,8 @@ def profile(
     bundle: Path,
     backend: str,
     threads: int | None,
+    compute: str,
+    mode: str,
     batches: str | None,
     image_size: str | None,
     seconds: float,
@@ -157,7 +159,8 @@ def profile(
     if batches and not all(part.strip().isdigit() for part in batches.split(",")):
         raise PhregError(f"batch: got {batches!r}, expected numbers, e.g. 1,4,8.")
     before = _read_baseline(baseline) if baseline else {}
-    with FeatureExtractor.load(bundle, backend, threads=threads) as extractor:
+    with FeatureExtractor.load(bundle, backend, threads=threads, compute=compute, mode=mode) as extractor:
+        result.chosen(extractor.choice, backend)
         report = profile_bundle(
             extractor, batches=[int(part) for part in batches.split(",")] if batches else None,
             size=parse_size(image_size) if image_size else None, seconds=seconds, threads=threads, progress=result.progress,
@@ -186,8 +189,7 @@ def profile(
 @click.argument("bundle", type=click.Path(path_type=Path))
 @click.argument("images", nargs=-1, required=True, type=click.Path(path_type=Path))
 @click.option("-o", "--output", type=click.Path(path_type=Path), required=True, help="Folder to write into.")
-@backend_option
-@threads_option
+@tuning_options
 @click.option("--image-size", help="For bundles with several sizes, e.g. 518 or 480x640.")
 @click.option("--pictures/--no-pictures", default=True, show_default=True, help="Write feature and norm pictures too.")
 @force_option
@@ -198,6 +200,8 @@ def extract(
     output: Path,
     backend: str,
     threads: int | None,
+    compute: str,
+    mode: str,
     image_size: str | None,
     pictures: bool,
     force: bool,
@@ -215,7 +219,8 @@ def extract(
     from phreg_deploy.spec import parse_size
 
     result = Result(as_json, quiet)
-    with FeatureExtractor.load(bundle, backend, threads=threads) as extractor:
+    with FeatureExtractor.load(bundle, backend, threads=threads, compute=compute, mode=mode) as extractor:
+        result.chosen(extractor.choice, backend)
         report = extract_images(
             extractor,
             list(images),

@@ -18,10 +18,11 @@ import torch
 from phreg_deploy import __version__
 from phreg_deploy.distill import taps
 from phreg_deploy.distill.checkpoint import write_student
+from phreg_deploy.distill.fake_quantisation import observe, quantised_layers
 from phreg_deploy.distill.hardware import find_autocast, find_device, quickest_attention
 from phreg_deploy.distill.measure import compare
 from phreg_deploy.distill.neurons import Survey, survey
-from phreg_deploy.distill.recipes import Recipe, default_rate, find_recipe
+from phreg_deploy.distill.recipes import INT8, Recipe, default_rate, find_recipe
 from phreg_deploy.distill.source import load_model, model_preprocess
 from phreg_deploy.distill.student import add_registers
 from phreg_deploy.distill.taps import ViT
@@ -32,11 +33,13 @@ from phreg_deploy.distill.weights import weights_digest
 from phreg_deploy.errors import PhregError
 from phreg_deploy.photographs import Photographs, read_photographs
 from phreg_deploy.progress import SILENT, Progress
+from phreg_deploy.quantisation import Smoothing
 from phreg_deploy.record import model_path
 from phreg_deploy.spec import Preprocess
 from phreg_deploy.whole import check_target, whole_folder, write_error
 
 SURVEYED = 256  # images that neurons are searched and transplanted on
+RANGED = 128  # images that the ranges of fake quantisation are observed on
 
 
 @dataclass(frozen=True)
@@ -45,7 +48,7 @@ class Request:
 
     ``epochs``, ``lr`` and ``batch`` None: the recipe's. ``strength``: of a transplanted neuron, as a share of what it
     had on outlier tokens. ``holdout``: share of the images, chosen by name, that scores are taken on and that training
-    never sees. ``views``: per image and target.
+    never sees. ``views``: per image and target. ``int8_aware``: distil the last epochs through fake quantisation.
     """
 
     model: str
@@ -64,6 +67,7 @@ class Request:
     seed: int = 0
     device: str = "auto"
     precision: str = "auto"
+    int8_aware: bool = False
 
 
 def distill(
@@ -101,6 +105,8 @@ def distill(
     )
 
     student = add_registers(base, request.registers, request.seed)  # refuses before hours of targets
+    if recipe.int8:
+        quantised_layers(student)
     for model in (base, student):
         quickest_attention(model, device, autocast)
     work = _work_folder(output, request, weights_digest(base), training, recipe, autocast, resume, force)
@@ -116,12 +122,17 @@ def distill(
     target_seconds = time.perf_counter() - started
     found = _prepare(base, student, request, training, preprocess, device, progress)
     history: dict[str, Any] = {"loss": []}
+    ranges_on = _batches(_spread(training, RANGED), preprocess, device) if recipe.int8 else []
     if recipe.epochs:
         history = train(
             student, targets, training.digests, preprocess, recipe,
             seed=request.seed, device=device, autocast=autocast, work=work, resume=resume, progress=progress,
+            ranges_on=ranges_on,
         )  # fmt: skip
-    scores = compare(base, student, held or training, preprocess, device=device, autocast=autocast, progress=progress)
+    grids = observe(student.to(device), ranges_on, Smoothing()) if recipe.int8 else None
+    scores = compare(
+        base, student, held or training, preprocess, device=device, autocast=autocast, progress=progress, grids=grids
+    )
     record = {
         "source": {"model": request.model, "checkpoint": request.checkpoint.name if request.checkpoint else None, "weights_sha256": weights_digest(base.cpu())},
         "recipe": recipe.to_json(),
@@ -167,6 +178,8 @@ def _recipe(request: Request) -> Recipe:
             raise PhregError(f"{name}: got {value}, expected at least {least}.")
     if request.lr is not None and not 0 < request.lr < 1:
         raise PhregError(f"lr: got {request.lr}, expected a number between 0 and 1, e.g. 3e-4.")
+    if request.int8_aware:
+        changes["int8"] = INT8
     if not 0 < request.strength <= 4:
         raise PhregError(f"strength: got {request.strength}, expected a share above 0 and up to 4, e.g. {STRENGTH}.")
     return replace(recipe, **{k: v for k, v in changes.items() if v is not None})
@@ -185,12 +198,7 @@ def _prepare(
     if request.recipe != "transplant":
         return None
     count = min(SURVEYED, len(training))
-    batches = [
-        taps.normalise(
-            torch.from_numpy(training.batch(i, min(i + 16, count))).to(device), preprocess.mean, preprocess.std
-        )
-        for i in range(0, count, 16)
-    ]
+    batches = _batches(training.subset(range(count)), preprocess, device)
     with progress.task("register neurons", 2 * count) as advance:
         found = survey(base.to(device), batches, advance)
     progress.say(found.word)
@@ -201,6 +209,19 @@ def _prepare(
         with progress.task("transplant", count * len({n.block for n in found.neurons})) as advance:
             transplant(student, found.neurons, batches, strength=request.strength, advance=advance)
     return found
+
+
+def _spread(photographs: Photographs, most: int) -> Photographs:
+    """Evenly spaced images: neighbours by name are often alike, and ranges must hold for all."""
+    count = min(most, len(photographs))
+    return photographs.subset(i * len(photographs) // count for i in range(count))
+
+
+def _batches(photographs: Photographs, preprocess: Preprocess, device: str) -> list[torch.Tensor]:
+    return [
+        taps.normalise(torch.from_numpy(photographs.batch(i, i + 16)).to(device), preprocess.mean, preprocess.std)
+        for i in range(0, len(photographs), 16)
+    ]
 
 
 def _work_folder(

@@ -10,11 +10,13 @@ import torch
 
 from phreg_deploy.artifacts import OUTLIER_FACTOR, agreement, cosine, norm_outliers, outlier_mask
 from phreg_deploy.distill import taps
+from phreg_deploy.distill.fake_quantisation import quantised
 from phreg_deploy.distill.source import classifies
 from phreg_deploy.distill.taps import ViT
 from phreg_deploy.distill.teacher import Teacher
 from phreg_deploy.photographs import Photographs
 from phreg_deploy.progress import Progress
+from phreg_deploy.quantisation import Grid
 from phreg_deploy.scores import Run
 from phreg_deploy.spec import Preprocess
 
@@ -95,11 +97,13 @@ def compare(
     device: str,
     autocast: bool,
     progress: Progress,
+    grids: dict[str, Grid] | None = None,
 ) -> dict[str, Any]:
     """Base and student side by side on photographs that neither was trained on: norms, fidelity, class drift.
 
     Fidelity is the cosine to the base model's denoised target (20 views, fixed seed); ``outliers`` is its mean over the
-    base model's outlier tokens alone.
+    base model's outlier tokens alone. With ``grids``, "int8" is the student in fake quantisation: its fidelity, its
+    norms, and its agreement with its own float features.
     """
     teacher = Teacher(base, preprocess, views=REFERENCE_VIEWS, seed=REFERENCE_SEED, device=device, autocast=autocast)
     with progress.task("scoring: denoised targets", len(photographs)) as advance:
@@ -123,6 +127,18 @@ def compare(
             "norm_outliers": asdict(norm_outliers(seen[name]["norms"], median)),
             "fidelity": {"mean": fidelity.mean, "p1": fidelity.p1, "outliers": fidelity.chosen},
             "blocks": block_norms(model, photographs, preprocess, device),
+        }
+    if grids:
+        with quantised(student, grids):
+            eight = read_features(student, photographs, preprocess, device)
+        fidelity, own = (
+            agreement(eight["patches"], target, outliers),
+            agreement(eight["patches"], seen["student"]["patches"]),
+        )
+        report["int8"] = {
+            "norm_outliers": asdict(norm_outliers(eight["norms"], median)),
+            "fidelity": {"mean": fidelity.mean, "p1": fidelity.p1, "outliers": fidelity.chosen},
+            "own": {"mean": own.mean, "p1": own.p1},
         }
     if "cls" in seen["base"]:
         report["class_cosine"] = float(cosine(seen["student"]["cls"], seen["base"]["cls"]).mean())

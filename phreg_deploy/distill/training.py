@@ -19,11 +19,13 @@ import torch.nn.functional as F
 from torch import nn
 
 from phreg_deploy.distill import taps
+from phreg_deploy.distill.fake_quantisation import observe, quantised
 from phreg_deploy.distill.recipes import Recipe, unlocked
 from phreg_deploy.distill.taps import ViT
 from phreg_deploy.distill.teacher import TargetCache, precision
 from phreg_deploy.errors import PhregError
 from phreg_deploy.progress import Progress
+from phreg_deploy.quantisation import Grid, Smoothing
 from phreg_deploy.spec import Preprocess
 from phreg_deploy.whole import write_error
 
@@ -52,6 +54,7 @@ class Scale:
 def train(
     student: ViT, cache: TargetCache, digests: list[str], preprocess: Preprocess, recipe: Recipe, *,
     seed: int, device: str, autocast: bool, work: Path, resume: bool, progress: Progress,
+    ranges_on: list[torch.Tensor] | None = None,
 ) -> dict[str, Any]:  # fmt: skip
     """Distil ``student`` in place against cached targets; the state after every epoch is kept in ``work``.
 
@@ -59,6 +62,8 @@ def train(
         digests: of the training images, all in the cache.
         work: a folder of this run's own; ``state.pt`` in it is what ``resume`` goes on from. Each epoch's order
             depends on the seed and its number only, so that a resumed run gives the same student.
+        ranges_on: normalised images ``(B, 3, H, W)`` that the grids of fake-quantised epochs are observed on, anew
+            before each.
 
     Returns:
         The history: mean loss per epoch.
@@ -92,10 +97,13 @@ def train(
         advance(len(history) * len(digests))
         for epoch in range(len(history), recipe.epochs):
             losses = []
+            grids: dict[str, Grid] = {}
+            if recipe.int8 and epoch >= round(recipe.epochs * (1 - recipe.int8)):
+                grids = observe(student, ranges_on or [], Smoothing())
             for step, batch in enumerate(_batches(cache, digests, recipe, seed, epoch)):
                 for group in optimizer.param_groups:
                     group["lr"] = rate(recipe, (epoch * steps + step) / (recipe.epochs * steps))
-                with precision(device, autocast):
+                with precision(device, autocast), quantised(student, grids):
                     seen = taps.forward(
                         student, taps.normalise(batch.images.to(device), preprocess.mean, preprocess.std)
                     )

@@ -18,6 +18,7 @@ from phreg_deploy.errors import PhregError
 from phreg_deploy.photographs import fit, read_image, to_rgb
 from phreg_deploy.runtime.backends import Backend, Closing, open_backend
 from phreg_deploy.runtime.positions import resample
+from phreg_deploy.runtime.tuning import Tuning
 from phreg_deploy.spec import check_multiple
 
 Picture = Image.Image | np.ndarray | str | Path
@@ -61,30 +62,51 @@ class FeatureExtractor(Closing):
         self._base = bundle.positions() if "pos_embed" in self.manifest.inputs else None
         self._grids: OrderedDict[tuple[int, int], np.ndarray] = OrderedDict()
         self._lock = threading.Lock()
+        self.choice = f"{backend.name}: as given"
 
     @classmethod
     def load(
-        cls, path: Path | str, backend: str = "auto", *, threads: int | None = None, verify: bool = True
-    ) -> FeatureExtractor:
+        cls, path: Path | str, backend: str = "auto", *, threads: int | None = None, compute: str = "auto",
+        mode: str = "latency", verify: bool = True,
+    ) -> FeatureExtractor:  # fmt: skip
         """Open a bundle.
 
         Args:
-            backend: "auto" or "onnxruntime-cpu".
-            threads: intra-op threads; None leaves the choice to the runtime.
+            backend: "onnxruntime-cpu", "openvino", or "auto": the fastest of those installed that passes the bundle's
+                own exam, which takes a second where there are several.
+            threads, compute, mode: see ``tuning.Tuning``.
             verify: compare every file with its hash in the manifest first.
 
         Raises:
             PhregError: no bundle, a damaged one, one of a newer format. BackendMissing: the backend is not usable.
         """
-        bundle = Bundle.read(path)
+        from phreg_deploy.runtime.choice import choose
+
+        tuning, bundle = Tuning(threads, compute, mode), Bundle.read(path)
         if verify:
             bundle.verify()
-        return cls(bundle, open_backend(bundle, backend, threads))
+        if backend == "auto":
+            opened, reason = choose(bundle, tuning)
+        else:
+            opened, reason = open_backend(bundle, backend, tuning), f"{backend}: as asked"
+        extractor = cls(bundle, opened)
+        extractor.choice = reason
+        return extractor
 
     @property
     def backend(self) -> str:
         """The backend that runs, also where "auto" chose it."""
         return self._open().name
+
+    @property
+    def compute(self) -> str:
+        """What is not in 8 bits is computed in: "fp32" or "bf16"."""
+        return self._open().compute
+
+    @property
+    def precision(self) -> str:
+        """The precision whose gates hold: the bundle's, or bfloat16 where a float32 bundle is computed in it."""
+        return "bf16" if self.manifest.precision == "fp32" and self.compute == "bf16" else self.manifest.precision
 
     def __call__(self, images: Picture | Sequence[Picture], size: tuple[int, int] | None = None) -> DenseFeatures:
         """Features of one image or a list: paths, PIL images, or uint8 RGB arrays ``(H, W, 3)`` of any size.

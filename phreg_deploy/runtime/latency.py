@@ -113,7 +113,7 @@ def conditions(extractor: FeatureExtractor, threads: int | None) -> dict[str, An
     return {
         "processor": processor(), "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
         "load": list(os.getloadavg()) if hasattr(os, "getloadavg") else None, "system": platform.platform(), "python": platform.python_version(),
-        "backend": extractor.backend, "backend_version": backend_version(extractor.backend), "threads": threads,
+        "backend": extractor.backend, "compute": extractor.compute, "choice": extractor.choice, "backend_version": backend_version(extractor.backend), "threads": threads,
         "precision": manifest.precision, "model": manifest.model.architecture, "registers": manifest.model.registers,
         "random_weights": manifest.random_weights, "graph_sha256": manifest.files.get("model.onnx"), "photograph": "640x480 noise",
     }  # fmt: skip

@@ -6,6 +6,7 @@ import numpy as np
 
 from phreg_deploy.bundle import Bundle
 from phreg_deploy.errors import BackendMissing, PhregError
+from phreg_deploy.runtime.tuning import Tuning
 
 PROVIDERS = {"onnxruntime-cpu": "CPUExecutionProvider"}
 
@@ -15,10 +16,14 @@ class OrtBackend:
 
     Raises:
         BackendMissing: ONNX Runtime cannot be imported, or dropped the provider silently.
-        PhregError: it refuses the graph.
+        PhregError: it refuses the graph, or was asked for bfloat16.
     """
 
-    def __init__(self, bundle: Bundle, name: str, threads: int | None = None) -> None:
+    compute = "fp32"
+
+    def __init__(self, bundle: Bundle, name: str, tuning: Tuning) -> None:
+        if tuning.compute == "bf16":
+            raise PhregError(f"compute: got bf16, but {name} computes in fp32; use --backend openvino, or fp32.")
         try:
             import onnxruntime
         except ImportError as error:
@@ -28,8 +33,8 @@ class OrtBackend:
         self.name = name
         options = onnxruntime.SessionOptions()
         options.log_severity_level = 3  # errors only; they also raise
-        if threads:
-            options.intra_op_num_threads = threads
+        if tuning.threads:
+            options.intra_op_num_threads = tuning.threads
         provider = PROVIDERS[name]
         try:
             self._session = onnxruntime.InferenceSession(str(bundle.graph), options, providers=[provider])

@@ -124,7 +124,9 @@ def judge(
     if not parity.outlier_points <= most:
         missed.append(f"norm-outlier rate changed by {parity.outlier_points:.4f} points, expected at most {most}")
     if not exam and not parity.neighbours >= gates.get("neighbours", 0.0):
-        missed.append(f"nearest neighbours of {parity.neighbours:.4f} of the patches agree, expected at least {gates['neighbours']}")
+        missed.append(
+            f"nearest neighbours of {parity.neighbours:.4f} of the patches agree, expected at least {gates['neighbours']}"
+        )
     return missed
 
 

@@ -95,10 +95,10 @@ def run_check(
             )
     exam = [c["parity"] for c in comparisons if c["with"] == OWN]
     others = [c["parity"] for c in comparisons if c["with"] != OWN]
-    missed = judge(worst(exam), manifest.precision, *gates, exam=True)
-    missed += judge(worst(others), manifest.precision, *gates) if others else []
+    missed = judge(worst(exam), extractor.precision, *gates, exam=True)
+    missed += judge(worst(others), extractor.precision, *gates) if others else []
     document: dict[str, Any] = {
-        "bundle": str(extractor.bundle.folder), "backend": extractor.backend, "precision": manifest.precision, "images": len(photographs) if photographs else 0,
+        "bundle": str(extractor.bundle.folder), "backend": extractor.backend, "compute": extractor.compute, "choice": extractor.choice, "precision": manifest.precision, "images": len(photographs) if photographs else 0,
         "comparisons": [{**c, "parity": c["parity"].to_json()} for c in comparisons],
         "artifacts": {name: {**s.to_json(), "note": note} for name, (s, note) in scored.items()}, "missed": missed,
     }  # fmt: skip
@@ -146,7 +146,8 @@ def _on_photographs(
             dense = extractor.dense(batch)
             features, norms = run(batch)
             tally.add(
-                {"features": dense.features, "token_norm": dense.token_norm}, {"features": features, "token_norm": norms}
+                {"features": dense.features, "token_norm": dense.token_norm},
+                {"features": features, "token_norm": norms},
             )
             advance(len(batch))
     return tally.parity()
