@@ -28,9 +28,10 @@ def diagnose() -> list[Finding]:
     return [
         _python(),
         _torch(),
-        _plain("onnx", "export", "export"),
+        _plain("onnx", "export", "export, calibrate"),
         _plain("onnxscript", "export", "export"),
         _onnxruntime(),
+        _openvino(),
         _driver(),
     ]
 
@@ -105,7 +106,7 @@ def _torch() -> Finding:
 
 def _onnxruntime() -> Finding:
     both = [p for p in ("onnxruntime", "onnxruntime-gpu") if _installed(p)]
-    purpose = "check, extract, profile"
+    purpose = "calibrate, check, extract, profile"
     if not both:
         return Finding("onnxruntime", "not installed", False, purpose, 'pip install "phreg-deploy[cpu]"')
     if len(both) == 2:
@@ -127,6 +128,24 @@ def _onnxruntime() -> Finding:
             f"pip install --force-reinstall {both[0]}",
         )
     return Finding("onnxruntime", f"{both[0]} {onnxruntime.__version__}; CPU usable", True, purpose)
+
+
+def _openvino() -> Finding:
+    """What the CPU plugin itself says of the processor: names of instruction sets do not tell what it makes of them."""
+    purpose = "the fastest backend on most processors"
+    if _installed("openvino") is None:
+        return Finding("openvino", "not installed", False, purpose, 'pip install "phreg-deploy[openvino]"')
+    try:
+        import openvino
+
+        able = openvino.Core().get_property("CPU", "OPTIMIZATION_CAPABILITIES")
+    except (ImportError, RuntimeError) as error:
+        first = str(error).strip().splitlines()[:1]
+        return Finding(
+            "openvino", f"fails: {''.join(first)[:120]}", False, purpose, "pip install --force-reinstall openvino"
+        )
+    kinds = ", ".join(kind for kind in ("FP32", "BF16", "INT8") if kind in able)
+    return Finding("openvino", f"openvino {_installed('openvino')}; CPU usable in {kinds}", True, purpose)
 
 
 def _driver() -> Finding:
