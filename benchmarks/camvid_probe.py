@@ -1,16 +1,19 @@
 """Linear probe on CamVid: what a segmentation head reads out of dense features, on all patches and on the outliers.
 
-    python benchmarks/camvid_probe.py --data FOLDER --base NAME --checkpoint FILE --student NAME=FOLDER ... --json OUT
+    python benchmarks/camvid_probe.py --data FOLDER --base NAME --checkpoint FILE --student NAME=FOLDER ... [--int8 SHARE] --json OUT
 
 FOLDER holds ``camvid_train``, ``camvid_val`` and their ``_labels``. Images and labels are cut to 480 x 352 (the lowest 8
 rows go), so that 16 px patches fit. A patch's label is its commonest class; patches that are mostly void are left out.
-The probe is multinomial logistic regression on standardised features, full-batch L-BFGS, one run a model.
+The probe is multinomial logistic regression on standardised features, full-batch L-BFGS, one run a model. With ``--int8``
+the probe of every model, trained on FP32 features, also reads the features of an INT8 bundle that was calibrated on
+``camvid_train`` with at most SHARE of its MACs in float.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import tempfile
 from pathlib import Path
 
 import numpy as np
@@ -18,10 +21,14 @@ import torch
 from PIL import Image
 
 from phreg_deploy.artifacts import norm_outliers, outlier_mask
+from phreg_deploy.calibration.calibrator import CalibrationRequest, calibrate
 from phreg_deploy.demo.probe import patch_labels
 from phreg_deploy.distill import taps
 from phreg_deploy.distill.source import load_model, model_preprocess
+from phreg_deploy.export.exporter import ExportRequest, export_bundle
+from phreg_deploy.runtime.features import FeatureExtractor
 
+Probe = tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]
 SIZE, CLASSES, VOID = (352, 480), 11, 11
 DECAY = 1e-4
 
@@ -41,7 +48,23 @@ def features(model: torch.nn.Module, images: np.ndarray) -> tuple[np.ndarray, np
     return torch.cat([s.patches for s in seen]).numpy(), torch.cat([s.norms for s in seen]).numpy()
 
 
-def fit(x: np.ndarray, y: np.ndarray) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+def eight_bit_features(
+    model: str, checkpoint: Path | None, data: Path, share: float, images: np.ndarray
+) -> tuple[np.ndarray, np.ndarray]:
+    with tempfile.TemporaryDirectory() as scratch:
+        full, eight = Path(scratch, "fp32.bundle"), Path(scratch, "int8.bundle")
+        size = f"{SIZE[0]}x{SIZE[1]}"
+        export_bundle(ExportRequest(model=model, checkpoint=checkpoint, image_size=size), full)
+        calibrate(CalibrationRequest(full, data / "camvid_train", float_macs=share), eight, force=True)
+        with FeatureExtractor.load(eight, "onnxruntime-cpu") as extractor:
+            seen = [extractor.dense(image[None]) for image in images]
+    features = np.concatenate([s.features for s in seen])
+    return features.reshape(len(images), -1, features.shape[-1]), np.concatenate(
+        [s.token_norm.reshape(1, -1) for s in seen]
+    )
+
+
+def fit(x: np.ndarray, y: np.ndarray) -> Probe:
     """Logistic regression; returns mean, spread, weight, bias."""
     mean, spread = torch.from_numpy(x.mean(0)), torch.from_numpy(x.std(0) + 1e-6)
     z, t = (torch.from_numpy(x) - mean) / spread, torch.from_numpy(y)
@@ -90,6 +113,7 @@ def main() -> None:
     parser.add_argument("--base", required=True)
     parser.add_argument("--checkpoint", type=Path)
     parser.add_argument("--student", action="append", default=[], metavar="NAME=FOLDER")
+    parser.add_argument("--int8", type=float, metavar="SHARE")
     parser.add_argument("--json", type=Path)
     asked = parser.parse_args()
     torch.manual_seed(0)
@@ -105,9 +129,14 @@ def main() -> None:
     median = float(np.median(found["val"][1]))
     outliers = {name: outlier_mask(norms, median) for name, (_, norms) in found.items()}
 
-    def probe(name: str, train: np.ndarray, val: np.ndarray, norms: np.ndarray) -> dict[str, object]:
+    def probe(name: str, train: np.ndarray, val: np.ndarray, norms: np.ndarray) -> Probe:
         keep = labels["train"] != VOID
-        mean, spread, weight, bias = fit(train[keep], labels["train"][keep])
+        trained = fit(train[keep], labels["train"][keep])
+        rows.append(read_out(name, trained, val, norms))
+        return trained
+
+    def read_out(name: str, trained: Probe, val: np.ndarray, norms: np.ndarray) -> dict[str, object]:
+        mean, spread, weight, bias = trained
         predicted = (((torch.from_numpy(val) - mean) / spread) @ weight + bias).argmax(-1).numpy()
         row = {
             "model": name,
@@ -117,13 +146,19 @@ def main() -> None:
         print(json.dumps(row), flush=True)  # noqa: T201
         return row
 
-    rows = [probe("base", found["train"][0], found["val"][0], found["val"][1])]
+    def also_int8(name: str, trained: Probe, model: str, checkpoint: Path | None) -> None:
+        if asked.int8 is not None:
+            eight = eight_bit_features(model, checkpoint, asked.data, asked.int8, sets["val"][0])
+            rows.append(read_out(f"{name}, INT8", trained, *eight))
+
+    rows: list[dict[str, object]] = []
+    also_int8("base", probe("base", found["train"][0], *found["val"]), asked.base, asked.checkpoint)
     fixed = {name: nearest_interior(x, outliers[name], grid) for name, (x, _) in found.items()}
-    rows.append(probe("base, nearest interior patch copied", fixed["train"], fixed["val"], found["val"][1]))
+    probe("base, nearest interior patch copied", fixed["train"], fixed["val"], found["val"][1])
     for entry in asked.student:
         name, folder = entry.split("=", 1)
         seen = {s: features(load_model(folder, image_size=SIZE), x) for s, (x, _) in sets.items()}
-        rows.append(probe(name, seen["train"][0], seen["val"][0], seen["val"][1]))
+        also_int8(name, probe(name, seen["train"][0], *seen["val"]), folder, None)
     report = {"size": SIZE, "outlier_tokens": int(outliers["val"].sum()), "rows": rows, "torch": torch.__version__}
     if asked.json:
         asked.json.write_text(json.dumps(report, indent=1) + "\n")

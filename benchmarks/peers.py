@@ -2,7 +2,7 @@
 
     python benchmarks/peers.py --photographs DIR --base NAME --checkpoint FILE --student FOLDER --json OUT [--seconds 8]
 
-Fidelity: base model and student, 64 photographs for ranges (ours chooses on 32 more) and 96 others to score: 1 - cosine of
+Fidelity: base model and student, 256 photographs for ranges (ours chooses on 32 more) and 96 others to score: 1 - cosine of
 patch tokens with the model's own FP32 in PyTorch. Speed: batch 1, milliseconds, medians of interleaved rounds with a pause before each call, since
 the threads of one runtime spin for a while and would slow the next one down. Needs the extras ``bench``, ``export``,
 ``calibration``, ``openvino``.
@@ -51,7 +51,7 @@ SPEED = (
     ("vit_small_patch14_reg4_dinov2", 518),
 )
 ALPHAS = (0.8, 0.65, 0.5)  # NNCF's own default is 0.95
-POOL, SCORED = 160, 96  # photographs to calibrate and choose on, and others to score
+POOL, SCORED = 352, 96  # photographs to calibrate and choose on, and others to score
 PAUSE, WARM, ROUNDS = 0.02, 3, 7
 
 
@@ -292,7 +292,7 @@ def main() -> None:
             size = tuple(model.patch_embed.img_size)
             found = read_photographs(asked.photographs, size, model_preprocess(model), POOL + SCORED, spread=True)
             order = [int(i) for i in np.random.default_rng(0).permutation(len(found))]
-            images = [found.array(i)[None] for i in (*order[:64], *order[POOL:])]
+            images = [found.array(i)[None] for i in (*order[:256], *order[POOL:])]
             pool = folder / "photographs"  # ours shares these out itself; the images that are scored are not among them
             pool.mkdir()
             for i in order[:POOL]:
@@ -303,9 +303,9 @@ def main() -> None:
                 calibrate(request, folder / f"int8-{share}.bundle", force=True, progress=Progress(quiet=True))
                 eight[kind] = folder / f"int8-{share}.bundle" / "model.onnx"
             click.echo(title)
-            peers = Peers(model, bundle, images[:64], asked.threads, folder)
+            peers = Peers(model, bundle, images[:256], asked.threads, folder)
             peers.make(eight, speed=False, alphas=ALPHAS)
-            fidelity, speed = peers.scored(images[64:]), peers.timed(asked.seconds)
+            fidelity, speed = peers.scored(images[256:]), peers.timed(asked.seconds)
             report["models"][title] = {"ms": speed, "fidelity": fidelity, "failed": peers.failed}
             show(title, speed, fidelity, peers.failed)
     for name, side in SPEED if asked.only != "fidelity" else ():

@@ -5,13 +5,16 @@ C input channels, O output channels.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
 
 from phreg_deploy.calibration.linears import Linear, Wiring
 from phreg_deploy.calibration.ranges import Ranges
-from phreg_deploy.quantisation import Grid, Smoothing, place, quantise_weight
+from phreg_deploy.quantisation import Grid, Range, Smoothing, place, quantise_weight
+
+Rule = Callable[[Range, str, Smoothing], Grid]
 
 
 @dataclass
@@ -29,12 +32,17 @@ class Equalised:
     float_weights: dict[str, np.ndarray]
 
 
-def equalise(wiring: Wiring, linears: list[Linear], ranges: Ranges, smoothing: Smoothing) -> Equalised:
+def equalise(
+    wiring: Wiring, linears: list[Linear], ranges: Ranges, smoothing: Smoothing, rule: Rule = place
+) -> Equalised:
     """Centre and smooth every layer's input.
 
     Centre and scale go into the layer norm before (RepQ-ViT, arXiv 2212.08254; Outlier Suppression+, arXiv
     2304.09145), and for attention outputs into the value rows of the projection before, which is exact because rows of
     a softmax sum to 1. Hidden units keep their scale as one multiplication in the graph.
+
+    Args:
+        rule: places a grid; another one is for ablations.
     """
     weights = {linear.name: wiring.value(linear.weight).copy() for linear in linears}
     biases = {
@@ -51,7 +59,7 @@ def equalise(wiring: Wiring, linears: list[Linear], ranges: Ranges, smoothing: S
     for source, group in groups.items():
         kind = group[0].kind
         part = "others" if kind == "hidden" and not smoothing.registers else "all"
-        grid = place(ranges[source][part], kind, smoothing)
+        grid = rule(ranges[source][part], kind, smoothing)
         for linear in group:
             found.grids[linear.name] = grid
             if kind == "hidden":

@@ -11,8 +11,8 @@ from phreg_deploy.bundle import Manifest
 from phreg_deploy.errors import PhregError
 from phreg_deploy.photographs import Photographs, read_photographs
 
-CALIBRATE, SELECT, REPORT = 64, 32, 64
-PATCHES = 8192  # to choose on: larger inputs have more patches each, and need fewer images
+RANGED, CHOSEN, REPORTED = 65536, 8192, 16384  # patches that are enough: larger inputs need fewer images
+CALIBRATE, SELECT, REPORT = (64, 256), (8, 32), (16, 64)  # images, whatever their size: at least, at most
 LEAST = 8  # images in all
 
 
@@ -33,7 +33,7 @@ class Shares:
 
 
 def share_out(folder: Path, manifest: Manifest, say: Callable[[str], None]) -> Shares:
-    """Up to 64 images for ranges, 32 for choices and 64 for the report; fewer are shared out as 2 : 1 : 1.
+    """Up to 256 images for ranges, 32 for choices and 64 for the report; of few images, a quarter for each of the latter.
 
     Which image goes where is decided by its digest alone, and copies of one image count once.
 
@@ -42,9 +42,11 @@ def share_out(folder: Path, manifest: Manifest, say: Callable[[str], None]) -> S
     """
     size, patch = manifest.sizes.default, manifest.model.patch
     grid = (size[0] // patch[0]) * (size[1] // patch[1])
-    select = min(SELECT, max(LEAST, PATCHES // grid))
-    report = min(REPORT, 2 * select)
-    found = read_photographs(folder, size, manifest.preprocess, CALIBRATE + select + report, say=say, spread=True)
+    ranged, chosen, reported = (
+        min(most, max(least, patches // grid))
+        for patches, (least, most) in ((RANGED, CALIBRATE), (CHOSEN, SELECT), (REPORTED, REPORT))
+    )
+    found = read_photographs(folder, size, manifest.preprocess, ranged + chosen + reported, say=say, spread=True)
     first = {digest: i for i, digest in reversed(list(enumerate(found.digests)))}
     order = [first[digest] for digest in sorted(first)]
     if len(order) < LEAST:
@@ -52,8 +54,8 @@ def share_out(folder: Path, manifest: Manifest, say: Callable[[str], None]) -> S
             f"images: {folder} holds {len(order)} different images that can be read, expected at least {LEAST}: they are shared out "
             "between ranges, choices and the report."
         )
-    part = len(order) / (CALIBRATE + select + report)
-    ends = (round(part * CALIBRATE), round(part * (CALIBRATE + select)))
+    quarter = len(order) // 4
+    ends = (-min(chosen, quarter) - min(reported, quarter), -min(reported, quarter))
     return Shares(
         found.subset(order[: ends[0]]),
         found.subset(order[ends[0] : ends[1]]),

@@ -17,7 +17,7 @@ SHOWN = 8  # layers in the table; calibration.json lists all
 
 @click.command()
 @click.argument("bundle", type=click.Path(path_type=Path))
-@images_option(True, "Folder of photographs like those of the deployment; 160 are used at most, 8 at least.")
+@images_option(True, "Folder of photographs like those of the deployment; 352 are used at most, 8 at least.")
 @click.option("-o", "--output", type=click.Path(path_type=Path), required=True, help="Folder of the bundle to write.")
 @click.option("--mode", default="int8", show_default=True, help="int8.")
 @click.option(

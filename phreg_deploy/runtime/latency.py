@@ -122,7 +122,9 @@ def conditions(extractor: FeatureExtractor, threads: int | None) -> dict[str, An
 def backend_version(name: str) -> str:
     from importlib.metadata import PackageNotFoundError, version
 
-    for package in {"onnxruntime-cpu": ("onnxruntime", "onnxruntime-gpu"), "openvino": ("openvino",)}.get(name, (name,)):
+    for package in {"onnxruntime-cpu": ("onnxruntime", "onnxruntime-gpu"), "openvino": ("openvino",)}.get(
+        name, (name,)
+    ):
         try:
             return f"{package} {version(package)}"
         except PackageNotFoundError:

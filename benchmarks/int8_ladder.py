@@ -1,0 +1,121 @@
+"""What registers do for INT8: the same ladder of measures on the base model and on its students.
+
+    python benchmarks/int8_ladder.py --photographs DIR --base NAME --checkpoint FILE --model NAME=FOLDER ... --json OUT
+
+Every linear layer in 8 bits but for the last rungs; 1 - cosine of patch tokens with the model's own FP32, ONNX Runtime CPU,
+256 photographs for ranges and rounding, 32 to order layers on, 96 others scored. Each rung keeps those before it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import tempfile
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import click
+import numpy as np
+import onnx
+
+from phreg_deploy.calibration.equalisation import equalise
+from phreg_deploy.calibration.linears import Wiring, find_linears
+from phreg_deploy.calibration.qdq import write_int8
+from phreg_deploy.calibration.ranges import observe
+from phreg_deploy.calibration.rounding import round_all
+from phreg_deploy.calibration.search import Scene, Search, compare
+from phreg_deploy.calibration.session import open_session
+from phreg_deploy.export.exporter import ExportRequest, export_bundle
+from phreg_deploy.photographs import read_photographs
+from phreg_deploy.quantisation import Grid, Range, Smoothing, place
+from phreg_deploy.runtime.features import FeatureExtractor
+
+NONE = Smoothing(None, None, None)
+RANGED, CHOSEN, SCORED = 256, 32, 96
+
+
+def plain(found: Range, kind: str, smoothing: Smoothing) -> Grid:
+    """Symmetric, per tensor, nothing moved: what "INT8" means without further thought."""
+    top = float(max(-found.low.min(), found.high.max(), 1e-5))
+    return Grid(np.zeros_like(found.low), np.ones_like(found.low), top / 127, 128)
+
+
+def offset(found: Range, kind: str, smoothing: Smoothing) -> Grid:
+    """The same, with a zero point for hidden units."""
+    return place(found, kind, replace(smoothing, hidden=None)) if kind == "hidden" else plain(found, kind, smoothing)
+
+
+RUNGS = (
+    ("symmetric, per tensor", plain, NONE),
+    ("+ zero point for hidden units", offset, NONE),
+    ("+ centred layer norms", place, NONE),
+    ("+ smoothed layer norms and values", place, Smoothing(hidden=None)),
+    ("+ smoothed hidden units", place, Smoothing()),
+)
+
+
+def climb(folder: Path, photographs: str) -> dict[str, Any]:
+    with FeatureExtractor.load(folder, "onnxruntime-cpu") as extractor:
+        manifest = extractor.manifest
+        found = read_photographs(
+            photographs, manifest.sizes.default, manifest.preprocess, RANGED + CHOSEN + SCORED, spread=True
+        )
+        order = [int(i) for i in np.random.default_rng(0).permutation(len(found))]
+        feeds = [(extractor.feed(found.array(i)[None]), 1) for i in order]
+        answers = [extractor.run(feed["image"]) for feed, _ in feeds]
+    ranged, chosen = feeds[:RANGED], Scene(feeds[RANGED:-SCORED], answers[RANGED:-SCORED])
+    scored = Scene(feeds[-SCORED:], answers[-SCORED:])
+    model = onnx.load(folder / "model.onnx")
+    linears, wiring = find_linears(model), Wiring(model)
+    ranges = observe(model, linears, manifest.model, ranged, lambda _n: None)
+    rows = {}
+
+    def score(name: str, graph: Any) -> None:
+        parity = compare(open_session(graph), scored, manifest.norm_median)
+        rows[name] = {"mean": 1 - parity.cosine_mean, "p1": 1 - parity.cosine_p1, "neighbours": parity.neighbours}
+        click.echo(f"  {name:40s} {rows[name]['mean']:.5f} {rows[name]['p1']:.5f} {rows[name]['neighbours']:.3f}")
+
+    for name, rule, smoothing in RUNGS:
+        score(name, write_int8(model, linears, equalise(wiring, linears, ranges, smoothing, rule), set(), "cpu"))
+    tokens = manifest.model.prefix_tokens + answers[0]["token_norm"].size
+    without = equalise(wiring, linears, ranges, replace(Smoothing(), registers=False))
+    score("the same, hidden ranges without registers", write_int8(model, linears, without, set(), "cpu"))
+    equalised = equalise(wiring, linears, ranges, Smoothing())
+    round_all(model, linears, equalised, tokens, ranged, lambda _n=1: None)
+    score("+ GPTQ rounding", write_int8(model, linears, equalised, set(), "cpu"))
+    search = Search(wiring, linears, ranges, "cpu", manifest.norm_median, chosen)
+    search.round(Smoothing(), tokens, ranged, lambda _n=1: None)
+    gains = search.sensitivities(Smoothing(), lambda _n=1: None)
+    for share in (0.01, 0.1):
+        keep, _ = search.fallback(Smoothing(), gains, share, lambda _parity: False, lambda _n=1: None)
+        spent = sum(n.size for n in linears if n.name in keep) / sum(n.size for n in linears)
+        score(f"+ at most {100 * share:.0f} % of MACs in float", search.graph(Smoothing(), set(keep)))
+        rows[f"+ at most {100 * share:.0f} % of MACs in float"].update(layers=keep, share=spent)
+    return rows
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    for option in ("--photographs", "--base", "--checkpoint"):
+        parser.add_argument(option, required=True)
+    parser.add_argument("--model", action="append", default=[], metavar="NAME=FOLDER")
+    parser.add_argument("--json", type=Path)
+    asked = parser.parse_args()
+    models = {
+        "base": (asked.base, Path(asked.checkpoint)),
+        **{e.split("=", 1)[0]: (e.split("=", 1)[1], None) for e in asked.model},
+    }
+    report = {}
+    for name, (model, checkpoint) in models.items():
+        with tempfile.TemporaryDirectory() as scratch:
+            click.echo(name)
+            folder = Path(scratch, "fp32.bundle")
+            export_bundle(ExportRequest(model=model, checkpoint=checkpoint), folder)
+            report[name] = climb(folder, asked.photographs)
+    if asked.json:
+        asked.json.write_text(json.dumps(report, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
