@@ -43,9 +43,7 @@ from phreg_deploy.whole import check_target
 @click.option(
     "--strength", type=float, help="Activation of a transplanted neuron, as a share of what it had on outlier tokens."
 )
-@click.option(
-    "--int8-aware", is_flag=True, help="Run the last epochs through fake quantisation, the one that `calibrate` writes."
-)
+@click.option("--int8-aware", is_flag=True, help="Distil through fake quantisation, the one that `calibrate` writes.")
 @click.option("--views", default=10, show_default=True, help="Shifted and flipped views per teacher target.")
 @click.option("--holdout", default=0.1, show_default=True, help="Share of the images, chosen by name, kept for scores.")
 @click.option("--seed", default=0, show_default=True, type=click.IntRange(0, 2**32 - 1))

@@ -22,7 +22,7 @@ from phreg_deploy.distill.fake_quantisation import observe, quantised_layers
 from phreg_deploy.distill.hardware import find_autocast, find_device, quickest_attention
 from phreg_deploy.distill.measure import compare
 from phreg_deploy.distill.neurons import Survey, survey
-from phreg_deploy.distill.recipes import INT8, Recipe, default_rate, find_recipe
+from phreg_deploy.distill.recipes import Recipe, default_rate, find_recipe
 from phreg_deploy.distill.source import load_model, model_preprocess
 from phreg_deploy.distill.student import add_registers
 from phreg_deploy.distill.taps import ViT
@@ -48,7 +48,7 @@ class Request:
 
     ``epochs``, ``lr`` and ``batch`` None: the recipe's. ``strength``: of a transplanted neuron, as a share of what it
     had on outlier tokens. ``holdout``: share of the images, chosen by name, that scores are taken on and that training
-    never sees. ``views``: per image and target. ``int8_aware``: distil the last epochs through fake quantisation.
+    never sees. ``views``: per image and target. ``int8_aware``: distil through fake quantisation.
     """
 
     model: str
@@ -179,7 +179,7 @@ def _recipe(request: Request) -> Recipe:
     if request.lr is not None and not 0 < request.lr < 1:
         raise PhregError(f"lr: got {request.lr}, expected a number between 0 and 1, e.g. 3e-4.")
     if request.int8_aware:
-        changes["int8"] = INT8
+        changes["int8"] = True
     if not 0 < request.strength <= 4:
         raise PhregError(f"strength: got {request.strength}, expected a share above 0 and up to 4, e.g. {STRENGTH}.")
     return replace(recipe, **{k: v for k, v in changes.items() if v is not None})

@@ -20,7 +20,7 @@ class Recipe(Stored):
     between the base model's token and its denoised target, so that artifact tokens count for more. ``scale_free``:
     divide squared errors by the targets' variance. ``flips``: mirror image and target at random. ``lr_end`` None: one
     cycle with 10 % warm-up; else exponential from ``lr`` to ``lr_end``. ``clip``: largest gradient norm, 0 for none.
-    ``int8``: share of the epochs, the last ones, that run through fake quantisation.
+    ``int8``: train through fake quantisation.
     """
 
     name: str
@@ -35,7 +35,7 @@ class Recipe(Stored):
     batch: int
     clip: float
     epochs: int
-    int8: float = 0.0
+    int8: bool = False
 
 
 RECIPES = {
@@ -45,7 +45,6 @@ RECIPES = {
     # for 100 epochs and reports epoch 30; here the same decay is laid over the epochs that are asked for.
     "ph-reg": Recipe("ph-reg", "paper", 0.0, 0.0, False, False, 3e-4, 1e-5, 0.01, 16, 0.0, 16),
 }
-INT8 = 0.5  # of the epochs, where `--int8-aware` asks for it
 WIDTH = 192  # the width at which the transplant recipe's learning rate was chosen
 
 

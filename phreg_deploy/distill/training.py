@@ -25,7 +25,7 @@ from phreg_deploy.distill.taps import ViT
 from phreg_deploy.distill.teacher import TargetCache, precision
 from phreg_deploy.errors import PhregError
 from phreg_deploy.progress import Progress
-from phreg_deploy.quantisation import Grid, Smoothing
+from phreg_deploy.quantisation import Smoothing
 from phreg_deploy.spec import Preprocess
 from phreg_deploy.whole import write_error
 
@@ -62,8 +62,8 @@ def train(
         digests: of the training images, all in the cache.
         work: a folder of this run's own; ``state.pt`` in it is what ``resume`` goes on from. Each epoch's order
             depends on the seed and its number only, so that a resumed run gives the same student.
-        ranges_on: normalised images ``(B, 3, H, W)`` that the grids of fake-quantised epochs are observed on, anew
-            before each.
+        ranges_on: normalised images ``(B, 3, H, W)`` that the grids of fake quantisation are observed on, anew before
+            each epoch.
 
     Returns:
         The history: mean loss per epoch.
@@ -97,9 +97,7 @@ def train(
         advance(len(history) * len(digests))
         for epoch in range(len(history), recipe.epochs):
             losses = []
-            grids: dict[str, Grid] = {}
-            if recipe.int8 and epoch >= round(recipe.epochs * (1 - recipe.int8)):
-                grids = observe(student, ranges_on or [], Smoothing())
+            grids = observe(student, ranges_on or [], Smoothing()) if recipe.int8 else {}
             for step, batch in enumerate(_batches(cache, digests, recipe, seed, epoch)):
                 for group in optimizer.param_groups:
                     group["lr"] = rate(recipe, (epoch * steps + step) / (recipe.epochs * steps))
