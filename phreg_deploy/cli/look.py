@@ -121,12 +121,29 @@ def inspect(path: Path, as_json: bool, quiet: bool) -> None:
             ["stayed in float32", ", ".join(facts["float_parts"]) or "everything"],
             ["files, hashes verified", ", ".join(f"{k} {v}" for k, v in size.items())],
         ]
+        if bundle.manifest.quantisation:
+            rows += _eight_bits(bundle.manifest.quantisation)
         if bundle.manifest.random_weights:
             rows.append(["WARNING", "random weights: for timing only"])
         result.table(f"Bundle {path}", ["", ""], rows)
         result.json({"kind": "bundle", **facts})
         return
     _inspect_student(path, result)
+
+
+def _eight_bits(facts: dict[str, Any]) -> list[list[str]]:
+    fidelity, count = facts["fidelity"], facts["images"]["report"]["count"]
+    rows = [
+        [
+            "8 bits",
+            f"{facts['mode']} for {facts['target']}; {percent(facts['float_macs'])} of the linear MACs in float",
+        ],
+        [
+            "agreement with FP32",
+            f"patch cosine {fidelity['cosine_mean']:.5f}, 1st percentile {fidelity['cosine_p1']:.5f}, on {count} images that took part in no choice",
+        ],
+    ]
+    return rows + [["MISSED", line] for line in facts["missed"]]
 
 
 def _inspect_student(path: Path, result: Result) -> None:

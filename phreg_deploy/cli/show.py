@@ -23,7 +23,7 @@ from phreg_deploy.cli.options import Result, force_option, output_options
 def demo(output: Path, force: bool, as_json: bool, quiet: bool) -> None:
     """Run the whole pipeline on a small model and scenes that come with the package: no network, no GPU.
 
-    Distils, exports, checks and serves; writes pictures before and after, a table and a page to look at.
+    Distils, exports, calibrates, checks and serves; writes pictures before and after, a table and a page to look at.
 
     \b
     Example:
@@ -35,7 +35,7 @@ def demo(output: Path, force: bool, as_json: bool, quiet: bool) -> None:
     document = run_demo(output, force=force, progress=result.progress)
     result.table(
         f"Base and student on {document['scenes']} new scenes",
-        ["", "base", "student", "served (ONNX Runtime)"],
+        ["", "base", "student", "served (ONNX Runtime)", "served in INT8"],
         document["table"],
     )
     result.say(f"Look at {output / 'before-after.png'} and {output / 'report.html'}. {document['seconds']:.0f} s.")

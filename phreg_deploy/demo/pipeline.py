@@ -12,6 +12,7 @@ import numpy as np
 from PIL import Image
 
 from phreg_deploy.artifacts import agreement, outlier_mask
+from phreg_deploy.calibration.calibrator import CalibrationRequest, calibrate
 from phreg_deploy.demo.probe import Probe, mean_iou, patch_labels
 from phreg_deploy.demo.scenes import CLASSES, make_scene, write_scenes
 from phreg_deploy.distill.distillation import Request, distill
@@ -23,6 +24,7 @@ from phreg_deploy.export.exporter import ExportRequest, export_bundle
 from phreg_deploy.photographs import Photographs, read_photographs
 from phreg_deploy.pictures import colours, components, heat, sheet
 from phreg_deploy.progress import SILENT, Progress
+from phreg_deploy.quantisation import Smoothing
 from phreg_deploy.runtime.features import FeatureExtractor
 from phreg_deploy.runtime.report import render
 from phreg_deploy.verify.checking import run_check
@@ -35,10 +37,10 @@ EPOCHS = 8
 
 
 def run_demo(output: Path, *, force: bool = False, progress: Progress = SILENT) -> dict[str, Any]:
-    """Run everything into ``output``: ``student/``, ``demo.bundle/``, ``scenes/``, ``before-after.png``, ``report.html``.
+    """Run everything into ``output``: ``student/``, ``demo.bundle/``, ``demo-int8.bundle/``, ``scenes/``, ``before-after.png``, ``report.html``.
 
     Returns:
-        ``table``: rows of (figure, base, student, served by ONNX Runtime) on scenes that nothing was trained on;
+        ``table``: rows of (figure, base, student, served by ONNX Runtime, the same in INT8) on scenes that nothing was trained on;
         ``figures``: the same by name; ``check``: the report of the parity check; ``seconds``.
 
     Raises:
@@ -58,7 +60,12 @@ def run_demo(output: Path, *, force: bool = False, progress: Progress = SILENT) 
             progress=progress,
         )
         export_bundle(ExportRequest(str(folder / "student"), batch="1:8:16"), folder / "demo.bundle", progress=progress)
-        with FeatureExtractor.load(folder / "demo.bundle") as extractor:
+        quick = CalibrationRequest(folder / "demo.bundle", scenes, smoothing=Smoothing())
+        calibrate(quick, folder / "demo-int8.bundle", progress=progress)
+        with (
+            FeatureExtractor.load(folder / "demo.bundle", "onnxruntime-cpu") as extractor,
+            FeatureExtractor.load(folder / "demo-int8.bundle", "onnxruntime-cpu") as eight,
+        ):
             check, _ = run_check(
                 extractor,
                 reference=str(folder / "student"),
@@ -67,7 +74,7 @@ def run_demo(output: Path, *, force: bool = False, progress: Progress = SILENT) 
                 limit=16,
                 progress=progress,
             )
-            figures, pages = _measure(extractor, folder, probed, tested)
+            figures, pages = _measure(extractor, eight, folder, probed, tested)
         check["bundle"] = "demo.bundle"
         check["comparisons"][-1]["with"] = "PyTorch student"  # its folder still has a temporary name here
         picture = sheet(pages, side=192)
@@ -90,9 +97,9 @@ def run_demo(output: Path, *, force: bool = False, progress: Progress = SILENT) 
 
 
 def _measure(
-    extractor: FeatureExtractor, folder: Path, probed: Path, tested: Path
+    extractor: FeatureExtractor, eight: FeatureExtractor, folder: Path, probed: Path, tested: Path
 ) -> tuple[dict[str, dict[str, float | None]], list[list[tuple[str, Image.Image]]]]:
-    """Figures of base, student and served bundle on the test scenes, and the pictures of the first few."""
+    """Figures of base, student and both served bundles on the test scenes, and the pictures of the first few."""
     base, student = load_model(str(MODEL)), load_model(str(folder / "student"))
     preprocess = model_preprocess(base)
     size = tuple(base.patch_embed.img_size)
@@ -110,6 +117,7 @@ def _measure(
         "student": (read_features(student, fitting, preprocess), read_features(student, testing, preprocess)),
     }
     seen["served"] = (_served(extractor, fitting), _served(extractor, testing))
+    seen["int8"] = (_served(eight, fitting), _served(eight, testing))
     median = float(np.median(seen["base"][1]["norms"]))
     outliers = outlier_mask(seen["base"][1]["norms"], median)
     figures: dict[str, dict[str, float | None]] = {}
@@ -118,7 +126,8 @@ def _measure(
         predicted = probe.predict(test["patches"])
         right = predicted == labels["test"]
         fidelity = agreement(test["patches"], target, outliers)
-        blocks = None if name == "served" else block_norms(base if name == "base" else student, testing, preprocess)
+        model = {"base": base, "student": student}.get(name)
+        blocks = None if model is None else block_norms(model, testing, preprocess)
         figures[name] = {
             "norm_outlier_rate": float(outlier_mask(test["norms"], median).mean()),
             "largest_norm": float(test["norms"].max() / median),
@@ -171,7 +180,10 @@ def _table(figures: dict[str, dict[str, float | None]]) -> list[list[str]]:
     return [
         [
             text,
-            *("-" if figures[m][key] is None else form.format(figures[m][key]) for m in ("base", "student", "served")),
+            *(
+                "-" if figures[m][key] is None else form.format(figures[m][key])
+                for m in ("base", "student", "served", "int8")
+            ),
         ]
         for key, (text, form) in names.items()
     ]
