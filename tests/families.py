@@ -1,7 +1,10 @@
 """One small real timm model per supported family: real architectures and options, few and narrow blocks."""
 
+import functools
+
 import timm
 import torch
+from timm.layers import Attention as PlainAttention
 
 FAMILIES = {
     "augreg": ("vit_tiny_patch16_224", {}),
@@ -19,9 +22,23 @@ FAMILIES = {
 }
 
 
+class Attention(PlainAttention):
+    """timm's own, with the gate that its model functions cannot be asked for by name."""
+
+    __init__ = functools.partialmethod(PlainAttention.__init__, gated=True)
+
+
+# What blocks are made of beside that: options of timm that 8 bits must find their way through.
+VARIANTS = {
+    "bare": ("vit_tiny_patch16_224", {"qkv_bias": False, "proj_bias": False, "qk_norm": True, "init_values": 0.1}),
+    "normed": ("vit_tiny_patch16_224", {"scale_attn_norm": True, "scale_mlp_norm": True, "class_token": False, "global_pool": "avg"}),
+    "gated": ("vit_tiny_patch16_224", {"attn_layer": Attention}),
+}  # fmt: skip
+
+
 def small(family: str, *, depth: int = 2, width: int = 48, heads: int = 3, seed: int = 0, side: int = 4):
     """The family's model, ``side`` x ``side`` patches, with weights large enough that every path matters."""
-    name, options = FAMILIES[family]
+    name, options = {**FAMILIES, **VARIANTS}[family]
     patch = 14 if "patch14" in name else 16
     torch.manual_seed(seed)
     model = timm.create_model(

@@ -16,6 +16,7 @@ from phreg_deploy.runtime import FeatureExtractor
 from tests.world import ROOT, leftovers
 
 pytestmark = pytest.mark.usefixtures("torch")
+HERE = ["--backend", "onnxruntime-cpu"]  # where figures are compared to the last bit: auto may choose another
 QUICK = ["--epochs", "1", "--batch", "8", "--views", "6", "--device", "cpu", "--precision", "fp32"]
 
 
@@ -108,7 +109,7 @@ def test_the_chain(world, run_cli):
     assert html.count("data:image/png;base64,") == 9
     assert "All gates passed" in html
 
-    speed = done(run_cli("profile", bundle, "--seconds", "0.2", "--threads", "1", "--json"))
+    speed = done(run_cli("profile", bundle, "--seconds", "0.2", "--threads", "1", *HERE, "--json"))
     assert speed["results"][0]["extractor"]["rounds"] >= 10
     assert speed["conditions"]["backend"] == "onnxruntime-cpu"
     assert speed["slower"] == []
@@ -129,13 +130,15 @@ def test_extract_writes_what_the_extractor_says(world, run_cli):
         shutil.copy(world.photos / source, world.tmp / "in" / name)
     (nested / "broken.jpg").write_bytes(b"")
     report = done(
-        run_cli("extract", world.wide_bundle, world.tmp / "in", "-o", world.out, "--image-size", "48x64", "--json")
+        run_cli(
+            "extract", world.wide_bundle, world.tmp / "in", "-o", world.out, "--image-size", "48x64", *HERE, "--json"
+        )
     )
     assert [entry["shape"] for entry in report["images"]] == [[6, 8, 48]] * 3
     assert [name.rsplit("/", 1)[1] for name in report["skipped"]] == ["broken.jpg"]
     files = {entry["image"]: entry["features"] for entry in report["images"]}
     assert len(set(files.values())) == 3, f"one image overwrote another: {files}"
-    with FeatureExtractor.load(world.wide_bundle) as extractor:
+    with FeatureExtractor.load(world.wide_bundle, "onnxruntime-cpu") as extractor:
         for image, file in files.items():
             stored = np.load(world.out / file)
             assert stored.dtype == np.float32

@@ -115,8 +115,9 @@ def test_one_extractor_serves_several_threads(bundles):
 
 
 def test_a_closed_extractor_says_so(bundles):
-    extractor = FeatureExtractor.load(bundles / "fixed")
+    extractor = FeatureExtractor.load(bundles / "fixed", "onnxruntime-cpu")
     assert extractor.backend == "onnxruntime-cpu"
+    assert extractor.choice == "onnxruntime-cpu: as asked"
     extractor.close()
     extractor.close()
     with pytest.raises(PhregError, match="was closed"):
@@ -137,7 +138,7 @@ def test_the_same_student_and_settings_give_the_same_files(bundles, tmp_path):
 
 
 def test_a_latency_report_carries_its_conditions(bundles):
-    with FeatureExtractor.load(bundles / "range", threads=1) as extractor:
+    with FeatureExtractor.load(bundles / "range", "onnxruntime-cpu", threads=1) as extractor:
         report = profile_bundle(extractor, batches=[1, 4], size=None, seconds=0.1, threads=1, progress=SILENT)
     assert [r["batch"] for r in report["results"]] == [1, 4]
     for result in report["results"]:

@@ -53,6 +53,14 @@ def test_a_users_gate_replaces_the_precisions(world, run_cli, monkeypatch):
     assert run_cli("check", world.bundle, "--cosine", "0.9").code == 0
 
 
+def test_gates_hold_on_a_backend_that_was_asked_for(world, run_cli, monkeypatch):
+    gates = importlib.import_module("phreg_deploy.runtime.parity").GATES
+    monkeypatch.setitem(gates, "fp32", {"cosine_p1": 1.1, "outlier_points": 0.0})
+    asked = ["check", world.bundle, "--backend", "onnxruntime-cpu", "--json"]
+    run_cli(*asked).refused(3, "expected at least 1.1")
+    assert run_cli(*asked, "--cosine", "0.9").code == 0
+
+
 def test_a_bundle_of_another_model_misses_its_gates(world, run_cli):
     """The student's bundle against the base model, whose features it must not reproduce."""
     outcome = run_cli(
@@ -72,4 +80,5 @@ def test_values_that_are_not_numbers_miss_every_gate():
     parity = compare_runs(bad, run)
     assert parity.bad_values == 1
     assert judge(parity, "int8")[0].split(",")[0] == "1 NaN or infinite values"
-    assert len(judge(parity, "int8", cosine_p1=0.0, outlier_points=100.0)) == 1
+    assert len(judge(parity, "fp16", cosine_p1=0.0, outlier_points=100.0)) == 1
+    assert len(judge(parity, "int8", cosine_p1=0.0, outlier_points=100.0)) == 2, "neighbours count for 8 bits as well"

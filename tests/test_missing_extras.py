@@ -104,6 +104,7 @@ def test_a_torchvision_of_another_torch_is_recognised(world):
         outcome.refused(4, "torchvision", "another build of torch", "pip install --force-reinstall torch torchvision")
 
 
+RUNTIMES = ("onnxruntime", "openvino")
 SERVING = {
     "check": lambda w: ["check", w.bundle],
     "extract": lambda w: ["extract", w.bundle, w.photos, "-o", w.out],
@@ -112,12 +113,13 @@ SERVING = {
 }
 
 
-@pytest.mark.parametrize("backend", ["auto", "onnxruntime-cpu"])
+@pytest.mark.parametrize(("backend", "extra"), [("auto", "cpu"), ("onnxruntime-cpu", "cpu"), ("openvino", "openvino")])
 @pytest.mark.parametrize("command", SERVING)
-def test_serving_without_a_runtime(world, run_cli, monkeypatch, command, backend):
+def test_serving_without_a_runtime(world, run_cli, monkeypatch, command, backend, extra):
     asked = SERVING[command](world)
-    monkeypatch.setitem(sys.modules, "onnxruntime", None)
-    run_cli(*asked, "--backend", backend, "--json").refused(4, 'pip install "phreg-deploy[cpu]"')
+    for runtime in RUNTIMES:
+        monkeypatch.setitem(sys.modules, runtime, None)
+    run_cli(*asked, "--backend", backend, "--json").refused(4, f'pip install "phreg-deploy[{extra}]"')
     assert not world.out.exists()
 
 
@@ -126,13 +128,39 @@ def test_a_runtime_that_cannot_be_imported(world):
     broken.mkdir(parents=True)
     (broken / "__init__.py").write_text('raise ImportError("libonnxruntime.so.1: cannot open shared object file")\n')
     commands = [[*SERVING[name](world), "--json"] for name in SERVING]
-    for outcome in without(HEAVY, commands, path=[broken.parent]):
+    for outcome in without([*HEAVY, "openvino"], commands, path=[broken.parent]):
         outcome.refused(4, "libonnxruntime.so.1", "pip install")
+
+
+def broken_runtimes(world, *names):
+    folder = world.tmp / "broken"
+    for name in names:
+        (folder / name).mkdir(parents=True)
+        (folder / name / "__init__.py").write_text(
+            f'raise ImportError("lib{name}.so.1: cannot open shared object file")\n'
+        )
+    return folder
+
+
+def test_one_runtime_serves_where_the_other_cannot_be_imported(world):
+    pytest.importorskip("openvino")
+    commands = [["check", world.bundle, "--json"]]
+    (outcome,) = without(HEAVY, commands, path=[broken_runtimes(world, "onnxruntime")])
+    assert outcome.code == 0, outcome.err
+    assert outcome.document["backend"] == "openvino"
+    assert "onnxruntime-cpu does not serve it (backend: onnxruntime cannot be imported" in outcome.document["choice"]
+
+
+def test_no_runtime_can_be_imported(world):
+    commands = [["check", world.bundle, "--json"]]
+    (outcome,) = without(HEAVY, commands, path=[broken_runtimes(world, *RUNTIMES)])
+    outcome.refused(4, "libonnxruntime.so.1", "libopenvino.so.1", "pip install")
 
 
 def test_export_without_a_runtime_says_that_nothing_was_checked(world, run_cli, monkeypatch):
     asked = ["export", world.student, "-o", world.out]
-    monkeypatch.setitem(sys.modules, "onnxruntime", None)
+    for runtime in RUNTIMES:
+        monkeypatch.setitem(sys.modules, runtime, None)
     outcome = run_cli(*asked, "--json")
     assert outcome.code == 0, outcome.err
     assert "phreg-deploy[cpu]" in outcome.document["check"]["skipped"]

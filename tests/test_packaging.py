@@ -41,7 +41,7 @@ def test_the_wheel_holds_every_module_and_the_embedded_model(wheel):
         "phreg_deploy/py.typed"
     }
     assert expected <= names
-    assert not [n for n in names if n.startswith(("tests/", "benchmarks/", "export/", "runtime/"))]
+    assert not [n for n in names if n.startswith(("tests/", "benchmarks/", "calibration/", "export/", "runtime/"))]
 
 
 def test_the_wheel_is_small_enough_to_carry(wheel):

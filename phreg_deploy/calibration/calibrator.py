@@ -10,6 +10,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import onnx
 
 from phreg_deploy import __version__
@@ -167,6 +168,10 @@ def _scene(extractor: FeatureExtractor, photographs: Any, progress: Progress, na
     with progress.task(name, len(photographs)) as advance:
         for feed, count in feeds(extractor, photographs):
             outputs = extractor.run(feed["image"])
+            if not all(np.isfinite(value).all() for value in outputs.values()):
+                raise PhregError(
+                    "calibrate: the FP32 bundle's own features are not finite; the bundle's weights are damaged."
+                )
             pairs.append(((feed, count), {key: value[:count] for key, value in outputs.items()}))
             advance(count)
     return Scene([pair[0] for pair in pairs], [pair[1] for pair in pairs])

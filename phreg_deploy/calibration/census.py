@@ -71,4 +71,14 @@ def _reason(reader: Any, wiring: Wiring) -> str:
         path.append(reader.op_type)
     if path[-1] in ("Gemm", "FusedGemm"):
         return f"{' -> '.join(path)}: MatMulAddFusion took the Add for a 1-D bias; it must be [1, 1, O]"
+    source = (
+        wiring.producer.get(reader.input[0]) if reader.op_type == "MatMul" else None
+    )  # the input's DequantizeLinear
+    shared = 0 if source is None or source.op_type != "DequantizeLinear" else _products(source.input[0], wiring)
+    if shared > 1:
+        return f"{' -> '.join(path)}: one 8-bit input feeds {shared} layers; give each a QuantizeLinear and a DequantizeLinear of its own"
     return f"{' -> '.join(path)}: no integer kernel was chosen"
+
+
+def _products(quantised: str, wiring: Wiring) -> int:
+    return sum(len(wiring.readers.get(reader.output[0], [])) for reader in wiring.readers.get(quantised, []))

@@ -46,6 +46,7 @@ class _Writer:
         self.equalised, self.target = equalised, target
         self.nodes: list[NodeProto] = []
         self.made: set[str] = set()
+        self.readers: dict[str, int] = {}
 
     def write(self, linears: list[Linear], keep: set[str]) -> ModelProto:
         graph = self.model.graph
@@ -102,26 +103,32 @@ class _Writer:
         self.nodes.append(helper.make_node("Add", [f"{name}/product", constant], [ends], name=f"{name}/Add"))
 
     def activation(self, linear: Linear, source: str, grid: Grid) -> tuple[str, float]:
-        """The dequantized input of one MatMul, and by how much it was shifted."""
-        shift, quantised = 0.0, f"{source}/quantised"
+        """The dequantized input of one MatMul, and by how much it was shifted.
+
+        Layers that share an input each have a QuantizeLinear of their own: ONNX Runtime takes signed inputs to its
+        integer kernels only where one has a single reader. Their steps differ in the last place, or it would merge them.
+        """
+        shift, quantised = 0.0, f"{linear.name}/quantised"
+        reader = self.readers[source] = self.readers.get(source, -1) + 1
+        value = np.float32(grid.step)
+        for _ in range(reader):
+            value = np.nextafter(value, np.float32(np.inf))
         hidden, signed = linear.kind == "hidden", grid.symmetric or self.target == "trt"
-        step = self.constant(f"{source}.step", np.float32(grid.step))
+        step = self.constant(f"{linear.name}.step", value)
         zero = self.constant(f"{source}.zero", np.int8(0) if signed else np.uint8(grid.zero))
         if hidden and signed and not grid.symmetric:
             shift = (grid.zero - 128) * float(np.float32(grid.step))
-        if quantised not in self.made:  # the layers that share an input share its QuantizeLinear
-            self.made.add(quantised)
-            scaled = source
-            if hidden and (grid.smooth != 1).any():
-                factor = self.constant(
-                    f"{source}.smooth", (1 / grid.smooth.astype(np.float64)).astype(np.float32).reshape(1, 1, -1)
-                )
-                scaled = self.add("Mul", [scaled, factor], f"{source}/smooth")
-            if shift:
-                scaled = self.add(
-                    "Add", [scaled, self.constant(f"{source}.shift", np.float32(shift))], f"{source}/shift"
-                )
-            self.add("QuantizeLinear", [scaled, step, zero], quantised)
+        scaled = source
+        if hidden and (grid.smooth != 1).any():
+            factor = self.constant(
+                f"{linear.name}.smooth", (1 / grid.smooth.astype(np.float64)).astype(np.float32).reshape(1, 1, -1)
+            )
+            scaled = self.add("Mul", [scaled, factor], f"{linear.name}/smooth")
+        if shift:
+            scaled = self.add(
+                "Add", [scaled, self.constant(f"{linear.name}.shift", np.float32(shift))], f"{linear.name}/shift"
+            )
+        self.add("QuantizeLinear", [scaled, step, zero], quantised)
         return self.add("DequantizeLinear", [quantised, step, zero], f"{linear.name}/input"), shift
 
     def add(self, operator: str, inputs: list[str], output: str, **attributes: Any) -> str:

@@ -102,6 +102,8 @@ def round_weight(weight: np.ndarray, moments: np.ndarray) -> tuple[np.ndarray, n
         factor = np.linalg.cholesky(np.linalg.inv(damped)).T  # upper, inverse = factor^T factor
     except np.linalg.LinAlgError:
         return plain, steps
+    if not np.isfinite(factor).all():  # of NaN, numpy's factor is NaN and no error
+        return plain, steps
     left, values = weight.astype(np.float64), np.empty_like(plain)
     for start in range(0, size, BLOCK):
         end = min(start + BLOCK, size)

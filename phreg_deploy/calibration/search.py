@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
@@ -29,7 +28,7 @@ CANDIDATES = (
 )
 WORTH = 0.98  # a candidate replaces what is there when it leaves at most this share of 1 - p1: less is noise
 MARGIN = 0.95  # the same for the bar, so that other images than the ones chosen on pass it too
-SECONDS = 150.0  # roughly, for the sensitivity of all layers; on slow models fewer images are used, but at least two
+PATCHES = 3136  # that a layer's sensitivity is taken on: 16 images of 14 x 14, at least two of any size
 
 
 @dataclass
@@ -111,11 +110,7 @@ class Search:
 
     def sensitivities(self, smoothing: Smoothing, advance: Callable[..., None]) -> dict[str, dict[str, float]]:
         """What each layer's 8 bits cost: the gain in mean and 1st-percentile cosine when it alone goes back to float."""
-        started = time.perf_counter()
-        probe = self.scene.first(2)
-        self.score(smoothing, set(), probe)
-        spent = (time.perf_counter() - started) / len(probe)
-        scene = self.scene.first(int(np.clip(SECONDS / (spent * len(self.linears)), 2, 16)))
+        scene = self.scene.first(max(2, PATCHES // self.scene.answers[0]["token_norm"][0].size))
         whole = self.score(smoothing, set(), scene)
         found = {}
         for linear in self.linears:

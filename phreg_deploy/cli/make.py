@@ -20,6 +20,7 @@ from phreg_deploy.cli.options import (
     percent,
 )
 from phreg_deploy.errors import BackendMissing, GateFailed, PhregError
+from phreg_deploy.photographs import list_images
 from phreg_deploy.whole import check_target
 
 
@@ -200,6 +201,7 @@ def _in_eight_bits(
 ) -> dict[str, Any]:
     """``export --precision int8``: an FP32 bundle beside the output, calibrated into it, and gone again."""
     from phreg_deploy.calibration.calibrator import CalibrationRequest
+    from phreg_deploy.calibration.qdq import TARGETS
     from phreg_deploy.export.exporter import ExportRequest, export_bundle
 
     if images is None:
@@ -207,6 +209,9 @@ def _in_eight_bits(
             "export: --precision int8 needs --images DIR, photographs like those of the deployment, to calibrate on."
         )
     check_target(output, force, [images])
+    if target not in TARGETS:
+        raise PhregError(f"target: got {target!r}, expected {' or '.join(TARGETS)}.")
+    list_images(images)
     with tempfile.TemporaryDirectory(dir=output.parent, prefix=f".{output.name}.") as folder:
         full = Path(folder) / "fp32.bundle"
         export_bundle(ExportRequest(**{**settings, "precision": "fp32"}), full, progress=result.progress)
@@ -219,7 +224,7 @@ def _examine(output: Path, result: Result) -> dict[str, Any]:
     from phreg_deploy.runtime.parity import check_reference, judge, worst
 
     try:
-        extractor = FeatureExtractor.load(output)
+        extractor = FeatureExtractor.load(output, examine=False)
     except BackendMissing as error:
         result.say(f"Parity was not checked: {error}")
         return {"skipped": str(error)}

@@ -65,7 +65,9 @@ def check(
             raise PhregError(f"check: --{option} needs --images DIR to compare on.")
     if report is not None and not report.absolute().parent.is_dir():
         raise PhregError(f"report: there is no folder {report.absolute().parent}; create it first.")
-    with FeatureExtractor.load(bundle, backend, threads=threads, compute=compute, mode=mode) as extractor:
+    with FeatureExtractor.load(
+        bundle, backend, threads=threads, compute=compute, mode=mode, examine=False
+    ) as extractor:
         result.chosen(extractor.choice, backend)
         document, pictures = run_check(extractor, gates=(cosine, outlier_points), progress=result.progress, **asked)
     columns = [

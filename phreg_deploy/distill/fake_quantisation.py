@@ -35,11 +35,11 @@ def quantised_layers(model: ViT) -> dict[str, tuple[nn.Linear, str]]:
         for part in ("attn", "mlp"):
             room = getattr(block, part)
             inner = getattr(room, "norm", None)
-            last = (
-                "norm"
-                if inner is not None and not isinstance(inner, nn.Identity)
-                else {"attn": "value", "mlp": "hidden"}[part]
-            )
+            last = {"attn": "value", "mlp": "hidden"}[part]
+            if getattr(room, "gate", None) is not None:  # multiplied in after the norm, so nothing can be folded
+                last = "hidden"
+            elif inner is not None and not isinstance(inner, nn.Identity):
+                last = "norm"
             for name, layer in room.named_children():
                 if isinstance(layer, nn.Linear):
                     found[f"blocks.{i}.{part}.{name}"] = (layer, last if name in ("proj", "fc2", "w3") else "norm")

@@ -8,10 +8,10 @@ from dataclasses import dataclass
 import numpy as np
 
 from phreg_deploy.bundle import Bundle
-from phreg_deploy.errors import PhregError
+from phreg_deploy.errors import BackendMissing, PhregError
 from phreg_deploy.runtime.backends import Backend, installed, open_backend
 from phreg_deploy.runtime.features import FeatureExtractor
-from phreg_deploy.runtime.parity import compare_runs, judge
+from phreg_deploy.runtime.parity import compare_runs, judge, worst
 from phreg_deploy.runtime.tuning import Tuning
 
 ROUNDS, LONGEST = 7, 1.0  # timed calls per backend, and seconds after which fewer will do
@@ -26,48 +26,62 @@ class Candidate:
     backend: Backend | None = None
     milliseconds: float = float("inf")
     refused: str = ""
+    missing: bool = False
+    failed: bool = False  # it runs, but fails the exam
 
     def __str__(self) -> str:
-        if self.backend is None:
+        if self.refused or self.backend is None:
             return f"{self.name} {self.refused}"
         return f"{self.name} ({self.backend.compute}) {self.milliseconds:.1f} ms"
 
 
-def choose(bundle: Bundle, tuning: Tuning) -> tuple[Backend, str]:
+def choose(bundle: Bundle, tuning: Tuning, examine: bool = True) -> tuple[Backend, str]:
     """The fastest backend that passes, opened, and the reason in words.
 
     With one backend installed nothing is measured.
 
+    Args:
+        examine: refuse a bundle that fails its exam everywhere; otherwise the first backend that loads it is taken, for
+            commands that judge it themselves.
+
     Raises:
-        BackendMissing: none is installed. PhregError: none loads the graph and passes.
+        BackendMissing: none is installed, or none can be imported. PhregError: none loads the graph and passes.
     """
     names = installed()
     if len(names) == 1:
         return open_backend(bundle, names[0], tuning), f"{names[0]}: the only one installed"
-    case = bundle.cases()[0]
-    tried = [_try(bundle, name, tuning, case) for name in names]
-    usable = [c for c in tried if c.backend is not None]
+    cases = bundle.cases()
+    tried = [_try(bundle, name, tuning, cases) for name in names]
+    usable = [c for c in tried if not c.refused]
+    failed = [c for c in tried if c.failed]
+    if not usable and failed and not examine:
+        usable, failed = failed[:1], failed[1:]
+    for candidate in failed:
+        candidate.backend.close()  # type: ignore[union-attr]
     if not usable:
-        raise PhregError(f"backend: no installed backend serves {bundle.folder}: {'; '.join(str(c) for c in tried)}.")
-    best = min(usable, key=lambda c: _measure(bundle, c, case, len(usable)))
+        kind = BackendMissing if all(c.missing for c in tried) else PhregError
+        raise kind(f"backend: no installed backend serves {bundle.folder}: {'; '.join(str(c) for c in tried)}.")
+    best = min(usable, key=lambda c: _measure(bundle, c, cases[0], len(usable)))
     for candidate in usable:
         if candidate is not best and candidate.backend is not None:
             candidate.backend.close()
     return best.backend, f"{best.name}: " + ", ".join(str(c) for c in tried)  # type: ignore[return-value]
 
 
-def _try(bundle: Bundle, name: str, tuning: Tuning, case: dict[str, np.ndarray]) -> Candidate:
+def _try(bundle: Bundle, name: str, tuning: Tuning, cases: list[dict[str, np.ndarray]]) -> Candidate:
     try:
         backend = open_backend(bundle, name, tuning)
     except PhregError as error:
-        return Candidate(name, refused=f"does not serve it ({error})")
+        return Candidate(name, refused=f"does not serve it ({error})", missing=isinstance(error, BackendMissing))
     extractor = FeatureExtractor(bundle, backend)
-    missed = judge(
-        compare_runs(extractor.run(case["image"]), case, bundle.manifest.norm_median), extractor.precision, exam=True
-    )
-    if missed:
+    try:
+        found = [compare_runs(extractor.run(case["image"]), case, bundle.manifest.norm_median) for case in cases]
+    except Exception as error:  # what a runtime raises when it runs, whatever it is
         backend.close()
-        return Candidate(name, refused=f"fails the exam ({'; '.join(missed)})")
+        return Candidate(name, refused=f"fails when it runs ({error})")
+    missed = judge(worst(found), extractor.precision, exam=True)
+    if missed:
+        return Candidate(name, backend, refused=f"fails the exam ({'; '.join(missed)})", failed=True)
     return Candidate(name, backend)
 
 

@@ -67,7 +67,7 @@ class FeatureExtractor(Closing):
     @classmethod
     def load(
         cls, path: Path | str, backend: str = "auto", *, threads: int | None = None, compute: str = "auto",
-        mode: str = "latency", verify: bool = True,
+        mode: str = "latency", verify: bool = True, examine: bool = True,
     ) -> FeatureExtractor:  # fmt: skip
         """Open a bundle.
 
@@ -75,6 +75,7 @@ class FeatureExtractor(Closing):
             backend: "onnxruntime-cpu", "openvino", or "auto": the fastest of those installed that passes the bundle's
                 own exam, which takes a second where there are several.
             threads, compute, mode: see ``tuning.Tuning``.
+            examine: with "auto", refuse a bundle that fails its exam on every backend; False for who judges it himself.
             verify: compare every file with its hash in the manifest first.
 
         Raises:
@@ -86,7 +87,7 @@ class FeatureExtractor(Closing):
         if verify:
             bundle.verify()
         if backend == "auto":
-            opened, reason = choose(bundle, tuning)
+            opened, reason = choose(bundle, tuning, examine)
         else:
             opened, reason = open_backend(bundle, backend, tuning), f"{backend}: as asked"
         extractor = cls(bundle, opened)

@@ -45,10 +45,8 @@ class OpenVinoBackend:
         try:
             self._model: Any = core.compile_model(core.read_model(str(bundle.graph)), "CPU", options)
         except Exception as error:  # the binding raises RuntimeError with a stack of C++ lines
-            reason = [line for line in str(error).splitlines() if line.strip()][-1:]
-            raise PhregError(
-                f"backend: OpenVINO {openvino.__version__} cannot load {bundle.graph}: {''.join(reason)}"
-            ) from None
+            reason = " ".join([line for line in str(error).splitlines() if line.strip()][-1:]).strip()
+            raise PhregError(f"backend: OpenVINO {openvino.__version__} cannot load {bundle.graph}: {reason}") from None
         self._names = [output.get_any_name() for output in self._model.outputs]
         self._idle: SimpleQueue[Any] = SimpleQueue()
         self.integer_layers, floats = census(self._model)

@@ -1,0 +1,90 @@
+"""What tests of eight bits share: every family's graph, traced once a session, and the same images for graph and model."""
+
+import functools
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from onnx import ModelProto
+
+from phreg_deploy.calibration.equalisation import Equalised, equalise
+from phreg_deploy.calibration.linears import Linear, Wiring, find_linears
+from phreg_deploy.calibration.qdq import write_int8
+from phreg_deploy.calibration.ranges import Ranges, observe
+from phreg_deploy.distill import taps
+from phreg_deploy.distill.source import model_preprocess, model_spec
+from phreg_deploy.distill.student import add_registers
+from phreg_deploy.export.graph import DenseViT
+from phreg_deploy.export.trace import trace
+from phreg_deploy.quantisation import Smoothing
+from phreg_deploy.spec import Batches, ModelSpec, Preprocess, Sizes
+from tests.families import small
+from tests.world import photograph
+
+BATCH = 4
+DEEPER = ("augreg", "dinov2", "eva02-base")  # two blocks; the other families' blocks are traced once, for their time
+
+
+@dataclass
+class Traced:
+    """A small model, its graph for four images, and photographs in batches of four, uint8 ``(2, 4, H, W, 3)``."""
+
+    model: Any
+    graph: ModelProto
+    preprocess: Preprocess
+    images: np.ndarray
+
+    @functools.cached_property
+    def linears(self) -> list[Linear]:
+        return find_linears(self.graph)
+
+    @functools.cached_property
+    def ranges(self) -> Ranges:
+        return observe(self.graph, self.linears, self.spec, self.feeds, lambda _count: None)
+
+    @property
+    def spec(self) -> ModelSpec:
+        return model_spec(self.model)
+
+    @property
+    def feeds(self) -> list[tuple[dict[str, np.ndarray], int]]:
+        return [({"image": batch}, len(batch)) for batch in self.images]
+
+    @property
+    def batches(self) -> list[torch.Tensor]:
+        """The same images as the model takes them."""
+        return [taps.normalise(batch, self.preprocess.mean, self.preprocess.std) for batch in self.images]
+
+    def equalised(self, smoothing: Smoothing = Smoothing()) -> Equalised:  # noqa: B008
+        return equalise(Wiring(self.graph), self.linears, self.ranges, smoothing)
+
+    def eight_bits(self, target: str, keep: frozenset[str] = frozenset(), smoothing: Smoothing = Smoothing()) -> Any:  # noqa: B008
+        return write_int8(self.graph, self.linears, self.equalised(smoothing), set(keep), target)
+
+    @property
+    def names(self) -> list[str]:
+        return [linear.name for linear in self.linears]
+
+
+SAME = {"dino": "augreg"}  # made small, the two are one model
+
+
+def traced(family: str) -> Traced:
+    return _traced(SAME.get(family, family))
+
+
+@functools.lru_cache
+def _traced(family: str) -> Traced:
+    model = add_registers(small(family, depth=2 if family in DEEPER else 1), 4)
+    height, width = model.patch_embed.img_size
+    preprocess = model_preprocess(model)
+    graph = trace(DenseViT(model, preprocess), Sizes("fixed", ((height, width),)), Batches.parse(str(BATCH)))
+    images = np.stack([np.asarray(photograph(i, width, height)) for i in range(2 * BATCH)])
+    return Traced(model, graph, preprocess, images.reshape(2, BATCH, height, width, 3))
+
+
+def features(session: Any, images: np.ndarray) -> np.ndarray:
+    """``(B, N, C)`` of one batch."""
+    (found,) = session.run(["features"], {"image": images})
+    return found.reshape(len(images), -1, found.shape[-1])

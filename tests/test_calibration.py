@@ -1,0 +1,244 @@
+"""INT8 graphs of every family: which layers are found, that folding changes nothing, where Q/DQ go, what rounding gains."""
+
+import numpy as np
+import onnx
+import pytest
+from onnx import TensorProto, helper
+from torch import nn
+
+from phreg_deploy.artifacts import agreement
+from phreg_deploy.calibration import ranges as ranges_module
+from phreg_deploy.calibration import rounding
+from phreg_deploy.calibration.census import open_counted
+from phreg_deploy.calibration.linears import find_linears
+from phreg_deploy.calibration.session import open_session
+from phreg_deploy.errors import PhregError
+from phreg_deploy.quantisation import Smoothing, quantise_weight
+from tests.eight import features, traced
+from tests.families import FAMILIES, VARIANTS
+
+EVERY = [*FAMILIES, *VARIANTS]
+# What feeds the second layer of an attention or an MLP, where it is not the attention's values or hidden units.
+LAST = {
+    ("normed", "proj"): "norm",
+    ("normed", "fc2"): "norm",
+    ("eva02-base", "fc2"): "norm",
+    ("gated", "proj"): "hidden",
+}
+EXACT = [Smoothing(), Smoothing(None, None, None), Smoothing(0.3, None, 1.0, registers=False)]
+
+
+def initialisers(graph):
+    return {i.name: i for i in graph.graph.initializer}
+
+
+def expected_layers(family):
+    """Name -> (what feeds it, multiply-accumulates per token), from the timm model itself."""
+    found, fused = {}, {"q_proj": "qkv", "k_proj": "qkv", "v_proj": "qkv"}
+    for name, layer in traced(family).model.blocks.named_modules(prefix="blocks"):
+        if isinstance(layer, nn.Linear):
+            path, last = name.rsplit(".", 1)
+            kind = LAST.get((family, last), {"proj": "value", "fc2": "hidden"}.get(last, "norm"))
+            full = f"{path}.{fused.get(last, last)}"
+            found[full] = (kind, found.get(full, ("", 0))[1] + layer.weight.numel())
+    return found
+
+
+@pytest.mark.parametrize("family", EVERY)
+def test_every_linear_layer_is_found_with_what_feeds_it(family):
+    here = traced(family)
+    assert {n.name: (n.kind, n.size) for n in here.linears} == expected_layers(family)
+    for n in here.linears:
+        assert (n.feeder, n.columns) == (n.name.replace("proj", "qkv"), (96, 144)) or n.kind != "value"
+        assert (n.add is None) == (n.bias is None)
+
+
+@pytest.mark.parametrize("family", EVERY)
+def test_folding_alone_changes_nothing(family):
+    here = traced(family)
+    plain = features(open_session(here.graph), here.images[0])
+    settings = EXACT if family in ("augreg", "bare", "eva02-base") else EXACT[:1]
+    for smoothing in settings:
+        graph = here.eight_bits("cpu", frozenset(here.names), smoothing)
+        assert not {"QuantizeLinear", "DequantizeLinear"} & {node.op_type for node in graph.graph.node}
+        folded = features(open_session(graph), here.images[0])
+        assert np.linalg.norm(folded - plain) / np.linalg.norm(plain) < 1e-4
+
+
+@pytest.mark.parametrize("target", ["cpu", "trt"])
+@pytest.mark.parametrize("family", EVERY)
+def test_pairs_stand_around_weight_products_and_nowhere_else(family, target):
+    here = traced(family)
+    graph, zeros = here.eight_bits(target), set()
+    onnx.checker.check_model(graph)
+    constants = initialisers(graph)
+    readers = {}
+    for node in graph.graph.node:
+        for name in node.input:
+            readers.setdefault(name, []).append(node)
+    products = {f"{name}/MatMul" for name in here.names}
+    for node in graph.graph.node:
+        if node.op_type == "DequantizeLinear":
+            (reader,) = readers[node.output[0]]
+            assert (reader.op_type, reader.name in products) == ("MatMul", True), "one pair, one product"
+        if node.op_type == "QuantizeLinear":
+            assert {r.op_type for r in readers[node.output[0]]} == {"DequantizeLinear"}
+            zeros.add((constants[node.input[2]].data_type, onnx.numpy_helper.to_array(constants[node.input[2]]).item()))
+    for name in here.names:
+        weight = onnx.numpy_helper.to_array(constants[f"{name}.int8"])
+        assert weight.dtype == np.int8
+        assert np.abs(weight.astype(int)).max() == 127
+        if f"{name}.bias_folded" in constants:
+            assert list(constants[f"{name}.bias_folded"].dims) == [1, 1, weight.shape[1]]
+    signed = {(TensorProto.INT8, 0)}
+    assert zeros == signed if target == "trt" else signed <= zeros or {kind for kind, _ in zeros} == {TensorProto.UINT8}
+    operators = [node.op_type for node in graph.graph.node]
+    assert operators.count("DequantizeLinear") == 2 * len(here.names)
+
+
+@pytest.mark.parametrize("family", EVERY)
+def test_both_targets_run_in_integer_kernels_and_agree(family):
+    here = traced(family)
+    plain = features(open_session(here.graph), here.images[0])
+    found = {}
+    for target in ("cpu", "trt"):
+        session, census = open_counted(here.eight_bits(target), here.names)
+        assert sorted(census.integer) == sorted(here.names)
+        found[target] = features(session, here.images[0])
+    assert agreement(found["cpu"], plain).p1 > 0.999
+    assert agreement(found["trt"], found["cpu"]).minimum > 0.9999
+
+
+def test_a_layer_that_is_kept_stays_float_and_the_others_do_not():
+    here, kept = traced("dinov2"), "blocks.1.mlp.fc2"
+    graph = here.eight_bits("cpu", frozenset({kept}))
+    constants = initialisers(graph)
+    assert f"{kept}.int8" not in constants
+    assert list(constants[f"{kept}.bias_folded"].dims) == [48]
+    session, census = open_counted(graph, [n for n in here.names if n != kept])
+    assert len(census.integer) == len(here.names) - 1
+    assert agreement(features(session, here.images[0]), features(open_session(here.graph), here.images[0])).p1 > 0.999
+    with pytest.raises(PhregError, match=rf"1 of 8 .* {kept}: its 8-bit weights are gone"):
+        open_counted(graph, here.names)
+
+
+def watched(graph, sources):
+    """A session of the graph that also gives ``sources``, and their names."""
+    copy = onnx.ModelProto()
+    copy.CopyFrom(graph)
+    copy.graph.output.extend(helper.make_tensor_value_info(s, TensorProto.FLOAT, None) for s in sources)
+    return open_session(copy)
+
+
+@pytest.mark.parametrize("family", ["augreg", "siglip", "eva02-base"])
+def test_streamed_ranges_are_those_of_the_tensors(family):
+    here = traced(family)
+    sources = sorted({n.source for n in here.linears})
+    session = watched(here.graph, sources)
+    seen = [session.run(sources, feed) for feed, _ in here.feeds]
+    first = int(here.model.cls_token is not None)
+    assert here.model.num_prefix_tokens == first + 4
+    for i, source in enumerate(sources):
+        rows = np.concatenate([values[i] for values in seen])  # (B, T, C)
+        others = np.concatenate([rows[:, :first], rows[:, first + 4 :]], axis=1)
+        for part, values in (("all", rows), ("others", others)):
+            np.testing.assert_array_equal(here.ranges[source][part].low, values.min((0, 1)))
+            np.testing.assert_array_equal(here.ranges[source][part].high, values.max((0, 1)))
+    assert any(not np.array_equal(r["all"].high, r["others"].high) for r in here.ranges.values())
+
+
+def test_register_rows_are_left_out_of_hidden_ranges_alone():
+    here = traced("augreg")
+    kept, left_out = (here.equalised(Smoothing(registers=r)).grids for r in (True, False))
+    differs = {n.kind for n in here.linears if kept[n.name].step != left_out[n.name].step}
+    assert differs == {"hidden"}
+
+
+def test_no_image_is_no_range():
+    here = traced("augreg")
+    with pytest.raises(PhregError, match="no image"):
+        ranges_module.observe(here.graph, here.linears, here.spec, [], lambda _count: None)
+
+
+def test_moments_are_those_of_the_rounded_inputs_and_passes_do_not_matter(monkeypatch):
+    here = traced("dinov2")
+    source = here.linears[3].source
+    sources = {n.source: here.equalised().weights[n.name].shape[0] for n in here.linears}
+    tokens = here.model.num_prefix_tokens + 16
+    found, again, seen = {}, {}, []
+    rounding.observe_moments(here.graph, sources, tokens, here.feeds, lambda *_: seen.append(1), found.__setitem__)
+    assert len(seen) == len(sources)
+    grid = here.equalised().grids[here.linears[3].name]
+    rows = np.concatenate([watched(here.graph, [source]).run([source], feed)[0] for feed, _ in here.feeds])
+    rows = ((rows.reshape(-1, rows.shape[-1]) - grid.centre) / grid.smooth).astype(np.float64)
+    assert found[source].rows == len(rows)
+    expected = rows.T @ rows / len(rows) + np.eye(rows.shape[1]) * grid.step**2 / 12
+    np.testing.assert_allclose(found[source].centred(grid), expected, rtol=1e-4, atol=1e-4 * np.abs(expected).max())
+    monkeypatch.setattr(rounding, "TOGETHER", 4 * max(sources.values()) ** 2)
+    rounding.observe_moments(here.graph, sources, tokens, here.feeds, lambda *_: None, again.__setitem__)
+    for name in sources:
+        np.testing.assert_allclose(again[name].square, found[name].square, rtol=1e-5, atol=1e-3)
+
+
+def correlated(rows=3000, channels=150, outputs=24, rank=12, seed=0):
+    """Inputs of a few directions and a little noise, as features have, and a weight."""
+    rng = np.random.default_rng(seed)
+    x = rng.normal(size=(rows, rank)) @ rng.normal(size=(rank, channels)) + 0.1 * rng.normal(size=(rows, channels))
+    return x, rng.normal(size=(channels, outputs)).astype(np.float32)
+
+
+def naive(weight, moments):
+    """GPTQ as in the paper's algorithm, without blocks."""
+    damped = moments + np.eye(len(moments)) * rounding.DAMPING * np.trace(moments) / len(moments)
+    factor = np.linalg.cholesky(np.linalg.inv(damped)).T
+    left, (values, steps) = weight.astype(np.float64), quantise_weight(weight)
+    for row in range(len(left)):
+        values[row] = np.clip(np.round(left[row] / steps), -127, 127)
+        left[row:] -= np.outer(factor[row, row:], (left[row] - values[row] * steps) / factor[row, row])
+    return values
+
+
+def test_rounding_on_images_loses_less_than_plain_rounding():
+    x, weight = correlated()
+    moments = x.T @ x / len(x)
+    values, steps = rounding.round_weight(weight, moments)
+    plain, plain_steps = quantise_weight(weight)
+    assert values.dtype == np.int8
+    assert np.abs(values.astype(int)).max() <= 127
+    np.testing.assert_array_equal(steps, plain_steps)
+    errors = [np.linalg.norm(x @ (v * steps - weight)) for v in (values, plain)]
+    assert errors[0] < 0.5 * errors[1]
+    assert (values == naive(weight, moments)).mean() > 0.999, "blocks are for speed alone"
+
+
+def test_rounding_is_plain_where_channels_have_nothing_to_do_with_each_other():
+    _, weight = correlated(seed=1)
+    values, _ = rounding.round_weight(weight, np.diag(np.linspace(0.1, 9, len(weight))))
+    np.testing.assert_array_equal(values, quantise_weight(weight)[0])
+
+
+@pytest.mark.parametrize("moments", [
+    -np.eye(150),
+    np.eye(150) - 2 * np.ones((150, 150)) / 10,
+    np.full((150, 150), np.nan),
+])  # fmt: skip
+def test_rounding_falls_back_where_moments_cannot_be_inverted(moments):
+    _, weight = correlated()
+    values, steps = rounding.round_weight(weight, moments)
+    np.testing.assert_array_equal(values, quantise_weight(weight)[0])
+    assert np.isfinite(steps).all()
+
+
+def test_a_dead_input_is_rounded_as_it_is():
+    _, weight = correlated()
+    values, _ = rounding.round_weight(weight, np.zeros((150, 150)))
+    np.testing.assert_array_equal(values, quantise_weight(weight)[0])
+
+
+def test_a_graph_without_names_is_refused():
+    copy = onnx.ModelProto()
+    copy.CopyFrom(traced("augreg").graph)
+    for i, node in enumerate(copy.graph.node):
+        node.name = f"node_{i}"
+    with pytest.raises(PhregError, match=r"names no blocks.*older version\. Export it again"):
+        find_linears(copy)

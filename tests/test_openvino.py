@@ -1,0 +1,275 @@
+"""OpenVINO behind the same interface, and how ``auto`` chooses between runtimes."""
+
+import importlib
+import sys
+import threading
+
+import numpy as np
+import pytest
+
+from phreg_deploy.bundle import Bundle
+from phreg_deploy.errors import BackendMissing, PhregError
+from phreg_deploy.runtime import FeatureExtractor
+from phreg_deploy.runtime.backends import BACKENDS, open_backend
+from phreg_deploy.runtime.choice import choose
+from phreg_deploy.runtime.parity import check_reference, compare_runs, judge
+from phreg_deploy.runtime.tuning import Tuning
+
+openvino = pytest.importorskip("openvino")
+pytestmark = pytest.mark.usefixtures("torch")
+choice = importlib.import_module("phreg_deploy.runtime.choice")
+backend_module = importlib.import_module("phreg_deploy.runtime.openvino_backend")
+BF16 = "BF16" in openvino.Core().get_property("CPU", "OPTIMIZATION_CAPABILITIES")
+needs_bf16 = pytest.mark.skipif(not BF16, reason="this processor has no bfloat16 instructions")
+
+
+def images(batch=1, size=(64, 64), seed=0):
+    return np.random.default_rng(seed).integers(0, 256, (batch, *size, 3), dtype=np.uint8)
+
+
+def load(folder, backend="openvino", **tuning):
+    return FeatureExtractor.load(folder, backend, **{"threads": 1, **tuning})
+
+
+def without_bf16(monkeypatch):
+    """A processor that has no instructions for bfloat16."""
+    monkeypatch.setattr(openvino.Core, "get_property", lambda *_arguments: ["FP32", "INT8"])
+
+
+def test_float32_is_what_onnx_runtime_computes(bundle):
+    with load(bundle) as extractor, load(bundle, "onnxruntime-cpu") as other:
+        assert (extractor.backend, extractor.compute, extractor.precision) == ("openvino", "fp32", "fp32")
+        parity = compare_runs(extractor.run(images()), other.run(images()))
+    assert judge(parity, "fp32") == []
+    assert parity.relative_l2 < 1e-4
+    assert parity.cls_cosine > 0.99999
+
+
+@pytest.mark.parametrize("which", ["wide_bundle", "wide_eight"])
+@pytest.mark.parametrize(("batch", "size"), [(1, (48, 48)), (3, (96, 56)), (4, (64, 64))])
+def test_sizes_and_batches_change_from_call_to_call(request, which, batch, size):
+    folder = request.getfixturevalue(which)
+    with load(folder, compute="fp32") as extractor, load(folder, "onnxruntime-cpu") as other:
+        for _ in range(2):
+            extractor.run(images(1, (56, 88)))
+            parity = compare_runs(extractor.run(images(batch, size)), other.run(images(batch, size)))
+            assert judge(parity, extractor.precision, exam=True) == []
+
+
+@needs_bf16
+@pytest.mark.parametrize(("which", "precision"), [("bundle", "bf16"), ("eight", "int8")])
+def test_bfloat16_is_held_to_its_own_gates(request, which, precision):
+    with load(request.getfixturevalue(which), compute="bf16") as extractor:
+        assert (extractor.compute, extractor.precision) == ("bf16", precision)
+        (case,) = check_reference(extractor)
+    assert judge(case["parity"], precision, exam=True) == []
+    assert case["parity"].relative_l2 > 1e-4, "it really is bfloat16"
+
+
+@needs_bf16
+def test_eight_bits_take_bfloat16_for_the_rest_where_it_is_fast(eight, monkeypatch):
+    with load(eight) as extractor:
+        assert extractor.compute == "bf16"
+    without_bf16(monkeypatch)
+    with load(eight) as extractor:
+        assert extractor.compute == "fp32"
+
+
+def test_bfloat16_where_the_processor_has_none(bundle, run_cli, monkeypatch):
+    without_bf16(monkeypatch)
+    with load(bundle) as extractor:
+        assert extractor.compute == "fp32"
+    asked = ["check", bundle, "--backend", "openvino", "--compute", "bf16", "--json"]
+    run_cli(*asked).refused(2, "compute: got bf16", "no instructions for", "use fp32")
+
+
+@pytest.mark.parametrize("compute", ["fp32", pytest.param("bf16", marks=needs_bf16)])
+def test_every_eight_bit_layer_is_counted(bundle, eight, compute):
+    names = {f"blocks.{i}.{part}" for i in range(3) for part in ("attn.qkv", "attn.proj", "mlp.fc1", "mlp.fc2")}
+    opened = open_backend(Bundle.read(eight), "openvino", Tuning(1, compute))
+    assert opened.integer_layers == names
+    assert backend_module.census(opened._model) == (names, set())
+    opened.close()
+    assert open_backend(Bundle.read(bundle), "openvino", Tuning(1)).integer_layers == set()
+
+
+def test_an_eight_bit_layer_that_runs_in_float_is_an_error(eight, run_cli, monkeypatch):
+    found = {"blocks.0.attn.qkv", "blocks.1.mlp.fc2"}
+    monkeypatch.setattr(backend_module, "census", lambda _compiled: ({"blocks.0.mlp.fc1"}, found))
+    asked = ["check", eight, "--backend", "openvino", "--json"]
+    run_cli(*asked).refused(2, "runs 2 of 3 linear layers", "e.g. blocks.0.attn.qkv", "--backend onnxruntime-cpu")
+    with load(eight, "auto") as extractor:
+        assert extractor.backend == "onnxruntime-cpu"
+        assert "openvino does not serve it (census:" in extractor.choice
+
+
+def test_layers_that_were_left_in_float_may_be(bundle, photos, tmp_path):
+    from phreg_deploy.calibration.calibrator import CalibrationRequest, calibrate
+    from phreg_deploy.quantisation import Smoothing
+
+    request = CalibrationRequest(bundle, photos, cosine_p1=0.999999, float_macs=0.06, smoothing=Smoothing())
+    kept = calibrate(request, tmp_path / "eight", force=True)["float_layers"]
+    assert kept
+    opened = open_backend(Bundle.read(tmp_path / "eight"), "openvino", Tuning(1, "fp32"))
+    assert backend_module.census(opened._model)[1] == set(kept)
+    assert len(opened.integer_layers) == 12 - len(kept)
+
+
+@pytest.mark.parametrize("mode", ["latency", "throughput"])
+@pytest.mark.parametrize("which", ["bundle", "eight"])
+def test_several_threads_get_their_own_results(request, which, mode):
+    batches = [images(seed=i) for i in range(6)]
+    with load(request.getfixturevalue(which), threads=2, mode=mode, compute="fp32") as extractor:
+        expected = [extractor.run(batch) for batch in batches]
+        got = [[] for _ in batches]
+
+        def serve(i):
+            for _ in range(4):
+                got[i].append(extractor.run(batches[i]))
+
+        workers = [threading.Thread(target=serve, args=(i,)) for i in range(6)]
+        for worker in workers:
+            worker.start()
+        for worker in workers:
+            worker.join()
+    for results, wanted in zip(got, expected):
+        assert len(results) == 4
+        for result in results:
+            for name, value in wanted.items():
+                np.testing.assert_array_equal(result[name], value)
+
+
+def test_results_outlive_the_next_call(bundle):
+    with load(bundle) as extractor:
+        first = extractor.run(images(seed=1))
+        before = {name: value.copy() for name, value in first.items()}
+        extractor.run(images(seed=2))
+        for name, value in first.items():
+            np.testing.assert_array_equal(value, before[name])
+
+
+@pytest.mark.parametrize("threads", [1, 2])
+def test_threads_and_mode_reach_the_runtime(bundle, threads):
+    for mode in ("latency", "throughput"):
+        opened = open_backend(Bundle.read(bundle), "openvino", Tuning(threads, "fp32", mode))
+        assert opened._model.get_property("INFERENCE_NUM_THREADS") == threads
+        assert str(opened._model.get_property("PERFORMANCE_HINT")).rsplit(".", 1)[-1] == mode.upper()
+
+
+def test_a_closed_extractor_frees_the_model(bundle):
+    extractor = load(bundle)
+    backend = extractor._backend
+    extractor.close()
+    extractor.close()
+    assert backend._model is None
+    with pytest.raises(PhregError, match="was closed"):
+        extractor.run(images())
+
+
+def test_a_graph_that_openvino_refuses(world, run_cli):
+    from tests.test_bad_bundles import rehashed
+
+    folder = rehashed(world.copy("bundle", model=b"noise"))
+    outcome = run_cli("check", folder, "--backend", "openvino", "--json")
+    assert outcome.code == outcome.document["exit_code"] == 2
+    assert "Traceback" not in outcome.err
+    for words in (f"backend: OpenVINO {openvino.__version__}", "cannot load", "model.onnx"):
+        assert words in outcome.document["error"]
+    assert outcome.document["error"] == outcome.document["error"].strip()
+
+
+@pytest.mark.parametrize("command", ["check", "profile"])
+def test_openvino_is_not_installed(bundle, run_cli, monkeypatch, command):
+    monkeypatch.setitem(sys.modules, "openvino", None)
+    outcome = run_cli(command, bundle, "--backend", "openvino", "--json")
+    outcome.refused(4, "openvino", 'pip install "phreg-deploy[openvino]"')
+
+
+def test_a_wish_that_nobody_knows(bundle, run_cli):
+    run_cli("check", bundle, "--compute", "fp8", "--json").refused(2, "'fp8'", "fp32")
+    for wish, words in (
+        ({"compute": "int4"}, "compute: got 'int4'"),
+        ({"mode": "fast"}, "mode: got 'fast'"),
+        ({"threads": 0}, "threads: got 0"),
+    ):
+        with pytest.raises(PhregError, match=words):
+            FeatureExtractor.load(bundle, **wish)
+
+
+# --- auto
+
+
+def test_auto_says_what_it_chose_and_why(bundle, run_cli):
+    document = run_cli("check", bundle, "--json").document
+    assert document["backend"] in BACKENDS
+    assert document["choice"].startswith(f"{document['backend']}: ")
+    assert "onnxruntime-cpu (fp32) " in document["choice"]
+    assert "openvino (fp32) " in document["choice"]
+    assert document["choice"].count(" ms") == 2
+    said = run_cli("check", bundle).out
+    assert any(f"Backend {name}: " in said for name in BACKENDS)
+    assert "Backend " not in run_cli("check", bundle, "--backend", "openvino").out
+
+
+@pytest.mark.parametrize("fastest", BACKENDS)
+def test_auto_takes_the_faster_one_and_closes_the_other(bundle, monkeypatch, fastest):
+    closed = []
+    for name, module in (("openvino", "openvino_backend"), ("onnxruntime-cpu", "ort_backend")):
+        kind = next(
+            v
+            for k, v in vars(importlib.import_module(f"phreg_deploy.runtime.{module}")).items()
+            if k.endswith("Backend")
+        )
+        monkeypatch.setattr(kind, "close", lambda self, name=name: closed.append(name))
+    monkeypatch.setattr(choice, "_measure", lambda _bundle, candidate, *_: 1.0 if candidate.name == fastest else 2.0)
+    opened, reason = choose(Bundle.read(bundle), Tuning(1))
+    assert opened.name == fastest
+    assert reason.startswith(f"{fastest}: ")
+    assert closed == [name for name in BACKENDS if name != fastest]
+
+
+def spoiled(monkeypatch, *names):
+    """Backends that compute something else."""
+    real = FeatureExtractor.run
+
+    def run(self, batch):
+        outputs = real(self, batch)
+        return {k: np.flip(v, -1) if self.backend in names else v for k, v in outputs.items()}
+
+    monkeypatch.setattr(FeatureExtractor, "run", run)
+
+
+@pytest.mark.parametrize("bad", BACKENDS)
+def test_auto_skips_a_backend_that_fails_the_exam(bundle, monkeypatch, bad):
+    spoiled(monkeypatch, bad)
+    opened, reason = choose(Bundle.read(bundle), Tuning(1))
+    assert opened.name == next(name for name in BACKENDS if name != bad)
+    assert f"{bad} fails the exam (1st-percentile patch cosine" in reason
+    assert reason.count(" ms") == 1
+
+
+def test_auto_where_none_passes(bundle, monkeypatch):
+    spoiled(monkeypatch, *BACKENDS)
+    with pytest.raises(
+        PhregError, match=r"no installed backend serves .*: onnxruntime-cpu fails the exam .*; openvino fails the exam"
+    ):
+        FeatureExtractor.load(bundle)
+
+
+def test_auto_with_one_runtime_installed(bundle, monkeypatch):
+    monkeypatch.setitem(sys.modules, "openvino", None)
+    with load(bundle, "auto") as extractor:
+        assert (extractor.backend, extractor.choice) == ("onnxruntime-cpu", "onnxruntime-cpu: the only one installed")
+    monkeypatch.setitem(sys.modules, "onnxruntime", None)
+    with pytest.raises(BackendMissing, match="no runtime is installed"):
+        load(bundle, "auto")
+
+
+@needs_bf16
+def test_auto_with_bfloat16_goes_to_openvino(bundle, run_cli):
+    run_cli("check", bundle, "--backend", "onnxruntime-cpu", "--compute", "bf16", "--json").refused(
+        2, "compute: got bf16", "--backend openvino"
+    )
+    document = run_cli("check", bundle, "--compute", "bf16", "--json").document
+    assert (document["backend"], document["compute"], document["missed"]) == ("openvino", "bf16", [])
+    assert "onnxruntime-cpu does not serve it (compute: got bf16" in document["choice"]

@@ -1,0 +1,113 @@
+"""Parity figures and their gates, gathered batch by batch."""
+
+import numpy as np
+import pytest
+
+from phreg_deploy.bundle import GATES
+from phreg_deploy.errors import PhregError
+from phreg_deploy.runtime.parity import NEIGHBOURS, Parity, Tally, compare_runs, judge, worst
+
+PASSES = Parity(1.0, 1.0, 1.0, 0.0, 0.0, 1.0, 0.0, 0.0, 1.0, 0)
+
+
+def run(seed, batch=5, grid=(6, 7), noise=0.0, cls=True):
+    """Outputs of a model, and with ``noise`` of one that is nearly the same."""
+    rng, other = np.random.default_rng(seed), np.random.default_rng(seed + 1000)
+    found = {"features": rng.normal(size=(batch, *grid, 16)), "token_norm": rng.uniform(1, 9, (batch, *grid))}
+    if cls:
+        found["cls"] = rng.normal(size=(batch, 16))
+    return {name: (v + noise * other.normal(size=v.shape)).astype(np.float32) for name, v in found.items()}
+
+
+def part(outputs, start, stop):
+    return {name: value[start:stop] for name, value in outputs.items()}
+
+
+def gathered(pairs, median=None):
+    tally = Tally(median)
+    for got, expected in pairs:
+        tally.add(got, expected)
+    return tally.parity()
+
+
+@pytest.mark.parametrize("median", [None, 4.0])
+@pytest.mark.parametrize("cls", [True, False])
+@pytest.mark.parametrize("ends", [(1, 2, 3, 4, 5), (2, 5)])
+def test_batch_by_batch_is_the_same_as_at_once(median, cls, ends):
+    got, expected = run(0, noise=0.3, cls=cls), run(0, cls=cls)
+    once = compare_runs(got, expected, median)
+    parts = gathered([(part(got, a, b), part(expected, a, b)) for a, b in zip((0, *ends), ends)], median)
+    assert (once.cls_cosine is None) == (parts.cls_cosine is None) == (not cls)
+    figures = [{k: v for k, v in parity.to_json().items() if v is not None} for parity in (parts, once)]
+    assert figures[0] == pytest.approx(figures[1], rel=1e-12)
+    assert once.cosine_min <= once.cosine_p1 < once.cosine_mean < 1
+    assert 0 < once.neighbours < 1
+
+
+def test_a_run_agrees_with_itself():
+    same = compare_runs(run(1), run(1))
+    assert same.to_json() == pytest.approx(PASSES.to_json(), abs=1e-7)
+    assert judge(same, "fp32") == []
+
+
+def test_images_of_several_sizes_count_together():
+    small, large = (run(2, 1, (3, 4)), run(2, 1, (3, 4), 0.1)), (run(3, 2, (8, 5)), run(3, 2, (8, 5), 0.1))
+    parity = gathered([small, large], 4.0)
+    cosines = [compare_runs(*pair, 4.0).cosine_mean for pair in (small, large)]
+    assert parity.cosine_mean == pytest.approx(np.average(cosines, weights=[12, 80]))
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
+@pytest.mark.parametrize("tensor", ["features", "cls", "token_norm"])
+@pytest.mark.parametrize("place", [0, 1, 2])
+def test_one_bad_value_in_one_batch_spoils_all(value, tensor, place):
+    pairs = [(run(i), run(i)) for i in range(3)]
+    pairs[place][0][tensor].reshape(-1)[3] = value
+    parity = gathered(pairs)
+    assert parity.bad_values == 1
+    missed = judge(parity, "int8", cosine_p1=0.0, outlier_points=100.0)
+    assert missed[0] == "1 NaN or infinite values, expected none"
+    assert parity.cosine_p1 == 0.0
+
+
+def test_nothing_gathered_passes_nothing():
+    assert judge(Tally().parity(), "int8") != []
+
+
+def test_shapes_that_differ_are_refused():
+    with pytest.raises(PhregError, match=r"got features of shape \(5, 6, 7, 16\), expected \(4, 6, 7, 16\)"):
+        compare_runs(run(0), run(0, batch=4))
+
+
+def test_neighbours_are_looked_for_among_a_sample_of_large_grids():
+    grid = (4, NEIGHBOURS)
+    parity = compare_runs(run(0, 1, grid), run(0, 1, grid))
+    assert parity.neighbours == 1.0
+
+
+@pytest.mark.parametrize("precision", GATES)
+def test_gates_of_every_precision(precision):
+    gates, change = GATES[precision], {"cosine_p1": "1st-percentile", "outlier_points": "norm-outlier rate"}
+    if "neighbours" in gates:
+        change["neighbours"] = "nearest neighbours of 0."
+    assert judge(PASSES, precision) == []
+    for name, words in change.items():
+        worse = gates[name] + (0.01 if name == "outlier_points" else -0.001)
+        (missed,) = judge(Parity(**{**PASSES.to_json(), name: worse}), precision)
+        assert missed.startswith(words)
+        assert judge(Parity(**{**PASSES.to_json(), name: gates[name]}), precision) == []
+
+
+def test_the_exam_of_eight_bits_has_its_own_bar_and_no_neighbours():
+    low = Parity(**{**PASSES.to_json(), "cosine_p1": 0.975, "neighbours": 0.2})
+    assert len(judge(low, "int8")) == 2
+    assert judge(low, "int8", exam=True) == []
+    assert len(judge(low, "fp32", exam=True)) == 1, "between runtimes, float is held to the same bar"
+    assert len(judge(low, "int8", cosine_p1=0.98, exam=True)) == 1, "a user's own gate is the gate"
+
+
+def test_the_worst_of_several_has_the_weakest_figure_of_each_kind():
+    a = Parity(0.9, 0.8, 0.7, 0.1, 3.0, 0.5, 0.0, 0.2, None, 0)
+    b = Parity(0.8, 0.9, 0.6, 0.2, 2.0, 0.6, 0.1, 0.1, 0.4, 0)
+    assert worst([a, b]) == Parity(0.8, 0.8, 0.6, 0.2, 3.0, 0.5, 0.1, 0.2, 0.4, 0)
+    assert worst([a]).cls_cosine is None
