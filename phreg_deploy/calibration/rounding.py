@@ -19,7 +19,7 @@ from phreg_deploy.calibration.session import open_session
 from phreg_deploy.quantisation import WEIGHT_STEPS, Grid, quantise_weight
 
 ROWS = 32768  # token rows that moments are taken over: ten per channel of a hidden layer of 3072
-TOGETHER = 256 * 2**20  # bytes of moments per pass over the images; large models take several passes
+TOGETHER = 128 * 2**20  # bytes of moments per pass over the images; large models take several passes
 DAMPING = 0.01  # of the mean second moment, as in the paper
 BLOCK = 128
 
