@@ -6,7 +6,7 @@ import hashlib
 import io
 import json
 import zipfile
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -204,6 +204,22 @@ def portrait(manifest: Manifest) -> dict[str, str]:
     """The manifest as the graph carries it, so that ``model.onnx`` says by itself how it wants to be fed."""
     facts = manifest.to_json()
     return {f"phreg.{key}": json.dumps(facts[key], sort_keys=True) for key in facts if key != "files"}
+
+
+def engrave(graph: Any, manifest: Manifest) -> None:
+    """Replace the ``metadata_props`` of an ONNX ``graph`` by the manifest's portrait."""
+    del graph.metadata_props[:]
+    for key, value in sorted(portrait(manifest).items()):
+        entry = graph.metadata_props.add()
+        entry.key, entry.value = key, value
+
+
+def seal(folder: Path, manifest: Manifest) -> None:
+    """Write the manifest of a folder whose other files are all there, with the hash of each."""
+    files = {p.name: file_digest(p) for p in sorted(folder.iterdir())}
+    (folder / MANIFEST).write_text(
+        json.dumps(replace(manifest, files=files).to_json(), indent=1, sort_keys=True) + "\n"
+    )
 
 
 def write_npz(path: Path, arrays: dict[str, np.ndarray]) -> None:

@@ -21,6 +21,7 @@ from phreg_deploy.errors import PhregError
 from phreg_deploy.quantisation import Grid, Smoothing, quantise_weight
 from tests.eight import features, traced
 from tests.families import FAMILIES, VARIANTS, small
+from tests.world import interrupted
 
 PLAIN = Smoothing(None, None, None)
 SEPARATE = ["eva02"]  # its projection's biases are no module's, so its input cannot be reached
@@ -203,20 +204,10 @@ def test_every_step_runs_through_the_grids_of_its_epoch(aware, tmp_path, monkeyp
     assert digest(tmp_path / "float") != digest(folder)
 
 
-def test_an_interrupted_run_resumes_to_the_same_student(aware, tmp_path, monkeypatch):
+def test_an_interrupted_run_resumes_to_the_same_student(aware, tmp_path):
     request, cache, folder, _ = aware
-    real, calls = training.objective, []
-
-    def broken(*arguments):
-        calls.append(1)
-        if len(calls) == 5:  # in the second epoch
-            raise KeyboardInterrupt
-        return real(*arguments)
-
-    monkeypatch.setattr(training, "objective", broken)
-    with pytest.raises(KeyboardInterrupt):
+    with interrupted(training, "objective", at=5):  # in the second epoch
         distill(request, tmp_path / "halves", cache=cache)
-    monkeypatch.setattr(training, "objective", real)
     with pytest.raises(PhregError, match=r"other settings .*recipe"):
         distill(replace(request, int8_aware=False), tmp_path / "halves", cache=cache, resume=True)
     distill(request, tmp_path / "halves", cache=cache, resume=True)

@@ -15,6 +15,7 @@ from phreg_deploy.distill.source import load_model
 from phreg_deploy.distill.weights import weights_digest
 from phreg_deploy.errors import PhregError
 from tests.families import plant, small
+from tests.world import interrupted
 
 
 @pytest.fixture(scope="module")
@@ -55,21 +56,10 @@ def test_the_same_request_gives_the_same_student_and_a_better_one(world, tmp_pat
     assert records[0]["images"]["trained"] + len(held) == 24
 
 
-def test_an_interrupted_run_resumes_to_the_same_student(world, tmp_path, monkeypatch):
+def test_an_interrupted_run_resumes_to_the_same_student(world, tmp_path):
     distill(request(world), tmp_path / "whole", cache=tmp_path / "cache")
-    calls = []
-    real = training.objective
-
-    def broken(*arguments):
-        calls.append(1)
-        if len(calls) == 5:  # in the second epoch
-            raise KeyboardInterrupt
-        return real(*arguments)
-
-    monkeypatch.setattr(training, "objective", broken)
-    with pytest.raises(KeyboardInterrupt):
+    with interrupted(training, "objective", at=5):  # in the second epoch
         distill(request(world), tmp_path / "halves", cache=tmp_path / "cache")
-    monkeypatch.setattr(training, "objective", real)
     assert not (tmp_path / "halves").exists()
     with pytest.raises(PhregError, match="--resume"):
         distill(request(world), tmp_path / "halves", cache=tmp_path / "cache")

@@ -11,6 +11,7 @@ from typing import Any
 from unittest import mock
 
 import numpy as np
+import pytest
 from PIL import Image, ImageDraw, ImageFilter
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -79,3 +80,18 @@ def photograph(seed: int, width: int, height: int) -> Image.Image:
 def leftovers(folder: Path) -> list[str]:
     """Temporary names that an output left below ``folder``."""
     return [str(p.relative_to(folder)) for p in folder.rglob("*") if any(mark in p.name for mark in LEFTOVERS)]
+
+
+@contextlib.contextmanager
+def interrupted(owner: Any, name: str, at: int) -> Any:
+    """While open, the ``at``-th call of ``owner.name`` is a Ctrl-C, which must come out of what is inside."""
+    real, calls = getattr(owner, name), []
+
+    def broken(*arguments: Any) -> Any:
+        calls.append(1)
+        if len(calls) == at:
+            raise KeyboardInterrupt
+        return real(*arguments)
+
+    with mock.patch.object(owner, name, broken), pytest.raises(KeyboardInterrupt):
+        yield

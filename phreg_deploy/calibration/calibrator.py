@@ -6,24 +6,23 @@ import json
 import shutil
 import time
 from dataclasses import dataclass, replace
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import onnx
+import onnxruntime
 
 from phreg_deploy import __version__
 from phreg_deploy.bundle import (
     CALIBRATION,
     GATES,
     GRAPH,
-    MANIFEST,
     POSITIONS,
     REFERENCE,
     Bundle,
-    file_digest,
-    portrait,
+    engrave,
+    seal,
     write_npz,
 )
 from phreg_deploy.calibration.census import open_counted
@@ -76,7 +75,7 @@ def calibrate(
             ``force``; nothing is written.
     """
     started = time.perf_counter()
-    _check(request)
+    check_request(request)
     check_target(output, force, [request.bundle, request.images])
     bundle = Bundle.read(request.bundle)
     bundle.verify()
@@ -120,7 +119,7 @@ def calibrate(
         "images": shares.to_json(), "layers": _layers(search, smoothing, gains, keep, ranges), "fallback": steps,
         "float_layers": keep, "float_macs": share, "integer_layers": len(census.integer), "bar": _bar(request),
         "fidelity": fidelity.to_json(), "missed": missed, "seconds": time.perf_counter() - started,
-        "versions": {"phreg_deploy": __version__, "onnx": version("onnx"), "onnxruntime": _runtime_version()},
+        "versions": {"phreg_deploy": __version__, "onnx": onnx.__version__, "onnxruntime": onnxruntime.__version__},
     }  # fmt: skip
     if missed and not force:
         raise GateFailed(
@@ -128,11 +127,12 @@ def calibrate(
             "fitting images, distil with `phreg-deploy distill --int8-aware`, or add --force to write it anyway, marked as missed.",
             report,
         )
-    _write(output, force, bundle, graph, report, session, progress)
+    _write(output, force, extractor, graph, report, session)
     return report
 
 
-def _check(request: CalibrationRequest) -> None:
+def check_request(request: CalibrationRequest) -> None:
+    """Raise ``PhregError`` for a setting that no bundle and no image can make good."""
     if request.mode == "fp8":
         raise PhregError("mode: fp8 is not in this version; use --mode int8.")
     if request.mode != "int8":
@@ -181,7 +181,7 @@ def _layers(
     search: Search, smoothing: Smoothing, gains: dict[str, Any], keep: list[str], ranges: Any
 ) -> list[dict[str, Any]]:
     total = sum(n.size for n in search.linears)
-    grids = search.grids(smoothing)
+    grids = search.equalised(smoothing).grids
 
     def entry(n: Linear) -> dict[str, Any]:
         found = ranges[n.source]["all"]
@@ -199,9 +199,9 @@ def _layers(
 
 
 def _write(
-    output: Path, force: bool, bundle: Bundle, graph: Any, report: dict[str, Any], session: Any, progress: Progress
+    output: Path, force: bool, extractor: FeatureExtractor, graph: Any, report: dict[str, Any], session: Any
 ) -> None:
-    manifest = bundle.manifest
+    bundle, manifest = extractor.bundle, extractor.manifest
     kept = [f"{name} (sensitive)" for name in report["float_layers"]]
     summary = {
         k: report[k] for k in ("mode", "target", "smoothing", "float_layers", "float_macs", "fidelity", "bar", "missed")
@@ -212,31 +212,16 @@ def _write(
         float_parts=["patch projection", "layer norms", "attention", "GELU", "residual stream", *kept],
         source={**manifest.source, "fp32_graph_sha256": manifest.files[GRAPH]}, versions={**manifest.versions, **report["versions"]},
     )  # fmt: skip
-    del graph.metadata_props[:]
-    for key, value in sorted(portrait(new).items()):
-        entry = graph.metadata_props.add()
-        entry.key, entry.value = key, value
+    engrave(graph, new)
     exam = {}
-    with FeatureExtractor.load(bundle.folder, backend="onnxruntime-cpu", verify=False) as extractor:
-        for case, expected in enumerate(bundle.cases()):
-            feed = extractor.feed(expected["image"])
-            exam.update(
-                {
-                    f"{case}/{k}": v
-                    for k, v in {"image": expected["image"], **answer(session, feed, len(expected["image"]))}.items()
-                }
-            )
+    for case, expected in enumerate(bundle.cases()):
+        image = expected["image"]
+        answers = {"image": image, **answer(session, extractor.feed(image), len(image))}
+        exam.update({f"{case}/{name}": value for name, value in answers.items()})
     with whole_folder(output, force) as folder:
         (folder / GRAPH).write_bytes(graph.SerializeToString(deterministic=True))
         write_npz(folder / REFERENCE, exam)
         (folder / CALIBRATION).write_text(json.dumps(report, indent=1, sort_keys=True) + "\n")
         if (bundle.folder / POSITIONS).is_file():
             shutil.copyfile(bundle.folder / POSITIONS, folder / POSITIONS)
-        files = {p.name: file_digest(p) for p in sorted(folder.iterdir())}
-        (folder / MANIFEST).write_text(json.dumps(replace(new, files=files).to_json(), indent=1, sort_keys=True) + "\n")
-
-
-def _runtime_version() -> str:
-    import onnxruntime
-
-    return str(onnxruntime.__version__)
+        seal(folder, new)

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from phreg_deploy.calibration.linears import Linear, Wiring
+from phreg_deploy.calibration.linears import Linear, Wiring, by_source
 from phreg_deploy.calibration.ranges import Ranges
 from phreg_deploy.quantisation import Grid, Range, Smoothing, place, quantise_weight
 
@@ -51,12 +51,9 @@ def equalise(
         else wiring.value(linear.bias).astype(np.float64).reshape(-1)
         for linear in linears
     }
-    groups: dict[str, list[Linear]] = {}
-    for linear in linears:
-        groups.setdefault(linear.source, []).append(linear)
     found = Equalised(weights, biases, {}, {}, {}, {})
     nodes = {node.name: node for node in wiring.model.graph.node}
-    for source, group in groups.items():
+    for source, group in by_source(linears).items():
         kind = group[0].kind
         part = "others" if kind == "hidden" and not smoothing.registers else "all"
         grid = rule(ranges[source][part], kind, smoothing)

@@ -80,6 +80,14 @@ def find_linears(model: ModelProto) -> list[Linear]:
     return list(found.values())
 
 
+def by_source(linears: list[Linear]) -> dict[str, list[Linear]]:
+    """The layers that read each input, in the order in which they run."""
+    groups: dict[str, list[Linear]] = {}
+    for linear in linears:
+        groups.setdefault(linear.source, []).append(linear)
+    return groups
+
+
 def _linear(node: NodeProto, wiring: Wiring, before: dict[str, Linear]) -> Linear:
     shape = tuple(wiring.constants[node.input[1]].dims)
     add = bias = None

@@ -14,7 +14,7 @@ import numpy as np
 import onnx
 from onnx import ModelProto, TensorProto, helper, numpy_helper
 
-from phreg_deploy.calibration.linears import Linear
+from phreg_deploy.calibration.linears import Linear, by_source
 from phreg_deploy.calibration.session import open_session
 from phreg_deploy.quantisation import WEIGHT_STEPS, Grid, quantise_weight
 
@@ -120,9 +120,7 @@ def round_all(
     model: ModelProto, linears: list[Linear], equalised: Any, tokens: int, feeds: Any, advance: Callable[..., None]
 ) -> None:
     """Replace the 8-bit weights of ``equalised`` by ones rounded on the calibration images."""
-    groups: dict[str, list[Linear]] = {}
-    for linear in linears:
-        groups.setdefault(linear.source, []).append(linear)
+    groups = by_source(linears)
     sources = {source: equalised.weights[group[0].name].shape[0] for source, group in groups.items()}
 
     def done(source: str, moments: Moments) -> None:

@@ -70,20 +70,18 @@ class Search:
         )
         self._known: tuple[Smoothing, Equalised] | None = None
 
-    def graph(self, smoothing: Smoothing, keep: set[str]) -> Any:
+    def equalised(self, smoothing: Smoothing) -> Equalised:
         if self._known is None or self._known[0] != smoothing:
             self._known = None  # before the next one is made: both would not fit for large models
             self._known = (smoothing, equalise(self.wiring, self.linears, self.ranges, smoothing))
-        return write_int8(self.wiring.model, self.linears, self._known[1], keep, self.target)
+        return self._known[1]
+
+    def graph(self, smoothing: Smoothing, keep: set[str]) -> Any:
+        return write_int8(self.wiring.model, self.linears, self.equalised(smoothing), keep, self.target)
 
     def round(self, smoothing: Smoothing, tokens: int, feeds: Feeds, advance: Callable[..., None]) -> None:
         """Round the weights on images, for this smoothing."""
-        self.graph(smoothing, set())
-        round_all(self.wiring.model, self.linears, self._known[1], tokens, feeds, advance)  # type: ignore[index]
-
-    def grids(self, smoothing: Smoothing) -> Any:
-        self.graph(smoothing, {linear.name for linear in self.linears})
-        return self._known[1].grids  # type: ignore[index]
+        round_all(self.wiring.model, self.linears, self.equalised(smoothing), tokens, feeds, advance)
 
     def score(self, smoothing: Smoothing, keep: set[str], scene: Scene | None = None) -> Parity:
         session, _ = open_counted(self.graph(smoothing, keep), [n.name for n in self.linears if n.name not in keep])

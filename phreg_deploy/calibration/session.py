@@ -23,7 +23,9 @@ def open_session(model: ModelProto, optimized: Path | None = None) -> Any:
     """
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 3
-    options.enable_cpu_mem_arena = False  # it keeps what it once took, and grows by doubling: a gigabyte for ViT-B at 518 px
+    options.enable_cpu_mem_arena = (
+        False  # it keeps what it once took, and grows by doubling: a gigabyte for ViT-B at 518 px
+    )
     if optimized is not None:
         options.optimized_model_filepath = str(optimized)
     try:

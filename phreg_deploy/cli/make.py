@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import tempfile
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -200,8 +201,7 @@ def _in_eight_bits(
     settings: dict[str, Any], images: Path | None, output: Path, target: str, force: bool, result: Result
 ) -> dict[str, Any]:
     """``export --precision int8``: an FP32 bundle beside the output, calibrated into it, and gone again."""
-    from phreg_deploy.calibration.calibrator import CalibrationRequest
-    from phreg_deploy.calibration.qdq import TARGETS
+    from phreg_deploy.calibration.calibrator import CalibrationRequest, check_request
     from phreg_deploy.export.exporter import ExportRequest, export_bundle
 
     if images is None:
@@ -209,13 +209,13 @@ def _in_eight_bits(
             "export: --precision int8 needs --images DIR, photographs like those of the deployment, to calibrate on."
         )
     check_target(output, force, [images])
-    if target not in TARGETS:
-        raise PhregError(f"target: got {target!r}, expected {' or '.join(TARGETS)}.")
+    asked = CalibrationRequest(output, images, target=target)  # checked before a minute of tracing
+    check_request(asked)
     list_images(images)
     with tempfile.TemporaryDirectory(dir=output.parent, prefix=f".{output.name}.") as folder:
         full = Path(folder) / "fp32.bundle"
         export_bundle(ExportRequest(**{**settings, "precision": "fp32"}), full, progress=result.progress)
-        return run_calibration(CalibrationRequest(full, images, target=target), output, force, result)
+        return run_calibration(replace(asked, bundle=full), output, force, result)
 
 
 def _examine(output: Path, result: Result) -> dict[str, Any]:

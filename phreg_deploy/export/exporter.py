@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import copy
-import json
 import platform
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -17,13 +16,12 @@ import torch
 from phreg_deploy import __version__
 from phreg_deploy.bundle import (
     GRAPH,
-    MANIFEST,
     POSITIONS,
     REFERENCE,
     Bundle,
     Manifest,
-    file_digest,
-    portrait,
+    engrave,
+    seal,
     write_npz,
 )
 from phreg_deploy.distill import taps
@@ -84,19 +82,14 @@ def export_bundle(request: ExportRequest, output: Path, *, force: bool = False, 
         graph = trace(lean, sizes, batches)
         advance(note="reference")
         manifest = _manifest(request, model, graph, preprocess, sizes, batches, record)
-        for key, value in sorted(portrait(manifest).items()):
-            entry = graph.metadata_props.add()
-            entry.key, entry.value = key, value
+        engrave(graph, manifest)
         exam = reference(model, preprocess, sizes, batches)
         with whole_folder(output, force) as folder:
             (folder / GRAPH).write_bytes(graph.SerializeToString(deterministic=True))
             write_npz(folder / REFERENCE, exam)
             if sizes.dynamic and base_positions is not None:
                 np.save(folder / POSITIONS, base_positions, allow_pickle=False)
-            files = {p.name: file_digest(p) for p in sorted(folder.iterdir())}
-            (folder / MANIFEST).write_text(
-                json.dumps(replace(manifest, files=files).to_json(), indent=1, sort_keys=True) + "\n"
-            )
+            seal(folder, manifest)
         advance(note="")
     return Bundle.read(output)
 
