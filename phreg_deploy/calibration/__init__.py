@@ -1,9 +1,9 @@
-"""An FP32 bundle and images -> an INT8 bundle whose features can be trusted, with the evidence in it. No PyTorch."""
+"""An FP32 bundle and images -> a bundle in fewer bits whose features can be trusted, with the evidence in it. No PyTorch."""
 
 import importlib.util
 
 from phreg_deploy.errors import missing_extra
 
-for module, extra in (("onnx", "calibration"), ("onnxruntime", "cpu")):
+for module in ("onnx", "ml_dtypes"):
     if importlib.util.find_spec(module) is None:
-        raise missing_extra(module, extra, "phreg_deploy.calibration")
+        raise missing_extra(module, "calibration", "phreg_deploy.calibration")

@@ -11,7 +11,6 @@ from typing import Any
 
 import numpy as np
 import onnx
-import onnxruntime
 
 from phreg_deploy import __version__
 from phreg_deploy.bundle import (
@@ -31,7 +30,7 @@ from phreg_deploy.calibration.linears import Linear, Wiring, find_linears
 from phreg_deploy.calibration.qdq import TARGETS
 from phreg_deploy.calibration.ranges import observe
 from phreg_deploy.calibration.search import CANDIDATES, MARGIN, Scene, Search, answer, compare
-from phreg_deploy.calibration.session import feeds
+from phreg_deploy.calibration.session import VERSION, feeds
 from phreg_deploy.errors import GateFailed, PhregError
 from phreg_deploy.progress import SILENT, Progress
 from phreg_deploy.quantisation import Smoothing
@@ -119,7 +118,7 @@ def calibrate(
         "images": shares.to_json(), "layers": _layers(search, smoothing, gains, keep, ranges), "fallback": steps,
         "float_layers": keep, "float_macs": share, "integer_layers": len(census.integer), "bar": _bar(request),
         "fidelity": fidelity.to_json(), "missed": missed, "seconds": time.perf_counter() - started,
-        "versions": {"phreg_deploy": __version__, "onnx": onnx.__version__, "onnxruntime": onnxruntime.__version__},
+        "versions": {"phreg_deploy": __version__, "onnx": onnx.__version__, "onnxruntime": VERSION},
     }  # fmt: skip
     if missed and not force:
         raise GateFailed(

@@ -7,12 +7,18 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import onnxruntime
 from onnx import ModelProto
 
-from phreg_deploy.errors import PhregError
+from phreg_deploy.errors import PhregError, missing_extra
 from phreg_deploy.photographs import Photographs
 from phreg_deploy.runtime.features import FeatureExtractor
+
+try:
+    import onnxruntime
+except ImportError:
+    raise missing_extra("onnxruntime", "cpu", "phreg_deploy.calibration") from None
+
+VERSION: str = onnxruntime.__version__
 
 
 def open_session(model: ModelProto, optimized: Path | None = None) -> Any:

@@ -133,8 +133,9 @@ def distill(
     help="Repeatable.",
 )
 @checkpoint_option
-@click.option("--precision", default="fp32", show_default=True, help="fp32, fp16, or int8, which needs --images.")
-@images_option(False, "For --precision int8: photographs to calibrate on.")
+@click.option("--precision", default="fp32", show_default=True, help="fp32, fp16, bf16, or int8 and fp8, which need --images.")
+@images_option(False, "Photographs like those of the deployment: int8 and fp8 are calibrated on them; they show what FP16 cannot hold.")
+@click.option("--keep-fp32", "keep", multiple=True, metavar="REGEX", help="Nodes that stay in FP32, e.g. 'blocks.11.mlp'. Repeatable.")
 @click.option("--target", default="cpu", show_default=True, help="For --precision int8: cpu, or trt (no zero points).")
 @click.option(
     "--image-size", help="518, 480x640, a list 224,480x640 or a range 224:518:1036; by default the model's own."
@@ -158,6 +159,7 @@ def export(
     formats: tuple[str, ...],
     images: Path | None,
     target: str,
+    keep: tuple[str, ...],
     no_check: bool,
     force: bool,
     as_json: bool,
@@ -179,13 +181,13 @@ def export(
         )
     result = Result(as_json, quiet)
     document: dict[str, Any] = {"output": output}
-    if settings["precision"] == "int8":
-        document["calibration"] = _in_eight_bits(settings, images, output, target, force, result)
+    if settings["precision"] in ("int8", "fp8"):
+        target = "trt" if "trt" in formats or settings["precision"] == "fp8" else target
+        document["calibration"] = _in_eight_bits(settings, images, output, target, keep, force, result)
         bundle = Bundle.read(output)
-    elif images is not None:
-        raise PhregError(f"export: --images is for --precision int8; got {settings['precision']}.")
     else:
-        bundle = export_bundle(ExportRequest(**settings), output, force=force, progress=result.progress)
+        request = ExportRequest(images=images, keep=keep, **settings)
+        bundle = export_bundle(request, output, force=force, progress=result.progress)
     manifest = bundle.manifest
     size = sum(p.stat().st_size for p in bundle.folder.iterdir()) / 2**20
     result.say(f"Wrote {output}: {manifest.precision}, {manifest.sizes}, batch {manifest.batches}, {size:.1f} MB.")
@@ -198,18 +200,18 @@ def export(
 
 
 def _in_eight_bits(
-    settings: dict[str, Any], images: Path | None, output: Path, target: str, force: bool, result: Result
+    settings: dict[str, Any], images: Path | None, output: Path, target: str, keep: tuple[str, ...], force: bool, result: Result
 ) -> dict[str, Any]:
-    """``export --precision int8``: an FP32 bundle beside the output, calibrated into it, and gone again."""
+    """``export --precision int8`` or fp8: an FP32 bundle beside the output, calibrated into it, and gone again."""
     from phreg_deploy.calibration.calibrator import CalibrationRequest, check_request
     from phreg_deploy.export.exporter import ExportRequest, export_bundle
 
     if images is None:
         raise PhregError(
-            "export: --precision int8 needs --images DIR, photographs like those of the deployment, to calibrate on."
+            f"export: --precision {settings['precision']} needs --images DIR, photographs like those of the deployment, to calibrate on."
         )
     check_target(output, force, [images])
-    asked = CalibrationRequest(output, images, target=target)  # checked before a minute of tracing
+    asked = CalibrationRequest(output, images, mode=settings["precision"], target=target, keep=keep)  # checked before a minute of tracing
     check_request(asked)
     list_images(images)
     with tempfile.TemporaryDirectory(dir=output.parent, prefix=f".{output.name}.") as folder:

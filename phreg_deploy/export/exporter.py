@@ -24,6 +24,7 @@ from phreg_deploy.bundle import (
     seal,
     write_npz,
 )
+from phreg_deploy.calibration.narrowing import islands, narrow
 from phreg_deploy.distill import taps
 from phreg_deploy.distill.source import load_model, model_preprocess, model_spec
 from phreg_deploy.distill.taps import ViT
@@ -31,18 +32,24 @@ from phreg_deploy.distill.weights import weights_digest
 from phreg_deploy.errors import PhregError
 from phreg_deploy.export.folding import patch_positions
 from phreg_deploy.export.graph import DenseViT
-from phreg_deploy.export.trace import OPSET, trace
+from phreg_deploy.export.trace import OPSET, Traced, check_size, trace
+from phreg_deploy.photographs import fit, list_images, read_image
 from phreg_deploy.progress import SILENT, Progress
 from phreg_deploy.record import model_path, read_record, recorded
 from phreg_deploy.spec import Batches, Preprocess, Sizes
 from phreg_deploy.whole import check_target, whole_folder
 
 SEED = 417  # of the reference's inputs
+WATCHED = 16  # photographs at most that ranges are taken on, beside the reference's inputs
 
 
 @dataclass(frozen=True)
 class ExportRequest:
-    """What to export. ``image_size`` and ``batch`` as on the command line (``Sizes.parse``, ``Batches.parse``)."""
+    """What to export. ``image_size`` and ``batch`` as on the command line (``Sizes.parse``, ``Batches.parse``).
+
+    ``images``: photographs that show what reaches beyond FP16's range. ``keep``: regular expressions on names of nodes
+    that stay in FP32.
+    """
 
     model: str
     checkpoint: Path | None = None
@@ -51,6 +58,8 @@ class ExportRequest:
     batch: str = "1"
     crop: str = "squash"
     random_weights: bool = False
+    images: Path | None = None
+    keep: tuple[str, ...] = ()
 
 
 def export_bundle(request: ExportRequest, output: Path, *, force: bool = False, progress: Progress = SILENT) -> Bundle:
@@ -60,9 +69,12 @@ def export_bundle(request: ExportRequest, output: Path, *, force: bool = False, 
         PhregError: bad input, an output that exists, a size that is not a multiple of the patch, or a range of sizes
             for a model whose rotary embedding cannot be an input.
     """
-    if request.precision not in ("fp32", "fp16"):
-        raise PhregError(f"precision: got {request.precision!r}, expected fp32 or fp16.")
+    if request.precision not in ("fp32", "fp16", "bf16"):
+        raise PhregError(f"precision: got {request.precision!r}, expected fp32, fp16 or bf16.")
+    if request.precision == "fp32" and (request.keep or request.images):
+        raise PhregError("export: --keep-fp32 and --images say what stays in FP32; with --precision fp32 everything does.")
     check_target(output, force, [model_path(request.model), request.checkpoint])
+    photographs = [] if request.images is None else list_images(request.images, WATCHED, spread=True)
     batches = Batches.parse(request.batch)
     with progress.task(f"export {request.precision}", 4) as advance:
         model = load_model(request.model, checkpoint=request.checkpoint, random_weights=request.random_weights)
@@ -77,13 +89,18 @@ def export_bundle(request: ExportRequest, output: Path, *, force: bool = False, 
         base_positions = _grid(model)
         advance(note="folding")
         sized = _at(model, sizes.default)
-        lean = DenseViT(sized, preprocess, positions_as_input=sizes.dynamic, half=request.precision == "fp16")
+        lean = DenseViT(sized, preprocess, positions_as_input=sizes.dynamic)
         advance(note="tracing")
-        graph = trace(lean, sizes, batches)
+        traced = trace(lean, sizes, batches)
         advance(note="reference")
-        manifest = _manifest(request, model, graph, preprocess, sizes, batches, record)
-        engrave(graph, manifest)
         exam = reference(model, preprocess, sizes, batches)
+        graph, kept = traced.model, []
+        if request.precision != "fp32":
+            _observe(traced, model, exam, [fit(read_image(p), sizes.default, preprocess) for p in photographs], sizes)
+            kept = islands(narrow(graph, request.precision, traced.largest, request.keep), request.precision)
+        check_size(graph)
+        manifest = _manifest(request, model, graph, preprocess, sizes, batches, record, kept)
+        engrave(graph, manifest)
         with whole_folder(output, force) as folder:
             (folder / GRAPH).write_bytes(graph.SerializeToString(deterministic=True))
             write_npz(folder / REFERENCE, exam)
@@ -115,6 +132,19 @@ def reference(model: ViT, preprocess: Preprocess, sizes: Sizes, batches: Batches
         }  # fmt: skip
         exam.update({f"{case}/{name}": value for name, value in answers.items()})
     return exam
+
+
+def _observe(traced: Traced, model: ViT, exam: dict[str, np.ndarray], photographs: list[np.ndarray], sizes: Sizes) -> None:
+    """What every tensor of the graph reaches on the reference's inputs, at every size, and on photographs."""
+    batches = [value for name, value in exam.items() if name.endswith("/image")]
+    count = len(batches[0])
+    for start in range(0, len(photographs), count):
+        part = photographs[start : start + count]
+        batches.append(np.stack(part + part[-1:] * (count - len(part))))
+    for batch in batches:
+        sized = _at(model, (batch.shape[1], batch.shape[2]))
+        positions = patch_positions(sized) if sizes.dynamic else None
+        traced.observe(torch.from_numpy(batch), *([] if positions is None else [positions]))
 
 
 def _image(rng: np.random.Generator, size: tuple[int, int]) -> np.ndarray:
@@ -159,6 +189,7 @@ def _manifest(
     sizes: Sizes,
     batches: Batches,
     record: dict[str, Any] | None,
+    kept: list[str],
 ) -> Manifest:
     def describe(values: Any) -> dict[str, dict[str, Any]]:
         names = {v.name: onnx.helper.tensor_dtype_to_np_dtype(v.type.tensor_type.elem_type).name for v in values}
@@ -178,6 +209,6 @@ def _manifest(
         source={"model": source, "weights_sha256": weights_digest(model), "distilled": None if record is None else record["recipe"]["name"]},
         versions={"phreg_deploy": __version__, "torch": torch.__version__, "timm": timm.__version__, "onnx": onnx.__version__, "python": platform.python_version()},
         norm_median=None if record is None else record["scores"]["median_norm"],
-        float_parts=[] if request.precision == "fp32" else ["patch projection", "token_norm"],
+        float_parts=kept,
         random_weights=request.random_weights,
     )  # fmt: skip

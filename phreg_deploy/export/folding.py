@@ -9,6 +9,7 @@ import torch
 
 from phreg_deploy.distill.taps import ViT
 
+CENTRE = 128  # taken off the pixels: what is left is exact in 8 bits of mantissa, and so small that the bias cancels little
 
 def fold_normalisation(
     projection: ViT, mean: tuple[float, ...], std: tuple[float, ...]
@@ -16,11 +17,11 @@ def fold_normalisation(
     """Pixel scaling, mean and standard deviation into the patch projection.
 
     Returns:
-        weight ``(p * p * 3, C)`` and bias ``(C,)``, float32, for raw uint8 values 0-255 laid out (row, column, RGB);
+        weight ``(p * p * 3, C)`` and bias ``(C,)``, float32, for raw values 0-255 less ``CENTRE``, laid out (row, column, RGB);
         computed in float64.
     """
     weight = projection.weight.detach().double()  # (C, 3, p, p)
-    centre = torch.tensor(mean, dtype=torch.float64).view(1, 3, 1, 1)
+    centre = torch.tensor(mean, dtype=torch.float64).view(1, 3, 1, 1) - CENTRE / 255
     spread = torch.tensor(std, dtype=torch.float64).view(1, 3, 1, 1)
     bias = -(weight * centre / spread).sum((1, 2, 3))
     if projection.bias is not None:

@@ -14,6 +14,7 @@ from torch import nn
 
 from phreg_deploy.distill.taps import ViT
 from phreg_deploy.export.folding import (
+    CENTRE,
     fold_attention_scale,
     fold_layer_scale,
     fold_normalisation,
@@ -29,17 +30,13 @@ class DenseViT(nn.Module):
     Args:
         model: at the size that is to be baked; left untouched.
         positions_as_input: take ``pos_embed`` ``(1, N, C)`` as a second input, for bundles with several sizes.
-        half: compute the blocks in float16; the patch projection and the norms that are served stay in float32.
     """
 
-    def __init__(
-        self, model: ViT, preprocess: Preprocess, *, positions_as_input: bool = False, half: bool = False
-    ) -> None:
+    def __init__(self, model: ViT, preprocess: Preprocess, *, positions_as_input: bool = False) -> None:
         super().__init__()
         self.patch = tuple(model.patch_embed.patch_size)
         self.class_token = model.cls_token is not None
         self.prefix_count = model.num_prefix_tokens
-        self.dtype = torch.float16 if half else torch.float32
         weight, bias = fold_normalisation(model.patch_embed.proj, preprocess.mean, preprocess.std)
         self.projection = nn.Parameter(weight)
         positions = patch_positions(model)
@@ -59,16 +56,14 @@ class DenseViT(nn.Module):
             DenseBlock(block, rope, self.prefix_count) for block, rope in zip(model.blocks, ropes)
         )
         self.norm = copy.deepcopy(model.norm)
-        if half:
-            for part in (self.norm_pre, self.blocks, self.norm):
-                part.half()
 
     def forward(self, image: torch.Tensor, pos_embed: torch.Tensor | None = None) -> tuple[torch.Tensor, ...]:
         """``image`` uint8 ``(B, H, W, 3)``; returns features ``(B, Hp, Wp, C)``, cls ``(B, C)`` if any, token_norm ``(B, Hp, Wp)``."""
         b, height, width, _ = image.shape
         hp, wp = height // self.patch[0], width // self.patch[1]
-        x = image.reshape(b, hp, self.patch[0], wp, self.patch[1], 3).permute(0, 1, 3, 2, 4, 5)
-        x = x.reshape(b, hp * wp, -1).float()  # (B, N, p * p * 3): moved while still one byte a value
+        x = image.float() - CENTRE  # a Cast first of all: TensorRT takes uint8 to nothing else
+        x = x.reshape(b, hp, self.patch[0], wp, self.patch[1], 3).permute(0, 1, 3, 2, 4, 5)
+        x = x.reshape(b, hp * wp, -1)  # (B, N, p * p * 3)
         x = self.patch_norm(x @ self.projection + self.offset)  # (B, N, C)
         if pos_embed is not None and self.learned:
             x = x + pos_embed
@@ -76,11 +71,11 @@ class DenseViT(nn.Module):
             x = x + self.positions
         if self.prefix is not None:
             x = torch.cat([self.prefix.expand(b, -1, -1), x], dim=1)  # (B, T, C)
-        x = self.norm_pre(x.to(self.dtype))
+        x = self.norm_pre(x)
         for block in self.blocks:
             x = block(x)
         patches = x[:, self.prefix_count :]  # (B, N, C): registers end here
-        token_norm = patches.float().square().sum(-1).sqrt().reshape(b, hp, wp)
+        token_norm = patches.square().sum(-1).sqrt().reshape(b, hp, wp)
         features = self.norm(patches).reshape(b, hp, wp, -1)
         if not self.class_token:
             return features, token_norm

@@ -1,4 +1,4 @@
-"""A lean module -> ONNX bytes: traced by ``torch.onnx.export``, then stripped until the same weights give the same bytes."""
+"""A lean module -> an ONNX graph: traced by ``torch.onnx.export``, then stripped until the same weights give the same bytes."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import io
 import logging
 import warnings
 from collections import Counter
+from dataclasses import dataclass, field
 from typing import Any
 
 import onnx
@@ -23,21 +24,39 @@ SCOPES = "pkg.torch.onnx.name_scopes"  # where torch's exporter writes the modul
 LARGEST = 2**31 - 2**20  # a protobuf file ends at 2 GB
 
 
-def trace(module: DenseViT, sizes: Sizes, batches: Batches) -> ModelProto:
-    """Trace ``module`` for one size or a range, one batch or a range.
-
-    Returns:
-        A model with inputs ``image`` (and ``pos_embed`` where several sizes are served) and outputs ``features``,
-        ``cls`` where there is a class token, ``token_norm``.
-
-    Raises:
-        PhregError: the weights do not fit into one ONNX file.
+@dataclass
+class Traced:
+    """``model``: inputs ``image`` (and ``pos_embed`` where several sizes are served), outputs ``features``, ``cls`` where there
+    is a class token, ``token_norm``. ``largest``: tensor of the graph -> the largest magnitude that was seen in it.
     """
-    total = sum(p.numel() * p.element_size() for p in module.parameters())
-    if total > LARGEST:
-        raise PhregError(
-            f"export: the weights take {total / 2**30:.1f} GB, and one ONNX file ends at 2 GB. Use --precision fp16, or a smaller model."
-        )
+
+    model: ModelProto
+    program: Any
+    largest: dict[str, float] = field(default_factory=dict)
+
+    @torch.inference_mode()
+    def observe(self, *inputs: torch.Tensor) -> None:
+        """Run the traced program on one batch and widen ``largest`` by what its tensors hold; torch and ONNX share their names."""
+        watcher = _Watcher(self.program.exported_program.module())
+        watcher.run(*inputs)
+        for name, value in watcher.largest.items():
+            self.largest[name] = max(value, self.largest.get(name, 0.0))
+
+
+class _Watcher(torch.fx.Interpreter):
+    def __init__(self, module: torch.fx.GraphModule) -> None:
+        super().__init__(module)
+        self.largest: dict[str, float] = {}
+
+    def run_node(self, n: torch.fx.Node) -> Any:
+        result = super().run_node(n)
+        if isinstance(result, torch.Tensor) and result.is_floating_point():
+            self.largest[n.name] = float(result.abs().max())
+        return result
+
+
+def trace(module: DenseViT, sizes: Sizes, batches: Batches) -> Traced:
+    """Trace ``module`` for one size or a range, one batch or a range, in float32."""
     height, width = sizes.default
     hp, wp = height // module.patch[0], width // module.patch[1]
     batch = 2 if batches.dynamic else batches.best  # torch.export takes 1 for a constant
@@ -62,7 +81,7 @@ def trace(module: DenseViT, sizes: Sizes, batches: Batches) -> ModelProto:
         )  # fmt: skip
     if program is None:
         raise PhregError("export: torch returned no ONNX program.")
-    return tidy(program.model_proto, module, sizes, batches)
+    return Traced(tidy(program.model_proto, module, sizes, batches), program)
 
 
 def tidy(model: ModelProto, module: DenseViT, sizes: Sizes, batches: Batches) -> ModelProto:
@@ -89,8 +108,17 @@ def tidy(model: ModelProto, module: DenseViT, sizes: Sizes, batches: Batches) ->
                 dim.dim_value = side
             else:
                 dim.dim_param = side
-    onnx.checker.check_model(model)
     return model
+
+
+def check_size(model: ModelProto) -> None:
+    """Raise ``PhregError`` where the graph does not fit into one ONNX file, and onnx's own error where it is malformed."""
+    total = sum(len(i.raw_data) for i in model.graph.initializer)
+    if total > LARGEST:
+        raise PhregError(
+            f"export: the weights take {total / 2**30:.1f} GB, and one ONNX file ends at 2 GB. Use --precision fp16, or a smaller model."
+        )
+    onnx.checker.check_model(model)
 
 
 def _name(graph: GraphProto) -> None:

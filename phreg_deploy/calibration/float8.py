@@ -1,0 +1,124 @@
+"""Writes FP8 (E4M3) Q/DQ pairs around the linear layers and around attention's two products, as TensorRT fuses them.
+
+FP8 keeps a mantissa of 3 bits at any magnitude: outliers cost range, not precision, so nothing is smoothed or shifted.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import ml_dtypes
+import numpy as np
+import onnx
+from onnx import ModelProto, NodeProto, TensorProto, helper
+
+from phreg_deploy.calibration.linears import Linear, Wiring
+from phreg_deploy.errors import PhregError
+
+LARGEST = 448.0  # of E4M3 without infinities (OCP 8-bit floating point, revision 1.0)
+SOFTMAX_STEP = 1 / LARGEST  # a softmax reaches 1; TensorRT's fused FP8 attention expects this very scale
+HEADS = (8, 256)  # width of a head that the fused kernel takes, above and up to
+E4M3 = np.dtype(ml_dtypes.float8_e4m3fn)
+
+
+def write_fp8(model: ModelProto, linears: list[Linear], largest: Mapping[str, float], keep: set[str], attention: bool = True) -> ModelProto:
+    """A copy of ``model`` with per-channel FP8 weights and per-tensor FP8 activations wherever ``keep`` does not forbid it.
+
+    Every scale is a number that FP16 holds exactly, so that the graph can be narrowed afterwards without moving a grid.
+
+    Args:
+        largest: tensor -> its largest magnitude over the calibration images.
+        keep: linear layers, and ``blocks.N.attn`` for the products of one attention, that stay in float.
+        attention: quantize the two products of attention too.
+
+    Raises:
+        PhregError: a tensor without a range.
+    """
+    return _Writer(model, largest).write(linears, keep, attention)
+
+
+def quantise_fp8(weight: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """``(C, O)`` -> E4M3 ``(C, O)`` and float32 steps ``(O,)``, the largest magnitude of each output channel at 448."""
+    steps = halves(np.maximum(np.abs(weight).max(axis=0) / LARGEST, 2.0**-20))
+    return np.clip(weight / steps, -LARGEST, LARGEST).astype(E4M3), steps
+
+
+def halves(steps: np.ndarray | float) -> np.ndarray:
+    """The next number up that FP16 holds, as float32: a grid that may grow but never clips."""
+    value = np.asarray(steps, np.float32)
+    low = value.astype(np.float16)
+    return np.where(low.astype(np.float32) < value, np.nextafter(low, np.float16(np.inf)), low).astype(np.float32)
+
+
+class _Writer:
+    def __init__(self, model: ModelProto, largest: Mapping[str, float]) -> None:
+        self.source, self.largest = model, largest
+        self.nodes: list[NodeProto] = []
+        self.made: dict[str, TensorProto] = {}
+
+    def write(self, linears: list[Linear], keep: set[str], attention: bool) -> ModelProto:
+        wiring = Wiring(self.source)
+        eight = {linear.matmul: linear for linear in linears if linear.name not in keep}
+        shared: dict[str, str] = {}  # one Q/DQ for all layers that read the same tensor
+        for original in self.source.graph.node:
+            node = NodeProto()
+            node.CopyFrom(original)
+            linear = eight.get(node.name)
+            if linear is not None:
+                source = node.input[0]
+                if source not in shared:
+                    shared[source] = self.pair(source, self.scale(source))
+                node.input[0], node.input[1] = shared[source], self.weight(linear, wiring.value(linear.weight))
+            elif attention and node.op_type == "MatMul" and _attends(node, wiring) and node.name.split("/")[0] not in keep:
+                for i, name in enumerate(list(node.input)):
+                    softmax = wiring.producer[name].op_type == "Softmax"
+                    node.input[i] = self.pair(name, SOFTMAX_STEP if softmax else self.scale(name))
+            self.nodes.append(node)
+        return self._model()
+
+    def scale(self, name: str) -> float:
+        found = self.largest.get(name)
+        if found is None or not np.isfinite(found):
+            raise PhregError(f"calibrate: the tensor {name} has no finite range; the bundle's weights are damaged, or its graph is not ours.")
+        return max(found, 1e-6) / LARGEST
+
+    def pair(self, name: str, step: float) -> str:
+        scale = self.constant(f"{name}.fp8_step", halves(step))
+        zero = self.constant("fp8_zero", np.zeros((), E4M3))
+        self.nodes.append(helper.make_node("QuantizeLinear", [name, scale, zero], [f"{name}/fp8"], name=f"{name}/QuantizeLinear"))
+        self.nodes.append(helper.make_node("DequantizeLinear", [f"{name}/fp8", scale, zero], [f"{name}/dequantized"], name=f"{name}/DequantizeLinear"))
+        return f"{name}/dequantized"
+
+    def weight(self, linear: Linear, value: np.ndarray) -> str:
+        values, steps = quantise_fp8(value)
+        names = [self.constant(f"{linear.name}.fp8", values), self.constant(f"{linear.name}.weight_step", steps)]
+        zero = self.constant(f"{linear.name}.weight_zero", np.zeros(len(steps), E4M3))
+        self.nodes.append(
+            helper.make_node("DequantizeLinear", [*names, zero], [f"{linear.name}/weight"], name=f"{linear.name}/weight/DequantizeLinear", axis=1)
+        )
+        return f"{linear.name}/weight"
+
+    def constant(self, name: str, value: np.ndarray) -> str:
+        kind = TensorProto.FLOAT8E4M3FN if value.dtype == E4M3 else TensorProto.FLOAT
+        self.made.setdefault(name, TensorProto(name=name, data_type=kind, dims=value.shape, raw_data=np.ascontiguousarray(value).tobytes()))
+        return name
+
+    def _model(self) -> ModelProto:
+        copy = onnx.ModelProto(ir_version=self.source.ir_version, producer_name=self.source.producer_name)
+        copy.opset_import.extend(self.source.opset_import)
+        copy.graph.name = self.source.graph.name
+        copy.graph.input.extend(self.source.graph.input)
+        copy.graph.output.extend(self.source.graph.output)
+        copy.graph.node.extend(self.nodes)
+        used = {name for node in self.nodes for name in node.input}
+        copy.graph.initializer.extend(i for i in (*self.source.graph.initializer, *self.made.values()) if i.name in used)
+        return copy
+
+
+def _attends(node: NodeProto, wiring: Wiring) -> bool:
+    """Whether a product is one of the two of attention: into a softmax, or out of one."""
+    if any(name in wiring.constants for name in node.input):
+        return False
+    before = wiring.producer.get(node.input[0])
+    after = wiring.readers.get(node.output[0], [])
+    return (before is not None and before.op_type == "Softmax") or any(n.op_type == "Softmax" for n in after)
