@@ -103,3 +103,10 @@ def quantise_weight(weight: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """``(C, O)`` -> int8 ``(C, O)`` in -127..127 and float32 steps ``(O,)``, symmetric per output channel."""
     steps = np.maximum(np.abs(weight).max(axis=0) / WEIGHT_STEPS, 1e-12).astype(np.float32)
     return np.clip(np.round(weight / steps), -WEIGHT_STEPS, WEIGHT_STEPS).astype(np.int8), steps
+
+
+def halves(steps: np.ndarray | float) -> np.ndarray:
+    """The next number up that FP16 holds, as float32: a step that may grow but never clips, and that FP16 graphs carry."""
+    value = np.asarray(steps, np.float32)
+    low = value.astype(np.float16)
+    return np.where(low.astype(np.float32) < value, np.nextafter(low, np.float16(np.inf)), low).astype(np.float32)

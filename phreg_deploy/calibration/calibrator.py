@@ -27,10 +27,12 @@ from phreg_deploy.bundle import (
 from phreg_deploy.calibration.census import open_counted
 from phreg_deploy.calibration.images import share_out
 from phreg_deploy.calibration.linears import Linear, Wiring, find_linears
+from phreg_deploy.calibration.narrowing import narrow
+from phreg_deploy.calibration.parting import part_projections
 from phreg_deploy.calibration.qdq import TARGETS
-from phreg_deploy.calibration.ranges import observe
+from phreg_deploy.calibration.ranges import observe, watch
 from phreg_deploy.calibration.search import CANDIDATES, MARGIN, Scene, Search, answer, compare
-from phreg_deploy.calibration.session import VERSION, feeds
+from phreg_deploy.calibration.session import VERSION, feeds, open_session
 from phreg_deploy.errors import GateFailed, PhregError
 from phreg_deploy.progress import SILENT, Progress
 from phreg_deploy.quantisation import Smoothing
@@ -39,13 +41,17 @@ from phreg_deploy.runtime.parity import Parity, judge
 from phreg_deploy.whole import check_target, whole_folder
 
 
+FP8_SMOOTHING = Smoothing(norm=0.5, value=None, hidden=None)  # see float8.py
+
+
 @dataclass(frozen=True)
 class CalibrationRequest:
     """What to calibrate.
 
     ``bundle``: in FP32. ``float_macs``: share of the linear layers' multiply-accumulates that may stay in float until the
     bar is passed; 0 for none. ``smoothing``: a setting to take as it is; None to choose on images. ``cosine_p1``: the
-    bar on the 1st-percentile patch cosine; None for the precision's own.
+    bar on the 1st-percentile patch cosine; None for the precision's own. ``keep``: regular expressions on nodes that stay
+    in FP32 around the 8 bits; with the target "trt", where everything else is FP16.
     """
 
     bundle: Path
@@ -55,6 +61,7 @@ class CalibrationRequest:
     float_macs: float = 0.1
     cosine_p1: float | None = None
     smoothing: Smoothing | None = None
+    keep: tuple[str, ...] = ()
 
 
 def calibrate(
@@ -89,16 +96,22 @@ def calibrate(
         linears = find_linears(model)
         with progress.task("ranges", len(shares.calibrate)) as advance:
             ranges = observe(model, linears, manifest.model, feeds(extractor, shares.calibrate), advance)
+        largest: dict[str, float] = {}
+        if request.target == "trt":
+            with progress.task("largest values", len(shares.select)) as advance:
+                largest = watch(model, feeds(extractor, shares.select), advance)
         rounded_on = list(feeds(extractor, shares.calibrate))
         chosen_on, reported_on = (
             _scene(extractor, part, progress, name)
             for part, name in ((shares.select, "float answers"), (shares.report, "float answers, report"))
         )
-    search = Search(Wiring(model), linears, ranges, request.target, manifest.norm_median, chosen_on)
+    search = Search(
+        Wiring(model), linears, ranges, request.target, manifest.norm_median, chosen_on, request.mode, largest
+    )
     passes = lambda parity: not _missed(parity, request, MARGIN)  # noqa: E731
-    smoothing = request.smoothing or Smoothing()
+    smoothing = request.smoothing or (Smoothing() if request.mode == "int8" else FP8_SMOOTHING)
     tried: list[dict[str, Any]] = []
-    if request.smoothing is None:
+    if request.smoothing is None and request.mode == "int8":
         with progress.task("smoothing", 1 + len(CANDIDATES)) as advance:
             smoothing, tried = search.smoothing(smoothing, advance)
     with progress.task("rounding", len({n.source for n in linears})) as advance:
@@ -108,7 +121,14 @@ def calibrate(
     with progress.task("fallback", None) as advance:
         keep, steps = search.fallback(smoothing, gains, request.float_macs, passes, advance)
     graph = search.graph(smoothing, set(keep))
-    session, census = open_counted(graph, [n.name for n in linears if n.name not in keep])
+    eight = [n.name for n in linears if n.name not in keep]
+    islands: list[str] = []
+    if request.target == "trt":
+        kept = narrow(part_projections(graph), "fp16", largest, request.keep)
+        islands = [f"{name} ({reason})" for name, reason in sorted(kept.islands.items())]
+        session = open_session(graph, literal=True)
+    else:
+        session, _ = open_counted(graph, eight)
     onnx.checker.check_model(graph)
     fidelity = compare(session, reported_on, manifest.norm_median)
     missed = _missed(fidelity, request)
@@ -116,7 +136,7 @@ def calibrate(
     report = {
         "format": 1, "mode": request.mode, "target": request.target, "smoothing": smoothing.to_json(), "candidates": tried,
         "images": shares.to_json(), "layers": _layers(search, smoothing, gains, keep, ranges), "fallback": steps,
-        "float_layers": keep, "float_macs": share, "integer_layers": len(census.integer), "bar": _bar(request),
+        "float_layers": keep, "float_macs": share, "integer_layers": len(eight), "islands": islands, "bar": _bar(request),
         "fidelity": fidelity.to_json(), "missed": missed, "seconds": time.perf_counter() - started,
         "versions": {"phreg_deploy": __version__, "onnx": onnx.__version__, "onnxruntime": VERSION},
     }  # fmt: skip
@@ -132,12 +152,14 @@ def calibrate(
 
 def check_request(request: CalibrationRequest) -> None:
     """Raise ``PhregError`` for a setting that no bundle and no image can make good."""
-    if request.mode == "fp8":
-        raise PhregError("mode: fp8 is not in this version; use --mode int8.")
-    if request.mode != "int8":
-        raise PhregError(f"mode: got {request.mode!r}, expected int8.")
+    if request.mode not in ("int8", "fp8"):
+        raise PhregError(f"mode: got {request.mode!r}, expected int8 or fp8.")
     if request.target not in TARGETS:
         raise PhregError(f"target: got {request.target!r}, expected {' or '.join(TARGETS)}.")
+    if request.mode == "fp8" and request.target != "trt":
+        raise PhregError("target: got cpu, but no processor computes in FP8; use --target trt, or --mode int8.")
+    if request.keep and request.target != "trt":
+        raise PhregError("keep in FP32: with --target cpu everything around the 8 bits is FP32 already.")
     if not 0 <= request.float_macs <= 1:
         raise PhregError(f"float MACs: got {request.float_macs}, expected a share from 0 to 1, e.g. 0.1.")
     if request.cosine_p1 is not None and not 0 < request.cosine_p1 <= 1:
@@ -190,25 +212,32 @@ def _layers(
             else None
         )
         return {
-            "name": n.name, "input": n.kind, "macs": n.size / total, "precision": "float" if n.name in keep else "int8", "reason": reason,
+            "name": n.name, "input": n.kind, "macs": n.size / total, "precision": "float" if n.name in keep else search.mode, "reason": reason,
             "low": float(found.low.min()), "high": float(found.high.max()), "step": grids[n.name].step, "zero": grids[n.name].zero, "sensitivity": gains[n.name],
         }  # fmt: skip
 
     return [entry(n) for n in search.linears]
 
 
+def _outputs(outputs: dict[str, dict[str, Any]], graph: Any) -> dict[str, dict[str, Any]]:
+    """The manifest's outputs with the types that the graph has now."""
+    kinds = {v.name: onnx.helper.tensor_dtype_to_np_dtype(v.type.tensor_type.elem_type).name for v in graph.graph.output}
+    return {name: {**facts, "dtype": kinds[name]} for name, facts in outputs.items()}
+
+
 def _write(
     output: Path, force: bool, extractor: FeatureExtractor, graph: Any, report: dict[str, Any], session: Any
 ) -> None:
     bundle, manifest = extractor.bundle, extractor.manifest
-    kept = [f"{name} (sensitive)" for name in report["float_layers"]]
+    kept = [*(f"{name} (sensitive)" for name in report["float_layers"]), *report["islands"]]
     summary = {
         k: report[k] for k in ("mode", "target", "smoothing", "float_layers", "float_macs", "fidelity", "bar", "missed")
     }
     summary["images"] = {name: {k: part[k] for k in ("count", "digest")} for name, part in report["images"].items()}
     new = replace(
         manifest, precision=report["mode"], quantisation=summary,
-        float_parts=["patch projection", "layer norms", "attention", "GELU", "residual stream", *kept],
+        float_parts=["patch projection", "layer norms", *(["attention"] if report["mode"] == "int8" else []), "GELU", "residual stream", *kept],
+        outputs=_outputs(manifest.outputs, graph),
         source={**manifest.source, "fp32_graph_sha256": manifest.files[GRAPH]}, versions={**manifest.versions, **report["versions"]},
     )  # fmt: skip
     engrave(graph, new)

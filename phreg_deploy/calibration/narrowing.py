@@ -50,6 +50,11 @@ def narrow(model: ModelProto, precision: str, largest: Mapping[str, float] | Non
     return _Narrowing(model, precision, largest or {}).run(list(keep))
 
 
+def float_tensors(model: ModelProto) -> set[str]:
+    """Names of the tensors of a graph, constants and inputs included, that hold float32."""
+    return _Narrowing(model, "fp16", {}).floats
+
+
 def islands(narrowed: Narrowed, precision: str) -> list[str]:
     """What stayed in FP32, for the manifest: nodes with their reasons."""
     rules = ["token_norm", *(["final norm"] if precision == "bf16" else [])]
@@ -192,17 +197,3 @@ class _Narrowing:
             value.type.tensor_type.elem_type = kind
             if kind == TensorProto.BFLOAT16:
                 raise PhregError(f"precision: the output {value.name} would be bfloat16, which numpy does not know.")
-
-
-def largest_values(model: ModelProto) -> ModelProto:
-    """A copy of the graph whose only outputs are the largest magnitudes of its float tensors, named ``largest/TENSOR``."""
-    watched = onnx.ModelProto()
-    watched.CopyFrom(model)
-    graph = watched.graph
-    floats = _Narrowing(watched, "fp16", {}).floats
-    del graph.output[:]
-    for name in [name for node in graph.node for name in node.output if name in floats]:
-        graph.node.append(helper.make_node("Abs", [name], [f"largest/abs/{name}"]))
-        graph.node.append(helper.make_node("ReduceMax", [f"largest/abs/{name}"], [f"largest/{name}"], keepdims=0))
-        graph.output.append(helper.make_tensor_value_info(f"largest/{name}", FLOAT, []))
-    return watched

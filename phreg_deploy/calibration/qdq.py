@@ -10,7 +10,7 @@ from onnx import ModelProto, NodeProto, helper, numpy_helper
 
 from phreg_deploy.calibration.equalisation import Equalised
 from phreg_deploy.calibration.linears import Linear
-from phreg_deploy.quantisation import Grid
+from phreg_deploy.quantisation import Grid, halves
 
 TARGETS = ("cpu", "trt")
 
@@ -84,6 +84,7 @@ class _Writer:
         else:
             grid = self.equalised.grids[name]
             values, steps = self.equalised.eight_bits[name]
+            steps = halves(steps) if self.target == "trt" else steps
             source, shift = self.activation(linear, node.input[0], grid)
             bias = bias - shift * (values.astype(np.float64) * steps).sum(axis=0)
             zero = self.constant(f"{name}.weight_zero", np.zeros(len(steps), np.int8))
@@ -111,13 +112,15 @@ class _Writer:
         shift, quantised = 0.0, f"{linear.name}/quantised"
         reader = self.readers[source] = self.readers.get(source, -1) + 1
         value = np.float32(grid.step)
+        if self.target == "trt":  # FP16 holds it exactly, so that narrowing moves no grid; TensorRT shares inputs as it likes
+            value, reader = np.float32(halves(grid.step)), 0
         for _ in range(reader):
             value = np.nextafter(value, np.float32(np.inf))
         hidden, signed = linear.kind == "hidden", grid.symmetric or self.target == "trt"
         step = self.constant(f"{linear.name}.step", value)
         zero = self.constant(f"{source}.zero", np.int8(0) if signed else np.uint8(grid.zero))
         if hidden and signed and not grid.symmetric:
-            shift = (grid.zero - 128) * float(np.float32(grid.step))
+            shift = (grid.zero - 128) * float(value)
         scaled = source
         if hidden and (grid.smooth != 1).any():
             factor = self.constant(

@@ -9,6 +9,7 @@ import onnx
 from onnx import ModelProto, TensorProto, helper, numpy_helper
 
 from phreg_deploy.calibration.linears import Linear
+from phreg_deploy.calibration.narrowing import float_tensors
 from phreg_deploy.calibration.session import open_session
 from phreg_deploy.errors import PhregError
 from phreg_deploy.quantisation import Range
@@ -90,4 +91,32 @@ def _instrumented(model: ModelProto, sources: list[str], rows: dict[str, tuple[i
             for kind, operator in (("low", "ReduceMin"), ("high", "ReduceMax")):
                 graph.node.append(helper.make_node(operator, [cut, "observe/axes"], [f"{kind}/{cut}"], keepdims=0))
                 graph.output.append(helper.make_tensor_value_info(f"{kind}/{cut}", TensorProto.FLOAT, None))
+    return watched
+
+
+def watch(
+    model: ModelProto, feeds: Iterable[tuple[dict[str, np.ndarray], int]], advance: Callable[[int], None]
+) -> dict[str, float]:
+    """The largest magnitude in every float tensor of a graph, which decides what FP16 can hold and where FP8's 448 lies."""
+    session = open_session(_watched(model))
+    names = [output.name for output in session.get_outputs()]
+    found: dict[str, float] = {}
+    for feed, count in feeds:
+        for name, value in zip(names, session.run(names, feed)):
+            tensor = name.removeprefix("largest/")
+            found[tensor] = max(float(value), found.get(tensor, 0.0))
+        advance(count)
+    return found
+
+
+def _watched(model: ModelProto) -> ModelProto:
+    watched = onnx.ModelProto()
+    watched.CopyFrom(model)
+    graph = watched.graph
+    floats = float_tensors(watched)
+    del graph.output[:]
+    for name in [name for node in graph.node for name in node.output if name in floats]:
+        graph.node.append(helper.make_node("Abs", [name], [f"magnitude/{name}"]))
+        graph.node.append(helper.make_node("ReduceMax", [f"magnitude/{name}"], [f"largest/{name}"], keepdims=0))
+        graph.output.append(helper.make_tensor_value_info(f"largest/{name}", TensorProto.FLOAT, []))
     return watched

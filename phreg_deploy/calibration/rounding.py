@@ -89,12 +89,23 @@ def _instrumented(model: ModelProto, sources: list[str], widths: dict[str, int])
     return watched
 
 
-def round_weight(weight: np.ndarray, moments: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """``(C, O)`` and the moments ``(C, C)`` of its input -> int8 ``(C, O)`` and steps ``(O,)``.
+@dataclass(frozen=True)
+class Format:
+    """A grid for weights: ``plain`` rounds ``(C, O)`` to 8-bit values and steps ``(O,)``, ``nearest`` rounds w / step to values."""
+
+    plain: Callable[[np.ndarray], tuple[np.ndarray, np.ndarray]]
+    nearest: Callable[[np.ndarray], np.ndarray]
+
+
+INT8 = Format(quantise_weight, lambda scaled: np.clip(np.round(scaled), -WEIGHT_STEPS, WEIGHT_STEPS))
+
+
+def round_weight(weight: np.ndarray, moments: np.ndarray, form: Format = INT8) -> tuple[np.ndarray, np.ndarray]:
+    """``(C, O)`` and the moments ``(C, C)`` of its input -> 8-bit values ``(C, O)`` and steps ``(O,)``.
 
     Falls back to plain rounding where the moments cannot be inverted.
     """
-    plain, steps = quantise_weight(weight)
+    plain, steps = form.plain(weight)
     size = len(moments)
     damped = moments.astype(np.float64)
     damped[np.diag_indices(size)] += DAMPING * max(float(np.trace(moments)) / size, 1e-12)
@@ -109,15 +120,15 @@ def round_weight(weight: np.ndarray, moments: np.ndarray) -> tuple[np.ndarray, n
         end = min(start + BLOCK, size)
         errors = np.empty((end - start, weight.shape[1]))
         for row in range(start, end):
-            values[row] = np.clip(np.round(left[row] / steps), -WEIGHT_STEPS, WEIGHT_STEPS)
-            errors[row - start] = (left[row] - values[row] * steps) / factor[row, row]
+            values[row] = form.nearest(left[row] / steps)
+            errors[row - start] = (left[row] - values[row].astype(np.float64) * steps) / factor[row, row]
             left[row:end] -= factor[row, row:end, None] * errors[row - start]
         left[end:] -= factor[start:end, end:].T @ errors
     return values, steps
 
 
 def round_all(
-    model: ModelProto, linears: list[Linear], equalised: Any, tokens: int, feeds: Any, advance: Callable[..., None]
+    model: ModelProto, linears: list[Linear], equalised: Any, tokens: int, feeds: Any, advance: Callable[..., None], form: Format = INT8
 ) -> None:
     """Replace the 8-bit weights of ``equalised`` by ones rounded on the calibration images."""
     groups = by_source(linears)
@@ -126,6 +137,6 @@ def round_all(
     def done(source: str, moments: Moments) -> None:
         centred = moments.centred(equalised.grids[groups[source][0].name])
         for linear in groups[source]:
-            equalised.eight_bits[linear.name] = round_weight(equalised.weights[linear.name], centred)
+            equalised.eight_bits[linear.name] = round_weight(equalised.weights[linear.name], centred, form)
 
     observe_moments(model, sources, tokens, feeds, advance, done)

@@ -10,11 +10,13 @@ import numpy as np
 
 from phreg_deploy.calibration.census import open_counted
 from phreg_deploy.calibration.equalisation import Equalised, equalise
-from phreg_deploy.calibration.linears import Linear, Wiring
+from phreg_deploy.calibration.float8 import E4M3, FP8, write_fp8
+from phreg_deploy.calibration.linears import Linear, Wiring, find_linears
 from phreg_deploy.calibration.qdq import write_int8
 from phreg_deploy.calibration.ranges import Ranges
-from phreg_deploy.calibration.rounding import round_all
-from phreg_deploy.quantisation import Smoothing
+from phreg_deploy.calibration.rounding import INT8, round_all
+from phreg_deploy.calibration.session import open_session
+from phreg_deploy.quantisation import WEIGHT_STEPS, Smoothing
 from phreg_deploy.runtime.parity import Parity, Tally
 
 Feeds = list[tuple[dict[str, np.ndarray], int]]
@@ -58,16 +60,11 @@ class Search:
     """
 
     def __init__(
-        self, wiring: Wiring, linears: list[Linear], ranges: Ranges, target: str, median: float | None, scene: Scene
-    ) -> None:
-        self.wiring, self.linears, self.ranges, self.target, self.median, self.scene = (
-            wiring,
-            linears,
-            ranges,
-            target,
-            median,
-            scene,
-        )
+        self, wiring: Wiring, linears: list[Linear], ranges: Ranges, target: str, median: float | None, scene: Scene,
+        mode: str = "int8", largest: dict[str, float] | None = None,
+    ) -> None:  # fmt: skip
+        self.wiring, self.linears, self.ranges, self.target = wiring, linears, ranges, target
+        self.median, self.scene, self.mode, self.largest = median, scene, mode, largest or {}
         self._known: tuple[Smoothing, Equalised] | None = None
 
     def equalised(self, smoothing: Smoothing) -> Equalised:
@@ -77,14 +74,34 @@ class Search:
         return self._known[1]
 
     def graph(self, smoothing: Smoothing, keep: set[str]) -> Any:
-        return write_int8(self.wiring.model, self.linears, self.equalised(smoothing), keep, self.target)
+        """The graph in 8 bits but for ``keep``, floats in FP32."""
+        equalised = self.equalised(smoothing)
+        if self.mode == "int8":
+            return write_int8(self.wiring.model, self.linears, equalised, keep, self.target)
+        names = {n.name for n in self.linears}
+        centred = write_int8(self.wiring.model, self.linears, equalised, names, self.target)  # equalised, and all in float
+        weights = {name: value for name, value in equalised.eight_bits.items() if value[0].dtype == E4M3}
+        return write_fp8(centred, find_linears(centred), self._reaches(equalised), keep, weights)
+
+    def _reaches(self, equalised: Equalised) -> dict[str, float]:
+        """Largest magnitudes in the equalised graph: what was seen, and for layer norms what centring and smoothing left."""
+        found = dict(self.largest)
+        for n in self.linears:
+            if n.kind == "norm":
+                found[n.source] = equalised.grids[n.name].step * WEIGHT_STEPS
+        return found
 
     def round(self, smoothing: Smoothing, tokens: int, feeds: Feeds, advance: Callable[..., None]) -> None:
         """Round the weights on images, for this smoothing."""
-        round_all(self.wiring.model, self.linears, self.equalised(smoothing), tokens, feeds, advance)
+        form = INT8 if self.mode == "int8" else FP8
+        round_all(self.wiring.model, self.linears, self.equalised(smoothing), tokens, feeds, advance, form)
 
     def score(self, smoothing: Smoothing, keep: set[str], scene: Scene | None = None) -> Parity:
-        session, _ = open_counted(self.graph(smoothing, keep), [n.name for n in self.linears if n.name not in keep])
+        graph = self.graph(smoothing, keep)
+        if self.mode == "fp8":
+            session = open_session(graph, literal=True)
+        else:
+            session, _ = open_counted(graph, [n.name for n in self.linears if n.name not in keep])
         return compare(session, scene or self.scene, self.median)
 
     def smoothing(self, start: Smoothing, advance: Callable[..., None]) -> tuple[Smoothing, list[dict[str, Any]]]:

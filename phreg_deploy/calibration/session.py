@@ -21,8 +21,12 @@ except ImportError:
 VERSION: str = onnxruntime.__version__
 
 
-def open_session(model: ModelProto, optimized: Path | None = None) -> Any:
+def open_session(model: ModelProto, optimized: Path | None = None, literal: bool = False) -> Any:
     """A CPU session of ``model``; its optimized graph is written to ``optimized`` where asked.
+
+    Args:
+        literal: compute every Q/DQ where it stands. It is how graphs for TensorRT are emulated: ONNX Runtime would move
+            FP8 tensors through operators that it has no FP8 kernels for.
 
     Raises:
         PhregError: ONNX Runtime refuses the graph.
@@ -32,6 +36,8 @@ def open_session(model: ModelProto, optimized: Path | None = None) -> Any:
     options.enable_cpu_mem_arena = (
         False  # it keeps what it once took, and grows by doubling: a gigabyte for ViT-B at 518 px
     )
+    if literal:
+        options.add_session_config_entry("session.disable_quant_qdq", "1")
     if optimized is not None:
         options.optimized_model_filepath = str(optimized)
     try:

@@ -19,19 +19,15 @@ SHOWN = 8  # layers in the table; calibration.json lists all
 @click.argument("bundle", type=click.Path(path_type=Path))
 @images_option(True, "Folder of photographs like those of the deployment; 352 are used at most, 8 at least.")
 @click.option("-o", "--output", type=click.Path(path_type=Path), required=True, help="Folder of the bundle to write.")
-@click.option("--mode", default="int8", show_default=True, help="int8.")
-@click.option(
-    "--target",
-    default="cpu",
-    show_default=True,
-    help="cpu (ONNX Runtime, OpenVINO), or trt: no zero points, for TensorRT.",
-)
+@click.option("--mode", default="int8", show_default=True, help="int8, or fp8 (TensorRT on Ada, Hopper, Blackwell, Thor).")
+@click.option("--target", help="cpu (ONNX Runtime, OpenVINO), or trt: no zero points, the rest in FP16. By default cpu, and trt for fp8.")
 @click.option(
     "--float-macs",
     default=0.1,
     show_default=True,
     help="Share of the linear layers' arithmetic that may stay in float until the bar is passed; 0 for none.",
 )
+@click.option("--keep-fp32", "keep", multiple=True, metavar="REGEX", help="With --target trt: nodes around the 8 bits that stay in FP32. Repeatable.")
 @click.option("--cosine", type=float, help="The bar on the 1st-percentile patch cosine with FP32; by default 0.99.")
 @force_option
 @output_options
@@ -40,14 +36,15 @@ def calibrate(
     images: Path,
     output: Path,
     mode: str,
-    target: str,
+    target: str | None,
+    keep: tuple[str, ...],
     float_macs: float,
     cosine: float | None,
     force: bool,
     as_json: bool,
     quiet: bool,
 ) -> None:
-    """Calibrate an FP32 BUNDLE to INT8. Exit code 3, and nothing written, when its features miss the bar.
+    """Calibrate an FP32 BUNDLE to INT8 or FP8. Exit code 3, and nothing written, when its features miss the bar.
 
     Needs no PyTorch. The bar is on dense features of images that took part in no choice. --force writes a bundle that
     misses it anyway, and its manifest says so.
@@ -60,7 +57,8 @@ def calibrate(
     result = Result(as_json, quiet)
     from phreg_deploy.calibration.calibrator import CalibrationRequest
 
-    request = CalibrationRequest(bundle, images, mode=mode, target=target, float_macs=float_macs, cosine_p1=cosine)
+    target = target or ("trt" if mode == "fp8" else "cpu")
+    request = CalibrationRequest(bundle, images, mode=mode, target=target, keep=keep, float_macs=float_macs, cosine_p1=cosine)
     report = run_calibration(request, output, force, result)
     result.json({"output": output, **report})
 
@@ -72,15 +70,15 @@ def run_calibration(request: CalibrationRequest, output: Path, force: bool, resu
     report = run(request, output, force=force, progress=result.progress)
     found, bar = report["fidelity"], report["bar"]
     result.table(
-        f"INT8 against FP32 on {report['images']['report']['count']} images that took part in no choice",
-        ["", "INT8", "bar"],
+        f"{request.mode.upper()} against FP32 on {report['images']['report']['count']} images that took part in no choice",
+        ["", request.mode.upper(), "bar"],
         [
             ["patch cosine, mean", found["cosine_mean"], ""],
             ["    1st percentile", found["cosine_p1"], f"at least {bar['cosine_p1']}"],
             ["nearest-neighbour agreement", found["neighbours"], f"at least {bar['neighbours']}"],
             ["norm-outlier rate, change in points", found["outlier_points"], f"at most {bar['outlier_points']}"],
             ["class token cosine, smallest", found["cls_cosine"], ""],
-            ["linear layers in integer kernels", report["integer_layers"], f"of {len(report['layers'])}"],
+            ["linear layers in 8 bits", report["integer_layers"], f"of {len(report['layers'])}"],
             ["linear MACs left in float", percent(report["float_macs"]), ""],
         ],
     )

@@ -34,6 +34,8 @@ class OpenVinoBackend:
             raise BackendMissing(
                 f"backend: openvino cannot be imported ({error}). Reinstall it: pip install --force-reinstall openvino"
             ) from None
+        if bundle.manifest.precision == "fp8":
+            raise PhregError("backend: openvino has no FP8; use tensorrt, or onnxruntime-cpu to check the bundle.")
         core = openvino.Core()
         self.compute = _compute(core, bundle, tuning)
         options: dict[str, Any] = {
