@@ -40,7 +40,6 @@ from phreg_deploy.runtime.features import FeatureExtractor
 from phreg_deploy.runtime.parity import Parity, judge
 from phreg_deploy.whole import check_target, whole_folder
 
-
 FP8_SMOOTHING = Smoothing(norm=0.5, value=None, hidden=None)  # see float8.py
 
 
@@ -221,7 +220,9 @@ def _layers(
 
 def _outputs(outputs: dict[str, dict[str, Any]], graph: Any) -> dict[str, dict[str, Any]]:
     """The manifest's outputs with the types that the graph has now."""
-    kinds = {v.name: onnx.helper.tensor_dtype_to_np_dtype(v.type.tensor_type.elem_type).name for v in graph.graph.output}
+    kinds = {
+        v.name: onnx.helper.tensor_dtype_to_np_dtype(v.type.tensor_type.elem_type).name for v in graph.graph.output
+    }
     return {name: {**facts, "dtype": kinds[name]} for name, facts in outputs.items()}
 
 

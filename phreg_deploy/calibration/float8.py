@@ -74,7 +74,12 @@ class _Writer:
                 if source not in shared:
                     shared[source] = self.pair(source, self.scale(source))
                 node.input[0], node.input[1] = shared[source], self.weight(linear, wiring.value(linear.weight))
-            elif attention and node.op_type == "MatMul" and _attends(node, wiring) and node.name.split("/")[0] not in keep:
+            elif (
+                attention
+                and node.op_type == "MatMul"
+                and _attends(node, wiring)
+                and node.name.split("/")[0] not in keep
+            ):
                 for i, name in enumerate(list(node.input)):
                     softmax = wiring.producer[name].op_type == "Softmax"
                     node.input[i] = self.pair(name, SOFTMAX_STEP if softmax else self.scale(name))
@@ -84,14 +89,25 @@ class _Writer:
     def scale(self, name: str) -> float:
         found = self.largest.get(name)
         if found is None or not np.isfinite(found):
-            raise PhregError(f"calibrate: the tensor {name} has no finite range; the bundle's weights are damaged, or its graph is not ours.")
+            raise PhregError(
+                f"calibrate: the tensor {name} has no finite range; the bundle's weights are damaged, or its graph is not ours."
+            )
         return max(found, 1e-6) / LARGEST
 
     def pair(self, name: str, step: float) -> str:
         scale = self.constant(f"{name}.fp8_step", halves(step))
         zero = self.constant("fp8_zero", np.zeros((), E4M3))
-        self.nodes.append(helper.make_node("QuantizeLinear", [name, scale, zero], [f"{name}/fp8"], name=f"{name}/QuantizeLinear"))
-        self.nodes.append(helper.make_node("DequantizeLinear", [f"{name}/fp8", scale, zero], [f"{name}/dequantized"], name=f"{name}/DequantizeLinear"))
+        self.nodes.append(
+            helper.make_node("QuantizeLinear", [name, scale, zero], [f"{name}/fp8"], name=f"{name}/QuantizeLinear")
+        )
+        self.nodes.append(
+            helper.make_node(
+                "DequantizeLinear",
+                [f"{name}/fp8", scale, zero],
+                [f"{name}/dequantized"],
+                name=f"{name}/DequantizeLinear",
+            )
+        )
         return f"{name}/dequantized"
 
     def weight(self, linear: Linear, value: np.ndarray) -> str:
@@ -99,13 +115,22 @@ class _Writer:
         names = [self.constant(f"{linear.name}.fp8", values), self.constant(f"{linear.name}.weight_step", steps)]
         zero = self.constant(f"{linear.name}.weight_zero", np.zeros(len(steps), E4M3))
         self.nodes.append(
-            helper.make_node("DequantizeLinear", [*names, zero], [f"{linear.name}/weight"], name=f"{linear.name}/weight/DequantizeLinear", axis=1)
+            helper.make_node(
+                "DequantizeLinear",
+                [*names, zero],
+                [f"{linear.name}/weight"],
+                name=f"{linear.name}/weight/DequantizeLinear",
+                axis=1,
+            )
         )
         return f"{linear.name}/weight"
 
     def constant(self, name: str, value: np.ndarray) -> str:
         kind = TensorProto.FLOAT8E4M3FN if value.dtype == E4M3 else TensorProto.FLOAT
-        self.made.setdefault(name, TensorProto(name=name, data_type=kind, dims=value.shape, raw_data=np.ascontiguousarray(value).tobytes()))
+        self.made.setdefault(
+            name,
+            TensorProto(name=name, data_type=kind, dims=value.shape, raw_data=np.ascontiguousarray(value).tobytes()),
+        )
         return name
 
     def _model(self) -> ModelProto:
@@ -116,7 +141,9 @@ class _Writer:
         copy.graph.output.extend(self.source.graph.output)
         copy.graph.node.extend(self.nodes)
         used = {name for node in self.nodes for name in node.input}
-        copy.graph.initializer.extend(i for i in (*self.source.graph.initializer, *self.made.values()) if i.name in used)
+        copy.graph.initializer.extend(
+            i for i in (*self.source.graph.initializer, *self.made.values()) if i.name in used
+        )
         return copy
 
 

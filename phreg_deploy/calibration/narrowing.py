@@ -11,17 +11,26 @@ from dataclasses import dataclass
 
 import ml_dtypes
 import numpy as np
-import onnx
 from onnx import ModelProto, NodeProto, TensorProto, helper, numpy_helper
 
 from phreg_deploy.errors import PhregError
 
 FLOAT = TensorProto.FLOAT
-TYPES = {"fp16": (TensorProto.FLOAT16, np.dtype(np.float16)), "bf16": (TensorProto.BFLOAT16, np.dtype(ml_dtypes.bfloat16))}
+TYPES = {
+    "fp16": (TensorProto.FLOAT16, np.dtype(np.float16)),
+    "bf16": (TensorProto.BFLOAT16, np.dtype(ml_dtypes.bfloat16)),
+}
 LIMITS = {"fp16": 65504.0, "bf16": 3.3e38}
 ROOM = 4.0  # above the largest value seen on the images at hand, before a tensor counts as too large for the format
 MOVES = {"Split", "Reshape", "Transpose", "Slice", "Gather", "Expand", "Concat"}
-NORMS = {"Reshape", "Sqrt", "ReduceSum", "Pow", "Mul", "ReduceL2"}  # what `token_norm` is computed by: squares overflow FP16
+NORMS = {
+    "Reshape",
+    "Sqrt",
+    "ReduceSum",
+    "Pow",
+    "Mul",
+    "ReduceL2",
+}  # what `token_norm` is computed by: squares overflow FP16
 
 
 @dataclass(frozen=True)
@@ -32,7 +41,9 @@ class Narrowed:
     islands: dict[str, str]
 
 
-def narrow(model: ModelProto, precision: str, largest: Mapping[str, float] | None = None, keep: Iterable[str] = ()) -> Narrowed:
+def narrow(
+    model: ModelProto, precision: str, largest: Mapping[str, float] | None = None, keep: Iterable[str] = ()
+) -> Narrowed:
     """Write a graph's floats in ``precision``, in place.
 
     In FP32 stay: ``token_norm`` after the last block, and with BF16 the final norm, so that every output has a type that
@@ -118,18 +129,30 @@ class _Narrowing:
             except re.error as error:
                 raise PhregError(f"keep in FP32: {expression!r} is no regular expression ({error}).") from None
             if not fits:
-                raise PhregError(f"keep in FP32: {expression!r} fits no node; they are named like blocks.11.mlp.fc2/MatMul.")
+                raise PhregError(
+                    f"keep in FP32: {expression!r} fits no node; they are named like blocks.11.mlp.fc2/MatMul."
+                )
             self.wide.update({name: f"asked for by {expression!r}" for name in fits if name not in self.wide})
 
     def _reaches(self) -> dict[str, float]:
         """The largest magnitude of every float tensor; one that nobody watched has that of its neighbour's."""
-        found = {name: float(np.abs(numpy_helper.to_array(i)).max(initial=0)) for name, i in self.constants.items() if name in self.floats}
+        found = {
+            name: float(np.abs(numpy_helper.to_array(i)).max(initial=0))
+            for name, i in self.constants.items()
+            if name in self.floats
+        }
         found.update({name: value for name, value in self.largest.items() if name in self.floats})
         for node in self.model.graph.node:
             if node.op_type in MOVES and node.input[0] in found:
                 found.update({name: found[node.input[0]] for name in node.output if name not in found})
             elif node.op_type == "Add":  # of a bias to a product that torch does not name
-                found.update({name: found[node.output[0]] for name in node.input if name not in found and node.output[0] in found})
+                found.update(
+                    {
+                        name: found[node.output[0]]
+                        for name in node.input
+                        if name not in found and node.output[0] in found
+                    }
+                )
         return found
 
     def _rules(self) -> set[str]:
@@ -150,7 +173,7 @@ class _Narrowing:
 
     def _kind(self, node: NodeProto, wide: set[str]) -> int:
         if node.op_type == "QuantizeLinear":  # in the type that it is given
-            return self.types[node.input[0]] if node.input[0] in self.types else FLOAT
+            return self.types.get(node.input[0], FLOAT)
         if node.op_type == "DequantizeLinear":
             readers = [n for n in self.model.graph.node if node.output[0] in n.input]
             return FLOAT if any(n.name in wide for n in readers) else self.narrow_type

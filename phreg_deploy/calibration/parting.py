@@ -42,13 +42,25 @@ def part_projections(model: ModelProto) -> ModelProto:
     return model
 
 
-def _parts(model: ModelProto, wiring: Wiring, split: NodeProto, product: NodeProto, add: NodeProto | None, bias: str | None, weight: NodeProto) -> list[NodeProto]:
+def _parts(
+    model: ModelProto,
+    wiring: Wiring,
+    split: NodeProto,
+    product: NodeProto,
+    add: NodeProto | None,
+    bias: str | None,
+    weight: NodeProto,
+) -> list[NodeProto]:
     nodes, count = [], len(split.output)
     for i, output in enumerate(split.output):
         cut = lambda name, i=i: _cut(model, wiring.constants[name], i, count)  # noqa: E731
         base = f"{product.name.removesuffix('/MatMul')}.{'qkv'[i] if count == 3 else i}"
         operands = [cut(name) for name in weight.input]
-        nodes.append(helper.make_node("DequantizeLinear", operands, [f"{base}/weight"], name=f"{base}/weight/DequantizeLinear", axis=1))
+        nodes.append(
+            helper.make_node(
+                "DequantizeLinear", operands, [f"{base}/weight"], name=f"{base}/weight/DequantizeLinear", axis=1
+            )
+        )
         result = output if add is None else f"{base}/product"
         nodes.append(helper.make_node("MatMul", [product.input[0], f"{base}/weight"], [result], name=f"{base}/MatMul"))
         if add is not None and bias is not None:
@@ -64,5 +76,7 @@ def _cut(model: ModelProto, tensor: TensorProto, index: int, count: int) -> str:
     values = np.frombuffer(raw, np.dtype(f"V{width}")).reshape(shape)
     part = np.ascontiguousarray(np.split(values, count, axis=-1)[index])
     name = f"{tensor.name}.part{index}"
-    model.graph.initializer.append(TensorProto(name=name, data_type=tensor.data_type, dims=part.shape, raw_data=part.tobytes()))
+    model.graph.initializer.append(
+        TensorProto(name=name, data_type=tensor.data_type, dims=part.shape, raw_data=part.tobytes())
+    )
     return name

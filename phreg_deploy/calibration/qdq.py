@@ -112,7 +112,9 @@ class _Writer:
         shift, quantised = 0.0, f"{linear.name}/quantised"
         reader = self.readers[source] = self.readers.get(source, -1) + 1
         value = np.float32(grid.step)
-        if self.target == "trt":  # FP16 holds it exactly, so that narrowing moves no grid; TensorRT shares inputs as it likes
+        if (
+            self.target == "trt"
+        ):  # FP16 holds it exactly, so that narrowing moves no grid; TensorRT shares inputs as it likes
             value, reader = np.float32(halves(grid.step)), 0
         for _ in range(reader):
             value = np.nextafter(value, np.float32(np.inf))

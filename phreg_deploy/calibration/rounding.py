@@ -128,7 +128,13 @@ def round_weight(weight: np.ndarray, moments: np.ndarray, form: Format = INT8) -
 
 
 def round_all(
-    model: ModelProto, linears: list[Linear], equalised: Any, tokens: int, feeds: Any, advance: Callable[..., None], form: Format = INT8
+    model: ModelProto,
+    linears: list[Linear],
+    equalised: Any,
+    tokens: int,
+    feeds: Any,
+    advance: Callable[..., None],
+    form: Format = INT8,
 ) -> None:
     """Replace the 8-bit weights of ``equalised`` by ones rounded on the calibration images."""
     groups = by_source(linears)

@@ -79,7 +79,9 @@ class Search:
         if self.mode == "int8":
             return write_int8(self.wiring.model, self.linears, equalised, keep, self.target)
         names = {n.name for n in self.linears}
-        centred = write_int8(self.wiring.model, self.linears, equalised, names, self.target)  # equalised, and all in float
+        centred = write_int8(
+            self.wiring.model, self.linears, equalised, names, self.target
+        )  # equalised, and all in float
         weights = {name: value for name, value in equalised.eight_bits.items() if value[0].dtype == E4M3}
         return write_fp8(centred, find_linears(centred), self._reaches(equalised), keep, weights)
 

@@ -10,7 +10,7 @@ from typing import Any
 import click
 
 from phreg_deploy import __version__
-from phreg_deploy.cli import eight, look, make, serve, show
+from phreg_deploy.cli import build, eight, look, make, serve, show
 from phreg_deploy.cli.options import plain
 from phreg_deploy.errors import PhregError
 
@@ -69,6 +69,7 @@ def main() -> None:
       phreg-deploy distill vit_small_patch14_dinov2.lvd142m --images photos/ -o dino-reg
       phreg-deploy export dino-reg -o dino.bundle --format onnx --image-size 518
       phreg-deploy calibrate dino.bundle --images photos/ -o dino-int8.bundle
+      phreg-deploy build dino.bundle
       phreg-deploy check dino.bundle --reference dino-reg --images photos/
       phreg-deploy extract dino.bundle photo.jpg -o features/
 
@@ -80,6 +81,7 @@ for command in (
     make.distill,
     make.export,
     eight.calibrate,
+    build.build,
     serve.check,
     serve.profile,
     serve.extract,

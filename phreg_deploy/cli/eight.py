@@ -19,15 +19,26 @@ SHOWN = 8  # layers in the table; calibration.json lists all
 @click.argument("bundle", type=click.Path(path_type=Path))
 @images_option(True, "Folder of photographs like those of the deployment; 352 are used at most, 8 at least.")
 @click.option("-o", "--output", type=click.Path(path_type=Path), required=True, help="Folder of the bundle to write.")
-@click.option("--mode", default="int8", show_default=True, help="int8, or fp8 (TensorRT on Ada, Hopper, Blackwell, Thor).")
-@click.option("--target", help="cpu (ONNX Runtime, OpenVINO), or trt: no zero points, the rest in FP16. By default cpu, and trt for fp8.")
+@click.option(
+    "--mode", default="int8", show_default=True, help="int8, or fp8 (TensorRT on Ada, Hopper, Blackwell, Thor)."
+)
+@click.option(
+    "--target",
+    help="cpu (ONNX Runtime, OpenVINO), or trt: no zero points, the rest in FP16. By default cpu, and trt for fp8.",
+)
 @click.option(
     "--float-macs",
     default=0.1,
     show_default=True,
     help="Share of the linear layers' arithmetic that may stay in float until the bar is passed; 0 for none.",
 )
-@click.option("--keep-fp32", "keep", multiple=True, metavar="REGEX", help="With --target trt: nodes around the 8 bits that stay in FP32. Repeatable.")
+@click.option(
+    "--keep-fp32",
+    "keep",
+    multiple=True,
+    metavar="REGEX",
+    help="With --target trt: nodes around the 8 bits that stay in FP32. Repeatable.",
+)
 @click.option("--cosine", type=float, help="The bar on the 1st-percentile patch cosine with FP32; by default 0.99.")
 @force_option
 @output_options
@@ -58,7 +69,9 @@ def calibrate(
     from phreg_deploy.calibration.calibrator import CalibrationRequest
 
     target = target or ("trt" if mode == "fp8" else "cpu")
-    request = CalibrationRequest(bundle, images, mode=mode, target=target, keep=keep, float_macs=float_macs, cosine_p1=cosine)
+    request = CalibrationRequest(
+        bundle, images, mode=mode, target=target, keep=keep, float_macs=float_macs, cosine_p1=cosine
+    )
     report = run_calibration(request, output, force, result)
     result.json({"output": output, **report})
 

@@ -14,6 +14,7 @@ from phreg_deploy.cli.eight import run_calibration
 from phreg_deploy.cli.options import (
     Result,
     checkpoint_option,
+    device_number,
     device_option,
     force_option,
     images_option,
@@ -133,9 +134,20 @@ def distill(
     help="Repeatable.",
 )
 @checkpoint_option
-@click.option("--precision", default="fp32", show_default=True, help="fp32, fp16, bf16, or int8 and fp8, which need --images.")
-@images_option(False, "Photographs like those of the deployment: int8 and fp8 are calibrated on them; they show what FP16 cannot hold.")
-@click.option("--keep-fp32", "keep", multiple=True, metavar="REGEX", help="Nodes that stay in FP32, e.g. 'blocks.11.mlp'. Repeatable.")
+@click.option(
+    "--precision", default="fp32", show_default=True, help="fp32, fp16, bf16, or int8 and fp8, which need --images."
+)
+@images_option(
+    False,
+    "Photographs like those of the deployment: int8 and fp8 are calibrated on them; they show what FP16 cannot hold.",
+)
+@click.option(
+    "--keep-fp32",
+    "keep",
+    multiple=True,
+    metavar="REGEX",
+    help="Nodes that stay in FP32, e.g. 'blocks.11.mlp'. Repeatable.",
+)
 @click.option("--target", default="cpu", show_default=True, help="For --precision int8: cpu, or trt (no zero points).")
 @click.option(
     "--image-size", help="518, 480x640, a list 224,480x640 or a range 224:518:1036; by default the model's own."
@@ -152,6 +164,10 @@ def distill(
     "--random-weights", is_flag=True, help="Without pretrained weights, for timing only; marked so in the manifest."
 )
 @click.option("--no-check", is_flag=True, help="Skip the parity check of the written bundle.")
+@click.option(
+    "--bisect", is_flag=True, help="With --format trt: where parity fails, find the first block that diverges."
+)
+@device_number
 @force_option
 @output_options
 def export(
@@ -161,6 +177,8 @@ def export(
     target: str,
     keep: tuple[str, ...],
     no_check: bool,
+    bisect: bool,
+    device: int,
     force: bool,
     as_json: bool,
     quiet: bool,
@@ -168,17 +186,17 @@ def export(
 ) -> None:
     """Write MODEL (a student's folder, or a timm name) as a bundle that a runtime without PyTorch serves.
 
+    --format trt goes on to `phreg-deploy build`. Without a GPU and TensorRT the bundle is written all the same, and the
+    exit code is 4 with the command for the machine that has them.
+
     \b
     Examples:
+      phreg-deploy export student -o student.bundle --format trt --precision fp16
       phreg-deploy export student -o student.bundle --format onnx --image-size 480x640 --batch 1:4:8
       phreg-deploy export vit_base_patch14_dinov2.lvd142m -o dino.bundle --image-size 224:518:1036 --precision fp16
     """
     from phreg_deploy.export.exporter import ExportRequest, export_bundle
 
-    if "trt" in formats:
-        raise BackendMissing(
-            "export: --format trt is not in this version. Use --format onnx; the bundle's model.onnx is what an engine is built from."
-        )
     result = Result(as_json, quiet)
     document: dict[str, Any] = {"output": output}
     if settings["precision"] in ("int8", "fp8"):
@@ -196,11 +214,24 @@ def export(
         document["check"] = _examine(output, result)
     if document.get("check", {}).get("missed"):
         raise GateFailed(f"parity: {output}: {'; '.join(document['check']['missed'])}.", document)
+    if "trt" in formats:
+        from phreg_deploy.cli.build import run_build
+        from phreg_deploy.export.engine import BuildRequest
+
+        document["engine"] = run_build(
+            BuildRequest(output, device=device, check=not no_check), False, bisect, result, exported=True
+        )
     result.json(document)
 
 
 def _in_eight_bits(
-    settings: dict[str, Any], images: Path | None, output: Path, target: str, keep: tuple[str, ...], force: bool, result: Result
+    settings: dict[str, Any],
+    images: Path | None,
+    output: Path,
+    target: str,
+    keep: tuple[str, ...],
+    force: bool,
+    result: Result,
 ) -> dict[str, Any]:
     """``export --precision int8`` or fp8: an FP32 bundle beside the output, calibrated into it, and gone again."""
     from phreg_deploy.calibration.calibrator import CalibrationRequest, check_request
@@ -211,7 +242,9 @@ def _in_eight_bits(
             f"export: --precision {settings['precision']} needs --images DIR, photographs like those of the deployment, to calibrate on."
         )
     check_target(output, force, [images])
-    asked = CalibrationRequest(output, images, mode=settings["precision"], target=target, keep=keep)  # checked before a minute of tracing
+    asked = CalibrationRequest(
+        output, images, mode=settings["precision"], target=target, keep=keep
+    )  # checked before a minute of tracing
     check_request(asked)
     list_images(images)
     with tempfile.TemporaryDirectory(dir=output.parent, prefix=f".{output.name}.") as folder:

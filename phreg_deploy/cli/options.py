@@ -91,7 +91,13 @@ def images_option(required: bool, text: str) -> Callable[..., Any]:
 
 
 backend_option = click.option(
-    "--backend", default="auto", show_default=True, help="auto (the fastest that passes), onnxruntime-cpu or openvino."
+    "--backend",
+    default="auto",
+    show_default=True,
+    help="auto (the fastest that passes), onnxruntime-cpu, openvino, tensorrt, onnxruntime-cuda or onnxruntime-tensorrt.",
+)
+device_number = click.option(
+    "--device", type=click.IntRange(0), default=0, show_default=True, help="Number of the GPU, where one is used."
 )
 
 
@@ -100,6 +106,7 @@ def tuning_options(command: Callable[..., Any]) -> Callable[..., Any]:
         click.option("--mode", type=click.Choice(["latency", "throughput"]), default="latency", show_default=True, help="openvino: of one call, or of calls from several threads."),
         click.option("--compute", type=click.Choice(["auto", "fp32", "bf16"]), default="auto", show_default=True, help="Precision of what is not in 8 bits; bf16 needs openvino."),
         click.option("--threads", type=click.IntRange(1), help="For one inference; by default one per physical core."),
+        device_number,
         backend_option,
     ):  # fmt: skip
         command = option(command)

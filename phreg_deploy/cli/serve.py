@@ -33,6 +33,9 @@ from phreg_deploy.errors import GateFailed, PhregError
 @click.option("--cosine", type=float, help="Gate on the 1st-percentile patch cosine; by default the precision's.")
 @click.option("--outlier-points", type=float, help="Gate on the change of the norm-outlier rate, percentage points.")
 @click.option("--report", type=click.Path(path_type=Path), help="Write an HTML page with pictures.")
+@click.option(
+    "--bisect", is_flag=True, help="Find the first block that diverges from FP32; needs onnx and onnxruntime."
+)
 @output_options
 def check(
     bundle: Path,
@@ -40,6 +43,8 @@ def check(
     threads: int | None,
     compute: str,
     mode: str,
+    device: int,
+    bisect: bool,
     cosine: float | None,
     outlier_points: float | None,
     report: Path | None,
@@ -66,7 +71,7 @@ def check(
     if report is not None and not report.absolute().parent.is_dir():
         raise PhregError(f"report: there is no folder {report.absolute().parent}; create it first.")
     with FeatureExtractor.load(
-        bundle, backend, threads=threads, compute=compute, mode=mode, examine=False
+        bundle, backend, threads=threads, compute=compute, mode=mode, examine=False, device=device
     ) as extractor:
         result.chosen(extractor.choice, backend)
         document, pictures = run_check(extractor, gates=(cosine, outlier_points), progress=result.progress, **asked)
@@ -108,6 +113,10 @@ def check(
 
         write_whole(report, render(document, pictures).encode())
         result.say(f"Wrote {report}.")
+    if bisect:
+        from phreg_deploy.cli.build import show_bisection
+
+        document["bisection"] = show_bisection(bundle, document["backend"], device, result)
     if document["missed"]:
         raise GateFailed(f"check: {bundle}: {'; '.join(document['missed'])}.", document)
     result.json(document)
@@ -137,6 +146,7 @@ def profile(
     threads: int | None,
     compute: str,
     mode: str,
+    device: int,
     batches: str | None,
     image_size: str | None,
     seconds: float,
@@ -161,7 +171,9 @@ def profile(
     if batches and not all(part.strip().isdigit() for part in batches.split(",")):
         raise PhregError(f"batch: got {batches!r}, expected numbers, e.g. 1,4,8.")
     before = _read_baseline(baseline) if baseline else {}
-    with FeatureExtractor.load(bundle, backend, threads=threads, compute=compute, mode=mode) as extractor:
+    with FeatureExtractor.load(
+        bundle, backend, threads=threads, compute=compute, mode=mode, device=device
+    ) as extractor:
         result.chosen(extractor.choice, backend)
         report = profile_bundle(
             extractor, batches=[int(part) for part in batches.split(",")] if batches else None,
@@ -204,6 +216,7 @@ def extract(
     threads: int | None,
     compute: str,
     mode: str,
+    device: int,
     image_size: str | None,
     pictures: bool,
     force: bool,
@@ -221,7 +234,9 @@ def extract(
     from phreg_deploy.spec import parse_size
 
     result = Result(as_json, quiet)
-    with FeatureExtractor.load(bundle, backend, threads=threads, compute=compute, mode=mode) as extractor:
+    with FeatureExtractor.load(
+        bundle, backend, threads=threads, compute=compute, mode=mode, device=device
+    ) as extractor:
         result.chosen(extractor.choice, backend)
         report = extract_images(
             extractor,

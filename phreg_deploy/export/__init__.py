@@ -1,14 +1,4 @@
-"""A student, or any supported timm ViT -> a bundle.
+"""A student, or any supported timm ViT -> a bundle; a bundle -> a TensorRT engine.
 
-Needs the extra ``export`` (torch, timm, onnx, onnxscript).
+``exporter`` needs the extra ``export`` (torch, timm, onnx, onnxscript); ``engine`` needs ``trt`` and no torch.
 """
-
-from importlib.util import find_spec
-
-from phreg_deploy.errors import missing_extra
-
-for module in ("onnx", "onnxscript", "safetensors", "timm", "torch"):
-    if find_spec(module) is None:
-        raise missing_extra(module, "export", "phreg_deploy.export")
-
-import phreg_deploy.distill  # noqa: E402, F401  (says what is wrong where torch is there and broken)

@@ -9,6 +9,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+
+# isort: split
 import onnx
 import timm
 import torch
@@ -72,7 +74,9 @@ def export_bundle(request: ExportRequest, output: Path, *, force: bool = False, 
     if request.precision not in ("fp32", "fp16", "bf16"):
         raise PhregError(f"precision: got {request.precision!r}, expected fp32, fp16 or bf16.")
     if request.precision == "fp32" and (request.keep or request.images):
-        raise PhregError("export: --keep-fp32 and --images say what stays in FP32; with --precision fp32 everything does.")
+        raise PhregError(
+            "export: --keep-fp32 and --images say what stays in FP32; with --precision fp32 everything does."
+        )
     check_target(output, force, [model_path(request.model), request.checkpoint])
     photographs = [] if request.images is None else list_images(request.images, WATCHED, spread=True)
     batches = Batches.parse(request.batch)
@@ -134,7 +138,9 @@ def reference(model: ViT, preprocess: Preprocess, sizes: Sizes, batches: Batches
     return exam
 
 
-def _observe(traced: Traced, model: ViT, exam: dict[str, np.ndarray], photographs: list[np.ndarray], sizes: Sizes) -> None:
+def _observe(
+    traced: Traced, model: ViT, exam: dict[str, np.ndarray], photographs: list[np.ndarray], sizes: Sizes
+) -> None:
     """What every tensor of the graph reaches on the reference's inputs, at every size, and on photographs."""
     batches = [value for name, value in exam.items() if name.endswith("/image")]
     count = len(batches[0])

@@ -9,7 +9,10 @@ import torch
 
 from phreg_deploy.distill.taps import ViT
 
-CENTRE = 128  # taken off the pixels: what is left is exact in 8 bits of mantissa, and so small that the bias cancels little
+CENTRE = (
+    128  # taken off the pixels: what is left is exact in 8 bits of mantissa, and so small that the bias cancels little
+)
+
 
 def fold_normalisation(
     projection: ViT, mean: tuple[float, ...], std: tuple[float, ...]

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import ctypes
 import importlib.util
+import sys
 from types import TracebackType
 from typing import Protocol
 
@@ -16,8 +18,11 @@ from phreg_deploy.runtime.tuning import Tuning
 BACKENDS = {
     "onnxruntime-cpu": ("onnxruntime", "cpu"),
     "openvino": ("openvino", "openvino"),
+    "tensorrt": ("tensorrt", "trt"),
+    "onnxruntime-cuda": ("onnxruntime", "gpu"),
+    "onnxruntime-tensorrt": ("onnxruntime", "gpu"),
 }
-PLANNED = ("onnxruntime-cuda", "tensorrt")
+GPU = ("tensorrt", "onnxruntime-cuda", "onnxruntime-tensorrt")
 
 
 class Backend(Protocol):
@@ -31,18 +36,16 @@ class Backend(Protocol):
     def close(self) -> None: ...
 
 
-def open_backend(bundle: Bundle, name: str, tuning: Tuning) -> Backend:
+def open_backend(bundle: Bundle, name: str, tuning: Tuning, device: int = 0) -> Backend:
     """Load a bundle's graph on one backend, a key of ``BACKENDS``.
 
     Raises:
         PhregError: an unknown name, or a graph that the runtime refuses. BackendMissing: not installed, or not usable.
     """
-    if name in PLANNED:
-        raise BackendMissing(f"backend: {name} is not in this version; expected auto or {', '.join(BACKENDS)}.")
     if name not in BACKENDS:
         raise PhregError(f"backend: got {name!r}, expected auto, {', '.join(BACKENDS)}.")
     module, extra = BACKENDS[name]
-    if importlib.util.find_spec(module) is None:
+    if not there(name):
         raise BackendMissing(
             f'backend: {name} needs {module}, which is not installed. Run: pip install "phreg-deploy[{extra}]"'
         )
@@ -50,18 +53,40 @@ def open_backend(bundle: Bundle, name: str, tuning: Tuning) -> Backend:
         from phreg_deploy.runtime.openvino_backend import OpenVinoBackend
 
         return OpenVinoBackend(bundle, tuning)
+    if name == "tensorrt":
+        from phreg_deploy.runtime.tensorrt_backend import TensorRtBackend
+
+        return TensorRtBackend(bundle, tuning, device)
     from phreg_deploy.runtime.ort_backend import OrtBackend
 
-    return OrtBackend(bundle, name, tuning)
+    return OrtBackend(bundle, name, tuning, device)
+
+
+def there(name: str) -> bool:
+    """Whether a backend's module can be found; nothing is imported."""
+    modules = (BACKENDS[name][0], *(["tensorrt_lean"] if name == "tensorrt" else []))
+    return any(module in sys.modules or importlib.util.find_spec(module) is not None for module in modules)
+
+
+def driver_present() -> bool:
+    """Whether there is an NVIDIA driver at all: without one nothing on a GPU is worth a try."""
+    try:
+        ctypes.CDLL("nvcuda.dll" if sys.platform == "win32" else "libcuda.so.1")
+    except OSError:
+        return False
+    return True
 
 
 def installed() -> list[str]:
-    """Backends whose module is there, in the order of ``BACKENDS``.
+    """Backends whose module is there, in the order of ``BACKENDS``; those on a GPU only where there is a driver.
+
+    ONNX Runtime's TensorRT provider builds engines while it loads, so that it runs only where it is asked for.
 
     Raises:
         BackendMissing: none is.
     """
-    found = [name for name, (module, _) in BACKENDS.items() if importlib.util.find_spec(module) is not None]
+    gpu = driver_present()
+    found = [name for name in BACKENDS if there(name) and (gpu or name not in GPU) and name != "onnxruntime-tensorrt"]
     if not found:
         raise BackendMissing('backend: no runtime is installed. Run: pip install "phreg-deploy[cpu]"')
     return found

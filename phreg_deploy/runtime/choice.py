@@ -35,7 +35,7 @@ class Candidate:
         return f"{self.name} ({self.backend.compute}) {self.milliseconds:.1f} ms"
 
 
-def choose(bundle: Bundle, tuning: Tuning, examine: bool = True) -> tuple[Backend, str]:
+def choose(bundle: Bundle, tuning: Tuning, examine: bool = True, device: int = 0) -> tuple[Backend, str]:
     """The fastest backend that passes, opened, and the reason in words.
 
     With one backend installed nothing is measured.
@@ -49,9 +49,9 @@ def choose(bundle: Bundle, tuning: Tuning, examine: bool = True) -> tuple[Backen
     """
     names = installed()
     if len(names) == 1:
-        return open_backend(bundle, names[0], tuning), f"{names[0]}: the only one installed"
+        return open_backend(bundle, names[0], tuning, device), f"{names[0]}: the only one installed"
     cases = bundle.cases()
-    tried = [_try(bundle, name, tuning, cases) for name in names]
+    tried = [_try(bundle, name, tuning, cases, device) for name in names]
     usable = [c for c in tried if not c.refused]
     failed = [c for c in tried if c.failed]
     if not usable and failed and not examine:
@@ -68,9 +68,9 @@ def choose(bundle: Bundle, tuning: Tuning, examine: bool = True) -> tuple[Backen
     return best.backend, f"{best.name}: " + ", ".join(str(c) for c in tried)  # type: ignore[return-value]
 
 
-def _try(bundle: Bundle, name: str, tuning: Tuning, cases: list[dict[str, np.ndarray]]) -> Candidate:
+def _try(bundle: Bundle, name: str, tuning: Tuning, cases: list[dict[str, np.ndarray]], device: int) -> Candidate:
     try:
-        backend = open_backend(bundle, name, tuning)
+        backend = open_backend(bundle, name, tuning, device)
     except PhregError as error:
         return Candidate(name, refused=f"does not serve it ({error})", missing=isinstance(error, BackendMissing))
     extractor = FeatureExtractor(bundle, backend)

@@ -3,13 +3,26 @@
 from __future__ import annotations
 
 import ctypes
+import functools
+import os
 import platform
+import re
+import struct
 import subprocess
 import sys
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, field
 from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
 
 from phreg_deploy.spec import Stored
+
+VENV = "python3 -m venv --system-site-packages .venv"  # sees what JetPack installed for the system's Python
+SYSTEM_FOLDERS = (
+    "usr/lib/*-linux-gnu", "usr/lib/*-linux-gnu/nvidia", "usr/lib64", "usr/local/lib", "usr/local/cuda/lib64",
+    "usr/local/tensorrt*/lib", "usr/local/TensorRT*/lib",
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -23,8 +36,135 @@ class Finding(Stored):
     mend: str | None = None
 
 
+def installed(package: str) -> str | None:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None
+
+
+def attempt(code: str, seconds: int = 60) -> tuple[bool, str]:
+    """Run Python in a process of its own, which a broken library may crash: (worked, last line of what it said)."""
+    try:
+        done = subprocess.run(
+            [sys.executable, "-c", code], capture_output=True, text=True, timeout=seconds, check=False
+        )
+    except (OSError, subprocess.TimeoutExpired) as error:
+        return False, str(error)
+    lines = (done.stderr if done.returncode else done.stdout).strip().splitlines()
+    return done.returncode == 0, lines[-1] if lines else f"exit code {done.returncode}"
+
+
+@dataclass(frozen=True)
+class Surroundings:
+    """Whom to ask; tests give their own. ``sites``: folders that Python imports from."""
+
+    root: Path = Path("/")
+    library: Callable[[str], Any] = ctypes.CDLL
+    version: Callable[[str], str | None] = installed
+    attempt: Callable[[str], tuple[bool, str]] = attempt
+    sites: tuple[Path, ...] = field(default_factory=lambda: tuple(Path(p) for p in sys.path if p))
+    path: str = field(default_factory=lambda: os.environ.get("LD_LIBRARY_PATH", ""))
+    processor: str = field(default_factory=platform.machine)
+
+    @functools.cached_property
+    def pip_folders(self) -> list[Path]:
+        """Where NVIDIA's wheels keep their libraries."""
+        return [f for site in self.sites for pattern in ("nvidia/*/lib", "tensorrt_libs") for f in site.glob(pattern)]
+
+    @functools.cached_property
+    def folders(self) -> list[Path]:
+        system = [f for pattern in SYSTEM_FOLDERS for f in self.root.glob(pattern)]
+        return [*self.pip_folders, *(Path(p) for p in self.path.split(":") if p), *system]
+
+    def finds(self, name: str) -> bool:
+        """Whether a wheel or the loader has the library. Of a wheel the file is enough: some take 700 MB to open."""
+        if any((folder / name).is_file() for folder in self.pip_folders):
+            return True
+        try:
+            return self.library(name) is not None
+        except OSError:
+            return False
+
+
+@dataclass(frozen=True)
+class Jetson:
+    """A Jetson by its own files. ``jetpack``: as many numbers of the version as are known for sure, perhaps none."""
+
+    model: str
+    l4t: str
+    jetpack: tuple[int, ...]
+
+    def __str__(self) -> str:
+        version = f"JetPack {'.'.join(map(str, self.jetpack))}" if self.jetpack else "JetPack of unknown version"
+        return ", ".join(part for part in (version, f"L4T {self.l4t}" if self.l4t else "", self.model) if part)
+
+    def refusal(self, tensorrt: tuple[int, ...]) -> str | None:
+        """Why this version of TensorRT does not run here, by NVIDIA's release notes; None where nothing speaks against it."""
+        if tensorrt < (11,):
+            return None
+        if self.jetpack[:1] == (6,):
+            return "JetPack 6.x stays on TensorRT 10.x (6.2 ships 10.3)"
+        if tensorrt < (11, 4, 1):
+            return "TensorRT 11.0 to 11.4.0 do not support Jetson; 11.4.1 is the first, and JetPack 7.2 ships 10.16.2"
+        if self.jetpack and self.jetpack < (7, 2, 2):
+            return "TensorRT from 11.4.1 on needs JetPack 7.2.2 or newer"
+        return None
+
+
+def read_jetson(root: Path) -> Jetson | None:
+    """The Jetson that this is, or None. A container may lack all but the device tree."""
+    release, compatible = _text(root / "etc/nv_tegra_release"), _text(root / "proc/device-tree/compatible")
+    if not release and "nvidia,tegra" not in compatible:
+        return None
+    said = re.search(r"R(\d+).*?REVISION:\s*([\d.]+)", release)
+    l4t = tuple(int(n) for n in re.findall(r"\d+", f"{said[1]}.{said[2]}")) if said else ()
+    stanzas = _text(root / "var/lib/dpkg/status").split("\n\n")
+    package = next((s for s in stanzas if "Package: nvidia-jetpack\n" in f"{s}\n" and " installed" in s), "")
+    told = re.search(r"^Version: ([\d.]+)", package, re.MULTILINE)
+    if told:
+        jetpack = tuple(int(n) for n in re.findall(r"\d+", told[1]))
+    else:  # R39.2.0 is JetPack 7.2 and R39.2.1 is 7.2.1; R38 was 7.0 and 7.1
+        jetpack = (7, *l4t[1:]) if l4t[:1] == (39,) else {35: (5,), 36: (6,), 38: (7,)}.get(l4t[0] if l4t else 0, ())
+    return Jetson(_text(root / "proc/device-tree/model").strip("\0\n "), ".".join(map(str, l4t)), jetpack)
+
+
+def _text(path: Path) -> str:
+    try:
+        return path.read_text(errors="replace")
+    except OSError:
+        return ""
+
+
+def needed_libraries(path: Path) -> list[str]:
+    """The libraries that a shared object of 64 bits names in its header (DT_NEEDED), without opening it for real.
+
+    Raises:
+        OSError, ValueError, struct.error: it cannot be read, or is no such file.
+    """
+    with open(path, "rb") as file:
+
+        def read(start: int, size: int) -> bytes:
+            file.seek(start)
+            return file.read(size)
+
+        head = read(0, 64)
+        if head[:6] != b"\x7fELF\x02\x01":
+            raise ValueError(f"{path} is no 64-bit little-endian shared object")
+        table, size, count = *struct.unpack_from("<Q", head, 40), *struct.unpack_from("<HH", head, 58)
+        sections = [struct.unpack("<IIQQQQIIQQ", read(table + i * size, 64)) for i in range(count)]
+        found = []
+        for dynamic in (s for s in sections if s[1] == 6):  # SHT_DYNAMIC, whose link is the table of its names
+            names = read(sections[dynamic[6]][4], sections[dynamic[6]][5])
+            entries = struct.iter_unpack("<qQ", read(dynamic[4], dynamic[5] // 16 * 16))
+            found += [names[at:].split(b"\0", 1)[0].decode() for tag, at in entries if tag == 1]  # DT_NEEDED
+        return found
+
+
 def diagnose() -> list[Finding]:
     """Every part that a command needs, in the order of the pipeline."""
+    from phreg_deploy.runtime.gpu_diagnosis import find_gpu_parts  # which says what it finds in this module's words
+
     return [
         _python(),
         _torch(),
@@ -32,7 +172,7 @@ def diagnose() -> list[Finding]:
         _plain("onnxscript", "export", "export"),
         _onnxruntime(),
         _openvino(),
-        _driver(),
+        *find_gpu_parts(),
     ]
 
 
@@ -40,15 +180,8 @@ def _python() -> Finding:
     return Finding("python", f"{platform.python_version()} on {platform.machine()}", True, "everything")
 
 
-def _installed(package: str) -> str | None:
-    try:
-        return version(package)
-    except PackageNotFoundError:
-        return None
-
-
 def _plain(package: str, extra: str, purpose: str) -> Finding:
-    found = _installed(package)
+    found = installed(package)
     if found is None:
         return Finding(package, "not installed", False, purpose, f'pip install "phreg-deploy[{extra}]"')
     return Finding(package, found, True, purpose)
@@ -56,56 +189,29 @@ def _plain(package: str, extra: str, purpose: str) -> Finding:
 
 def _torch() -> Finding:
     """timm imports torchvision, whose wheel fits one build of torch only; asked in a process of its own, so that this one stays light."""
-    missing = [p for p in ("torch", "timm", "safetensors") if _installed(p) is None]
+    missing = [p for p in ("torch", "timm", "safetensors") if installed(p) is None]
     purpose = "distill, export"
     if missing:
         return Finding(
             "torch + timm", f"{', '.join(missing)} not installed", False, purpose, 'pip install "phreg-deploy[distill]"'
         )
-    versions = f"torch {_installed('torch')}, timm {_installed('timm')}"
-    try:
-        tried = subprocess.run(
-            [sys.executable, "-c", "import timm, torch; print(torch.cuda.is_available())"],
-            capture_output=True,
-            text=True,
-            timeout=120,
-            check=False,
-        )
-    except subprocess.TimeoutExpired:
-        return Finding(
-            "torch + timm",
-            f"{versions}; importing them takes over two minutes",
-            False,
-            purpose,
-            "run: python -c 'import timm'",
-        )
-    if tried.returncode == 0:
-        return Finding(
-            "torch + timm",
-            f"{versions}; CUDA {'usable' if tried.stdout.strip().endswith('True') else 'not usable'}",
-            True,
-            purpose,
-        )
-    if "torchvision::nms" in tried.stderr:
-        return Finding(
-            "torch + timm",
-            f"{versions}; torchvision was built against another torch",
-            False,
-            purpose,
-            "pip install --force-reinstall torch torchvision",
-        )
-    last = tried.stderr.strip().splitlines()[-1:] or ["no message"]
-    return Finding(
-        "torch + timm",
-        f"{versions}; import fails: {last[0][:120]}",
-        False,
-        purpose,
-        'pip install --force-reinstall "phreg-deploy[distill]"',
-    )
+    versions = f"torch {installed('torch')}, timm {installed('timm')}"
+    worked, said = attempt("import timm, torch; print(torch.cuda.is_available())", 120)
+    if worked:
+        cuda = "usable" if said.endswith("True") else "not usable"
+        return Finding("torch + timm", f"{versions}; CUDA {cuda}", True, purpose)
+    mend = 'pip install --force-reinstall "phreg-deploy[distill]"'
+    if "timed out" in said:
+        said, mend = "importing them takes over two minutes", "run: python -c 'import timm'"
+    elif "torchvision::nms" in said:
+        said, mend = "torchvision was built against another torch", "pip install --force-reinstall torch torchvision"
+    else:
+        said = f"import fails: {said[:120]}"
+    return Finding("torch + timm", f"{versions}; {said}", False, purpose, mend)
 
 
 def _onnxruntime() -> Finding:
-    both = [p for p in ("onnxruntime", "onnxruntime-gpu") if _installed(p)]
+    both = [p for p in ("onnxruntime", "onnxruntime-gpu") if installed(p)]
     purpose = "calibrate, check, extract, profile"
     if not both:
         return Finding("onnxruntime", "not installed", False, purpose, 'pip install "phreg-deploy[cpu]"')
@@ -122,7 +228,7 @@ def _onnxruntime() -> Finding:
     except ImportError as error:
         return Finding(
             "onnxruntime",
-            f"{both[0]} {_installed(both[0])}; import fails: {error}",
+            f"{both[0]} {installed(both[0])}; import fails: {error}",
             False,
             purpose,
             f"pip install --force-reinstall {both[0]}",
@@ -133,7 +239,7 @@ def _onnxruntime() -> Finding:
 def _openvino() -> Finding:
     """What the CPU plugin itself says of the processor: names of instruction sets do not tell what it makes of them."""
     purpose = "the fastest backend on most processors"
-    if _installed("openvino") is None:
+    if installed("openvino") is None:
         return Finding("openvino", "not installed", False, purpose, 'pip install "phreg-deploy[openvino]"')
     try:
         import openvino
@@ -145,33 +251,4 @@ def _openvino() -> Finding:
             "openvino", f"fails: {''.join(first)[:120]}", False, purpose, "pip install --force-reinstall openvino"
         )
     kinds = ", ".join(kind for kind in ("FP32", "BF16", "INT8") if kind in able)
-    return Finding("openvino", f"openvino {_installed('openvino')}; CPU usable in {kinds}", True, purpose)
-
-
-def _driver() -> Finding:
-    """The driver is asked itself: lists of providers say nothing about whether one works."""
-    purpose = "distill on a GPU"
-    try:
-        driver = ctypes.CDLL("libcuda.so.1" if sys.platform != "win32" else "nvcuda.dll")
-    except OSError:
-        return Finding(
-            "NVIDIA driver", "not found", False, purpose, "none needed for the CPU; else install the NVIDIA driver"
-        )
-    count, number = ctypes.c_int(), ctypes.c_int()
-    code = driver.cuInit(0)
-    if code:
-        return Finding(
-            "NVIDIA driver",
-            f"present, but cuInit fails with error {code}",
-            False,
-            purpose,
-            "check nvidia-smi; inside a container, run it with --gpus all",
-        )
-    driver.cuDriverGetVersion(ctypes.byref(number))
-    driver.cuDeviceGetCount(ctypes.byref(count))
-    return Finding(
-        "NVIDIA driver",
-        f"CUDA {number.value // 1000}.{number.value % 1000 // 10}, {count.value} GPUs",
-        count.value > 0,
-        purpose,
-    )
+    return Finding("openvino", f"openvino {installed('openvino')}; CPU usable in {kinds}", True, purpose)

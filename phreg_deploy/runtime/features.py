@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections import OrderedDict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -67,13 +67,14 @@ class FeatureExtractor(Closing):
     @classmethod
     def load(
         cls, path: Path | str, backend: str = "auto", *, threads: int | None = None, compute: str = "auto",
-        mode: str = "latency", verify: bool = True, examine: bool = True,
+        mode: str = "latency", verify: bool = True, examine: bool = True, device: int = 0,
     ) -> FeatureExtractor:  # fmt: skip
         """Open a bundle.
 
         Args:
-            backend: "onnxruntime-cpu", "openvino", or "auto": the fastest of those installed that passes the bundle's
-                own exam, which takes a second where there are several.
+            backend: a key of ``backends.BACKENDS``, or "auto": the fastest of those installed that passes the bundle's own
+                exam, which takes a second where there are several.
+            device: the GPU, where the backend runs on one.
             threads, compute, mode: see ``tuning.Tuning``.
             examine: with "auto", refuse a bundle that fails its exam on every backend; False for who judges it himself.
             verify: compare every file with its hash in the manifest first.
@@ -87,9 +88,9 @@ class FeatureExtractor(Closing):
         if verify:
             bundle.verify()
         if backend == "auto":
-            opened, reason = choose(bundle, tuning, examine)
+            opened, reason = choose(bundle, tuning, examine, device)
         else:
-            opened, reason = open_backend(bundle, backend, tuning), f"{backend}: as asked"
+            opened, reason = open_backend(bundle, backend, tuning, device), f"{backend}: as asked"
         extractor = cls(bundle, opened)
         extractor.choice = reason
         return extractor
@@ -150,9 +151,46 @@ class FeatureExtractor(Closing):
         found = {name: value.astype(np.float32, copy=False) for name, value in whole.items()}
         return DenseFeatures(found["features"], found.get("cls"), found["token_norm"], self.manifest.norm_median)
 
-    def run(self, batch: np.ndarray) -> dict[str, np.ndarray]:
-        """Array to array: uint8 ``(B, H, W, 3)`` at a served size and batch -> the graph's outputs by name, as they come."""
-        return self._open().run(self.feed(batch))
+    def run(self, batch: Any, *, out: Mapping[str, Any] | None = None, stream: int | None = None) -> dict[str, Any]:
+        """Array to array: uint8 ``(B, H, W, 3)`` at a served size and batch -> the graph's outputs by name, as they come.
+
+        An array on a GPU (``__cuda_array_interface__`` or DLPack: torch, CuPy, numba, ...) is read where it lies, and the
+        outputs stay there: ``DeviceArray``, which the same libraries read.
+
+        Args:
+            out: arrays on the GPU to write into, by output name; for a batch on the GPU only.
+            stream: a ``cudaStream_t`` of yours to run on; then nothing is waited for. For a batch on the GPU only.
+
+        Raises:
+            PhregError: a size or batch that is not served, another type, or a backend that does not run on a GPU.
+        """
+        if isinstance(batch, np.ndarray):
+            if out is not None or stream is not None:
+                raise PhregError("extract: out and stream are for a batch on the GPU; got one on the host.")
+            return self._open().run(self.feed(batch))
+        return self._run_device(batch, out or {}, stream)
+
+    def _run_device(self, batch: Any, out: Mapping[str, Any], stream: int | None) -> dict[str, Any]:
+        from phreg_deploy.runtime.device_arrays import as_device
+
+        backend = self._open()
+        if not hasattr(backend, "run_device"):
+            raise PhregError(
+                f"extract: {backend.name} reads host memory only; got {type(batch).__name__}. Use --backend tensorrt or onnxruntime-cuda."
+            )
+        image = as_device(batch, stream)
+        if image.dtype != np.uint8 or len(image.shape) != 4 or image.shape[3] != 3:
+            raise PhregError(f"extract: got {image.dtype} {image.shape} on the GPU, expected uint8 RGB (B, H, W, 3).")
+        size = (image.shape[1], image.shape[2])
+        self.manifest.sizes.check(size, self.spec.patch)
+        self.manifest.batches.check(image.shape[0])
+        others = {} if self._base is None else {"pos_embed": self._positions(size)}
+        unknown = set(out) - set(self.manifest.outputs)
+        if unknown:
+            raise PhregError(f"out: got {', '.join(sorted(unknown))}, expected {', '.join(self.manifest.outputs)}.")
+        written = {name: as_device(value, stream) for name, value in out.items()}
+        found: dict[str, Any] = backend.run_device(image, others, stream, written)
+        return found
 
     def feed(self, batch: np.ndarray) -> dict[str, np.ndarray]:
         """What the graph is fed for a batch: the images, and their position embedding where the bundle serves several sizes."""

@@ -1,43 +1,76 @@
-"""ONNX Runtime behind the backend interface."""
+"""ONNX Runtime behind the backend interface, on the processor, on CUDA, and on its own TensorRT provider."""
 
 from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 from phreg_deploy.bundle import Bundle
+from phreg_deploy.engines import FOLDER, profiles_of
 from phreg_deploy.errors import BackendMissing, PhregError
+from phreg_deploy.runtime.cuda import Cuda
+from phreg_deploy.runtime.device_arrays import DeviceArray
 from phreg_deploy.runtime.tuning import Tuning
 
-PROVIDERS = {"onnxruntime-cpu": "CPUExecutionProvider"}
+PROVIDERS = {
+    "onnxruntime-cpu": "CPUExecutionProvider",
+    "onnxruntime-cuda": "CUDAExecutionProvider",
+    "onnxruntime-tensorrt": "TensorrtExecutionProvider",
+}
+HEAVY = {"MatMul", "Gemm", "LayerNormalization", "Softmax", "Gelu", "Conv"}  # what must not be left to the processor
 
 
 class OrtBackend:
     """An ``InferenceSession`` on exactly the execution provider that was asked for.
 
+    On a GPU no heavy node may be assigned to another provider, which ONNX Runtime itself would only log. Its TensorRT
+    provider links libnvinfer.so.10, so it is another TensorRT than the module ``tensorrt`` may be; its engines are cached
+    in the bundle too.
+
     Raises:
-        BackendMissing: ONNX Runtime cannot be imported, or dropped the provider silently.
-        PhregError: it refuses the graph, or was asked for bfloat16.
+        BackendMissing: ONNX Runtime cannot be imported, is not the GPU build, or dropped the provider silently.
+        PhregError: it refuses the graph, or was asked for a precision that the graph is not in.
     """
 
-    compute = "fp32"
-
-    def __init__(self, bundle: Bundle, name: str, tuning: Tuning) -> None:
-        if tuning.compute == "bf16":
-            raise PhregError(f"compute: got bf16, but {name} computes in fp32; use --backend openvino, or fp32.")
+    def __init__(self, bundle: Bundle, name: str, tuning: Tuning, device: int = 0) -> None:
+        manifest = bundle.manifest
+        self.name, self._gpu = name, name != "onnxruntime-cpu"
+        self.compute = manifest.precision if self._gpu and manifest.precision in ("fp16", "bf16") else "fp32"
+        _refuse(manifest.precision, name, tuning, self.compute)
         try:
             import onnxruntime
         except ImportError as error:
             raise BackendMissing(
                 f"backend: onnxruntime cannot be imported ({error}). Reinstall it: pip install --force-reinstall onnxruntime"
             ) from None
-        self.name = name
+        provider = PROVIDERS[name]
+        if provider not in onnxruntime.get_available_providers():
+            raise BackendMissing(
+                f"backend: this ONNX Runtime {onnxruntime.__version__} was built without {provider}. Run: pip uninstall onnxruntime, then pip install "
+                '"phreg-deploy[gpu]"'
+            )
+        self.cuda = Cuda(device) if self._gpu else None
         options = onnxruntime.SessionOptions()
         options.log_severity_level = 3  # errors only; they also raise
         if tuning.threads:
             options.intra_op_num_threads = tuning.threads
-        provider = PROVIDERS[name]
+        if manifest.quantisation is not None and manifest.quantisation["target"] == "trt":
+            options.add_session_config_entry(
+                "session.disable_quant_qdq", "1"
+            )  # FP8 has kernels for Q/DQ alone: compute it as written
+        if self._gpu:
+            options.add_session_config_entry("session.record_ep_graph_assignment_info", "1")
+        providers: list[Any] = [provider]
+        if self._gpu:
+            providers = [
+                (provider, settings(bundle, name, device)),
+                *([("CUDAExecutionProvider", {"device_id": str(device)})] if "tensorrt" in name else []),
+            ]
         try:
-            self._session = onnxruntime.InferenceSession(str(bundle.graph), options, providers=[provider])
+            self._session: Any = onnxruntime.InferenceSession(str(bundle.graph), options, providers=providers)
         except Exception as error:  # the binding's exceptions share no base but Exception
             first = str(error).splitlines()[0] if str(error) else type(error).__name__
             raise PhregError(
@@ -45,11 +78,123 @@ class OrtBackend:
             ) from None
         used = self._session.get_providers()
         if used[0] != provider:
-            raise BackendMissing(f"backend: asked ONNX Runtime for {provider}, got {used[0]}.")
+            raise BackendMissing(
+                f"backend: asked ONNX Runtime for {provider}, got {used[0]}: a library that it needs is missing. `phreg-deploy doctor` names it."
+            )
+        if self._gpu:
+            _check_assignment(self._session, name)
+        self._types = {o.name: o.type for o in (*self._session.get_inputs(), *self._session.get_outputs())}
         self._names = [output.name for output in self._session.get_outputs()]
+        self._patch = manifest.model.patch
+        self._shapes = {name: facts["shape"] for name, facts in manifest.outputs.items()}
 
     def run(self, feed: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
         return dict(zip(self._names, self._session.run(None, feed)))
 
+    def run_device(
+        self,
+        image: DeviceArray,
+        others: dict[str, np.ndarray],
+        stream: int | None = None,
+        out: Mapping[str, DeviceArray] | None = None,
+    ) -> dict[str, DeviceArray]:
+        """Device memory to device memory by IOBinding; returns when the answers are there.
+
+        Raises:
+            PhregError: on the processor, or with a stream of the caller's: ONNX Runtime takes one only for all calls.
+        """
+        if self.cuda is None:
+            raise PhregError(
+                "device array: onnxruntime-cpu reads host memory only; use --backend onnxruntime-cuda or tensorrt."
+            )
+        if stream is not None:
+            raise PhregError("stream: onnxruntime-cuda runs on a stream of its own; use tensorrt for one of yours.")
+        if image.stream:
+            self.cuda.call("cudaStreamSynchronize", image.stream)
+        binding, found = self._session.io_binding(), dict(out or {})
+        binding.bind_input("image", "cuda", self.cuda.index, np.uint8, image.shape, image.pointer)
+        for name, value in others.items():
+            binding.bind_cpu_input(name, value)
+        for name in self._names:
+            if name not in found:
+                found[name] = DeviceArray.allocate(self.cuda, self._shape(name, image.shape), self._dtype(name))
+            binding.bind_output(
+                name, "cuda", self.cuda.index, found[name].dtype, found[name].shape, found[name].pointer
+            )
+        self._session.run_with_iobinding(binding)
+        binding.synchronize_outputs()
+        return found
+
+    def _shape(self, name: str, image: tuple[int, ...]) -> tuple[int, ...]:
+        """An output's shape for images of this one: ``(B, Hp, Wp, ...)`` of a patch grid, or ``(B, C)``."""
+        declared = self._shapes[name]
+        if len(declared) < 3:
+            return (image[0], *declared[1:])
+        return (image[0], image[1] // self._patch[0], image[2] // self._patch[1], *declared[3:])
+
+    def _dtype(self, name: str) -> np.dtype[Any]:
+        return np.dtype({"tensor(float16)": np.float16, "tensor(float)": np.float32}[self._types[name]])
+
     def close(self) -> None:
         self._session = None
+
+
+def settings(bundle: Bundle, name: str, device: int) -> dict[str, str]:
+    """Provider options. TensorFloat-32 is off, as it is for engines: parity is with FP32."""
+    if name == "onnxruntime-cuda":
+        return {"device_id": str(device), "use_tf32": "0", "cudnn_conv_use_max_workspace": "1"}
+    cache = bundle.folder / FOLDER / "onnxruntime"
+    _folder(cache)
+    chosen = {
+        "device_id": str(device), "trt_engine_cache_enable": "1", "trt_engine_cache_path": str(cache), "trt_timing_cache_enable": "1",
+        "trt_timing_cache_path": str(cache), "trt_fp16_enable": "0", "trt_int8_enable": "0",
+    }  # fmt: skip
+    profiles = profiles_of(bundle.manifest)
+    if bundle.manifest.sizes.dynamic or bundle.manifest.batches.dynamic:
+        for i, kind in enumerate(("min", "opt", "max")):
+            chosen[f"trt_profile_{kind}_shapes"] = ",".join(
+                f"{tensor}:{'x'.join(str(side) for side in shapes[i])}"
+                for profile in profiles
+                for tensor, shapes in profile.inputs.items()
+            )
+    return chosen
+
+
+def _refuse(precision: str, name: str, tuning: Tuning, compute: str) -> None:
+    if tuning.compute not in ("auto", compute):
+        raise PhregError(
+            f"compute: got {tuning.compute}, but {name} computes in what the graph says, {compute}; use --backend openvino, or export in {tuning.compute}."
+        )
+    if precision == "bf16" and name == "onnxruntime-cpu":
+        raise PhregError(
+            "backend: ONNX Runtime has no bfloat16 on the processor; use --backend openvino, a GPU, or --precision fp16."
+        )
+    if precision in ("int8", "fp8") and name == "onnxruntime-cuda":
+        raise PhregError(
+            f"backend: ONNX Runtime has no {precision} kernels on CUDA and would compute in float, slower than FP16. Use --backend tensorrt, or an FP16 bundle."
+        )
+    if precision == "fp8" and name == "onnxruntime-tensorrt":
+        raise PhregError("backend: ONNX Runtime's TensorRT provider is not offered for fp8; use --backend tensorrt.")
+
+
+def _folder(path: Path) -> None:
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise PhregError(
+            f"engine cache: {path} cannot be made ({error.strerror}); copy the bundle where you may write."
+        ) from None
+
+
+def _check_assignment(session: Any, name: str) -> None:
+    """Raise unless every heavy node runs on the GPU; by what ONNX Runtime itself recorded."""
+    if not hasattr(session, "get_provider_graph_assignment_info"):  # before 1.24
+        return
+    strays = [
+        node for part in session.get_provider_graph_assignment_info() if part.ep_name == "CPUExecutionProvider"
+        for node in part.get_nodes() if node.op_type in HEAVY
+    ]  # fmt: skip
+    if strays:
+        raise BackendMissing(
+            f"backend: {name} left {len(strays)} heavy nodes to the processor, e.g. {strays[0].name} ({strays[0].op_type}). Use --backend tensorrt, or export in fp16."
+        )

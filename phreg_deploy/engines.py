@@ -1,0 +1,220 @@
+"""TensorRT plans in a bundle: ``engines/NAME.plan``, raw, each with a JSON sidecar. A cache, never the source.
+
+A plan is executable: it is read only when its hash is the sidecar's, and a sidecar is believed only for this bundle's graph.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import platform
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from phreg_deploy.bundle import GRAPH, Bundle, Manifest, file_digest
+from phreg_deploy.errors import BackendMissing, PhregError
+from phreg_deploy.spec import Stored
+from phreg_deploy.whole import write_error, write_whole
+
+FOLDER = "engines"
+COMPATIBILITY = ("none", "version", "ampere+", "same-cc")
+
+
+@dataclass(frozen=True)
+class Shapes(Stored):
+    """One optimization profile: input -> (smallest, best, largest) shape."""
+
+    inputs: dict[str, Any]
+
+    def holds(self, shapes: dict[str, tuple[int, ...]]) -> bool:
+        """Whether inputs of these shapes run in this profile."""
+        return all(
+            all(low <= side <= high for low, side, high in zip(self.inputs[name][0], shape, self.inputs[name][2]))
+            for name, shape in shapes.items()
+        )
+
+
+@dataclass(frozen=True)
+class Settings(Stored):
+    """How an engine is built.
+
+    ``tf32``: let FP32 products drop to 10 bits of mantissa; parity wants it off. ``compatibility``: "none", "version" (plan
+    for later TensorRT), "ampere+" or "same-cc" (plan for other GPUs). ``effort``: TensorRT's builder optimization level, 0-5.
+    """
+
+    tf32: bool = False
+    compatibility: str = "none"
+    effort: int = 3
+
+    def __post_init__(self) -> None:
+        if self.compatibility not in COMPATIBILITY:
+            raise PhregError(f"compatibility: got {self.compatibility!r}, expected one of {', '.join(COMPATIBILITY)}.")
+        if not 0 <= self.effort <= 5:
+            raise PhregError(f"effort: got {self.effort}, expected 0 (quick) to 5 (thorough).")
+
+
+@dataclass(frozen=True)
+class Key(Stored):
+    """What a plan depends on. ``gpu``: the device's name; ``architecture``: compute capability times ten."""
+
+    graph: str
+    precision: str
+    profiles: str
+    gpu: str
+    architecture: int
+    tensorrt: str
+    cuda: int  # major
+    system: str
+    settings: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def name(self) -> str:
+        whole = hashlib.sha256(json.dumps(asdict(self), sort_keys=True).encode()).hexdigest()
+        return f"{self.graph[:12]}-{whole[:8]}-sm{self.architecture}-trt{self.tensorrt}-cuda{self.cuda}"
+
+
+@dataclass(frozen=True)
+class Engine:
+    """A plan that was found, with what its sidecar says."""
+
+    path: Path
+    key: Key
+    sha256: str
+    profiles: list[Shapes]
+    report: dict[str, Any]
+
+    def read(self) -> bytes:
+        """The plan's bytes, hash checked.
+
+        Raises:
+            PhregError: missing or changed since it was built.
+        """
+        try:
+            data = self.path.read_bytes()
+        except OSError as error:
+            raise PhregError(
+                f"engine: {self.path} cannot be read ({error.strerror}). Run: phreg-deploy build {self.path.parent.parent} --force"
+            ) from None
+        got = hashlib.sha256(data).hexdigest()
+        if got != self.sha256:
+            raise PhregError(
+                f"engine: {self.path} has sha256 {got[:16]}…, expected {self.sha256[:16]}…: it was changed or damaged, and is not run. "
+                f"Run: phreg-deploy build {self.path.parent.parent} --force"
+            )
+        return data
+
+
+def profiles_of(manifest: Manifest) -> list[Shapes]:
+    """The optimization profiles of a bundle: one for a fixed or ranging size, one per size of a list.
+
+    Each covers the bundle's whole range of batches and is tuned for the best one.
+    """
+    batches, patch, width = manifest.batches, manifest.model.patch, manifest.model.width
+    sizes = manifest.sizes.sizes
+    triples = [sizes] if manifest.sizes.mode == "range" else [(size,) * 3 for size in sizes]
+    found = []
+    for triple in triples:
+        numbers = (batches.lowest, batches.best, batches.highest)
+        inputs: dict[str, Any] = {"image": [[b, *size, 3] for b, size in zip(numbers, triple)]}
+        if "pos_embed" in manifest.inputs:
+            inputs["pos_embed"] = [[1, (h // patch[0]) * (w // patch[1]), width] for h, w in triple]
+        found.append(Shapes(inputs))
+    return found
+
+
+def make_key(bundle: Bundle, gpu: str, architecture: int, tensorrt: str, cuda: int, settings: Settings) -> Key:
+    shapes = json.dumps([profile.to_json() for profile in profiles_of(bundle.manifest)], sort_keys=True)
+    return Key(
+        bundle.manifest.files.get(GRAPH) or file_digest(bundle.graph), bundle.manifest.precision, hashlib.sha256(shapes.encode()).hexdigest()[:16],
+        gpu, architecture, tensorrt, cuda, f"{platform.system().lower()}-{platform.machine()}", settings.to_json(),
+    )  # fmt: skip
+
+
+def store(bundle: Bundle, key: Key, plan: bytes, report: dict[str, Any]) -> Engine:
+    """Write a plan and, last, the sidecar that makes it count."""
+    folder = bundle.folder / FOLDER
+    try:
+        folder.mkdir(exist_ok=True)
+    except OSError as error:
+        raise write_error(error, folder) from error
+    path, digest = folder / f"{key.name}.plan", hashlib.sha256(plan).hexdigest()
+    profiles = profiles_of(bundle.manifest)
+    sidecar = {
+        "format": 1,
+        "key": asdict(key),
+        "sha256": digest,
+        "profiles": [p.to_json() for p in profiles],
+        "report": report,
+    }
+    path.with_suffix(".json").unlink(missing_ok=True)
+    write_whole(path, plan)
+    write_whole(path.with_suffix(".json"), (json.dumps(sidecar, indent=1, sort_keys=True) + "\n").encode())
+    return Engine(path, key, digest, profiles, report)
+
+
+def list_engines(bundle: Bundle) -> list[Engine]:
+    """Every engine in the bundle whose sidecar can be read and is of this bundle's graph."""
+    found = []
+    for sidecar in sorted((bundle.folder / FOLDER).glob("*.json")):
+        try:
+            data = json.loads(sidecar.read_text())
+            key = Key(**data["key"])
+            engine = Engine(
+                sidecar.with_suffix(".plan"),
+                key,
+                data["sha256"],
+                [Shapes.from_json(p) for p in data["profiles"]],
+                data["report"],
+            )
+        except (OSError, ValueError, KeyError, TypeError, PhregError):
+            continue  # not a sidecar of ours: the engine is built again
+        if key.graph == bundle.manifest.files.get(GRAPH):
+            found.append(engine)
+    return found
+
+
+def find_engine(bundle: Bundle, gpu: str, architecture: int, tensorrt: str, cuda: int) -> Engine:
+    """The engine that runs here, of whatever settings; the newest of several.
+
+    Raises:
+        BackendMissing: none was built, or only for something else, in words and with the command that mends it.
+    """
+    engines = list_engines(bundle)
+    here = make_key(bundle, gpu, architecture, tensorrt, cuda, Settings())
+    fitting = [e for e in engines if not _differences(e.key, here)]
+    if fitting:
+        return max(fitting, key=lambda e: e.path.stat().st_mtime if e.path.exists() else 0.0)
+    command = f"Run on this machine: phreg-deploy build {bundle.folder}"
+    if not engines:
+        raise BackendMissing(f"engine: {bundle.folder} holds no TensorRT engine for its graph. {command}")
+    nearest = min(engines, key=lambda e: len(_differences(e.key, here)))
+    raise BackendMissing(
+        f"engine: {nearest.path.name} was built {'; '.join(_differences(nearest.key, here))}. {command}"
+    )
+
+
+def _differences(key: Key, here: Key) -> list[str]:
+    """Why a plan does not run here, as far as its key tells."""
+    compatibility = key.settings.get("compatibility", "none")
+    found = []
+    ampere = compatibility == "ampere+" and here.architecture >= 80 and key.architecture >= 80
+    same = compatibility == "same-cc" and key.architecture == here.architecture
+    if not ampere and not same and (key.gpu, key.architecture) != (here.gpu, here.architecture):
+        found.append(
+            f"for {key.gpu} (SM {key.architecture / 10:.1f}), and this is {here.gpu} (SM {here.architecture / 10:.1f})"
+        )
+    later = compatibility == "version" and _numbers(here.tensorrt) >= _numbers(key.tensorrt)
+    if key.tensorrt != here.tensorrt and not later:
+        found.append(f"with TensorRT {key.tensorrt}, and this is {here.tensorrt}")
+    if key.cuda != here.cuda:
+        found.append(f"with CUDA {key.cuda}, and this is CUDA {here.cuda}")
+    if key.system != here.system:
+        found.append(f"on {key.system}, and this is {here.system}")
+    if key.profiles != here.profiles:
+        found.append("for other batches or sizes than the manifest's")
+    return found
+
+
+def _numbers(version: str) -> tuple[int, ...]:
+    return tuple(int(part) for part in version.split(".") if part.isdigit())

@@ -1,0 +1,153 @@
+"""An ONNX file -> a TensorRT plan: strongly typed, on the API that 10.3 and 11.x have in common. Needs no torch."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from phreg_deploy.engines import Settings, Shapes
+from phreg_deploy.errors import BackendMissing, PhregError
+from phreg_deploy.progress import SILENT, Progress
+from phreg_deploy.runtime.tensorrt_library import make_diary
+
+MIB = 2**20
+
+
+@dataclass
+class Built:
+    """``plan`` serialised; ``timing_cache`` to build the next one faster; ``warnings`` of TensorRT, in its words."""
+
+    plan: bytes
+    timing_cache: bytes
+    seconds: float
+    warnings: list[str] = field(default_factory=list)
+
+
+def build_plan(
+    trt: Any, graph: Path, profiles: list[Shapes], settings: Settings, *, workspace: int | None = None,
+    timing_cache: bytes = b"", progress: Progress = SILENT,
+) -> Built:  # fmt: skip
+    """Build an engine from an ONNX file as it stands: every type is the graph's own.
+
+    Args:
+        profiles: one or several optimization profiles; a graph with fixed shapes takes one that says the same.
+        workspace: MiB of device memory at most that tactics may use; None for TensorRT's own limit, the whole device.
+        timing_cache: of an earlier build with this GPU and TensorRT.
+
+    Raises:
+        BackendMissing: TensorRT cannot build here. PhregError: the parser refuses a node, which is named, or the
+            builder finds no implementation.
+    """
+    started, diary = time.perf_counter(), make_diary(trt)
+    try:
+        builder = trt.Builder(diary)
+    except (TypeError, RuntimeError) as error:  # the bindings get a null pointer where CUDA does not start
+        raise BackendMissing(
+            f"TensorRT: {trt.__version__} cannot build here: {error}; {diary.reason()}. A GPU and its driver are needed."
+        ) from None
+    network = builder.create_network(1 << int(trt.NetworkDefinitionCreationFlag.STRONGLY_TYPED))
+    parser = trt.OnnxParser(network, diary)
+    if not parser.parse_from_file(str(graph)):
+        raise PhregError(f"TensorRT: {trt.__version__} refuses {graph}: {_refusal(parser)}")
+    config = _config(trt, builder, settings, workspace)
+    for shapes in profiles:
+        profile = builder.create_optimization_profile()
+        for i in range(network.num_inputs):
+            tensor = network.get_input(i)
+            low, best, high = (tuple(shape) for shape in shapes.inputs[tensor.name])
+            profile.set_shape(tensor.name, low, best, high)
+        if config.add_optimization_profile(profile) < 0:
+            raise PhregError(f"TensorRT: it refuses the optimization profile {shapes.inputs}: {diary.reason()}.")
+    cache = config.create_timing_cache(timing_cache)
+    if cache is not None and not config.set_timing_cache(cache, ignore_mismatch=False) and timing_cache:
+        raise PhregError(
+            "timing cache: it is of another GPU or TensorRT. Delete it, or give another with --timing-cache."
+        )
+    with progress.task("build engine", None) as advance:
+        monitor = _make_monitor(trt, advance)
+        config.progress_monitor = monitor
+        plan = builder.build_serialized_network(network, config)
+    if monitor.interrupted is not None:
+        raise monitor.interrupted
+    if plan is None:
+        raise PhregError(
+            f"TensorRT: {trt.__version__} builds no engine from {graph}: {diary.reason()}. With too little memory, use --workspace or a smaller batch."
+        )
+    kept = config.get_timing_cache()
+    return Built(
+        bytes(plan),
+        bytes(kept.serialize()) if kept is not None else b"",
+        time.perf_counter() - started,
+        diary.warnings(),
+    )
+
+
+def _config(trt: Any, builder: Any, settings: Settings, workspace: int | None) -> Any:
+    config = builder.create_builder_config()
+    if not settings.tf32:
+        config.clear_flag(trt.BuilderFlag.TF32)
+    if workspace is not None:
+        config.set_memory_pool_limit(trt.MemoryPoolType.WORKSPACE, workspace * MIB)
+    config.builder_optimization_level = settings.effort
+    config.profiling_verbosity = trt.ProfilingVerbosity.DETAILED  # or the inspector cannot say what was fused
+    if settings.compatibility == "version":
+        config.set_flag(trt.BuilderFlag.VERSION_COMPATIBLE)
+    elif settings.compatibility == "ampere+":
+        config.hardware_compatibility_level = trt.HardwareCompatibilityLevel.AMPERE_PLUS
+    elif settings.compatibility == "same-cc":
+        level = getattr(trt.HardwareCompatibilityLevel, "SAME_COMPUTE_CAPABILITY", None)
+        if level is None:
+            raise PhregError(
+                f"compatibility: got same-cc, which TensorRT {trt.__version__} does not have; use none or ampere+."
+            )
+        config.hardware_compatibility_level = level
+    return config
+
+
+def _refusal(parser: Any) -> str:
+    """The parser's reasons in words, each with its node."""
+    found = []
+    for i in range(parser.num_errors):
+        error = parser.get_error(i)
+        lines = [
+            line
+            for line in str(error.desc()).splitlines()
+            if line and "Begin node" not in line and not line.startswith("Invalid Node")
+        ]
+        node = (
+            f"node {error.node_name() or error.node()} ({error.node_operator()})" if error.node() >= 0 else "the file"
+        )
+        text = f"{node}: {lines[0] if lines else error.code()}"
+        if text not in found:
+            found.append(text)
+    return "; ".join(found[:3]) + (f"; and {len(found) - 3} more" if len(found) > 3 else "") or "no reason given"
+
+
+def _make_monitor(trt: Any, advance: Callable[..., None]) -> Any:
+    """TensorRT's progress as a bar. What Python raises meanwhile, Ctrl-C too, stops the build and is raised after it."""
+
+    class Monitor(trt.IProgressMonitor):  # type: ignore[misc]
+        def __init__(self) -> None:
+            trt.IProgressMonitor.__init__(self)
+            self.interrupted: BaseException | None = None
+
+        def phase_start(self, phase_name: str, parent_phase: str | None, num_steps: int) -> None:
+            self._quietly(0, phase_name)
+
+        def step_complete(self, phase_name: str, step: int) -> bool:
+            self._quietly(1, phase_name)
+            return self.interrupted is None
+
+        def phase_finish(self, phase_name: str) -> None:
+            self._quietly(0, phase_name)
+
+        def _quietly(self, count: int, note: str) -> None:
+            try:
+                advance(count, note=note[:60])
+            except BaseException as error:  # it must not travel through TensorRT's frames
+                self.interrupted = error
+
+    return Monitor()
