@@ -22,8 +22,8 @@ STAMP = (1980, 1, 1, 0, 0, 0)  # the oldest date a zip can hold: the same bundle
 
 # 1st-percentile patch cosine at least; change of the norm-outlier rate at most, in percentage points; share of patches
 # with the same nearest neighbour at least. "exam_p1": between two runtimes on one graph. They round differently, and every
-# rounding moves others: for 8 bits .995 was measured in float32, .983 with bfloat16 around the 8-bit layers; for FP8 .967 with FP16 against FP32 around it; for
-# bfloat16 .9980-.9992 on a ViT-Tiny and its student, where PyTorch's own bfloat16 has .9986.
+# rounding moves others: for INT8 .995 was measured in float32, .983 with bfloat16 around the 8-bit layers; for FP8 .967 with
+# FP16 against FP32 around it; for bfloat16 .9980-.9992 on a ViT-Tiny and its student, where PyTorch's own has .9986.
 GATES = {
     "fp32": {"cosine_p1": 0.99999, "outlier_points": 0.0},
     "fp16": {"cosine_p1": 0.999, "outlier_points": 0.05},

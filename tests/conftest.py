@@ -195,8 +195,10 @@ def traced_once(torch, traces, monkeypatch):
     def once(module, sizes, batches, trace=exporter.trace):
         key = (sizes, batches, module.projection.sum().item())
         if key not in traces:
-            traces[key] = trace(module, sizes, batches).SerializeToString()
-        return exporter.onnx.load_from_string(traces[key])
+            traced = trace(module, sizes, batches)
+            traces[key] = traced.model.SerializeToString(), traced.program
+        data, program = traces[key]
+        return exporter.Traced(exporter.onnx.load_from_string(data), program)
 
     monkeypatch.setattr(exporter, "trace", once)
 

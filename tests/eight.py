@@ -79,7 +79,7 @@ def _traced(family: str) -> Traced:
     model = add_registers(small(family, depth=2 if family in DEEPER else 1), 4)
     height, width = model.patch_embed.img_size
     preprocess = model_preprocess(model)
-    graph = trace(DenseViT(model, preprocess), Sizes("fixed", ((height, width),)), Batches.parse(str(BATCH)))
+    graph = trace(DenseViT(model, preprocess), Sizes("fixed", ((height, width),)), Batches.parse(str(BATCH))).model
     images = np.stack([np.asarray(photograph(i, width, height)) for i in range(2 * BATCH)])
     return Traced(model, graph, preprocess, images.reshape(2, BATCH, height, width, 3))
 

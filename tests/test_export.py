@@ -5,6 +5,7 @@ import pytest
 import torch
 
 from phreg_deploy.artifacts import agreement
+from phreg_deploy.calibration.narrowing import narrow
 from phreg_deploy.distill import taps
 from phreg_deploy.distill.source import model_preprocess
 from phreg_deploy.distill.student import add_registers
@@ -16,7 +17,7 @@ from phreg_deploy.spec import Batches, Sizes
 from tests.families import FAMILIES, small
 
 
-def served(model, images, *, sizes=None, batch="1", half=False):
+def served(model, images, *, sizes=None, batch="1", precision="fp32", keep=()):
     """What ONNX Runtime and PyTorch say of the same uint8 images."""
     patch = tuple(model.patch_embed.patch_size)
     sizes = sizes or Sizes("fixed", (tuple(images.shape[1:3]),))
@@ -26,7 +27,12 @@ def served(model, images, *, sizes=None, batch="1", half=False):
     sized = type(model) and model
     if tuple(model.patch_embed.img_size) != sizes.default:
         sized.set_input_size(img_size=sizes.default)
-    proto = trace(DenseViT(sized, preprocess, positions_as_input=sizes.dynamic, half=half), sizes, Batches.parse(batch))
+    traced = trace(DenseViT(sized, preprocess, positions_as_input=sizes.dynamic), sizes, Batches.parse(batch))
+    proto = traced.model
+    if precision != "fp32":
+        traced.observe(torch.from_numpy(images))
+        narrow(proto, precision, traced.largest, keep)
+    onnx.checker.check_model(proto)
     session = onnxruntime.InferenceSession(proto.SerializeToString(), providers=["CPUExecutionProvider"])
     feed = {"image": images}
     if sizes.dynamic:
@@ -84,7 +90,7 @@ def test_rotary_models_are_served_at_sizes_that_are_not_square():
 @pytest.mark.parametrize("family", ["dinov2", "clip-quickgelu", "siglip", "eva02"])
 def test_float16_graphs_stay_close(family):
     model = add_registers(small(family), 4)
-    got, seen, proto = served(model, pictures(1, tuple(model.patch_embed.img_size)), half=True)
+    got, seen, proto = served(model, pictures(1, tuple(model.patch_embed.img_size)), precision="fp16")
     assert got["features"].dtype == np.float16
     assert got["token_norm"].dtype == np.float32
     assert agreement(got["features"].reshape(1, -1, 48), seen.patches.numpy()).p1 > 0.999

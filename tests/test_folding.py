@@ -5,6 +5,7 @@ import torch
 from torch import nn
 
 from phreg_deploy.export.folding import (
+    CENTRE,
     fold_attention_scale,
     fold_layer_scale,
     fold_normalisation,
@@ -25,7 +26,7 @@ def test_normalisation_moves_into_the_patch_projection(bias):
     )
     expected = copy.deepcopy(projection).double()(normal).flatten(2).transpose(1, 2)
     weight, offset = fold_normalisation(projection, mean, std)
-    rows = image.reshape(2, 2, 4, 3, 4, 3).permute(0, 1, 3, 2, 4, 5).reshape(2, 6, -1).double()
+    rows = (image - CENTRE).reshape(2, 2, 4, 3, 4, 3).permute(0, 1, 3, 2, 4, 5).reshape(2, 6, -1).double()
     torch.testing.assert_close(rows @ weight.double() + offset.double(), expected, rtol=1e-5, atol=1e-5)
 
 

@@ -8,12 +8,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
-# isort: split
+# isort: off
+import phreg_deploy.export.needs  # noqa: F401  (first: it says which of the next three is missing)
 import onnx
 import timm
 import torch
+
+# isort: on
+import numpy as np
 
 from phreg_deploy import __version__
 from phreg_deploy.bundle import (

@@ -65,7 +65,13 @@ def open_backend(bundle: Bundle, name: str, tuning: Tuning, device: int = 0) -> 
 def there(name: str) -> bool:
     """Whether a backend's module can be found; nothing is imported."""
     modules = (BACKENDS[name][0], *(["tensorrt_lean"] if name == "tensorrt" else []))
-    return any(module in sys.modules or importlib.util.find_spec(module) is not None for module in modules)
+    return any(found(module) for module in modules)
+
+
+def found(module: str) -> bool:
+    if module in sys.modules:  # which find_spec would ask for its origin; None stands for "blocked"
+        return sys.modules[module] is not None
+    return importlib.util.find_spec(module) is not None
 
 
 def driver_present() -> bool:

@@ -29,8 +29,7 @@ REASONS = {
     0x100: "display clock setting", 0x200: "board limit", 0x400: "reliability",
 }  # fmt: skip
 OVERCURRENT = ("undervoltage", "average over-current", "instantaneous over-current")  # oc1 to oc3 of Orin's soctherm
-# Why a Jetson may not tell.
-SILENT = {
+SILENT = {  # why a Jetson may not tell
     "power": "no INA3221 rails in /sys/bus/i2c/drivers", "energy": "no INA3221 rails to integrate",
     "sm_clock": "no GPU in /sys/class/devfreq", "memory_clock": "only root may read /sys/kernel/debug/bpmp/debug/clk/emc/rate",
     "temperature": "no thermal zone of the GPU", "memory_used": "its memory is shared with the CPU",
@@ -127,8 +126,7 @@ class Jetson:
         self._emc = root / "sys/kernel/debug/bpmp/debug/clk/emc/rate"  # root alone may read it
         zones = {_text(p): p.with_name("temp") for p in sorted(root.glob("sys/class/thermal/thermal_zone*/type"))}
         self._zone = next((p for part in ("gpu", "tj") for name, p in zones.items() if part in name.lower()), None)
-        cooling = sorted(root.glob("sys/class/thermal/cooling_device*/type"))
-        # a fan or a governor that is at work holds nothing back; an alert does
+        cooling = sorted(root.glob("sys/class/thermal/cooling_device*/type"))  # a fan holds nothing back, an alert does
         self._alerts = {_text(p): p.with_name("cur_state") for p in cooling if _text(p).endswith("-throttle-alert")}
         self._counts = {path: _number(path) for path in sorted(root.glob("sys/class/hwmon/hwmon*/oc*_event_cnt"))}
         release = re.search(r"# R(\d+) \(release\), REVISION: ([\d.]+)", _text(root / "etc/nv_tegra_release"))
@@ -248,8 +246,7 @@ class Telemetry:
 def summarise(samples: list[Sample], frames: int | None = None, idle: float | None = None) -> dict[str, Any]:
     """Power (W), energy (J, per frame, and above ``idle`` W), clocks (MHz), temperature and throttling of a run of samples.
 
-    Energy is the difference of NVML's counter, or the integral of power by trapezoids where there is none. ``throttled``:
-    reason -> share of the samples; None where nobody tells.
+    Energy: difference of NVML's counter, else the integral of power by trapezoids. ``throttled``: reason -> share of samples.
     """
     powers = [(s.at, s.power) for s in samples if s.power is not None]
     counted = [(s.at, s.energy) for s in samples if s.energy is not None]

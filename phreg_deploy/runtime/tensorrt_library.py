@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import importlib
-import importlib.util
 from typing import Any
 
 from phreg_deploy.errors import BackendMissing, PhregError
+from phreg_deploy.runtime.backends import found
 
 OLDEST = (10, 3)  # JetPack 6.2's
 KEPT = 40  # messages kept of a build or a load
@@ -20,7 +20,7 @@ def load_tensorrt(lean: bool = False) -> Any:
         BackendMissing: not installed, a library of it is missing, or older than 10.3.
     """
     for name in ("tensorrt", *(["tensorrt_lean"] if lean else [])):
-        if not _there(name):
+        if not found(name):
             continue
         try:
             trt = importlib.import_module(name)
@@ -86,9 +86,3 @@ def deserialise(trt: Any, plan: bytes, diary: Any, host_code: bool = False) -> t
         )
     return runtime, engine
 
-
-def _there(name: str) -> bool:
-    try:
-        return importlib.util.find_spec(name) is not None
-    except ValueError:  # a module without a spec, which a test put there
-        return True

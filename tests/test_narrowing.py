@@ -1,0 +1,158 @@
+"""FP16 and BF16 graphs: what stays in FP32, what a Cast is for, and that the numbers are the format's own."""
+
+import re
+
+import numpy as np
+import onnx
+import onnxruntime
+import pytest
+import torch
+from onnx import TensorProto, helper, numpy_helper
+
+from phreg_deploy.artifacts import agreement
+from phreg_deploy.calibration.narrowing import LIMITS, ROOM, float_tensors, islands, narrow
+from phreg_deploy.distill.source import model_preprocess
+from phreg_deploy.errors import PhregError
+from phreg_deploy.export.graph import DenseViT
+from phreg_deploy.export.trace import trace
+from phreg_deploy.spec import Batches, Sizes
+from tests.families import small
+
+LOW = {"fp16": TensorProto.FLOAT16, "bf16": TensorProto.BFLOAT16}
+IMAGES = np.random.default_rng(3).integers(0, 256, (1, 64, 64, 3), dtype=np.uint8)
+
+
+@pytest.fixture(scope="module")
+def traced(torch):
+    """A traced model with what its tensors reach."""
+    model = small("augreg")
+    found = trace(DenseViT(model, model_preprocess(model)), Sizes("fixed", ((64, 64),)), Batches.parse("1"))
+    found.observe(torch.from_numpy(IMAGES))
+    return found
+
+
+@pytest.fixture(scope="module", name="torch")
+def _torch():
+    return torch
+
+
+def copy_of(traced):
+    model = onnx.ModelProto()
+    model.CopyFrom(traced.model)
+    return model
+
+
+def typed(model):
+    """Tensor -> element type, by onnx's own strict inference: it fails where two types meet in one operator."""
+    inferred = onnx.shape_inference.infer_shapes(model, check_type=True, strict_mode=True)
+    kinds = {v.name: v.type.tensor_type.elem_type for v in (*inferred.graph.value_info, *inferred.graph.output, *inferred.graph.input)}
+    return kinds | {i.name: i.data_type for i in model.graph.initializer}
+
+
+def answers(model):
+    options = onnxruntime.SessionOptions()
+    options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL  # or it would skip roundings to FP16
+    session = onnxruntime.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
+    return dict(zip([o.name for o in session.get_outputs()], session.run(None, {"image": IMAGES})))
+
+
+@pytest.mark.parametrize("precision", ["fp16", "bf16"])
+def test_every_product_and_norm_is_in_the_format_and_the_graph_is_well_typed(traced, precision):
+    model = narrow(copy_of(traced), precision, traced.largest).model
+    kinds = typed(model)
+    for node in model.graph.node:
+        if node.op_type in ("MatMul", "Softmax", "Gelu") or node.name.startswith("blocks."):
+            assert kinds[node.output[0]] == LOW[precision], node.name
+    outputs = {o.name: o.type.tensor_type.elem_type for o in model.graph.output}
+    assert outputs["token_norm"] == TensorProto.FLOAT
+    assert outputs["features"] == (TensorProto.FLOAT16 if precision == "fp16" else TensorProto.FLOAT)
+
+
+def test_a_tensor_beyond_the_range_keeps_what_touches_it_in_fp32_and_nothing_else(traced):
+    hidden = next(n for n in traced.model.graph.node if n.name == "blocks.1.mlp.act/Gelu").output[0]
+    largest = {**traced.largest, hidden: LIMITS["fp16"] / ROOM * 1.01}
+    narrowed = narrow(copy_of(traced), "fp16", largest)
+    assert set(narrowed.islands) == {"blocks.1.mlp.act/Gelu", "blocks.1.mlp.fc2/MatMul"}
+    assert hidden in narrowed.islands["blocks.1.mlp.act/Gelu"]
+    kinds = typed(narrowed.model)
+    assert kinds[hidden] == TensorProto.FLOAT
+    assert any("blocks.1.mlp.fc2" in line for line in islands(narrowed, "fp16"))
+    assert narrow(copy_of(traced), "bf16", largest).islands == {}, "BF16 has FP32's range"
+
+
+def test_a_value_just_within_the_range_is_no_island(traced):
+    hidden = next(n for n in traced.model.graph.node if n.name == "blocks.1.mlp.act/Gelu").output[0]
+    assert narrow(copy_of(traced), "fp16", {**traced.largest, hidden: LIMITS["fp16"] / ROOM * 0.99}).islands == {}
+
+
+def test_an_overflow_that_would_be_infinite_is_served_from_its_island():
+    """A hidden unit of 1e5 is infinite in FP16; what it adds is small, so that nothing else is."""
+    model = small("augreg")
+    with torch.no_grad():
+        model.blocks[1].mlp.fc1.weight[0] = 1e4  # times 48 normalised inputs
+        model.blocks[1].mlp.fc2.weight[:, 0] = 1e-6
+    found = trace(DenseViT(model, model_preprocess(model)), Sizes("fixed", ((64, 64),)), Batches.parse("1"))
+    found.observe(torch.from_numpy(IMAGES))
+    expected = answers(copy_of(found))["features"].reshape(1, -1, 48)
+    blind = answers(narrow(copy_of(found), "fp16").model)["features"].astype(np.float32).reshape(1, -1, 48)
+    assert not np.isfinite(blind).all(), "without ranges the same graph overflows, or this test shows nothing"
+    got = answers(narrow(copy_of(found), "fp16", found.largest).model)["features"].reshape(1, -1, 48)
+    assert agreement(got.astype(np.float32), expected).p1 > 0.9999
+
+
+@pytest.mark.parametrize("pattern", ["blocks.0.attn", r"^blocks\.\d+/Add"])
+def test_what_a_user_keeps_stays_in_fp32(traced, pattern):
+    narrowed = narrow(copy_of(traced), "fp16", traced.largest, [pattern])
+    kinds = typed(narrowed.model)
+    kept = [n for n in narrowed.model.graph.node if re.search(pattern, n.name)]
+    assert kept
+    assert all(kinds[n.output[0]] == TensorProto.FLOAT for n in kept)
+    assert all(n.name in narrowed.islands for n in kept)
+
+
+@pytest.mark.parametrize(("pattern", "words"), [("blocks.99.mlp", "fits no node"), ("blocks.(", "no regular expression")])
+def test_a_pattern_that_means_nothing_is_said(traced, pattern, words):
+    with pytest.raises(PhregError, match=re.escape(words)):
+        narrow(copy_of(traced), "fp16", traced.largest, [pattern])
+
+
+def test_an_unknown_precision_is_said(traced):
+    with pytest.raises(PhregError, match="expected fp16 or bf16"):
+        narrow(copy_of(traced), "fp64")
+
+
+def test_every_name_that_torch_watched_and_more_has_a_range(traced):
+    """Products before their bias have no name in torch; an infinite one would still be found."""
+    products = [n.output[0] for n in traced.model.graph.node if n.op_type == "MatMul" and n.name.startswith("blocks.")]
+    assert set(products) - set(traced.largest), "torch names them all now: the rule for Add can go"
+    huge = {**traced.largest, next(n for n in traced.model.graph.node if n.name == "blocks.0.mlp.fc1/Add").output[0]: 1e6}
+    assert "blocks.0.mlp.fc1/MatMul" in narrow(copy_of(traced), "fp16", huge).islands
+
+
+def test_quantised_inputs_take_the_type_of_what_feeds_and_of_what_reads_them():
+    """Q in FP32 after an island, DQ in FP16 before a product, and no Cast between the two."""
+    constant = lambda name, value: numpy_helper.from_array(np.asarray(value), name)  # noqa: E731
+    nodes = [
+        helper.make_node("Gelu", ["x"], ["g"], name="wide/Gelu"),
+        helper.make_node("QuantizeLinear", ["g", "step", "zero"], ["q"], name="q"),
+        helper.make_node("DequantizeLinear", ["q", "step", "zero"], ["d"], name="d"),
+        helper.make_node("DequantizeLinear", ["w8", "wstep", "zero"], ["w"], name="w"),
+        helper.make_node("MatMul", ["d", "w"], ["features"], name="p/MatMul"),
+    ]
+    graph = helper.make_graph(
+        nodes, "g", [helper.make_tensor_value_info("x", TensorProto.FLOAT, [2, 4])], [helper.make_tensor_value_info("features", TensorProto.FLOAT, [2, 3])],
+        [constant("step", np.float32(0.5)), constant("zero", np.int8(0)), constant("w8", np.ones((4, 3), np.int8)), constant("wstep", np.float32(0.25))],
+    )  # fmt: skip
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 20)])
+    kinds = typed(narrow(model, "fp16", {"g": 1e6}).model)
+    assert kinds["g"] == TensorProto.FLOAT
+    assert kinds["q"] == TensorProto.INT8
+    assert kinds["d"] == kinds["w"] == kinds["features"] == TensorProto.FLOAT16
+    order = [n.op_type for n in model.graph.node]
+    assert order.count("Cast") == 0, order
+
+
+def test_float_tensors_are_the_floats(traced):
+    found = float_tensors(traced.model)
+    assert {"features", "token_norm", "blocks.0.attn.qkv.weight"} <= found
+    assert "image" not in found
