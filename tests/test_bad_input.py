@@ -4,10 +4,12 @@ Bundles have a table of their own, and so have outputs.
 """
 
 import pickle
+import sys
 from fractions import Fraction
 
 import pytest
 
+from phreg_deploy.bundle import Bundle
 from tests.world import leftovers
 
 pytestmark = pytest.mark.usefixtures("torch")
@@ -151,7 +153,7 @@ OPTIONS = {
     "list with a gap": (lambda w: export(w, w.student, "--image-size", "64,,72"), ["'64,,72'"]),
     "batch zero": (lambda w: export(w, w.student, "--batch", "0"), ["'0'", "from 1"]),
     "batch of words": (lambda w: export(w, w.student, "--batch", "1:x:3"), ["'1:x:3'", "MIN:OPT:MAX"]),
-    "precision unknown": (lambda w: export(w, w.student, "--precision", "int4"), ["'int4'", "fp32 or fp16"]),
+    "precision unknown": (lambda w: export(w, w.student, "--precision", "int4"), ["'int4'", "fp32, fp16 or bf16"]),
     "precision of training": (lambda w: distill(w, w.base, "--precision", "fp8"), ["'fp8'", "auto, fp32 or bf16"]),
     "recipe unknown": (lambda w: distill(w, w.base, "--recipe", "magic"), ["'magic'", "transplant or ph-reg"]),
     "registers negative": (lambda w: distill(w, w.base, "--registers", "-1"), ["got -1", "0 to 64"]),
@@ -205,6 +207,7 @@ def test_a_gpu_that_is_not_there_is_exit_code_4(world, run_cli, torch, command, 
     assert not world.out.exists()
 
 
-def test_a_format_that_is_planned_is_exit_code_4(world, run_cli):
-    run_cli(*export(world, world.student, "--format", "trt"), "--json").refused(4, "trt", "--format onnx")
-    assert not world.out.exists()
+def test_an_engine_that_cannot_be_built_here_is_exit_code_4_and_leaves_the_bundle_ready(world, run_cli, monkeypatch):
+    monkeypatch.setitem(sys.modules, "tensorrt", None)
+    run_cli(*export(world, world.student, "--format", "trt"), "--json").refused(4, "trt", f"phreg-deploy build {world.out.name}")
+    Bundle.read(world.out).verify()

@@ -86,11 +86,12 @@ def test_a_value_just_within_the_range_is_no_island(traced):
 
 
 def test_an_overflow_that_would_be_infinite_is_served_from_its_island():
-    """A hidden unit of 1e5 is infinite in FP16; what it adds is small, so that nothing else is."""
+    """A hidden unit of 1e5 is infinite in FP16; what it adds is small, so that only its own block half is an island."""
     model = small("augreg")
     with torch.no_grad():
-        model.blocks[1].mlp.fc1.weight[0] = 1e4  # times 48 normalised inputs
-        model.blocks[1].mlp.fc2.weight[:, 0] = 1e-6
+        signs = torch.tensor([1.0, -1.0]).repeat(24)  # a layer norm's outputs add up to nothing
+        model.blocks[1].mlp.fc1.weight[:2] = 1.6e4 * torch.stack([signs, -signs])  # times 48 normalised inputs
+        model.blocks[1].mlp.fc2.weight[:, :2] = 1e-6
     found = trace(DenseViT(model, model_preprocess(model)), Sizes("fixed", ((64, 64),)), Batches.parse("1"))
     found.observe(torch.from_numpy(IMAGES))
     expected = answers(copy_of(found))["features"].reshape(1, -1, 48)

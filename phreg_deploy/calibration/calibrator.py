@@ -119,7 +119,7 @@ def calibrate(
         gains = search.sensitivities(smoothing, advance)
     with progress.task("fallback", None) as advance:
         keep, steps = search.fallback(smoothing, gains, request.float_macs, passes, advance)
-    graph = search.graph(smoothing, set(keep))
+    graph = search.graph(smoothing, set(keep), share=request.target == "trt")
     eight = [n.name for n in linears if n.name not in keep]
     islands: list[str] = []
     if request.target == "trt":

@@ -16,15 +16,19 @@ TARGETS = ("cpu", "trt")
 
 
 def write_int8(
-    model: ModelProto, linears: list[Linear], equalised: Equalised, keep: set[str], target: str
+    model: ModelProto, linears: list[Linear], equalised: Equalised, keep: set[str], target: str, share: bool = False
 ) -> ModelProto:
     """A copy of ``model`` with equalised numbers, and int8 weights and activations wherever ``keep`` does not forbid it.
 
     "cpu": a zero point for hidden units, in uint8. "trt": TensorRT takes no zero point, so the same grid is reached by
     shifting the hidden units by a constant, which the bias takes back. Biases are ``[1, 1, O]`` and every MatMul has a
     DequantizeLinear of its own: with either otherwise, ONNX Runtime computes in float.
+
+    Args:
+        share: one Q/DQ for all layers that read an input, as TensorRT likes it.
     """
-    return _Writer(_without(model, {linear.weight for linear in linears}), equalised, target).write(linears, keep)
+    without = _without(model, {linear.weight for linear in linears})
+    return _Writer(without, equalised, target, share).write(linears, keep)
 
 
 def _without(model: ModelProto, weights: set[str]) -> ModelProto:
@@ -41,9 +45,10 @@ def _without(model: ModelProto, weights: set[str]) -> ModelProto:
 
 
 class _Writer:
-    def __init__(self, model: ModelProto, equalised: Equalised, target: str) -> None:
+    def __init__(self, model: ModelProto, equalised: Equalised, target: str, share: bool) -> None:
         self.model = model
-        self.equalised, self.target = equalised, target
+        self.equalised, self.target, self.share = equalised, target, share
+        self.given: dict[str, tuple[str, float]] = {}  # input -> what it became for the first of its readers
         self.nodes: list[NodeProto] = []
         self.made: set[str] = set()
         self.readers: dict[str, int] = {}
@@ -109,13 +114,13 @@ class _Writer:
         Layers that share an input each have a QuantizeLinear of their own: ONNX Runtime takes signed inputs to its
         integer kernels only where one has a single reader. Their steps differ in the last place, or it would merge them.
         """
+        if self.share and source in self.given:
+            return self.given[source]
         shift, quantised = 0.0, f"{linear.name}/quantised"
         reader = self.readers[source] = self.readers.get(source, -1) + 1
         value = np.float32(grid.step)
-        if (
-            self.target == "trt"
-        ):  # FP16 holds it exactly, so that narrowing moves no grid; TensorRT shares inputs as it likes
-            value, reader = np.float32(halves(grid.step)), 0
+        if self.target == "trt":  # what FP16 holds exactly, so that narrowing moves no grid
+            value = np.float32(halves(grid.step))
         for _ in range(reader):
             value = np.nextafter(value, np.float32(np.inf))
         hidden, signed = linear.kind == "hidden", grid.symmetric or self.target == "trt"
@@ -134,7 +139,8 @@ class _Writer:
                 "Add", [scaled, self.constant(f"{linear.name}.shift", np.float32(shift))], f"{linear.name}/shift"
             )
         self.add("QuantizeLinear", [scaled, step, zero], quantised)
-        return self.add("DequantizeLinear", [quantised, step, zero], f"{linear.name}/input"), shift
+        self.given[source] = self.add("DequantizeLinear", [quantised, step, zero], f"{linear.name}/input"), shift
+        return self.given[source]
 
     def add(self, operator: str, inputs: list[str], output: str, **attributes: Any) -> str:
         self.nodes.append(helper.make_node(operator, inputs, [output], name=f"{output}/{operator}", **attributes))

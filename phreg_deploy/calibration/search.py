@@ -73,11 +73,11 @@ class Search:
             self._known = (smoothing, equalise(self.wiring, self.linears, self.ranges, smoothing))
         return self._known[1]
 
-    def graph(self, smoothing: Smoothing, keep: set[str]) -> Any:
-        """The graph in 8 bits but for ``keep``, floats in FP32."""
+    def graph(self, smoothing: Smoothing, keep: set[str], share: bool = False) -> Any:
+        """The graph in 8 bits but for ``keep``, floats in FP32; ``share`` see ``write_int8``."""
         equalised = self.equalised(smoothing)
         if self.mode == "int8":
-            return write_int8(self.wiring.model, self.linears, equalised, keep, self.target)
+            return write_int8(self.wiring.model, self.linears, equalised, keep, self.target, share)
         names = {n.name for n in self.linears}
         centred = write_int8(
             self.wiring.model, self.linears, equalised, names, self.target

@@ -161,12 +161,17 @@ def describe(values: Iterable[float]) -> dict[str, Any]:
 
 
 def bootstrap(times: np.ndarray) -> list[float]:
-    """Lower and upper end of the median's ``CONFIDENCE`` % interval by resampling ``(N,)`` times, the same at every call."""
-    rng = np.random.default_rng(0)
-    # one resample at a time: all at once take gigabytes for a long run
-    medians = [np.median(times[rng.integers(0, len(times), len(times))]) for _ in range(RESAMPLES)]
+    """Lower and upper end of the median's ``CONFIDENCE`` % interval by resampling ``(N,)`` times, the same at every call.
+
+    Of a resample only the rank of its median is drawn, which is beta distributed: exact, and quick however long the run was.
+    """
+    rng, ordered, count = np.random.default_rng(0), np.sort(times), len(times)
+    rank = (count + 1) // 2
+    low = rng.beta(rank, count + 1 - rank, RESAMPLES)
+    high = low if count % 2 else low + (1 - low) * rng.beta(1, count - rank, RESAMPLES)
+    picked = [ordered[np.minimum((count * side).astype(int), count - 1)] for side in (low, high)]
     rest = (100 - CONFIDENCE) / 2
-    return np.percentile(medians, (rest, 100 - rest)).tolist()  # type: ignore[no-any-return]
+    return np.percentile(np.mean(picked, axis=0), (rest, 100 - rest)).tolist()  # type: ignore[no-any-return]
 
 
 def sweep(

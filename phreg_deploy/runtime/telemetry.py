@@ -24,7 +24,7 @@ WHOLE = ("VDD_IN", "POM_5V_IN", "5V_IN")  # rails that feed the whole module; AG
 GPU = re.compile(r"gpu|ga10b|gv11b|gp10b|gm20b")  # devfreq nodes of Jetson's GPUs, e.g. 17000000.gpu, gpu-gpc-0
 # Bits of NVML's clocks event reasons. "GPU idle" is none: it holds nothing back.
 REASONS = {
-    0x2: "application clocks setting", 0x4: "software power cap", 0x8: "hardware slowdown", 0x10: "sync boost",
+    0x2: "applications clocks setting", 0x4: "software power cap", 0x8: "hardware slowdown", 0x10: "sync boost",
     0x20: "software thermal slowdown", 0x40: "hardware thermal slowdown", 0x80: "hardware power brake",
     0x100: "display clock setting", 0x200: "board limit", 0x400: "reliability",
 }  # fmt: skip
@@ -226,7 +226,8 @@ class Telemetry:
     def summary(self, frames: int | None = None) -> dict[str, Any]:
         """Figures of the last run, see ``summarise``, and the conditions they hold in."""
         found, jetson = summarise(self.samples, frames, self.idle_power), self.jetson
-        silent = [field[0] for field in CALLS if all(getattr(sample, field[0]) is None for sample in self.samples)]
+        silent = [call[0] for call in CALLS if all(getattr(sample, call[0]) is None for sample in self.samples)]
+        silent = [name for name in silent if name != "energy" or found["energy"]["joules"] is None]
         told = {**self.missing, **({name: f"Jetson: {why}." for name, why in SILENT.items()} if jetson.present else {})}
         source = jetson.power_source if found["rails"] else "NVML"
         found["power"]["source"] = None if found["power"]["mean"] is None else source
