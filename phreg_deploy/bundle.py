@@ -217,7 +217,7 @@ def engrave(graph: Any, manifest: Manifest) -> None:
 
 def seal(folder: Path, manifest: Manifest) -> None:
     """Write the manifest of a folder whose other files are all there, with the hash of each."""
-    files = {p.name: file_digest(p) for p in sorted(folder.iterdir())}
+    files = {p.name: file_digest(p) for p in sorted(folder.iterdir()) if p.is_file()}
     (folder / MANIFEST).write_text(
         json.dumps(replace(manifest, files=files).to_json(), indent=1, sort_keys=True) + "\n"
     )

@@ -18,6 +18,7 @@ from phreg_deploy.spec import Stored
 from phreg_deploy.whole import write_error, write_whole
 
 FOLDER = "engines"
+FORMAT = 1  # of a sidecar
 COMPATIBILITY = ("none", "version", "ampere+", "same-cc")
 
 
@@ -29,10 +30,12 @@ class Shapes(Stored):
 
     def holds(self, shapes: dict[str, tuple[int, ...]]) -> bool:
         """Whether inputs of these shapes run in this profile."""
-        return all(
-            all(low <= side <= high for low, side, high in zip(self.inputs[name][0], shape, self.inputs[name][2]))
-            for name, shape in shapes.items()
-        )
+        return all(name in self.inputs and _within(self.inputs[name], shape) for name, shape in shapes.items())
+
+
+def _within(profile: Any, shape: tuple[int, ...]) -> bool:
+    lowest, _, highest = profile
+    return len(shape) == len(lowest) and all(a <= side <= b for a, side, b in zip(lowest, shape, highest))
 
 
 @dataclass(frozen=True)
@@ -126,7 +129,7 @@ def profiles_of(manifest: Manifest) -> list[Shapes]:
 def make_key(bundle: Bundle, gpu: str, architecture: int, tensorrt: str, cuda: int, settings: Settings) -> Key:
     shapes = json.dumps([profile.to_json() for profile in profiles_of(bundle.manifest)], sort_keys=True)
     return Key(
-        bundle.manifest.files.get(GRAPH) or file_digest(bundle.graph), bundle.manifest.precision, hashlib.sha256(shapes.encode()).hexdigest()[:16],
+        _graph_digest(bundle), bundle.manifest.precision, hashlib.sha256(shapes.encode()).hexdigest()[:16],
         gpu, architecture, tensorrt, cuda, f"{platform.system().lower()}-{platform.machine()}", settings.to_json(),
     )  # fmt: skip
 
@@ -134,44 +137,62 @@ def make_key(bundle: Bundle, gpu: str, architecture: int, tensorrt: str, cuda: i
 def store(bundle: Bundle, key: Key, plan: bytes, report: dict[str, Any]) -> Engine:
     """Write a plan and, last, the sidecar that makes it count."""
     folder = bundle.folder / FOLDER
-    try:
-        folder.mkdir(exist_ok=True)
-    except OSError as error:
-        raise write_error(error, folder) from error
     path, digest = folder / f"{key.name}.plan", hashlib.sha256(plan).hexdigest()
+    sidecar = path.with_name(f"{key.name}.json")
     profiles = profiles_of(bundle.manifest)
-    sidecar = {
-        "format": 1,
+    facts = {
+        "format": FORMAT,
         "key": asdict(key),
         "sha256": digest,
         "profiles": [p.to_json() for p in profiles],
         "report": report,
     }
-    path.with_suffix(".json").unlink(missing_ok=True)
+    text = json.dumps(facts, indent=1, sort_keys=True) + "\n"
+    try:
+        folder.mkdir(exist_ok=True)
+        sidecar.unlink(missing_ok=True)
+    except OSError as error:  # a disk that became read-only refuses even to unlink what is not there
+        raise write_error(error, folder) from error
     write_whole(path, plan)
-    write_whole(path.with_suffix(".json"), (json.dumps(sidecar, indent=1, sort_keys=True) + "\n").encode())
+    try:
+        write_whole(sidecar, text.encode())
+    except PhregError:
+        path.unlink(missing_ok=True)  # without its sidecar it is dead weight
+        raise
     return Engine(path, key, digest, profiles, report)
 
 
 def list_engines(bundle: Bundle) -> list[Engine]:
     """Every engine in the bundle whose sidecar can be read and is of this bundle's graph."""
-    found = []
+    graph, found = _graph_digest(bundle), []
     for sidecar in sorted((bundle.folder / FOLDER).glob("*.json")):
         try:
-            data = json.loads(sidecar.read_text())
-            key = Key(**data["key"])
-            engine = Engine(
-                sidecar.with_suffix(".plan"),
-                key,
-                data["sha256"],
-                [Shapes.from_json(p) for p in data["profiles"]],
-                data["report"],
-            )
+            engine = _read_sidecar(sidecar)
         except (OSError, ValueError, KeyError, TypeError, PhregError):
             continue  # not a sidecar of ours: the engine is built again
-        if key.graph == bundle.manifest.files.get(GRAPH):
+        if engine.key.graph == graph:
             found.append(engine)
     return found
+
+
+def _read_sidecar(path: Path) -> Engine:
+    """Raises ``KeyError``, ``TypeError``, ``ValueError`` or ``PhregError`` unless it is a sidecar of ours, to the last type."""
+    data = json.loads(path.read_text())
+    if data["format"] != FORMAT:
+        raise ValueError(f"{path}: format {data['format']}, expected {FORMAT}")
+    key, profiles = Key.from_json(data["key"]), [Shapes.from_json(p) for p in data["profiles"]]
+    words = (key.graph, key.precision, key.profiles, key.gpu, key.tensorrt, key.system, data["sha256"])
+    numbers = (key.architecture, key.cuda)
+    if not all(isinstance(w, str) for w in words) or not all(type(n) is int for n in numbers):
+        raise TypeError(f"{path}: a fact of another type")
+    Settings.from_json(key.settings)
+    if not all(isinstance(d, dict) for d in (data["report"], *(p.inputs for p in profiles))):
+        raise TypeError(f"{path}: no object")
+    return Engine(path.with_suffix(".plan"), key, data["sha256"], profiles, data["report"])
+
+
+def _graph_digest(bundle: Bundle) -> str:
+    return bundle.manifest.files.get(GRAPH) or file_digest(bundle.graph)
 
 
 def find_engine(bundle: Bundle, gpu: str, architecture: int, tensorrt: str, cuda: int) -> Engine:

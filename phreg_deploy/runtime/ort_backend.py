@@ -53,6 +53,10 @@ class OrtBackend:
                 '"phreg-deploy[gpu]"'
             )
         self.cuda = Cuda(device) if self._gpu else None
+        if self._gpu and hasattr(
+            onnxruntime, "preload_dlls"
+        ):  # CUDA and cuDNN from pip's folders, which the loader does not search
+            onnxruntime.preload_dlls()
         options = onnxruntime.SessionOptions()
         options.log_severity_level = 3  # errors only; they also raise
         if tuning.threads:

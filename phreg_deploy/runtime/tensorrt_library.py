@@ -85,4 +85,3 @@ def deserialise(trt: Any, plan: bytes, diary: Any, host_code: bool = False) -> t
             f"engine: TensorRT {trt.__version__} refuses the plan: {diary.reason()}. Build it again on this machine with `phreg-deploy build --force`."
         )
     return runtime, engine
-

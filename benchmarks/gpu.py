@@ -1,0 +1,184 @@
+"""Our runtime on an NVIDIA GPU beside PyTorch eager and ``torch.compile``: latency, share of the GPU's own peak, distillation.
+
+    python benchmarks/gpu.py --json OUT [--models vit_small_patch14_reg4_dinov2] [--sizes 224,518] [--batches 1,8,32]
+                             [--backends tensorrt,onnxruntime-cuda] [--precisions fp16,bf16] [--seconds 2] [--distil]
+
+Random weights, ViT-S/B/L-14 with 4 registers. Every configuration of one row is called in turn, so that clocks that drift
+treat all alike; milliseconds are medians of whole calls with images and features in device memory, synchronised at the end.
+PyTorch runs in bfloat16 (channels-last pixels already normalised), ours normalises itself. The peak is that of PyTorch's own
+8192 x 8192 bfloat16 product in the same process. Rows whose backend is missing say why. Needs torch with CUDA and timm;
+TensorRT's columns need TensorRT; onnxruntime-cuda needs onnxruntime-gpu.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import timm
+import torch
+from safetensors.torch import save_file
+
+from phreg_deploy.errors import PhregError
+from phreg_deploy.export.engine import BuildRequest, build_engine
+from phreg_deploy.export.exporter import ExportRequest, export_bundle
+from phreg_deploy.progress import Progress
+from phreg_deploy.runtime.features import FeatureExtractor
+from phreg_deploy.runtime.roofline import count_parts
+
+MODELS = "vit_small_patch14_reg4_dinov2,vit_base_patch14_reg4_dinov2,vit_large_patch14_reg4_dinov2"
+WARM = 5
+
+Call = Callable[[], object]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--json", type=Path, required=True)
+    parser.add_argument("--models", default=MODELS)
+    parser.add_argument("--sizes", default="224,518")
+    parser.add_argument("--batches", default="1,8,32")
+    parser.add_argument("--backends", default="tensorrt,onnxruntime-cuda")
+    parser.add_argument("--precisions", default="fp16,bf16")
+    parser.add_argument("--seconds", type=float, default=2.0, help="of measuring per row")
+    parser.add_argument("--no-compile", action="store_true", help="leave out torch.compile, which takes minutes a row")
+    parser.add_argument("--distil", action="store_true", help="distillation throughput as well, ViT-B/14 at 518 px")
+    args = parser.parse_args()
+    if not torch.cuda.is_available():
+        raise SystemExit("benchmarks/gpu.py needs an NVIDIA GPU and a torch that sees it.")
+    torch.backends.cuda.matmul.allow_tf32 = False
+    report: dict[str, Any] = {
+        "gpu": torch.cuda.get_device_name(),
+        "torch": torch.__version__,
+        "peak_bf16_tflops": peak(),
+        "rows": [],
+    }
+    print(f"{report['gpu']}, torch {report['torch']}, bf16 peak {report['peak_bf16_tflops']:.0f} TFLOPS")
+    for name in args.models.split(","):
+        for size in (int(s) for s in args.sizes.split(",")):
+            for batch in (int(b) for b in args.batches.split(",")):
+                report["rows"].append(row(name, size, batch, args, report["peak_bf16_tflops"]))
+                args.json.write_text(json.dumps(report, indent=1) + "\n")  # what was measured is not lost with the rest
+    if args.distil:
+        report["distillation"] = distillation()
+    args.json.write_text(json.dumps(report, indent=1) + "\n")
+
+
+def peak() -> float:
+    """TFLOPS of PyTorch's bfloat16 product."""
+    a, b = (torch.randn(8192, 8192, device="cuda", dtype=torch.bfloat16) for _ in range(2))
+    milliseconds = interleaved({"gemm": lambda: a @ b}, 1.0)["gemm"]
+    return 2 * 8192**3 / milliseconds / 1e9
+
+
+def row(name: str, size: int, batch: int, args: argparse.Namespace, top: float) -> dict[str, Any]:
+    """Every configuration of one model, size and batch, in one interleaved run."""
+    torch.manual_seed(0)
+    images = torch.randint(0, 256, (batch, size, size, 3), dtype=torch.uint8, device="cuda")
+    model = timm.create_model(name, img_size=size, num_classes=0).cuda().eval().bfloat16()
+    pixels = (images.permute(0, 3, 1, 2).float() / 255).bfloat16()
+    calls: dict[str, Call] = {"PyTorch eager bf16": lambda: model.forward_features(pixels)}
+    if not args.no_compile:
+        compiled = torch.compile(model.forward_features, mode="max-autotune")
+        calls["torch.compile bf16"] = lambda: compiled(pixels)
+    extractors, missing = [], {}
+    with tempfile.TemporaryDirectory() as folder, torch.inference_mode():
+        for precision in args.precisions.split(","):
+            bundle = Path(folder) / precision
+            request = ExportRequest(
+                model=name, precision=precision, image_size=str(size), batch=str(batch), random_weights=True
+            )
+            export_bundle(request, bundle)
+            for backend in args.backends.split(","):
+                label = f"ours, {backend} {precision}"
+                try:
+                    if backend == "tensorrt":
+                        build_engine(BuildRequest(bundle))
+                    extractor = FeatureExtractor.load(bundle, backend)
+                except PhregError as error:
+                    missing[label] = str(error)
+                    continue
+                extractors.append(extractor)
+                calls[label] = device_call(extractor, images)
+                calls[f"{label}, bare"] = extractor.bare(images.cpu().numpy())
+        times = interleaved(calls, args.seconds)
+        flops = operations(extractors, batch, size) or None
+        for extractor in extractors:
+            extractor.close()
+    found = {
+        label: {
+            "ms": ms,
+            "images_per_second": 1e3 * batch / ms,
+            "share_of_peak": None if flops is None else flops / ms / 1e9 / top,
+        }
+        for label, ms in times.items()
+    }
+    print(
+        f"{name} {size} px, batch {batch}: "
+        + "; ".join(f"{label} {value['ms']:.3f} ms" for label, value in found.items())
+    )
+    for label, reason in missing.items():
+        print(f"  {label}: {reason}")
+    return {"model": name, "size": size, "batch": batch, "results": found, "missing": missing}
+
+
+def device_call(extractor: FeatureExtractor, images: torch.Tensor) -> Call:
+    return lambda: extractor.run(images)
+
+
+def operations(extractors: list[FeatureExtractor], batch: int, size: int) -> float:
+    if not extractors:
+        return 0.0
+    return sum(work for work, _ in count_parts(extractors[0].spec, batch=batch, size=(size, size)).values())
+
+
+def interleaved(calls: dict[str, Call], seconds: float) -> dict[str, float]:
+    """Median milliseconds of each call, taken in turn."""
+    times: dict[str, list[float]] = {name: [] for name in calls}
+    for call in calls.values():
+        for _ in range(WARM):
+            call()
+    torch.cuda.synchronize()
+    start = time.perf_counter()
+    while time.perf_counter() - start < seconds or len(next(iter(times.values()))) < 10:
+        for name, call in calls.items():
+            torch.cuda.synchronize()
+            before = time.perf_counter()
+            call()
+            torch.cuda.synchronize()
+            times[name].append(1e3 * (time.perf_counter() - before))
+    return {name: float(np.median(values)) for name, values in times.items()}
+
+
+def distillation() -> dict[str, float]:
+    """Teacher views and student steps per second on scenes drawn by the demo, the loader included."""
+    from phreg_deploy.demo.scenes import write_scenes
+    from phreg_deploy.distill.distillation import Request, distill
+
+    with tempfile.TemporaryDirectory() as folder:
+        scenes = Path(folder) / "scenes"
+        scenes.mkdir()
+        write_scenes(scenes, range(256))
+        name, weights = "vit_base_patch14_dinov2", Path(folder) / "random.safetensors"
+        save_file(timm.create_model(name, num_classes=0).state_dict(), weights)
+        request = Request(
+            model=name, checkpoint=weights, images=scenes, epochs=2, batch=32, recipe="ph-reg", precision="bf16"
+        )
+        record = distill(request, Path(folder) / "student", cache=Path(folder) / "cache", progress=Progress())
+    seconds, images = record["seconds"], record["images"]
+    student = seconds["total"] - seconds["targets"]
+    return {
+        "teacher_views_per_second": 10 * seconds["targets_computed"] / max(seconds["targets"], 1e-9),
+        "student_images_per_second": 2 * images["trained"] / student,
+        **{f"seconds_{k}": v for k, v in seconds.items()},
+    }
+
+
+if __name__ == "__main__":
+    main()
