@@ -20,6 +20,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import click
 import numpy as np
 import timm
 import torch
@@ -59,7 +60,7 @@ def main() -> None:
         "peak_bf16_tflops": peak(),
         "rows": [],
     }
-    print(f"{report['gpu']}, torch {report['torch']}, bf16 peak {report['peak_bf16_tflops']:.0f} TFLOPS")
+    click.echo(f"{report['gpu']}, torch {report['torch']}, bf16 peak {report['peak_bf16_tflops']:.0f} TFLOPS")
     for name in args.models.split(","):
         for size in (int(s) for s in args.sizes.split(",")):
             for batch in (int(b) for b in args.batches.split(",")):
@@ -119,12 +120,12 @@ def row(name: str, size: int, batch: int, args: argparse.Namespace, top: float) 
         }
         for label, ms in times.items()
     }
-    print(
+    click.echo(
         f"{name} {size} px, batch {batch}: "
         + "; ".join(f"{label} {value['ms']:.3f} ms" for label, value in found.items())
     )
     for label, reason in missing.items():
-        print(f"  {label}: {reason}")
+        click.echo(f"  {label}: {reason}")
     return {"model": name, "size": size, "batch": batch, "results": found, "missing": missing}
 
 

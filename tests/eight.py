@@ -63,6 +63,10 @@ class Traced:
         return write_int8(self.graph, self.linears, self.equalised(smoothing), set(keep), target)
 
     @property
+    def depth(self) -> int:
+        return len(self.model.blocks)
+
+    @property
     def names(self) -> list[str]:
         return [linear.name for linear in self.linears]
 
