@@ -16,6 +16,7 @@ demo: $(READY)
 	$(BIN)/phreg-deploy demo --output demo-output --force
 
 test: $(READY) lint
+	$(BIN)/python -m tests.nvidia_wheels
 	$(BIN)/python -m pytest
 
 lint: $(READY)

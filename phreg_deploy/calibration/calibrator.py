@@ -105,7 +105,16 @@ def calibrate(
             for part, name in ((shares.select, "float answers"), (shares.report, "float answers, report"))
         )
     search = Search(
-        Wiring(model), linears, ranges, request.target, manifest.norm_median, chosen_on, request.mode, largest
+        Wiring(model),
+        linears,
+        ranges,
+        request.target,
+        manifest.norm_median,
+        chosen_on,
+        request.mode,
+        largest,
+        manifest.model.prefix_tokens
+        + min(h * w for h, w in manifest.sizes.sizes) // (manifest.model.patch[0] * manifest.model.patch[1]),
     )
     passes = lambda parity: not _missed(parity, request, MARGIN)  # noqa: E731
     smoothing = request.smoothing or (Smoothing() if request.mode == "int8" else FP8_SMOOTHING)

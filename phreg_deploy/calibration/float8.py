@@ -20,7 +20,7 @@ from phreg_deploy.quantisation import halves
 
 LARGEST = 448.0  # of E4M3 without infinities (OCP 8-bit floating point, revision 1.0)
 SOFTMAX_STEP = 1 / LARGEST  # a softmax reaches 1; TensorRT's fused FP8 attention expects this very scale
-HEADS = (8, 256)  # width of a head that the fused kernel takes, above and up to
+FUSED_FROM = 32  # tokens: TensorRT-RTX 1.7 fuses FP8 attention from there on, and FP16's at any number
 E4M3 = np.dtype(ml_dtypes.float8_e4m3fn)
 
 

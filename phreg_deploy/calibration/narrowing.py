@@ -166,7 +166,7 @@ class _Narrowing:
         if self.precision == "bf16":
             for output in ("features", "cls"):
                 node = producer.get(output)
-                while node is not None and node.op_type in ("Reshape", "LayerNormalization"):
+                while node is not None and node.op_type in (MOVES | {"LayerNormalization"}):
                     found.add(node.name)
                     node = producer.get(node.input[0])
         return found

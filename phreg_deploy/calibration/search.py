@@ -10,7 +10,7 @@ import numpy as np
 
 from phreg_deploy.calibration.census import open_counted
 from phreg_deploy.calibration.equalisation import Equalised, equalise
-from phreg_deploy.calibration.float8 import E4M3, FP8, write_fp8
+from phreg_deploy.calibration.float8 import E4M3, FP8, FUSED_FROM, write_fp8
 from phreg_deploy.calibration.linears import Linear, Wiring, find_linears
 from phreg_deploy.calibration.qdq import write_int8
 from phreg_deploy.calibration.ranges import Ranges
@@ -61,10 +61,13 @@ class Search:
 
     def __init__(
         self, wiring: Wiring, linears: list[Linear], ranges: Ranges, target: str, median: float | None, scene: Scene,
-        mode: str = "int8", largest: dict[str, float] | None = None,
+        mode: str = "int8", largest: dict[str, float] | None = None, tokens: int = FUSED_FROM,
     ) -> None:  # fmt: skip
         self.wiring, self.linears, self.ranges, self.target = wiring, linears, ranges, target
         self.median, self.scene, self.mode, self.largest = median, scene, mode, largest or {}
+        self.attention = (
+            tokens >= FUSED_FROM
+        )  # of the smallest size that is served: FP8 attention that is not fused only costs
         self._known: tuple[Smoothing, Equalised] | None = None
 
     def equalised(self, smoothing: Smoothing) -> Equalised:
@@ -83,7 +86,7 @@ class Search:
             self.wiring.model, self.linears, equalised, names, self.target
         )  # equalised, and all in float
         weights = {name: value for name, value in equalised.eight_bits.items() if value[0].dtype == E4M3}
-        return write_fp8(centred, find_linears(centred), self._reaches(equalised), keep, weights)
+        return write_fp8(centred, find_linears(centred), self._reaches(equalised), keep, weights, self.attention)
 
     def _reaches(self, equalised: Equalised) -> dict[str, float]:
         """Largest magnitudes in the equalised graph: what was seen, and for layer norms what centring and smoothing left."""

@@ -73,9 +73,9 @@ def build_plan(
     if monitor.interrupted is not None:
         raise monitor.interrupted
     if plan is None:
-        raise PhregError(
-            f"TensorRT: {trt.__version__} builds no engine from {graph}: {diary.reason()}. With too little memory, use --workspace or a smaller batch."
-        )
+        reason = diary.reason()
+        hint = " Use --workspace, or a smaller batch." if "memory" in reason.lower() else ""
+        raise PhregError(f"TensorRT: {trt.__version__} builds no engine from {graph}: {reason}.{hint}")
     kept = config.get_timing_cache()
     return Built(
         bytes(plan),

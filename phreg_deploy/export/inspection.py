@@ -13,7 +13,7 @@ from phreg_deploy.spec import Stored
 
 ONNX = re.compile(r"\[ONNX Layer: ([^\]\x1e]+)\]")
 EIGHT = re.compile(r"int8|fp8|float8|e4m3", re.IGNORECASE)
-LINEAR = re.compile(r"^(blocks\.\d+\..+?)(?:\.[qkv])?/MatMul(?:_\d+)?$")
+LINEAR = re.compile(r"^(blocks\.\d+\..+?)(?:\.(?:[qkv]|\d))?/MatMul(?:_\d+)?$")  # and the parts of a parted one
 ATTENTION = re.compile(r"^(blocks\.\d+\.attn)/MatMul(?:_\d+)?$")
 HEADS = (8, 256)  # width of a head that fused attention takes: above and up to, in steps of 8
 
@@ -80,8 +80,12 @@ def take_census(layers: list[dict[str, Any]]) -> Census:
 
 def _computes(layer: dict[str, Any]) -> bool:
     """Whether a layer is the product itself, and not an epilogue that the compiler cut off it."""
-    kind = " ".join(str(layer.get(key, "")) for key in ("LayerType", "TacticName", "Name", "ParameterType"))
-    return bool(re.search(r"gemm|matmul|matrix|fully|xmma|cutlass|cask|fc", kind, re.IGNORECASE))
+    kind = " ".join(str(layer.get(key, "")) for key in ("LayerType", "TacticName", "ParameterType"))
+    name = str(layer.get("Name", ""))
+    return bool(
+        re.search(r"gemm|matmul|matrix|fully|xmma|cutlass|cask", kind, re.IGNORECASE)
+        or re.search(r"/MatMul|gemm|fc_", name, re.IGNORECASE)
+    )
 
 
 def shortfalls(census: Census, manifest: Manifest, eight_bit: list[str]) -> list[str]:

@@ -1,0 +1,77 @@
+"""Which graphs NVIDIA's parser and builder take, and what they fuse: every family, precision and kind of size; no GPU needed.
+
+    python -m tests.nvidia_wheels                        # the wheels, once
+    python -m benchmarks.tensorrt_acceptance --json OUT [--depth 12] [--width 384] [--heads 6] [--side 16]
+
+Full depth and the width of a ViT-S, 4 registers, random weights; ranges from two photographs. Fixed: one size, batch 1. Range:
+two patches a side below to two above, batch 1 to 8. A cell is fused attentions / linear layers in 8 bits (FP8: also how many
+of the attentions are in FP8). Run on TensorRT for RTX, as the tests do: acceptance and fusion, not speed and not numbers.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import click
+import onnx
+
+from phreg_deploy.errors import PhregError
+from tests import nvidia
+from tests.compiled import PRECISIONS, ROTARY, SAME, build, graphs
+from tests.families import FAMILIES, VARIANTS
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--json", type=Path, required=True)
+    for name, value in (("depth", 12), ("width", 384), ("heads", 6), ("side", 16)):
+        parser.add_argument(f"--{name}", type=int, default=value)
+    args = parser.parse_args()
+    cells: dict[str, dict[str, Any]] = {}
+    for family in [name for name in (*FAMILIES, *VARIANTS) if name not in SAME]:
+        for sizes in ("fixed",) if family in ROTARY else ("fixed", "range"):
+            cells[f"{family}, {sizes}"] = row(family, sizes, args)
+            click.echo(
+                f"| {family} | {sizes} | "
+                + " | ".join(str(cells[f"{family}, {sizes}"][p]["said"]) for p in PRECISIONS)
+                + " |"
+            )
+            args.json.write_text(
+                json.dumps({"settings": vars(args) | {"json": str(args.json)}, "cells": cells}, indent=1) + "\n"
+            )
+
+
+def row(family: str, sizes: str, args: argparse.Namespace) -> dict[str, Any]:
+    """One family at one kind of size in every precision."""
+    here = graphs(family, sizes, args.width, args.heads, args.side, args.depth)
+    written, found = {}, {}
+    for precision in PRECISIONS:
+        try:
+            graph = here.write(precision)
+            onnx.checker.check_model(graph)
+            written[precision] = (graph, here.profiles)
+        except PhregError as error:
+            found[precision] = {"said": f"not written: {error}"}
+    started = time.perf_counter()
+    with tempfile.TemporaryDirectory() as folder:
+        for precision, steps in build(written, Path(folder)).items():
+            if isinstance(steps, str):
+                found[precision] = {"said": f"refused: {steps}"}
+                continue
+            seen = nvidia.census(steps)
+            said = f"{seen.fused_attention}" + (f" / {len(seen.eight_bit)}" if precision in ("int8", "fp8") else "")
+            found[precision] = {
+                "said": said + (f" ({seen.eight_bit_attention} in FP8)" if precision == "fp8" else ""), "fused_attention": seen.fused_attention,
+                "attention_in_8_bits": seen.eight_bit_attention, "eight_bit": len(seen.eight_bit), "float_linears": sorted(seen.floats),
+            }  # fmt: skip
+    graphs.cache_clear()
+    return found | {"seconds": time.perf_counter() - started}
+
+
+if __name__ == "__main__":
+    main()

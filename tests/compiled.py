@@ -1,0 +1,111 @@
+"""Graphs of every family as ``export`` and ``calibrate --target trt`` write them, and the plans that NVIDIA's builder makes of them."""
+
+import functools
+from types import SimpleNamespace
+
+import numpy as np
+import onnx
+
+from phreg_deploy.calibration.calibrator import FP8_SMOOTHING
+from phreg_deploy.calibration.float8 import FUSED_FROM
+from phreg_deploy.calibration.linears import Linear, Wiring, find_linears
+from phreg_deploy.calibration.narrowing import narrow
+from phreg_deploy.calibration.parting import part_projections
+from phreg_deploy.calibration.ranges import Ranges, observe, watch
+from phreg_deploy.calibration.search import Search
+from phreg_deploy.distill.source import model_preprocess, model_spec
+from phreg_deploy.distill.student import add_registers
+from phreg_deploy.engines import profiles_of
+from phreg_deploy.export.folding import patch_positions
+from phreg_deploy.export.graph import DenseViT
+from phreg_deploy.export.trace import trace
+from phreg_deploy.quantisation import Smoothing
+from phreg_deploy.spec import Batches, Sizes
+from tests import nvidia
+from tests.families import small
+from tests.world import photograph
+
+DEPTH, WIDTH, HEADS = 2, 96, 3
+SIDE = 8  # patches; a smaller grid has too few tokens for fused attention in FP8, see below
+PRECISIONS = ("fp32", "fp16", "bf16", "int8", "fp8")
+ROTARY = ("eva02", "eva02-base")  # baked for one size
+SAME = {"dino": "augreg"}  # made small, the two are one model
+
+BUILD = """
+from pathlib import Path
+import tensorrt as trt
+from phreg_deploy.engines import Settings, Shapes
+from phreg_deploy.errors import PhregError
+from phreg_deploy.export.builder import build_plan
+from tests import nvidia
+
+said = {}
+for path, profiles in given.items():
+    try:
+        built = build_plan(trt, Path(path), [Shapes(inputs) for inputs in profiles], Settings())
+    except PhregError as error:
+        said[path] = str(error)
+    else:
+        said[path] = [[step.kind, step.kernel, step.nodes] for step in nvidia.operators(built.plan)]
+print(json.dumps(said))
+"""
+
+
+class Graphs:
+    """One small model, its FP32 graph and what calibration sees of it on two photographs."""
+
+    def __init__(self, family: str, sizes: str, width: int, heads: int, side: int, depth: int = DEPTH) -> None:
+        model = add_registers(small(family, depth=depth, width=width, heads=heads, side=side), 4)
+        (patch, _), native = model.patch_embed.patch_size, tuple(model.patch_embed.img_size)
+        ranging = sizes == "range"
+        served = (
+            Sizes.parse(f"{(side - 2) * patch}:{side * patch}:{(side + 2) * patch}", (patch, patch))
+            if ranging
+            else Sizes("fixed", (native,))
+        )
+        batches = Batches.parse("1:2:8" if ranging else "1")
+        lean = DenseViT(model, model_preprocess(model), positions_as_input=ranging)
+        self.graph: onnx.ModelProto = trace(lean, served, batches).model
+        inputs = [value.name for value in self.graph.graph.input]
+        spec = model_spec(model)
+        self.profiles = profiles_of(SimpleNamespace(batches=batches, sizes=served, model=spec, inputs=inputs))
+        positions = {"pos_embed": patch_positions(model).numpy()} if "pos_embed" in inputs else {}
+        pictures = [np.asarray(photograph(i, *native[::-1]))[None] for i in range(2)]
+        feeds = [({"image": picture, **positions}, 1) for picture in pictures]
+        silent = lambda _count: None  # noqa: E731
+        self.linears: list[Linear] = find_linears(self.graph)
+        self.ranges: Ranges = observe(self.graph, self.linears, spec, feeds, silent)
+        self.largest = watch(self.graph, feeds, silent)
+
+    def write(self, precision: str, *, parted: bool = True, tokens: int = FUSED_FROM) -> onnx.ModelProto:
+        """The graph as ``export`` or ``calibrate --target trt`` write it."""
+        graph = onnx.ModelProto()
+        graph.CopyFrom(self.graph)
+        if precision == "fp32":
+            return graph
+        if precision in ("fp16", "bf16"):
+            return narrow(graph, precision, self.largest).model
+        search = Search(Wiring(graph), self.linears, self.ranges, "trt", None, None, precision, self.largest, tokens)
+        eight = search.graph(Smoothing() if precision == "int8" else FP8_SMOOTHING, set(), share=True)
+        return narrow(part_projections(eight) if parted else eight, "fp16", self.largest).model
+
+
+@functools.cache
+def graphs(
+    family: str, sizes: str = "fixed", width: int = WIDTH, heads: int = HEADS, side: int = SIDE, depth: int = DEPTH
+) -> Graphs:
+    return Graphs(family, sizes, width, heads, side, depth)
+
+
+def build(written, folder):
+    """Plans of graphs, built in one process: key -> its steps, or the refusal in words."""
+    given, keys = {}, {}
+    for number, (key, (graph, profiles)) in enumerate(written.items()):
+        path = folder / f"{number}.onnx"
+        path.write_bytes(graph.SerializeToString())
+        given[str(path)], keys[str(path)] = [profile.inputs for profile in profiles], key
+    said = nvidia.inside(nvidia.NEWEST, BUILD, given, rtx=True)
+    return {
+        keys[path]: found if isinstance(found, str) else [nvidia.Operator(*step) for step in found]
+        for path, found in said.items()
+    }

@@ -1,0 +1,80 @@
+"""Fetches what the tests for TensorRT need: NVIDIA's Python bindings, and the parser and builder of TensorRT for RTX.
+
+``python -m tests.nvidia_wheels [FOLDER]`` asks pip for the wheels of the running Python and unpacks them. The bindings alone
+say which names each version of TensorRT has; the libraries for RTX parse and build engines on a machine without a GPU.
+They are used on the machine that fetched them and never go into a package of this project.
+"""
+
+import argparse
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+import zipfile
+from pathlib import Path
+
+BINDINGS, VERSIONS = (
+    "tensorrt-cu12-bindings",
+    ("10.3.0", "10.16.1.11", "11.4.0.106"),
+)  # JetPack 6.2, JetPack 7.2, newest
+RTX, RTX_VERSION = "onnxruntime-ep-nv-tensorrt-rtx-cu13", "0.5.0"
+WANTED = {**{version: (BINDINGS, version) for version in VERSIONS}, "rtx": (RTX, RTX_VERSION)}
+
+
+def default_folder() -> Path:
+    """``PHREG_NVIDIA``, or ``.nvidia`` at the root of the repository; where the tests look."""
+    return Path(os.environ.get("PHREG_NVIDIA") or Path(__file__).resolve().parent.parent / ".nvidia")
+
+
+def fetch(folder: Path, name: str) -> str:
+    """Unpack one wheel into ``folder / name`` unless it is there, and say in words what came of it."""
+    package, version = WANTED[name]
+    target, label = folder / name, f"{package} {version}"
+    if target.is_dir():
+        return f"{label}: is in {target}"
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / ".gitignore").write_text("*\n")
+    with tempfile.TemporaryDirectory(dir=folder) as made:
+        # Where there is no wheel for this Python, pip would build a placeholder that downloads gigabytes: wheels only.
+        options = ["--no-deps", "--only-binary=:all:", "--disable-pip-version-check", "--quiet", "--dest", made]
+        command = [sys.executable, "-m", "pip", "download", *options, f"{package}=={version}"]
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        wheels = sorted(Path(made).glob("*.whl"))
+        if done.returncode or not wheels:
+            return f"{label}: not available, {_reason(done.stderr, version)}"
+        unpacked = Path(made) / "unpacked"
+        with zipfile.ZipFile(wheels[0]) as wheel:
+            wheel.extractall(unpacked)
+        shutil.move(unpacked, target)
+    return f"{label}: unpacked into {target}"
+
+
+def _reason(said: str, version: str) -> str:
+    """Why pip has no wheel, from what it wrote to stderr."""
+    here = f"Python {sys.version_info.major}.{sys.version_info.minor} on {sys.platform}"
+    lines = [line.removeprefix("ERROR: ").strip() for line in said.splitlines() if line.strip()]
+    if "No module named pip" in said:
+        return f"{sys.executable} has no pip."
+    if any(sign in said for sign in ("NewConnectionError", "ConnectTimeout", "name resolution", "Connection refused")):
+        return "pip reaches no index; is there a network?"
+    if "No matching distribution" in said:
+        listed = next(
+            (line.partition("(from versions: ")[2].rstrip(")") for line in lines if "from versions:" in line), "none"
+        )
+        if listed == "none":
+            return f"pip finds no wheel of it at all for {here}; is there a network?"
+        return f"there is no wheel of {version} for {here}; those there are: {listed}."
+    return lines[-1] if lines else "pip wrote no wheel and no reason."
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("folder", nargs="?", type=Path, default=default_folder())
+    folder = parser.parse_args().folder
+    for name in WANTED:
+        print(fetch(folder, name), flush=True)  # noqa: T201
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,155 @@
+"""NVIDIA's own parser and builder on every family's graph: that it is taken, that attention is fused, that 8 bits stay 8 bits.
+
+TensorRT for RTX 1.7 stands in for TensorRT 11, on a machine without a GPU. It proves what a compiler of NVIDIA's makes of
+the graph, and neither speed nor numbers.
+"""
+
+import onnx
+import pytest
+
+from phreg_deploy.errors import PhregError
+from phreg_deploy.export.inspection import take_census
+from tests import nvidia
+from tests.compiled import DEPTH, PRECISIONS, ROTARY, SAME, build, graphs
+from tests.families import FAMILIES
+
+
+@pytest.fixture(scope="module", autouse=True)
+def compiler():
+    """Everything here needs the bindings, the shim under them and TensorRT for RTX; nothing is traced where they are not."""
+    nvidia.bindings(nvidia.NEWEST)
+    nvidia.rtx_libraries()
+    nvidia.shims(nvidia.NEWEST.partition(".")[0])
+
+
+CELLS = [
+    (family, sizes, precision)
+    for precision in PRECISIONS
+    for family in FAMILIES
+    for sizes in ("fixed", "range")
+    if not (sizes == "range" and family in ROTARY)
+]
+
+
+@pytest.fixture(scope="module")
+def plans(request, tmp_path_factory):
+    """Of every cell that this run asks for: its graph and the steps of its plan, or the error that it ended in; one process a precision."""
+    wanted = [
+        item.callspec.params["cell"]
+        for item in request.session.items
+        if "cell" in getattr(getattr(item, "callspec", None), "params", {})
+    ]
+    found, written = {}, {}
+    for family, sizes, precision in dict.fromkeys((SAME.get(f, f), s, p) for f, s, p in wanted):
+        here = graphs(family, sizes)
+        try:
+            graph = here.write(precision)
+            onnx.checker.check_model(graph)
+            written.setdefault(precision, {})[family, sizes, precision] = (graph, here.profiles)
+        except PhregError as error:
+            found[family, sizes, precision] = (None, error)
+    for precision, part in written.items():
+        built = build(part, tmp_path_factory.mktemp(precision))
+        found.update({cell: (part[cell][0], steps) for cell, steps in built.items()})
+    return found
+
+
+def in_eight_bits(graph):
+    """Names of the linear layers, parts of parted ones by their own, whose weight a graph holds in 8 bits."""
+    makers = {name: node for node in graph.graph.node for name in node.output}
+    products = [node for node in graph.graph.node if node.op_type == "MatMul" and node.input[1] in makers]
+    return {
+        node.name.removesuffix("/MatMul")
+        for node in products
+        if makers[node.input[1]].op_type == "DequantizeLinear"
+        and makers[node.input[1]].name.endswith("/weight/DequantizeLinear")
+    }
+
+
+@pytest.mark.parametrize("cell", CELLS, ids="-".join)
+def test_the_graph_is_built_as_it_is_meant(plans, cell):
+    family, sizes, precision = cell
+    graph, steps = plans[SAME.get(family, family), sizes, precision]
+    if isinstance(steps, PhregError):
+        raise steps
+    assert not isinstance(steps, str), steps
+    seen = nvidia.census(steps)
+    linears = {linear.name for linear in graphs(SAME.get(family, family), sizes).linears}
+    attentions = {f"blocks.{i}.attn" for i in range(DEPTH)}
+    if precision == "fp32":  # NVIDIA fuses no attention in FP32
+        assert seen == nvidia.Census(0, 0, frozenset(), frozenset(linears | attentions | {"dense"}))
+    elif precision in ("fp16", "bf16"):
+        assert seen == nvidia.Census(DEPTH, 0, frozenset(), frozenset(linears | {"dense"}))
+    else:
+        meant = in_eight_bits(graph)
+        assert {name if name in linears else name.rpartition(".")[0] for name in meant} == linears
+        assert seen == nvidia.Census(DEPTH, DEPTH if precision == "fp8" else 0, frozenset(meant), frozenset({"dense"}))
+
+
+def steps_of(graph, here, folder):
+    (steps,) = build({"": (graph, here.profiles)}, folder).values()
+    return steps
+
+
+def as_inspected(steps):
+    """The steps of a plan as the inspector of an engine gives them, as far as ``take_census`` reads it."""
+
+    def layer(step):
+        kind = "gemm" if step.kind in ("fully_connected", "runtime_fusion") else "kgen"
+        eight = any(node.endswith("DequantizeLinear") for node in step.nodes)
+        nodes = "\x1e".join(f"[ONNX Layer: {node}]" for node in step.nodes)
+        return {
+            "Name": step.kernel,
+            "LayerType": kind,
+            "Metadata": nodes,
+            "Inputs": [{"Format/Datatype": "Int8" if eight else "Half"}],
+        }
+
+    return [layer(step) for step in steps]
+
+
+@pytest.mark.parametrize("family", ["augreg", "dinov2-giant", "eva02", "eva02-base"])
+def test_the_account_of_an_engine_names_layers_as_calibration_does(family, tmp_path):
+    here = graphs(family)
+    seen = take_census(as_inspected(steps_of(here.write("int8"), here, tmp_path)))
+    assert set(seen.eight_bit) == {linear.name for linear in here.linears}
+    assert set(seen.fused_attention) == {f"blocks.{i}.attn" for i in range(DEPTH)}
+
+
+@pytest.mark.parametrize("precision", ["int8", "fp8"])
+def test_a_fused_projection_would_be_computed_in_floats(precision, tmp_path):
+    """Why projections are parted; and that the census sees a layer that falls out of 8 bits."""
+    here = graphs("augreg")
+    seen = nvidia.census(steps_of(here.write(precision, parted=False), here, tmp_path))
+    fused = {f"blocks.{i}.attn.qkv" for i in range(DEPTH)}
+    assert fused <= seen.floats
+    assert seen.eight_bit == {linear.name for linear in here.linears} - fused
+
+
+@pytest.mark.parametrize(("head", "fused"), [(8, 0), (16, DEPTH), (256, DEPTH), (264, 0)])
+def test_which_heads_are_fused(head, fused, tmp_path):
+    here = graphs("augreg", width=2 * head, heads=2)
+    assert nvidia.census(steps_of(here.write("fp16"), here, tmp_path)).fused_attention == fused
+
+
+@pytest.mark.parametrize(("precision", "fused"), [("fp16", DEPTH), ("int8", DEPTH), ("fp8", 0)])
+def test_attention_in_fp8_is_fused_from_32_tokens_on(precision, fused, tmp_path):
+    here = graphs("augreg", side=5)  # 1 + 4 + 25 tokens
+    assert nvidia.census(steps_of(here.write(precision), here, tmp_path)).fused_attention == fused
+
+
+def test_attention_on_fewer_tokens_is_left_in_fp16_and_fused(tmp_path):
+    here = graphs("augreg", side=5)
+    seen = nvidia.census(steps_of(here.write("fp8", tokens=30), here, tmp_path))
+    assert (seen.fused_attention, seen.eight_bit_attention) == (DEPTH, 0)
+    assert seen.floats == {"dense"}
+
+
+def test_what_the_parser_refuses_is_named(tmp_path):
+    here = graphs("augreg")
+    graph = here.write("fp16")
+    node = next(node for node in graph.graph.node if node.name == "blocks.1.mlp.act/Gelu")
+    node.op_type, node.domain = "Wrong", "nobody"
+    said = steps_of(graph, here, tmp_path)
+    assert isinstance(said, str)
+    assert "blocks.1.mlp.act/Gelu" in said
