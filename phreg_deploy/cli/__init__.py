@@ -10,7 +10,7 @@ from typing import Any
 import click
 
 from phreg_deploy import __version__
-from phreg_deploy.cli import build, eight, look, make, serve, show
+from phreg_deploy.cli import build, eight, look, make, measure, serve, show
 from phreg_deploy.cli.options import plain
 from phreg_deploy.errors import PhregError
 
@@ -83,7 +83,7 @@ for command in (
     eight.calibrate,
     build.build,
     serve.check,
-    serve.profile,
+    measure.profile,
     serve.extract,
     look.artifacts,
     look.inspect,

@@ -1,8 +1,7 @@
-"""``check``, ``profile`` and ``extract``: what a device does with a bundle."""
+"""``check`` and ``extract``: what a device does with a bundle."""
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -125,82 +124,6 @@ def check(
 
 @click.command()
 @click.argument("bundle", type=click.Path(path_type=Path))
-@tuning_options
-@click.option("--batch", "batches", help="Batch sizes, e.g. 1,4,8; by default the bundle's best.")
-@click.option("--image-size", help="For bundles with several sizes, e.g. 518 or 480x640.")
-@click.option(
-    "--seconds",
-    default=5.0,
-    show_default=True,
-    type=click.FloatRange(0.1),
-    help="Of measuring per batch, after the warm-up.",
-)
-@click.option(
-    "--baseline", type=click.Path(path_type=Path), help="An earlier --json report; exit code 3 when the median grew."
-)
-@click.option("--tolerance", default=0.1, show_default=True, help="Growth allowed over the baseline.")
-@output_options
-def profile(
-    bundle: Path,
-    backend: str,
-    threads: int | None,
-    compute: str,
-    mode: str,
-    device: int,
-    batches: str | None,
-    image_size: str | None,
-    seconds: float,
-    baseline: Path | None,
-    tolerance: float,
-    as_json: bool,
-    quiet: bool,
-) -> None:
-    """Measure a BUNDLE's latency: the bare graph, the extractor around it, preprocessing apart; interleaved.
-
-    \b
-    Examples:
-      phreg-deploy profile student.bundle --threads 2
-      phreg-deploy profile student.bundle --batch 1,8 --json > today.json
-      phreg-deploy profile student.bundle --batch 1,8 --baseline today.json
-    """
-    from phreg_deploy.runtime.features import FeatureExtractor
-    from phreg_deploy.runtime.latency import against_baseline, profile_bundle
-    from phreg_deploy.spec import parse_size
-
-    result = Result(as_json, quiet)
-    if batches and not all(part.strip().isdigit() for part in batches.split(",")):
-        raise PhregError(f"batch: got {batches!r}, expected numbers, e.g. 1,4,8.")
-    before = _read_baseline(baseline) if baseline else {}
-    with FeatureExtractor.load(
-        bundle, backend, threads=threads, compute=compute, mode=mode, device=device
-    ) as extractor:
-        result.chosen(extractor.choice, backend)
-        report = profile_bundle(
-            extractor, batches=[int(part) for part in batches.split(",")] if batches else None,
-            size=parse_size(image_size) if image_size else None, seconds=seconds, threads=threads, progress=result.progress,
-        )  # fmt: skip
-    rows = [
-        [str(r["batch"]), f"{r['size'][0]}x{r['size'][1]}", name, *(f"{r[name][q]:.2f}" for q in ("p50", "p90", "p99", "minimum")), str(r[name]["rounds"]), "yes" if r[name]["stable"] else "NO"]
-        for r in report["results"] for name in ("graph", "extractor", "preprocess")
-    ]  # fmt: skip
-    where = report["conditions"]
-    result.table(
-        f"Milliseconds on {where['backend']} ({where['processor']}, {where['cores']} cores)",
-        ["batch", "size", "part", "p50", "p90", "p99", "min", "rounds", "stable"],
-        rows,
-    )
-    for r in report["results"]:
-        result.say(
-            f"batch {r['batch']}: {r['images_per_second']:.1f} images/s; the extractor adds {100 * r['overhead']:.1f} % to the bare graph."
-        )
-    slower = against_baseline(report, before, tolerance) if baseline else []
-    if slower:
-        raise GateFailed(f"profile: {'; '.join(slower)}.", {**report, "slower": slower})
-    result.json({**report, "slower": slower})
-
-
-@click.command()
-@click.argument("bundle", type=click.Path(path_type=Path))
 @click.argument("images", nargs=-1, required=True, type=click.Path(path_type=Path))
 @click.option("-o", "--output", type=click.Path(path_type=Path), required=True, help="Folder to write into.")
 @tuning_options
@@ -256,15 +179,3 @@ def extract(
         name, reason = next(iter(report["skipped"].items()))
         result.say(f"Skipped {len(report['skipped'])}: {name}: {reason}")
     result.json(report)
-
-
-def _read_baseline(path: Path) -> dict[str, Any]:
-    try:
-        document: dict[str, Any] = json.loads(path.read_text().strip().splitlines()[-1])
-        return document
-    except OSError as error:
-        raise PhregError(f"baseline: {path} cannot be read ({error.strerror}).") from None
-    except (json.JSONDecodeError, IndexError, UnicodeDecodeError):
-        raise PhregError(
-            f"baseline: {path} is not JSON; expected what `phreg-deploy profile --json` printed."
-        ) from None

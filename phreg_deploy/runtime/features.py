@@ -101,6 +101,11 @@ class FeatureExtractor(Closing):
         return self._open().name
 
     @property
+    def opened(self) -> Any:
+        """The backend itself, for who measures it."""
+        return self._open()
+
+    @property
     def compute(self) -> str:
         """What is not in 8 bits is computed in: "fp32" or "bf16"."""
         return self._open().compute

@@ -53,7 +53,7 @@ def profile_gpu(
     Raises:
         PhregError: a size, batch or number of streams that cannot be, or whatever an inference raises.
     """
-    manifest, spec, backend = extractor.manifest, extractor.spec, extractor._open()
+    manifest, spec, backend = extractor.manifest, extractor.spec, extractor.opened
     size, batches = size or manifest.sizes.default, batches or [manifest.batches.best]
     manifest.sizes.check(size, spec.patch)
     for number, name in ((fps, "fps"), (seconds, "seconds"), *((count, "streams") for count in streams)):

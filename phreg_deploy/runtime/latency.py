@@ -122,9 +122,8 @@ def conditions(extractor: FeatureExtractor, threads: int | None) -> dict[str, An
 def backend_version(name: str) -> str:
     from importlib.metadata import PackageNotFoundError, version
 
-    for package in {"onnxruntime-cpu": ("onnxruntime", "onnxruntime-gpu"), "openvino": ("openvino",)}.get(
-        name, (name,)
-    ):
+    packages = {"openvino": ("openvino",), "tensorrt": ("tensorrt", "tensorrt-lean")}
+    for package in packages.get(name, ("onnxruntime-gpu", "onnxruntime")):
         try:
             return f"{package} {version(package)}"
         except PackageNotFoundError:

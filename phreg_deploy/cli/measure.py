@@ -1,0 +1,203 @@
+"""``profile``: what a bundle takes on this machine, on a GPU in trtexec's words."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from phreg_deploy.cli.options import Result, figure, output_options, tuning_options
+from phreg_deploy.errors import BackendMissing, GateFailed, PhregError
+
+if TYPE_CHECKING:
+    from phreg_deploy.runtime.features import FeatureExtractor
+
+PARTS = ("latency", "h2d", "enqueue", "compute", "d2h")
+
+
+@click.command()
+@click.argument("bundle", type=click.Path(path_type=Path))
+@tuning_options
+@click.option("--batch", "batches", help="Batch sizes, e.g. 1,4,8; by default the bundle's best.")
+@click.option("--image-size", help="For bundles with several sizes, e.g. 518 or 480x640.")
+@click.option(
+    "--seconds",
+    default=5.0,
+    show_default=True,
+    type=click.FloatRange(0.1),
+    help="Of measuring per batch, after the warm-up.",
+)
+@click.option(
+    "--baseline", type=click.Path(path_type=Path), help="An earlier --json report; exit code 3 when the median grew."
+)
+@click.option("--streams", default="1,2,4", show_default=True, help="On a GPU: numbers of threads that call at once.")
+@click.option(
+    "--fps", type=click.FloatRange(0.1), help="On a GPU: feed images at this rate; jitter and missed deadlines."
+)
+@click.option(
+    "--without", type=click.Path(path_type=Path), help="On a GPU: the same model without registers, for what they cost."
+)
+@click.option("--tolerance", default=0.1, show_default=True, help="Growth allowed over the baseline.")
+@output_options
+def profile(
+    bundle: Path,
+    backend: str,
+    threads: int | None,
+    compute: str,
+    mode: str,
+    device: int,
+    batches: str | None,
+    streams: str,
+    fps: float | None,
+    without: Path | None,
+    image_size: str | None,
+    seconds: float,
+    baseline: Path | None,
+    tolerance: float,
+    as_json: bool,
+    quiet: bool,
+) -> None:
+    """Measure a BUNDLE's latency: the bare graph, the extractor around it, preprocessing apart; interleaved.
+
+    On a GPU also, in trtexec's words: h2d, enqueue, compute, d2h, with and without CUDA graph; streams; layers by block;
+    memory, power, energy per frame, clocks and throttling; a roofline against peaks measured on the spot.
+
+    \b
+    Examples:
+      phreg-deploy profile student.bundle --threads 2
+      phreg-deploy profile student.bundle --batch 1,8 --json > today.json
+      phreg-deploy profile student.bundle --batch 1,8 --baseline today.json
+      phreg-deploy profile student.bundle --backend tensorrt --fps 30 --without base.bundle
+    """
+    from phreg_deploy.runtime.backends import GPU
+    from phreg_deploy.runtime.features import FeatureExtractor
+    from phreg_deploy.runtime.latency import against_baseline, profile_bundle
+    from phreg_deploy.spec import parse_size
+
+    result = Result(as_json, quiet)
+    sizes, threads_at_once = _numbers(batches, "batch") if batches else None, _numbers(streams, "streams")
+    before = _read_baseline(baseline) if baseline else {}
+    with FeatureExtractor.load(
+        bundle, backend, threads=threads, compute=compute, mode=mode, device=device
+    ) as extractor:
+        result.chosen(extractor.choice, backend)
+        size = parse_size(image_size) if image_size else None
+        report = profile_bundle(
+            extractor, batches=sizes, size=size, seconds=seconds, threads=threads, progress=result.progress
+        )
+        if extractor.backend in GPU:
+            asked = {"batches": sizes, "size": size, "seconds": seconds, "streams": threads_at_once, "fps": fps}
+            report["gpu"] = _on_gpu(extractor, asked, result)
+        elif fps or without:
+            raise PhregError(f"profile: --fps and --without are for a GPU; this ran on {extractor.backend}.")
+    if without is not None:
+        with FeatureExtractor.load(without, backend, compute=compute, mode=mode, device=device) as other:
+            report["registers"] = _cost_of_registers(
+                report["gpu"], _on_gpu(other, {**asked, "fps": None}, result), result
+            )
+    rows = [
+        [str(r["batch"]), f"{r['size'][0]}x{r['size'][1]}", name, *(f"{r[name][q]:.2f}" for q in ("p50", "p90", "p99", "minimum")), str(r[name]["rounds"]), "yes" if r[name]["stable"] else "NO"]
+        for r in report["results"] for name in ("graph", "extractor", "preprocess")
+    ]  # fmt: skip
+    where = report["conditions"]
+    result.table(
+        f"Milliseconds on {where['backend']} ({where['processor']}, {where['cores']} cores)",
+        ["batch", "size", "part", "p50", "p90", "p99", "min", "rounds", "stable"],
+        rows,
+    )
+    for r in report["results"]:
+        result.say(
+            f"batch {r['batch']}: {r['images_per_second']:.1f} images/s; the extractor adds {100 * r['overhead']:.1f} % to the bare graph."
+        )
+    slower = against_baseline(report, before, tolerance) if baseline else []
+    if slower:
+        raise GateFailed(f"profile: {'; '.join(slower)}.", {**report, "slower": slower})
+    result.json({**report, "slower": slower})
+
+
+def _on_gpu(extractor: FeatureExtractor, asked: dict[str, Any], result: Result) -> dict[str, Any]:
+    """``profile_gpu`` with this GPU's own peaks and telemetry, printed."""
+    from phreg_deploy.runtime.gpu_profile import pci_of, profile_gpu
+    from phreg_deploy.runtime.roofline import measure_peaks
+    from phreg_deploy.runtime.telemetry import Telemetry
+
+    backend = extractor.opened
+    gemm = None
+    if extractor.backend == "tensorrt":
+        from phreg_deploy.export.probe import measure_product
+
+        gemm = lambda: measure_product(backend.trt, backend.cuda)  # noqa: E731
+    try:
+        peaks = measure_peaks(backend.cuda, gemm)
+    except BackendMissing:  # the lean runtime builds nothing
+        peaks = measure_peaks(backend.cuda)
+    with Telemetry(backend.cuda.index, pci=pci_of(backend.cuda)) as telemetry:
+        report = profile_gpu(extractor, progress=result.progress, telemetry=telemetry, peaks=peaks, **asked)
+    report["peaks"] = peaks.to_json()
+    rows = [
+        [str(r["batch"]), {True: "graph", False: "no graph", None: "-"}[r["graph"]], part, *(f"{r[part][q]:.3f}" for q in ("p50", "p90", "p95", "p99", "p99.9")),
+         f"{r['images_per_second']:.1f}" if part == "latency" else "", "yes" if r["stable"] else "NO"]
+        for r in report["results"] for part in PARTS if part in r
+    ]  # fmt: skip
+    columns = ["batch", "CUDA graph", "milliseconds", "p50", "p90", "p95", "p99", "p99.9", "images/s", "stable"]
+    result.table(f"{extractor.bundle.folder} on {backend.cuda.gpu.name}", columns, rows)
+    rows = [
+        [str(s["batch"]), str(s["streams"]), f"{s['images_per_second']:.1f}", _energy(s)] for s in report["streams"]
+    ]
+    result.table("Threads that call at once", ["batch", "threads", "images/s", "J per image"], rows)
+    for grouped in report["layers"]:
+        total = sum(grouped["parts"].values()) or 1.0
+        rows = [
+            [part, f"{ms:.3f}", f"{100 * ms / total:.1f} %"]
+            for part, ms in sorted(grouped["parts"].items(), key=lambda p: -p[1])
+        ]
+        result.table(
+            f"Layers at batch {grouped['batch']}, by TensorRT's profiler", ["part", "milliseconds", "share"], rows
+        )
+    for name, reason in report["missing"].items():
+        result.say(f"{name}: {reason}")
+    return report
+
+
+def _energy(sweep: dict[str, Any]) -> str:
+    energy = (sweep.get("telemetry") or {}).get("energy") or {}
+    return figure(energy.get("per_frame"))
+
+
+def _cost_of_registers(with_: dict[str, Any], without: dict[str, Any], result: Result) -> list[dict[str, Any]]:
+    from phreg_deploy.runtime.roofline import register_cost
+
+    costs = register_cost(with_, without)
+    rows = [
+        [
+            str(c["batch"]),
+            str(c["graph"]),
+            f"{c['latency'][0]:.3f}",
+            f"{c['latency'][1]:.3f}",
+            f"{c['ratio']:.3f}",
+            "yes" if c["measurable"] else "no",
+        ]
+        for c in costs
+    ]
+    result.table("What registers cost", ["batch", "graph", "with, ms", "without, ms", "ratio", "measurable"], rows)
+    return costs
+
+
+def _numbers(text: str, name: str) -> list[int]:
+    if not all(part.strip().isdigit() for part in text.split(",")):
+        raise PhregError(f"{name}: got {text!r}, expected numbers, e.g. 1,4,8.")
+    return [int(part) for part in text.split(",")]
+
+
+def _read_baseline(path: Path) -> dict[str, Any]:
+    try:
+        document: dict[str, Any] = json.loads(path.read_text().strip().splitlines()[-1])
+        return document
+    except OSError as error:
+        raise PhregError(f"baseline: {path} cannot be read ({error.strerror}).") from None
+    except (json.JSONDecodeError, IndexError, UnicodeDecodeError):
+        raise PhregError(
+            f"baseline: {path} is not JSON; expected what `phreg-deploy profile --json` printed."
+        ) from None
