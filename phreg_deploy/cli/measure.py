@@ -124,17 +124,24 @@ def _on_gpu(extractor: FeatureExtractor, asked: dict[str, Any], result: Result) 
     from phreg_deploy.runtime.telemetry import Telemetry
 
     backend = extractor.opened
-    gemm = None
+    gemm, metadata = None, None
     if extractor.backend == "tensorrt":
+        from phreg_deploy.export.inspection import read_layers
         from phreg_deploy.export.probe import measure_product
 
         gemm = lambda: measure_product(backend.trt, backend.cuda)  # noqa: E731
+        metadata = {layer["Name"]: str(layer.get("Metadata", "")) for layer in read_layers(backend.trt, backend.engine)}
     try:
         peaks = measure_peaks(backend.cuda, gemm)
-    except BackendMissing:  # the lean runtime builds nothing
+    except (AttributeError, BackendMissing):  # the lean runtime builds nothing
         peaks = measure_peaks(backend.cuda)
-    with Telemetry(backend.cuda.index, pci=pci_of(backend.cuda)) as telemetry:
-        report = profile_gpu(extractor, progress=result.progress, telemetry=telemetry, peaks=peaks, **asked)
+    telemetry = Telemetry(backend.cuda.index, pci=pci_of(backend.cuda))  # NVML counts devices in an order of its own
+    try:
+        report = profile_gpu(
+            extractor, progress=result.progress, telemetry=telemetry, peaks=peaks, metadata=metadata, **asked
+        )
+    finally:
+        telemetry.close()
     report["peaks"] = peaks.to_json()
     rows = [
         [str(r["batch"]), {True: "graph", False: "no graph", None: "-"}[r["graph"]], part, *(f"{r[part][q]:.3f}" for q in ("p50", "p90", "p95", "p99", "p99.9")),

@@ -13,6 +13,7 @@ from phreg_deploy.engines import FOLDER, profiles_of
 from phreg_deploy.errors import BackendMissing, PhregError
 from phreg_deploy.runtime.cuda import Cuda
 from phreg_deploy.runtime.device_arrays import DeviceArray
+from phreg_deploy.runtime.ort_staging import Staging
 from phreg_deploy.runtime.tuning import Tuning
 
 PROVIDERS = {
@@ -26,6 +27,7 @@ HEAVY = {"MatMul", "Gemm", "LayerNormalization", "Softmax", "Gelu", "Conv"}  # w
 class OrtBackend:
     """An ``InferenceSession`` on exactly the execution provider that was asked for.
 
+    On CUDA a bundle of one size and one batch is replayed as a CUDA graph on pinned staging, one call at a time.
     On a GPU no heavy node may be assigned to another provider, which ONNX Runtime itself would only log. Its TensorRT
     provider links libnvinfer.so.10, so it is another TensorRT than the module ``tensorrt`` may be; its engines are cached
     in the bundle too.
@@ -89,10 +91,23 @@ class OrtBackend:
             _check_assignment(self._session, name)
         self._types = {o.name: o.type for o in (*self._session.get_inputs(), *self._session.get_outputs())}
         self._names = [output.name for output in self._session.get_outputs()]
+        self._staging: Staging | None = None
+        if self.cuda is not None and replayable(bundle, name):
+            layouts = [
+                {key: (tuple(facts["shape"]), np.dtype(facts["dtype"])) for key, facts in described.items()}
+                for described in (manifest.inputs, manifest.outputs)
+            ]
+            self._staging = Staging(self.cuda, self._session, *layouts)
         self._patch = manifest.model.patch
+        self._ungraphed: Any = None
+        if self._gpu:  # device arrays lie at other addresses than the graph's
+            self._ungraphed = onnxruntime.RunOptions()
+            self._ungraphed.add_run_config_entry("gpu_graph_id", "-1")
         self._shapes = {name: facts["shape"] for name, facts in manifest.outputs.items()}
 
     def run(self, feed: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+        if self._staging is not None:
+            return self._staging.run(feed)
         return dict(zip(self._names, self._session.run(None, feed)))
 
     def run_device(
@@ -125,7 +140,7 @@ class OrtBackend:
             binding.bind_output(
                 name, "cuda", self.cuda.index, found[name].dtype, found[name].shape, found[name].pointer
             )
-        self._session.run_with_iobinding(binding)
+        self._session.run_with_iobinding(binding, self._ungraphed)
         binding.synchronize_outputs()
         return found
 
@@ -140,13 +155,22 @@ class OrtBackend:
         return np.dtype({"tensor(float16)": np.float16, "tensor(float)": np.float32}[self._types[name]])
 
     def close(self) -> None:
+        staging, self._staging = self._staging, None
         self._session = None
+        if staging is not None:
+            staging.close()
+
+
+def replayable(bundle: Bundle, name: str) -> bool:
+    """Whether every call has the same shapes, so that a CUDA graph can be replayed."""
+    return name == "onnxruntime-cuda" and not bundle.manifest.sizes.dynamic and not bundle.manifest.batches.dynamic
 
 
 def settings(bundle: Bundle, name: str, device: int) -> dict[str, str]:
     """Provider options. TensorFloat-32 is off, as it is for engines: parity is with FP32."""
     if name == "onnxruntime-cuda":
-        return {"device_id": str(device), "use_tf32": "0", "cudnn_conv_use_max_workspace": "1"}
+        graph = {"enable_cuda_graph": "1"} if replayable(bundle, name) else {}
+        return {"device_id": str(device), "use_tf32": "0", **graph}
     cache = bundle.folder / FOLDER / "onnxruntime"
     _folder(cache)
     chosen = {
