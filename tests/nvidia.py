@@ -22,7 +22,7 @@ from tests.nvidia_wheels import VERSIONS, default_folder
 from tests.world import ROOT
 
 NEWEST = VERSIONS[-1]  # the one whose interface TensorRT for RTX 1.7 has
-SONAMES = ("libnvinfer", "libnvinfer_plugin", "libnvonnxparser")
+SONAMES = ("libnvinfer", "libnvinfer_plugin", "libnvonnxparser", "libnvinfer_lean")
 FETCH = "fetch it with `python -m tests.nvidia_wheels`"
 
 BOOT = """
@@ -32,17 +32,18 @@ os.environ["SHIM_INFER"], os.environ["SHIM_PARSER"] = _libraries
 for _name in %r:
     ctypes.CDLL(f"{_shims}/{_name}.so.{_major}", ctypes.RTLD_GLOBAL)
 sys.path.insert(0, _bindings)
-import tensorrt_bindings
+import importlib
+_package = "tensorrt_bindings" if os.path.isdir(f"{_bindings}/tensorrt_bindings") else "tensorrt_lean_bindings"
+sys.modules["tensorrt"] = importlib.import_module(_package)
 sys.path.remove(_bindings)
-sys.modules["tensorrt"] = tensorrt_bindings
 given = json.load(sys.stdin)
 """ % (SONAMES,)  # noqa: UP031
 
 
 def bindings(version: str) -> Path:
-    """The folder of one version of the bindings; skips where it was not fetched."""
+    """The folder of one version of the bindings, or of "lean", the newest lean runtime's; skips where it was not fetched."""
     folder = default_folder() / version
-    if not (folder / "tensorrt_bindings").is_dir():
+    if not any((folder / package).is_dir() for package in ("tensorrt_bindings", "tensorrt_lean_bindings")):
         pytest.skip(f"no TensorRT {version} bindings in {folder.parent}: {FETCH}")
     return folder
 
@@ -82,7 +83,7 @@ def inside(version: str, code: str, given: Any = None, *, rtx: bool = False, tim
         code: finds ``given`` as it was given, and prints one JSON document as its last line, which is returned.
         rtx: forward to TensorRT for RTX. Without, no object of TensorRT can be made.
     """
-    major, folder = version.partition(".")[0], bindings(version)
+    major, folder = (NEWEST if version == "lean" else version).partition(".")[0], bindings(version)
     libraries = rtx_libraries() if rtx else ["", ""]
     words = [major, str(shims(major)), str(folder), *libraries]
     done = subprocess.run(

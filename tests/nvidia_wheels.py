@@ -19,7 +19,12 @@ BINDINGS, VERSIONS = (
     ("10.3.0", "10.16.1.11", "11.4.0.106"),
 )  # JetPack 6.2, JetPack 7.2, newest
 RTX, RTX_VERSION = "onnxruntime-ep-nv-tensorrt-rtx-cu13", "0.5.0"
-WANTED = {**{version: (BINDINGS, version) for version in VERSIONS}, "rtx": (RTX, RTX_VERSION)}
+LEAN = "tensorrt-lean-cu12-bindings"  # of the runtime that builds nothing
+WANTED = {
+    **{version: (BINDINGS, version) for version in VERSIONS},
+    "lean": (LEAN, VERSIONS[-1]),
+    "rtx": (RTX, RTX_VERSION),
+}
 
 
 def default_folder() -> Path:

@@ -28,7 +28,7 @@ METHODS = {
         "hardware_compatibility_level", "profiling_verbosity", "progress_monitor", "set_flag", "set_memory_pool_limit",
         "set_timing_cache",
     },
-    "INetworkDefinition": {"get_input", "get_layer", "get_output", "num_inputs", "num_layers", "num_outputs"},
+    "INetworkDefinition": {"add_input", "add_matrix_multiply", "mark_output", "get_input", "get_layer", "get_output", "num_inputs", "num_layers", "num_outputs"},
     "OnnxParser": {"get_error", "num_errors", "parse", "parse_from_file"},
     "ParserError": {"code", "desc", "node", "node_name", "node_operator"},
     "ITensor": {"dtype", "name", "shape"},
@@ -303,3 +303,24 @@ except (TypeError, RuntimeError) as error:
     print(json.dumps(str(error)))
 """
     assert "nullptr" in nvidia.inside(nvidia.NEWEST, code)
+
+
+def test_the_lean_runtime_has_what_serving_needs():
+    """Everything that the runtime's files use; reading an engine's layers is the builder's business."""
+    needed = Uses()
+    for file in sorted((ROOT / "phreg_deploy" / "runtime").glob("*.py")):
+        read(file, needed)
+    wanted = set(needed.names) | {f"{kind}.{name}" for kind, name in needed.attributes if name in METHODS[kind]}
+    assert {"Runtime", "IExecutionContext.execute_async_v3", "ICudaEngine.create_execution_context"} <= wanted
+    code = """
+import functools
+import tensorrt as trt
+def there(name):
+    try:
+        functools.reduce(getattr, name.split("."), trt)
+    except AttributeError:
+        return False
+    return True
+print(json.dumps([name for name in given if not there(name)]))
+"""
+    assert nvidia.inside("lean", code, sorted(wanted - OPTIONAL)) == []

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from phreg_deploy.cli.options import Result, figure, output_options, tuning_options
-from phreg_deploy.errors import BackendMissing, GateFailed, PhregError
+from phreg_deploy.errors import GateFailed, PhregError
 
 if TYPE_CHECKING:
     from phreg_deploy.runtime.features import FeatureExtractor
@@ -125,16 +125,13 @@ def _on_gpu(extractor: FeatureExtractor, asked: dict[str, Any], result: Result) 
 
     backend = extractor.opened
     gemm, metadata = None, None
-    if extractor.backend == "tensorrt":
+    if extractor.backend == "tensorrt" and hasattr(backend.trt, "Builder"):  # the lean runtime builds and tells nothing
         from phreg_deploy.export.inspection import read_layers
         from phreg_deploy.export.probe import measure_product
 
         gemm = lambda: measure_product(backend.trt, backend.cuda)  # noqa: E731
         metadata = {layer["Name"]: str(layer.get("Metadata", "")) for layer in read_layers(backend.trt, backend.engine)}
-    try:
-        peaks = measure_peaks(backend.cuda, gemm)
-    except (AttributeError, BackendMissing):  # the lean runtime builds nothing
-        peaks = measure_peaks(backend.cuda)
+    peaks = measure_peaks(backend.cuda, gemm)
     telemetry = Telemetry(backend.cuda.index, pci=pci_of(backend.cuda))  # NVML counts devices in an order of its own
     try:
         report = profile_gpu(
