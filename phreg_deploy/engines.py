@@ -6,6 +6,7 @@ A plan is executable: it is read only when its hash is the sidecar's, and a side
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
 import platform
 from dataclasses import asdict, dataclass, field
@@ -111,14 +112,16 @@ class Engine:
 def profiles_of(manifest: Manifest) -> list[Shapes]:
     """The optimization profiles of a bundle: one for a fixed or ranging size, one per size of a list.
 
-    Each covers the bundle's whole range of batches and is tuned for the best one.
+    Each covers the bundle's whole range of batches and is tuned for the best one. Where the smallest batch is not the best,
+    it has a profile of its own before them: tactics that are right for a full batch cost a single frame its latency.
     """
     batches, patch, width = manifest.batches, manifest.model.patch, manifest.model.width
     sizes = manifest.sizes.sizes
     triples = [sizes] if manifest.sizes.mode == "range" else [(size,) * 3 for size in sizes]
     found = []
-    for triple in triples:
-        numbers = (batches.lowest, batches.best, batches.highest)
+    full = (batches.lowest, batches.best, batches.highest)
+    alone = [(batches.lowest,) * 3] if batches.lowest < batches.best else []
+    for numbers, triple in itertools.product([*alone, full], triples):
         inputs: dict[str, Any] = {"image": [[b, *size, 3] for b, size in zip(numbers, triple)]}
         if "pos_embed" in manifest.inputs:
             inputs["pos_embed"] = [[1, (h // patch[0]) * (w // patch[1]), width] for h, w in triple]

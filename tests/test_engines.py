@@ -276,7 +276,10 @@ def test_profiles_of_a_fixed_bundle(fresh):
 
 def test_profiles_of_a_range(world):
     manifest = Bundle.read(world.wide_bundle).manifest
-    (profile,) = profiles_of(manifest)
+    single, profile = profiles_of(manifest)
+    assert single.inputs["image"] == [[1, 48, 48, 3], [1, 64, 64, 3], [1, 96, 96, 3]], (
+        "a frame alone has tactics of its own"
+    )
     assert profile.inputs == {
         "image": [[1, 48, 48, 3], [2, 64, 64, 3], [4, 96, 96, 3]],
         "pos_embed": [[1, 36, 48], [1, 64, 48], [1, 144, 48]],
@@ -291,7 +294,8 @@ def test_profiles_of_a_list(world):
     manifest = Bundle.read(world.wide_bundle).manifest
     sizes = Sizes.parse("48x96,64", (8, 8))
     listed = dataclasses.replace(manifest, sizes=sizes, batches=Batches(1, 3, 8))
-    first, second = profiles_of(listed)
+    *single, first, second = profiles_of(listed)
+    assert [p.inputs["image"][1] for p in single] == [[1, 48, 96, 3], [1, 64, 64, 3]]
     assert first.inputs == {
         "image": [[1, 48, 96, 3], [3, 48, 96, 3], [8, 48, 96, 3]],
         "pos_embed": [[1, 72, 48]] * 3,

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import ctypes
+import struct
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -54,6 +56,8 @@ class OrtBackend:
                 f"backend: this ONNX Runtime {onnxruntime.__version__} was built without {provider}. Run: pip uninstall onnxruntime, then pip install "
                 '"phreg-deploy[gpu]"'
             )
+        if name == "onnxruntime-tensorrt":
+            _check_libraries(onnxruntime)
         self.cuda = Cuda(device) if self._gpu else None
         if self._gpu and hasattr(
             onnxruntime, "preload_dlls"
@@ -203,6 +207,25 @@ def _refuse(precision: str, name: str, tuning: Tuning, compute: str) -> None:
         )
     if precision == "fp8" and name == "onnxruntime-tensorrt":
         raise PhregError("backend: ONNX Runtime's TensorRT provider is not offered for fp8; use --backend tensorrt.")
+
+
+def _check_libraries(onnxruntime: Any) -> None:
+    """Raise where the TensorRT that this ONNX Runtime was linked to is not here; another major version does not serve it."""
+    from phreg_deploy.runtime.diagnosis import needed_libraries
+
+    provider = Path(onnxruntime.__file__).parent / "capi" / "libonnxruntime_providers_tensorrt.so"
+    try:
+        wanted = [library for library in needed_libraries(provider) if library.startswith("libnv")]
+    except (OSError, ValueError, struct.error):
+        return  # another system's: the session will tell
+    for library in wanted:
+        try:
+            ctypes.CDLL(library)
+        except OSError:
+            raise BackendMissing(
+                f"backend: ONNX Runtime {onnxruntime.__version__}'s TensorRT provider links {library}, which is not here. Install that major version "
+                "of TensorRT, or use --backend tensorrt with the one that you have."
+            ) from None
 
 
 def _folder(path: Path) -> None:
