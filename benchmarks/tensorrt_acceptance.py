@@ -43,7 +43,7 @@ def main() -> None:
                 + " |"
             )
             args.json.write_text(
-                json.dumps({"settings": vars(args) | {"json": str(args.json)}, "cells": cells}, indent=1) + "\n"
+                json.dumps({"settings": {name: value for name, value in vars(args).items() if name != "json"}, "cells": cells}, indent=1) + "\n"
             )
 
 
