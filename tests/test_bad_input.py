@@ -209,5 +209,7 @@ def test_a_gpu_that_is_not_there_is_exit_code_4(world, run_cli, torch, command, 
 
 def test_an_engine_that_cannot_be_built_here_is_exit_code_4_and_leaves_the_bundle_ready(world, run_cli, monkeypatch):
     monkeypatch.setitem(sys.modules, "tensorrt", None)
-    run_cli(*export(world, world.student, "--format", "trt"), "--json").refused(4, "trt", f"phreg-deploy build {world.out.name}")
+    run_cli(*export(world, world.student, "--format", "trt"), "--json").refused(
+        4, "trt", f"phreg-deploy build {world.out.name}"
+    )
     Bundle.read(world.out).verify()

@@ -3,7 +3,6 @@
 import ml_dtypes
 import numpy as np
 import onnx
-import onnxruntime
 import pytest
 
 from phreg_deploy.artifacts import agreement

@@ -25,10 +25,19 @@ MAY = {
     "cli": {"calibration", "distill", "export", "runtime", "verify", "demo"},
 }
 # room: the rooms that it imports inside functions only, so that the heavy one is optional
-LATE = {"verify": {"calibration", "distill", "export"}, "cli": {"calibration", "distill", "export", "runtime", "verify", "demo"}}
+LATE = {
+    "verify": {"calibration", "distill", "export"},
+    "cli": {"calibration", "distill", "export", "runtime", "verify", "demo"},
+}
 HEAVY = {"torch", "timm", "onnx", "onnxscript", "safetensors", "torchvision"}
 HEAVY_ROOMS = {"distill", "export", "demo"}
-LIGHT = {"export/__init__.py", "export/builder.py", "export/engine.py", "export/inspection.py", "export/probe.py"}  # of a heavy room: they run on the device
+LIGHT = {
+    "export/__init__.py",
+    "export/builder.py",
+    "export/engine.py",
+    "export/inspection.py",
+    "export/probe.py",
+}  # of a heavy room: they run on the device
 ALSO = {"calibration": {"onnx"}, "verify": {"onnx"}}  # room: what it may import of HEAVY; never torch
 BLOCKED = ("torch", "timm", "onnx", "onnxscript", "safetensors", "torchvision")
 FILES = sorted(PACKAGE.rglob("*.py"))
@@ -87,7 +96,9 @@ def test_heavy_modules_stay_in_heavy_rooms(path):
 
 @pytest.mark.parametrize("name", sorted(LIGHT))
 def test_what_runs_on_the_device_imports_nothing_heavy_through_its_own_room(name):
-    rooms = {".".join(parts.split(".")[:3]) for parts, _ in imports(PACKAGE / name) if parts.startswith("phreg_deploy.")}
+    rooms = {
+        ".".join(parts.split(".")[:3]) for parts, _ in imports(PACKAGE / name) if parts.startswith("phreg_deploy.")
+    }
     heavy = {"phreg_deploy.distill", "phreg_deploy.demo", "phreg_deploy.calibration"}
     own = {f"phreg_deploy.{light.removesuffix('.py').replace('/', '.')}" for light in LIGHT}
     assert not {r for r in rooms if r.startswith(tuple(heavy))}

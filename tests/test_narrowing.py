@@ -45,13 +45,18 @@ def copy_of(traced):
 def typed(model):
     """Tensor -> element type, by onnx's own strict inference: it fails where two types meet in one operator."""
     inferred = onnx.shape_inference.infer_shapes(model, check_type=True, strict_mode=True)
-    kinds = {v.name: v.type.tensor_type.elem_type for v in (*inferred.graph.value_info, *inferred.graph.output, *inferred.graph.input)}
+    kinds = {
+        v.name: v.type.tensor_type.elem_type
+        for v in (*inferred.graph.value_info, *inferred.graph.output, *inferred.graph.input)
+    }
     return kinds | {i.name: i.data_type for i in model.graph.initializer}
 
 
 def answers(model):
     options = onnxruntime.SessionOptions()
-    options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL  # or it would skip roundings to FP16
+    options.graph_optimization_level = (
+        onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
+    )  # or it would skip roundings to FP16
     session = onnxruntime.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
     return dict(zip([o.name for o in session.get_outputs()], session.run(None, {"image": IMAGES})))
 
@@ -97,7 +102,9 @@ def test_an_overflow_that_would_be_infinite_is_served_from_its_island():
     expected = answers(copy_of(found))["features"].reshape(1, -1, 48)
     blind = narrow(copy_of(found), "fp16").model
     hidden = next(n for n in blind.graph.node if n.name == "blocks.1.mlp.fc1/Add").output[0]
-    blind.graph.output.append(helper.make_tensor_value_info(hidden, TensorProto.FLOAT16, None))  # or it stays in FP32 unseen
+    blind.graph.output.append(
+        helper.make_tensor_value_info(hidden, TensorProto.FLOAT16, None)
+    )  # or it stays in FP32 unseen
     assert np.isinf(answers(blind)[hidden]).any(), "without ranges the same graph overflows, or this test shows nothing"
     got = answers(narrow(copy_of(found), "fp16", found.largest).model)["features"].reshape(1, -1, 48)
     assert agreement(got.astype(np.float32), expected).p1 > 0.9999
@@ -113,7 +120,9 @@ def test_what_a_user_keeps_stays_in_fp32(traced, pattern):
     assert all(n.name in narrowed.islands for n in kept)
 
 
-@pytest.mark.parametrize(("pattern", "words"), [("blocks.99.mlp", "fits no node"), ("blocks.(", "no regular expression")])
+@pytest.mark.parametrize(
+    ("pattern", "words"), [("blocks.99.mlp", "fits no node"), ("blocks.(", "no regular expression")]
+)
 def test_a_pattern_that_means_nothing_is_said(traced, pattern, words):
     with pytest.raises(PhregError, match=re.escape(words)):
         narrow(copy_of(traced), "fp16", traced.largest, [pattern])
@@ -128,7 +137,10 @@ def test_every_name_that_torch_watched_and_more_has_a_range(traced):
     """Products before their bias have no name in torch; an infinite one would still be found."""
     products = [n.output[0] for n in traced.model.graph.node if n.op_type == "MatMul" and n.name.startswith("blocks.")]
     assert set(products) - set(traced.largest), "torch names them all now: the rule for Add can go"
-    huge = {**traced.largest, next(n for n in traced.model.graph.node if n.name == "blocks.0.mlp.fc1/Add").output[0]: 1e6}
+    huge = {
+        **traced.largest,
+        next(n for n in traced.model.graph.node if n.name == "blocks.0.mlp.fc1/Add").output[0]: 1e6,
+    }
     assert "blocks.0.mlp.fc1/MatMul" in narrow(copy_of(traced), "fp16", huge).islands
 
 

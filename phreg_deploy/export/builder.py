@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
+import signal
+import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -69,7 +72,8 @@ def build_plan(
     with progress.task("build engine", None) as advance:
         monitor = _make_monitor(trt, advance)
         config.progress_monitor = monitor
-        plan = builder.build_serialized_network(network, config)
+        with _stoppable(monitor):
+            plan = builder.build_serialized_network(network, config)
     if monitor.interrupted is not None:
         raise monitor.interrupted
     if plan is None:
@@ -126,8 +130,25 @@ def _refusal(parser: Any) -> str:
     return "; ".join(found[:3]) + (f"; and {len(found) - 3} more" if len(found) > 3 else "") or "no reason given"
 
 
+@contextlib.contextmanager
+def _stoppable(monitor: Any) -> Iterator[None]:
+    """Ctrl-C stops the build. Raised in a callback, which is where Python would raise it, TensorRT swallows it."""
+
+    def note(_number: int, _frame: Any) -> None:
+        monitor.interrupted = monitor.interrupted or KeyboardInterrupt()
+
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.signal(signal.SIGINT, note)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, signal.SIG_DFL if before is None else before)
+
+
 def _make_monitor(trt: Any, advance: Callable[..., None]) -> Any:
-    """TensorRT's progress as a bar. What Python raises meanwhile, Ctrl-C too, stops the build and is raised after it."""
+    """TensorRT's progress as a bar. What the bar raises meanwhile stops the build and is raised after it."""
 
     class Monitor(trt.IProgressMonitor):  # type: ignore[misc]
         def __init__(self) -> None:

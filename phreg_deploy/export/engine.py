@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -67,7 +68,11 @@ def build_engine(request: BuildRequest, *, force: bool = False, progress: Progre
     engine = _build(trt, request, bundle, key, progress)
     report: dict[str, Any] = {"engine": str(engine.path), "key": key.to_json(), "cached": False, **engine.report}
     if request.check:
-        parity, missed = examine(bundle.folder, request.device)
+        try:
+            parity, missed = examine(bundle.folder, request.device)
+        except BaseException:  # what was not examined does not count
+            _drop(engine)
+            raise
         report.update(parity=parity, missed=missed)
         if missed and not force:
             _drop(engine)
@@ -81,7 +86,10 @@ def build_engine(request: BuildRequest, *, force: bool = False, progress: Progre
 
 
 def _build(trt: Any, request: BuildRequest, bundle: Bundle, key: Key, progress: Progress) -> Engine:
-    cache = request.timing_cache or bundle.folder / FOLDER / f"timing-sm{key.architecture}-trt{key.tensorrt}.cache"
+    gpu = re.sub(r"[^A-Za-z0-9]+", "-", key.gpu).strip("-")  # TensorRT takes timings of this very kind of GPU only
+    cache = (
+        request.timing_cache or bundle.folder / FOLDER / f"timing-{gpu}-sm{key.architecture}-trt{key.tensorrt}.cache"
+    )
     built = build_plan(
         trt, bundle.graph, profiles_of(bundle.manifest), request.settings, workspace=request.workspace,
         timing_cache=cache.read_bytes() if cache.is_file() else b"", progress=progress,
@@ -105,7 +113,11 @@ def _build(trt: Any, request: BuildRequest, bundle: Bundle, key: Key, progress: 
     }
     found = store(bundle, key, built.plan, report)
     if built.timing_cache:
-        write_whole(cache, built.timing_cache)
+        try:
+            write_whole(cache, built.timing_cache)
+        except PhregError:
+            _drop(found)
+            raise
     return found
 
 

@@ -152,6 +152,11 @@ class Event(Closing):
     def record(self, stream: int) -> None:
         self.cuda.call("cudaEventRecord", self._event, stream)
 
+    def order(self, earlier: int, later: int) -> None:
+        """Let the stream ``later`` wait for what is queued in ``earlier``; the host waits for nothing."""
+        self.record(earlier)
+        self.cuda.call("cudaStreamWaitEvent", later, self.handle, 0)
+
     def wait(self) -> None:
         self.cuda.call("cudaEventSynchronize", self._event)
 

@@ -57,7 +57,7 @@ class DeviceArray:
             "data": (self.pointer, False),
             "strides": None,
             "version": 3,
-            "stream": self.stream or None,
+            "stream": 1 if self.stream == 0 else self.stream,  # the protocol has another number for the default stream
         }
 
     def __dlpack_device__(self) -> tuple[int, int]:
@@ -65,20 +65,27 @@ class DeviceArray:
 
     def __dlpack__(self, *, stream: int | None = None, **_: Any) -> Any:
         """A capsule for a reader on ``stream``, which is made to wait for the work that fills the array."""
-        if self._cuda is not None and self.stream is not None and stream not in (-1, self.stream):
-            self._cuda.call("cudaStreamSynchronize", self.stream)
+        if self.device[0] != CPU and self.stream is not None and stream not in (-1, self.stream):
+            self._driver().call("cudaStreamSynchronize", self.stream)
         return _capsule(self)
 
     def numpy(self) -> np.ndarray:
         """A copy on the host."""
         host = np.empty(self.shape, self.dtype)
-        if self._cuda is None:
+        if self.device[0] == CPU:
             ctypes.memmove(host.ctypes.data, self.pointer, self.nbytes)
             return host
-        handle = self.stream or 0
-        self._cuda.copy(host.ctypes.data, self.pointer, self.nbytes, "DeviceToHost", handle)
-        self._cuda.call("cudaStreamSynchronize", handle)
+        cuda, handle = self._driver(), self.stream or 0
+        cuda.use()
+        cuda.copy(host.ctypes.data, self.pointer, self.nbytes, "DeviceToHost", handle)
+        cuda.call("cudaStreamSynchronize", handle)
         return host
+
+    def _driver(self) -> Cuda:
+        """The device that the memory is on, also where another library made it."""
+        if self._cuda is None:
+            self._cuda = Cuda(self.device[1])
+        return self._cuda
 
 
 class _Owned(DeviceBuffer):
@@ -113,12 +120,19 @@ def as_device(value: Any, stream: int | None = None) -> DeviceArray:
         raise PhregError(
             f"device array: got {type(value).__name__}, expected an array on a GPU with __cuda_array_interface__ or __dlpack__."
         )
-    if hasattr(value, "__cuda_array_interface__"):
-        facts = value.__cuda_array_interface__
-        dtype, shape = np.dtype(facts["typestr"]), tuple(facts["shape"])
-        _contiguous(facts.get("strides"), shape, dtype.itemsize)
-        return DeviceArray(int(facts["data"][0]), shape, dtype, value, facts.get("stream"))
-    return from_capsule(value.__dlpack__(stream=1 if stream is None else stream))
+    if hasattr(value, "__dlpack__"):  # first: it puts streams in order, and torch's array interface names none
+        reader = stream or 1  # DLPack forbids 0
+        try:
+            capsule = value.__dlpack__(stream=reader)
+        except (BufferError, TypeError, RuntimeError, ValueError) as error:
+            raise PhregError(f"device array: {type(value).__name__} cannot be read: {error}.") from None
+        array = from_capsule(capsule)
+        array.stream = reader
+        return array
+    facts = value.__cuda_array_interface__
+    dtype, shape = np.dtype(facts["typestr"]), tuple(facts["shape"])
+    _contiguous(facts.get("strides"), shape, dtype.itemsize)
+    return DeviceArray(int(facts["data"][0]), shape, dtype, value, facts.get("stream"))
 
 
 # DLPack 0.x, which every library still gives when it is not asked for more: github.com/dmlc/dlpack, include/dlpack/dlpack.h
@@ -140,47 +154,32 @@ _Deleter = ctypes.CFUNCTYPE(None, ctypes.POINTER(_Managed))
 _Managed._fields_ = (("tensor", _Tensor), ("context", ctypes.c_void_p), ("deleter", _Deleter))
 
 _api = ctypes.pythonapi
-_api.PyCapsule_New.restype, _api.PyCapsule_New.argtypes = (
-    ctypes.py_object,
-    (ctypes.c_void_p, ctypes.c_char_p, ctypes.c_void_p),
-)
 _api.PyCapsule_GetPointer.restype, _api.PyCapsule_GetPointer.argtypes = (
     ctypes.c_void_p,
     (ctypes.py_object, ctypes.c_char_p),
 )
 _api.PyCapsule_SetName.argtypes = (ctypes.py_object, ctypes.c_char_p)
-_api.PyCapsule_IsValid.argtypes = (ctypes.c_void_p, ctypes.c_char_p)
-# the same by address: a capsule that is going away must not be made a Python object once more
-_address_in = ctypes.PYFUNCTYPE(ctypes.c_void_p, ctypes.c_void_p, ctypes.c_char_p)(
-    ("PyCapsule_GetPointer", ctypes.pythonapi)
-)
 _NEW, _USED = b"dltensor", b"used_dltensor"
-_alive: dict[int, Any] = {}  # what a consumer holds: address of the managed tensor -> it, its shape, and the array
 
 
-@_Deleter  # type: ignore[untyped-decorator]
-def _release(managed: Any) -> None:
-    _alive.pop(ctypes.addressof(managed.contents), None)
+class _Seen:
+    """Memory on a GPU in the words of numpy's own protocol, which reads no byte of it."""
 
-
-@ctypes.CFUNCTYPE(None, ctypes.c_void_p)  # type: ignore[untyped-decorator]
-def _unclaimed(capsule: int) -> None:
-    """A capsule that nobody consumed is going away."""
-    if _api.PyCapsule_IsValid(capsule, _NEW):
-        _alive.pop(_address_in(capsule, _NEW), None)
+    def __init__(self, array: DeviceArray) -> None:
+        self.array = array
+        self.__array_interface__ = {
+            "shape": array.shape, "typestr": array.dtype.str, "data": (array.pointer, False), "version": 3,
+        }  # fmt: skip
 
 
 def _capsule(array: DeviceArray) -> Any:
-    managed = _Managed()
-    shape = (ctypes.c_int64 * len(array.shape))(*array.shape)
-    tensor = managed.tensor
-    tensor.data, tensor.device_type, tensor.device_id, tensor.ndim = array.pointer, *array.device, len(array.shape)
-    tensor.code, tensor.bits, tensor.lanes = CODES[array.dtype.kind], 8 * array.dtype.itemsize, 1
-    tensor.shape = ctypes.cast(shape, ctypes.POINTER(ctypes.c_int64))
-    managed.deleter = _release
-    address = ctypes.addressof(managed)
-    _alive[address] = (managed, shape, array)
-    return _api.PyCapsule_New(address, _NEW, ctypes.cast(_unclaimed, ctypes.c_void_p))
+    """numpy's own capsule of the same memory, with the device put right. numpy, in C, frees it: a destructor in Python would
+    run while an error is on its way, e.g. that the reader refuses the device, and lose it.
+    """
+    capsule = np.asarray(_Seen(array)).__dlpack__()
+    tensor = ctypes.cast(_api.PyCapsule_GetPointer(capsule, _NEW), ctypes.POINTER(_Managed)).contents.tensor
+    tensor.device_type, tensor.device_id = array.device
+    return capsule
 
 
 class _Borrowed:

@@ -186,6 +186,11 @@ class FeatureExtractor(Closing):
         image = as_device(batch, stream)
         if image.dtype != np.uint8 or len(image.shape) != 4 or image.shape[3] != 3:
             raise PhregError(f"extract: got {image.dtype} {image.shape} on the GPU, expected uint8 RGB (B, H, W, 3).")
+        cuda = getattr(backend, "cuda", None)
+        if cuda is not None and hasattr(batch, "__dlpack_device__") and image.device[1] != cuda.index:
+            raise PhregError(
+                f"extract: got an array on GPU {image.device[1]}, but the extractor runs on GPU {cuda.index}. Load it with device={image.device[1]}."
+            )
         size = (image.shape[1], image.shape[2])
         self.manifest.sizes.check(size, self.spec.patch)
         self.manifest.batches.check(image.shape[0])

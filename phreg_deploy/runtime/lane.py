@@ -22,7 +22,8 @@ class Lane(Closing):
     """An execution context with all that it needs; used by one thread at a time, as TensorRT demands.
 
     Buffers only grow. A graph holds the copy in, the engine and the copy out of one set of shapes; it is recorded on the
-    second call with them, because TensorRT settles its own memory in the first.
+    second call in a row with them, because TensorRT settles its own memory in the first. It is dropped as soon as the
+    context is given other shapes or addresses: NVIDIA calls its replay undefined from then on.
     """
 
     def __init__(self, trt: Any, cuda: Cuda, engine: Any, profiles: list[Shapes], graphs: bool) -> None:
@@ -61,7 +62,8 @@ class Lane(Closing):
         if graph is not None:
             graph.launch(self.stream.handle)
         elif self.graphs and key in self._seen:
-            self._record(key)
+            self._recorded[key] = self._capture(image=True)
+            self._recorded[key].launch(self.stream.handle)
         else:
             self._upload("image")
             self._enqueue(self.stream.handle)
@@ -77,16 +79,19 @@ class Lane(Closing):
         shapes = {"image": image.shape, **{name: value.shape for name, value in others.items()}}
         self._ready(shapes)
         self._stage(others)
+        wanted = self._shapes
         found = dict(out) if out else {}
         handle = self.stream.handle if stream is None else stream
-        if stream is not None:  # what this lane did before, on its own stream or another caller's, comes first
-            self._done.record(self.stream.handle)
-            self.cuda.call("cudaStreamWaitEvent", handle, self._done.handle, 0)
+        # what this lane did before, on its own stream or another caller's, comes first, and so does who fills the arrays
+        before = {self.stream.handle, *(a.stream for a in (image, *found.values()) if a.stream is not None)}
+        for other in before - {handle}:
+            self._done.order(other, handle)
+        self._shapes = {}  # addresses are set anew by the next call
         self._address("image", image.pointer)
         for name in self.outputs:
-            shape, dtype = self._shapes[name], self.dtypes[name]
+            shape, dtype = wanted[name], self.dtypes[name]
             if name not in found:
-                found[name] = DeviceArray.allocate(self.cuda, shape, dtype, handle)
+                found[name] = DeviceArray.allocate(self.cuda, shape, dtype)
             elif found[name].shape != shape or found[name].dtype != dtype:
                 raise PhregError(
                     f"out: got {name} as {found[name].dtype} {found[name].shape}, expected {dtype} {shape}."
@@ -95,7 +100,8 @@ class Lane(Closing):
         self._enqueue(handle)
         self._done.record(handle)
         self._pending = stream is not None
-        self._shapes = {}  # addresses are set anew by the next call
+        for array in found.values():
+            array.stream = stream
         if stream is None:
             self.stream.wait()
         return found
@@ -149,6 +155,7 @@ class Lane(Closing):
                 self.stream.wait()
         finally:
             context.profiler = None
+            self._forget()
         return {name: value / rounds for name, value in times.items()}
 
     def _ready(self, shapes: dict[str, tuple[int, ...]]) -> tuple[Any, ...]:
@@ -165,6 +172,8 @@ class Lane(Closing):
             raise PhregError(
                 f"engine: got inputs of {shapes}, expected {' or '.join(str(p.inputs) for p in self.profiles)}. Build the bundle again with these sizes."
             )
+        self._forget()
+        self._shapes = {}  # until everything is as it should be
         context = self._context
         if index != self._profile:
             if not context.set_optimization_profile_async(index, self.stream.handle):
@@ -179,25 +188,34 @@ class Lane(Closing):
             raise PhregError(
                 f"engine: the shapes of {', '.join(missing)} are not known; the plan is not of this bundle."
             )
-        self._shapes = {name: tuple(shape) for name, shape in shapes.items()}
-        self._shapes.update({name: tuple(context.get_tensor_shape(name)) for name in self.outputs})
-        for name, shape in self._shapes.items():
+        known = {name: tuple(shape) for name, shape in shapes.items()}
+        known.update({name: tuple(context.get_tensor_shape(name)) for name in self.outputs})
+        for name, shape in known.items():
             self._grow(name, int(np.prod(shape)) * self.dtypes[name].itemsize)
             self._address(name, self._device[name].pointer)
+        self._shapes = known
         return key
 
     def _grow(self, name: str, size: int) -> None:
         if name in self._device and self._device[name].size >= size:
             return
-        for graph in self._recorded.values():  # they hold the old addresses
-            graph.close()
-        self._recorded.clear()
         self._last.pop(name, None)
-        if name in self._device:
-            self._device.pop(name).close()
-            self._host.pop(name).close()
-        self._device[name] = DeviceBuffer(self.cuda, size)
-        self._host[name] = PinnedBuffer(self.cuda, size)
+        for held in (self._device, self._host):
+            if name in held:
+                held.pop(name).close()
+        device = DeviceBuffer(self.cuda, size)
+        try:
+            self._host[name] = PinnedBuffer(self.cuda, size)
+        except BaseException:
+            device.close()
+            raise
+        self._device[name] = device
+
+    def _forget(self) -> None:
+        """Drop the graphs: the context is about to change, or has."""
+        while self._recorded:
+            self._recorded.popitem()[1].close()
+        self._seen.clear()
 
     def _address(self, name: str, pointer: int) -> None:
         if not self._context.set_tensor_address(name, pointer):
@@ -231,37 +249,29 @@ class Lane(Closing):
         if not self._context.execute_async_v3(stream):
             raise PhregError("engine: TensorRT could not start the inference; the device may be out of memory.")
 
-    def _record(self, key: tuple[Any, ...]) -> None:
-        self.stream.begin()
-        try:
-            self._upload("image")
-            self._enqueue(self.stream.handle)
-            self._download()
-        except BaseException:
-            self._abandon()
-            raise
-        self._recorded[key] = self.stream.end()
-        self._recorded[key].launch(self.stream.handle)
-
     def _compute_graph(self, key: tuple[Any, ...]) -> Graph:
         """The engine alone as a graph, kept beside the whole one."""
         alone = ("compute", *key)
         if alone not in self._recorded:
             self._enqueue(self.stream.handle)
             self.stream.wait()
-            self.stream.begin()
-            try:
-                self._enqueue(self.stream.handle)
-            except BaseException:
-                self._abandon()
-                raise
-            self._recorded[alone] = self.stream.end()
+            self._recorded[alone] = self._capture(image=False)
         return self._recorded[alone]
 
-    def _abandon(self) -> None:
-        """End a recording that failed, so that the stream can be used and freed."""
-        with contextlib.suppress(PhregError):
-            self.stream.end().close()
+    def _capture(self, image: bool) -> Graph:
+        """The engine as a graph, with ``image`` also the copies before and behind it."""
+        self.stream.begin()
+        try:
+            if image:
+                self._upload("image")
+            self._enqueue(self.stream.handle)
+            if image:
+                self._download()
+        except BaseException:
+            with contextlib.suppress(PhregError):  # so that the stream can be used and freed
+                self.stream.end().close()
+            raise
+        return self.stream.end()
 
     def _own(self, thing: Any) -> Any:
         self._owned.append(thing)

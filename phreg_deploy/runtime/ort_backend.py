@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import struct
 from collections.abc import Mapping
@@ -132,20 +133,31 @@ class OrtBackend:
             )
         if stream is not None:
             raise PhregError("stream: onnxruntime-cuda runs on a stream of its own; use tensorrt for one of yours.")
-        if image.stream:
-            self.cuda.call("cudaStreamSynchronize", image.stream)
         binding, found = self._session.io_binding(), dict(out or {})
+        self.cuda.use()
+        for other in {array.stream for array in (image, *found.values())} - {None}:
+            self.cuda.call("cudaStreamSynchronize", other)
         binding.bind_input("image", "cuda", self.cuda.index, np.uint8, image.shape, image.pointer)
         for name, value in others.items():
             binding.bind_cpu_input(name, value)
         for name in self._names:
+            shape, dtype = self._shape(name, image.shape), self._dtype(name)
             if name not in found:
-                found[name] = DeviceArray.allocate(self.cuda, self._shape(name, image.shape), self._dtype(name))
+                found[name] = DeviceArray.allocate(self.cuda, shape, dtype)
+            elif found[name].shape != shape or found[name].dtype != dtype:
+                raise PhregError(
+                    f"out: got {name} as {found[name].dtype} {found[name].shape}, expected {dtype} {shape}."
+                )
             binding.bind_output(
                 name, "cuda", self.cuda.index, found[name].dtype, found[name].shape, found[name].pointer
             )
-        self._session.run_with_iobinding(binding, self._ungraphed)
-        binding.synchronize_outputs()
+        with (
+            contextlib.nullcontext() if self._staging is None else self._staging.lock
+        ):  # a session with a graph runs one call at a time
+            self._session.run_with_iobinding(binding, self._ungraphed)
+            binding.synchronize_outputs()
+        for array in found.values():
+            array.stream = None
         return found
 
     def _shape(self, name: str, image: tuple[int, ...]) -> tuple[int, ...]:
@@ -179,8 +191,12 @@ def settings(bundle: Bundle, name: str, device: int) -> dict[str, str]:
     _folder(cache)
     chosen = {
         "device_id": str(device), "trt_engine_cache_enable": "1", "trt_engine_cache_path": str(cache), "trt_timing_cache_enable": "1",
-        "trt_timing_cache_path": str(cache), "trt_fp16_enable": "0", "trt_int8_enable": "0",
-    }  # fmt: skip
+        "trt_timing_cache_path": str(cache),     }  # fmt: skip
+    eight = (
+        bundle.manifest.precision == "int8"
+    )  # its network is weakly typed: without the switch, FP16 would be computed in FP32
+    chosen["trt_fp16_enable"] = str(int(eight or bundle.manifest.precision == "fp16"))
+    chosen["trt_int8_enable"] = str(int(eight))
     profiles = profiles_of(bundle.manifest)
     if bundle.manifest.sizes.dynamic or bundle.manifest.batches.dynamic:
         for i, kind in enumerate(("min", "opt", "max")):
@@ -205,8 +221,10 @@ def _refuse(precision: str, name: str, tuning: Tuning, compute: str) -> None:
         raise PhregError(
             f"backend: ONNX Runtime has no {precision} kernels on CUDA and would compute in float, slower than FP16. Use --backend tensorrt, or an FP16 bundle."
         )
-    if precision == "fp8" and name == "onnxruntime-tensorrt":
-        raise PhregError("backend: ONNX Runtime's TensorRT provider is not offered for fp8; use --backend tensorrt.")
+    if precision in ("bf16", "fp8") and name == "onnxruntime-tensorrt":
+        raise PhregError(
+            "backend: ONNX Runtime's TensorRT provider is not offered for " + precision + "; use --backend tensorrt."
+        )
 
 
 def _check_libraries(onnxruntime: Any) -> None:

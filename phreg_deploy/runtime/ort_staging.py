@@ -21,7 +21,7 @@ class Staging(Closing):
 
     def __init__(self, cuda: Cuda, session: Any, inputs: Layout, outputs: Layout) -> None:
         self.cuda, self._session, self.inputs, self.outputs = cuda, session, inputs, outputs
-        self._lock = threading.Lock()
+        self.lock = threading.Lock()
         self._things: list[Closing] = []
         self._host: dict[str, PinnedBuffer] = {}
         self._device: dict[str, DeviceBuffer] = {}
@@ -44,7 +44,7 @@ class Staging(Closing):
 
     def run(self, feed: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
         """Host arrays in, host arrays out, in the shapes that were bound."""
-        with self._lock:
+        with self.lock:
             self.cuda.use()
             handle = self._stream.handle
             for name, value in feed.items():

@@ -1,0 +1,175 @@
+"""An FP16 bundle that overflows in one half-block: which one is found, and what is proposed mends it."""
+
+import shutil
+from dataclasses import replace
+
+import numpy as np
+import onnx
+import pytest
+from onnx import numpy_helper
+
+from phreg_deploy.bundle import GRAPH, Bundle, engrave, seal
+from phreg_deploy.calibration.narrowing import islands, narrow
+from phreg_deploy.calibration.session import open_session
+from phreg_deploy.errors import PhregError
+from phreg_deploy.runtime import FeatureExtractor
+from phreg_deploy.runtime.parity import check_reference, judge, worst
+from phreg_deploy.runtime.tuning import Tuning
+from phreg_deploy.verify.bisection import bisect
+from tests.world import invoke, leftovers
+
+SCALE = 2.0**18
+# Where it shows -> the layer that is scaled up and the one behind it that is scaled down as far: only what is between them
+# leaves FP16's range, and in FP32 the model says the same. ONNX Runtime computes FP16 in FP32 on the processor and only moves
+# it as FP16, so that nothing overflows between the two products of an MLP there.
+PLACES = {
+    "blocks.1.attn": ("blocks.1.attn.qkv", "blocks.1.attn.proj"),
+    "blocks.2.attn": ("blocks.2.attn.qkv", "blocks.2.attn.proj"),
+}
+
+
+def weight(graph, name):
+    return next(i for i in graph.graph.initializer if i.name == f"{name}.weight")
+
+
+def bias_of(graph, linear):
+    """The constant that is added to a linear layer's product."""
+    product = next(n for n in graph.graph.node if n.name == f"{linear}/MatMul")
+    (adder,) = [n for n in graph.graph.node if product.output[0] in n.input]
+    constants = {i.name: i for i in graph.graph.initializer}
+    return next(constants[name] for name in adder.input if name in constants)
+
+
+def scale(tensor, factor, columns=slice(None)):
+    value = numpy_helper.to_array(tensor).copy()
+    value[..., columns] *= np.float32(factor)
+    tensor.CopyFrom(numpy_helper.from_array(value, tensor.name))
+
+
+def overflow(graph, place):
+    """Scale what goes between two layers of a half-block, and take it back behind it."""
+    first, last = PLACES[place]
+    values = slice(2 * weight(graph, last).dims[0], None)  # of q, k and v, those that are averaged, not compared
+    scale(weight(graph, first), SCALE, values)
+    scale(bias_of(graph, first), SCALE, values)
+    scale(weight(graph, last), 1 / SCALE)
+
+
+def written(bundle, folder, place=None, keep=(), precision="fp16"):
+    """The bundle in FP16, overflowing in ``place``, without a look at what its tensors hold."""
+    shutil.copytree(bundle, folder)
+    (folder / "manifest.json").unlink()
+    read = Bundle.read(bundle)
+    graph = onnx.load(bundle / GRAPH)
+    if place is not None:
+        overflow(graph, place)
+        case = read.cases()[0]
+        (found,) = open_session(graph).run(["features"], {"image": case["image"]})
+        np.testing.assert_allclose(found, case["features"], rtol=1e-3, atol=1e-4)
+    kept = islands(narrow(graph, precision, None, keep), precision) if precision != "fp32" else []
+    manifest = replace(read.manifest, precision=precision, float_parts=kept, files={})
+    engrave(graph, manifest)
+    (folder / GRAPH).write_bytes(graph.SerializeToString())
+    seal(folder, manifest)
+    return folder
+
+
+def find(folder):
+    return bisect(Bundle.read(folder), "onnxruntime-cpu", Tuning(threads=1))
+
+
+def missed(folder):
+    with FeatureExtractor.load(folder, "onnxruntime-cpu", threads=1) as extractor:
+        return judge(worst([case["parity"] for case in check_reference(extractor)]), "fp16", exam=True)
+
+
+@pytest.fixture(params=PLACES)
+def place(request):
+    return request.param
+
+
+def test_the_half_block_that_overflows_is_named(bundle, tmp_path, place):
+    folder = written(bundle, tmp_path / "broken", place)
+    assert missed(folder)
+    found = find(folder)
+    assert found["first"] == place
+    steps = {step["place"]: step for step in found["steps"]}
+    assert list(steps) == [f"blocks.{i}.{half}" for i in range(3) for half in ("attn", "mlp")]
+    assert steps[place]["bad_values"] > 0
+    before = list(steps)[: list(steps).index(place)]
+    assert all(steps[p]["bad_values"] == 0 and steps[p]["cosine_p1"] > 0.9999 for p in before)
+
+
+def test_the_proposal_mends_it(bundle, tmp_path, place):
+    found = find(written(bundle, tmp_path / "broken", place))
+    option, pattern = found["proposal"].split(" ", 1)
+    assert option == "--keep-fp32"
+    mended = written(bundle, tmp_path / "mended", place, keep=[pattern.strip("'")])
+    assert missed(mended) == []
+    assert find(mended)["first"] is None
+    parts = Bundle.read(mended).manifest.float_parts
+    assert any(part.startswith(place) for part in parts)
+    assert not any(part.startswith("blocks.0") for part in parts)
+
+
+@pytest.mark.parametrize("precision", ["fp16", "fp32"])
+def test_a_bundle_that_is_well_has_no_place(bundle, tmp_path, precision):
+    found = find(written(bundle, tmp_path / "well", precision=precision))
+    assert (found["first"], found["proposal"]) == (None, None)
+    assert all(step["bad_values"] == 0 for step in found["steps"])
+
+
+def test_sizes_and_batches_are_those_of_the_exam(wide_bundle):
+    found = find(wide_bundle)
+    assert found["first"] is None
+    assert len(found["steps"]) == 6
+
+
+def test_nothing_is_left_behind_and_the_bundle_is_untouched(bundle, tmp_path, place):
+    folder = written(bundle, tmp_path / "broken", place)
+    before = {p: p.read_bytes() for p in folder.iterdir()}
+    find(folder)
+    assert {p: p.read_bytes() for p in folder.iterdir()} == before
+    assert leftovers(tmp_path) == []
+
+
+def test_check_bisects_where_the_gate_is_missed(bundle, tmp_path):
+    folder = written(bundle, tmp_path / "broken", "blocks.1.attn")
+    done = invoke("check", folder, "--backend", "onnxruntime-cpu", "--bisect", "--json")
+    done.refused(3, "NaN or infinite")
+    assert done.document["bisection"]["first"] == "blocks.1.attn"
+    assert "The first that diverges is blocks.1.attn" in done.err
+    assert r"--keep-fp32 '^blocks\.1\.attn'" in done.err
+
+
+def test_a_graph_without_names_is_refused(bundle, tmp_path):
+    folder = written(bundle, tmp_path / "nameless")
+    graph = onnx.load(folder / GRAPH)
+    for i, node in enumerate(graph.graph.node):
+        node.name = f"n{i}"
+    (folder / GRAPH).write_bytes(graph.SerializeToString())
+    with pytest.raises(PhregError, match="names no blocks"):
+        find(folder)
+
+
+def test_answers_that_are_finite_and_wrong_are_found(bundle, monkeypatch):
+    """A backend that is slightly off from one place on, though every value is one."""
+    import phreg_deploy.verify.bisection as module
+
+    class Off:
+        def __init__(self, *asked):
+            self.inner = open_backend(*asked)
+            self.close = self.inner.close
+
+        def run(self, feed):
+            noise, found = np.random.default_rng(0), self.inner.run(feed)
+            places = [name for name in found if name.startswith("probe/")]
+            for name in places[places.index("probe/blocks.1.mlp") :]:
+                found[name] = found[name] + 0.1 * noise.standard_normal(found[name].shape).astype(np.float32)
+            return found
+
+    open_backend = module.open_backend
+    monkeypatch.setattr(module, "open_backend", Off)
+    found = find(bundle)
+    assert (found["first"], found["proposal"]) == ("blocks.1.mlp", r"--keep-fp32 '^blocks\.1\.mlp'")
+    assert all(step["bad_values"] == 0 for step in found["steps"])

@@ -1,0 +1,538 @@
+"""`phreg-deploy build` and `export --format trt`, on a GPU and a TensorRT that are not there (``tests/double.py``)."""
+
+import json
+import shutil
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from phreg_deploy.bundle import Bundle
+from phreg_deploy.engines import list_engines
+from phreg_deploy.errors import BackendMissing, PhregError
+from phreg_deploy.runtime import FeatureExtractor
+from tests import double
+from tests.world import ROOT, invoke, leftovers
+
+BLOCKED = ("torch", "timm", "onnx", "onnxscript", "safetensors", "torchvision")
+
+
+@pytest.fixture
+def device(monkeypatch):
+    made = double.Device()
+    double.install(monkeypatch, made)
+    yield made
+    assert made.undefined == []
+    assert made.live() == {}
+
+
+@pytest.fixture
+def workshop(device, monkeypatch):
+    made = double.Workshop(device)
+    double.install(monkeypatch, device, made)
+    return made
+
+
+@pytest.fixture(scope="module")
+def half_bundle(tmp_path_factory, student) -> Path:
+    """The student in FP16, in which attention is fused."""
+    from phreg_deploy.export.exporter import ExportRequest, export_bundle
+
+    folder = tmp_path_factory.mktemp("bundles") / "half"
+    export_bundle(ExportRequest(str(student), precision="fp16"), folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def eight_trt(tmp_path_factory, bundle, photos) -> Path:
+    """The student in 8 bits as TensorRT takes them."""
+    from phreg_deploy.calibration.calibrator import CalibrationRequest, calibrate
+
+    folder = tmp_path_factory.mktemp("bundles") / "eight-trt"
+    calibrate(CalibrationRequest(bundle, photos, target="trt"), folder)
+    return folder
+
+
+@pytest.fixture
+def copy(request, tmp_path):
+    """A fixture's bundle, to write an engine into."""
+
+    def make(name):
+        return Path(shutil.copytree(request.getfixturevalue(name), tmp_path / name))
+
+    return make
+
+
+def engines(folder):
+    """Every file below ``engines/`` that is an engine's."""
+    return sorted(p.name for p in (folder / "engines").glob("*") if p.suffix in (".plan", ".json"))
+
+
+def build(folder, *words):
+    return invoke("build", folder, *words, "--json")
+
+
+# What is built
+
+
+@pytest.mark.parametrize("name", ["bundle", "wide_bundle", "half_bundle"])
+def test_an_engine_and_its_sidecar_are_written_and_serve(copy, name, workshop):
+    folder = copy(name)
+    done = build(folder)
+    assert done.code == 0, done.err
+    said = done.document
+    (sidecar, plan) = engines(folder)
+    assert said["engine"] == str(folder / "engines" / plan)
+    assert said["cached"] is False
+    assert said["missed"] == said["short"] == []
+    assert said["warnings"] == ["the double is slower than a GPU"]
+    assert said["census"]["fused_attention"] == (
+        [f"blocks.{i}.attn" for i in range(3)] if name == "half_bundle" else []
+    )
+    stored = json.loads((folder / "engines" / sidecar).read_text())
+    assert stored["report"]["parity"] == said["parity"]
+    assert stored["key"]["gpu"] == "NVIDIA Double"
+    assert leftovers(folder) == []
+    Bundle.read(folder).verify()
+    with FeatureExtractor.load(folder, "tensorrt") as extractor:
+        assert extractor(np.zeros((64, 64, 3), np.uint8)).features.shape == (1, 8, 8, 48)
+
+
+def test_the_table_says_what_was_built(copy, workshop):
+    done = invoke("build", copy("half_bundle"))
+    assert done.code == 0
+    assert "Engine for NVIDIA Double (SM 8.9), TensorRT 10.16.1" in done.out
+    assert "3 blocks" in done.out
+    assert "Next: phreg-deploy profile" in done.out
+    assert "Traceback" not in done.err
+
+
+def test_a_plan_is_built_with_float32_that_stays_float32(copy, workshop):
+    assert build(copy("bundle")).code == 0
+    (config,) = workshop.builds
+    assert config._flags == set()
+    assert config._pools == {}
+    assert config.builder_optimization_level == 3
+    assert config.profiling_verbosity == workshop.tensorrt.ProfilingVerbosity.DETAILED
+
+
+@pytest.mark.parametrize(
+    ("words", "check"),
+    [
+        (["--tf32"], lambda c, t: c._flags == {t.BuilderFlag.TF32}),
+        (["--workspace", 1024], lambda c, t: c._pools == {"WORKSPACE": 1024 * 2**20}),
+        (["--effort", 5], lambda c, t: c.builder_optimization_level == 5),
+        (["--compat", "version"], lambda c, t: c._flags == {t.BuilderFlag.VERSION_COMPATIBLE}),
+        (
+            ["--compat", "ampere+"],
+            lambda c, t: c.hardware_compatibility_level == t.HardwareCompatibilityLevel.AMPERE_PLUS,
+        ),
+        (["--compat", "same-cc"], lambda c, t: c.hardware_compatibility_level.name == "SAME_COMPUTE_CAPABILITY"),
+    ],
+)
+def test_every_option_reaches_tensorrt(copy, workshop, words, check):
+    folder = copy("bundle")
+    assert build(folder, *words).code == 0
+    (config,) = workshop.builds
+    assert check(config, workshop.tensorrt)
+    with FeatureExtractor.load(folder, "tensorrt") as extractor:
+        assert extractor.backend == "tensorrt"
+
+
+def test_the_second_build_finds_the_engine(copy, workshop):
+    folder = copy("bundle")
+    first, second = build(folder).document, build(folder)
+    assert second.code == 0
+    assert second.document["cached"] is True
+    assert {**second.document, "cached": False} == first
+    assert len(workshop.builds) == 1
+    assert "It was there already" in invoke("build", folder).out
+
+
+def test_force_builds_again(copy, workshop):
+    folder = copy("bundle")
+    build(folder)
+    done = build(folder, "--force")
+    assert (done.code, done.document["cached"]) == (0, False)
+    assert len(workshop.builds) == 2
+    assert len(engines(folder)) == 2
+
+
+def test_other_settings_are_another_engine_beside_the_first(copy, workshop):
+    folder = copy("bundle")
+    assert build(folder).code == build(folder, "--effort", 4).code == 0
+    assert len(engines(folder)) == 4
+
+
+# What is refused
+
+
+def test_a_damaged_plan_is_not_run(copy, workshop):
+    folder = copy("bundle")
+    plan = Path(build(folder).document["engine"])
+    plan.write_bytes(plan.read_bytes()[:-1] + b"!")
+    build(folder).refused(2, "was changed or damaged, and is not run", f"phreg-deploy build {folder} --force")
+    with pytest.raises(PhregError, match="is not run"):
+        FeatureExtractor.load(folder, "tensorrt")
+    assert build(folder, "--force").code == 0
+    FeatureExtractor.load(folder, "tensorrt").close()
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"name": "NVIDIA Other"}, "for NVIDIA Double (SM 8.9), and this is NVIDIA Other (SM 8.9)"),
+        ({"architecture": 90}, "and this is NVIDIA Double (SM 9.0)"),
+        ({"driver": 12060}, "with CUDA 13, and this is CUDA 12"),
+    ],
+)
+def test_an_engine_of_another_machine_is_refused_with_the_command(copy, device, workshop, change, words):
+    folder = copy("bundle")
+    build(folder)
+    for name, value in change.items():
+        setattr(device, name, value)
+    with pytest.raises(BackendMissing) as caught:
+        FeatureExtractor.load(folder, "tensorrt")
+    assert words in str(caught.value)
+    assert f"phreg-deploy build {folder}" in str(caught.value)
+    assert build(folder).code == 0
+    FeatureExtractor.load(folder, "tensorrt").close()
+
+
+def test_gpus_of_one_architecture_share_a_bundle(copy, device, workshop):
+    """Timings of one GPU are none of the other's, though both are SM 8.9."""
+    folder = copy("bundle")
+    assert build(folder).code == 0
+    device.name = "NVIDIA Other"
+    assert build(folder).code == 0
+    assert len(engines(folder)) == 4
+
+
+def test_a_portable_engine_runs_on_a_later_tensorrt(copy, device, workshop, monkeypatch):
+    folder = copy("bundle")
+    assert build(folder, "--compat", "version").code == 0
+    double.install(monkeypatch, device, double.Workshop(device, "10.17.0"))
+    with FeatureExtractor.load(folder, "tensorrt") as extractor:
+        assert extractor(np.zeros((64, 64, 3), np.uint8)).features.shape == (1, 8, 8, 48)
+
+
+def test_an_engine_of_another_tensorrt_is_refused(copy, device, workshop, monkeypatch):
+    folder = copy("bundle")
+    assert build(folder).code == 0
+    double.install(monkeypatch, device, double.Workshop(device, "10.17.0"))
+    with pytest.raises(BackendMissing, match=r"with TensorRT 10\.16\.1, and this is 10\.17\.0"):
+        FeatureExtractor.load(folder, "tensorrt")
+
+
+def test_an_old_tensorrt_says_which_compatibility_it_lacks(copy, device, monkeypatch):
+    double.install(monkeypatch, device, double.Workshop(device, "10.3.0"))
+    build(copy("bundle"), "--compat", "same-cc").refused(2, "got same-cc, which TensorRT 10.3.0 does not have")
+
+
+def test_a_tensorrt_that_is_too_old_is_refused(copy, device, monkeypatch):
+    double.install(monkeypatch, device, double.Workshop(device, "10.0.1"))
+    build(copy("bundle")).refused(4, "got 10.0.1, expected at least 10.3")
+
+
+def test_unfused_attention_is_not_kept(copy, workshop):
+    folder, workshop.unfused = copy("half_bundle"), {1}
+    done = build(folder)
+    done.refused(3, "2 of 3 attentions are fused", "--allow-unfused")
+    assert done.document["census"]["fused_attention"] == ["blocks.0.attn", "blocks.2.attn"]
+    assert engines(folder) == []
+
+
+def test_unfused_attention_is_kept_where_it_is_allowed(copy, workshop):
+    folder, workshop.unfused = copy("half_bundle"), {1}
+    done = build(folder, "--allow-unfused")
+    assert done.code == 0
+    assert done.document["short"] == ["2 of 3 attentions are fused"]
+    assert len(engines(folder)) == 2
+    assert "Missed: 2 of 3 attentions are fused." in invoke("build", folder).out
+
+
+def test_an_engine_in_eight_bits_is_counted(copy, workshop):
+    folder = copy("eight_trt")
+    done = build(folder)
+    assert done.code == 0, done.err
+    layers = json.loads((folder / "calibration.json").read_text())["layers"]
+    meant = {layer["name"] for layer in layers if layer["precision"] != "float"}
+    assert meant <= set(done.document["census"]["eight_bit"])
+    assert len(done.document["census"]["fused_attention"]) == 3
+
+
+def test_eight_bits_that_fell_out_are_not_kept(copy, workshop):
+    folder, workshop.floats = copy("eight_trt"), {"blocks.1.mlp.fc2"}
+    build(folder).refused(3, "linear layers that were meant to run in 8 bits run in float, e.g. blocks.1.mlp.fc2")
+    assert engines(folder) == []
+
+
+def test_eight_bits_for_the_processor_are_refused_with_the_command(copy, workshop):
+    build(copy("eight")).refused(2, "was calibrated for the processor", "--target trt")
+
+
+@pytest.mark.parametrize("name", ["bundle", "wide_bundle"])
+def test_an_engine_that_answers_wrongly_is_not_kept(copy, workshop, name):
+    folder, workshop.spoiled = copy(name), "blocks.1.mlp.fc1.weight"
+    done = build(folder)
+    done.refused(3, "parity:", "The engine was not kept", "--bisect")
+    assert done.document["missed"]
+    assert engines(folder) == []
+    assert leftovers(folder) == []
+
+
+def test_force_keeps_an_engine_that_answers_wrongly_and_says_so(copy, workshop):
+    folder, workshop.spoiled = copy("bundle"), "blocks.1.mlp.fc1.weight"
+    done = build(folder, "--force")
+    assert done.code == 0
+    assert done.document["missed"]
+    assert len(engines(folder)) == 2
+    assert "Missed: 1st-percentile patch cosine" in invoke("build", folder).out
+
+
+def test_an_engine_that_was_good_stays_when_a_forced_one_is_refused(copy, workshop):
+    folder = copy("half_bundle")
+    build(folder)
+    before = [(folder / "engines" / name).read_bytes() for name in engines(folder)]
+    workshop.unfused = {0}
+    build(folder, "--force").refused(3, "attentions are fused")
+    assert [(folder / "engines" / name).read_bytes() for name in engines(folder)] == before
+
+
+def test_an_engine_whose_exam_broke_off_does_not_count(copy, workshop):
+    folder, workshop.fail_enqueue = copy("bundle"), 1
+    build(folder).refused(2, "could not start the inference")
+    assert engines(folder) == []
+    assert build(folder).document["cached"] is False
+
+
+def test_an_engine_whose_exam_was_interrupted_does_not_count(copy, workshop, monkeypatch):
+    from phreg_deploy.export import engine
+
+    def ctrl_c(extractor):
+        raise KeyboardInterrupt
+
+    folder = copy("bundle")
+    with monkeypatch.context() as patch:
+        patch.setattr(engine, "check_reference", ctrl_c)
+        build(folder).refused(130, "Interrupted")
+    assert engines(folder) == []
+    assert leftovers(folder) == []
+    assert build(folder).document["cached"] is False
+
+
+def test_an_engine_beside_a_timing_cache_that_cannot_be_written_does_not_count(copy, workshop, tmp_path):
+    folder = copy("bundle")
+    build(folder, "--timing-cache", tmp_path / "nowhere" / "mine.cache").refused(2, "cannot be written")
+    assert engines(folder) == []
+
+
+def test_no_check_skips_the_exam(copy, workshop):
+    folder, workshop.spoiled = copy("bundle"), "blocks.1.mlp.fc1.weight"
+    done = build(folder, "--no-check")
+    assert done.code == 0
+    assert "parity" not in done.document
+    assert workshop.runs == 0
+
+
+@pytest.mark.parametrize(
+    ("weight", "place"), [("blocks.1.mlp.fc1.weight", "blocks.1.mlp"), ("blocks.2.attn.qkv.weight", "blocks.2.attn")]
+)
+@pytest.mark.parametrize("name", ["bundle", "half_bundle"])
+def test_bisect_names_the_block_that_is_wrong(copy, workshop, name, weight, place):
+    folder, workshop.spoiled = copy(name), weight
+    done = build(folder, "--bisect")
+    done.refused(3, f"The first that diverges is {place}")
+    found = done.document["bisection"]
+    assert found["first"] == place
+    assert len(found["steps"]) == 6
+    assert engines(folder) == []
+
+
+def test_what_the_parser_refuses_is_named_with_its_node(copy, workshop):
+    folder = copy("bundle")
+    workshop.refused = next(
+        name for name, kind, _ in double.read_nodes((folder / "model.onnx").read_bytes()) if kind == "Gelu"
+    )
+    build(folder).refused(2, f"node {workshop.refused} (Gelu): no plugin and no importer for it")
+    assert engines(folder) == []
+
+
+@pytest.mark.parametrize(
+    ("reason", "hint"),
+    [
+        ("Could not find any implementation for node fc1", False),
+        ("Requested amount of GPU memory could not be had", True),
+    ],
+)
+def test_a_build_that_finds_nothing_says_what_tensorrt_said(copy, workshop, reason, hint):
+    folder = copy("bundle")
+    real = workshop.tensorrt.Builder.build_serialized_network
+
+    def fail(builder, network, config):
+        builder._logger.log(workshop.tensorrt.ILogger.Severity.ERROR, f"{reason}\nmore")
+        return None
+
+    workshop.tensorrt.Builder.build_serialized_network = fail
+    done = build(folder)
+    done.refused(2, "builds no engine", f"{reason}.")
+    assert ("--workspace" in done.err) == hint
+    workshop.tensorrt.Builder.build_serialized_network = real
+    assert build(folder).code == 0
+
+
+@pytest.mark.parametrize("at", [0, 3])
+def test_an_interrupted_build_leaves_nothing(copy, workshop, at):
+    folder, steps = copy("bundle"), []
+
+    def ctrl_c(step):
+        steps.append(step)
+        if step == at:
+            signal.raise_signal(signal.SIGINT)
+
+    workshop.on_step = ctrl_c
+    before, handler = sorted(folder.rglob("*")), signal.getsignal(signal.SIGINT)
+    build(folder).refused(130, "Interrupted")
+    assert steps[-1] == at, "the build was stopped, not sat out"
+    assert engines(folder) == []
+    assert leftovers(folder) == []
+    assert [p for p in sorted(folder.rglob("*")) if p.is_file()] == [p for p in before if p.is_file()]
+    assert signal.getsignal(signal.SIGINT) is handler
+    workshop.on_step = None
+    assert build(folder).code == 0
+
+
+def test_a_bar_that_cannot_be_drawn_stops_the_build(copy, workshop, monkeypatch):
+    from phreg_deploy.progress import Bars
+
+    def broken(*_, **__):
+        raise BrokenPipeError("the terminal went away")
+
+    folder = copy("bundle")
+    monkeypatch.setattr(Bars, "update", broken)
+    assert build(folder).code == 0  # as every command does whose reader went away
+    assert engines(folder) == []
+
+
+def test_a_full_disk_leaves_no_engine(copy, workshop, monkeypatch):
+    import phreg_deploy.engines as module
+
+    folder = copy("bundle")
+
+    def full(target, data):
+        raise PhregError("output: the disk is full")
+
+    monkeypatch.setattr(module, "write_whole", full)
+    build(folder).refused(2, "the disk is full")
+    assert engines(folder) == []
+
+
+# Timing caches
+
+
+def test_the_timing_cache_is_written_and_read(copy, workshop):
+    folder = copy("bundle")
+    build(folder)
+    (cache,) = (folder / "engines").glob("*.cache")
+    written = cache.read_bytes()
+    assert written.startswith(b"timings of NVIDIA Double")
+    build(folder, "--force")
+    assert workshop.builds[1]._cache._data == written
+    assert Bundle.read(folder).verify() is None
+
+
+def test_a_timing_cache_of_ones_own_is_written_and_read(copy, workshop, tmp_path):
+    folder, cache = copy("bundle"), tmp_path / "mine.cache"
+    assert build(folder, "--timing-cache", cache).code == 0
+    written = cache.read_bytes()
+    assert list((folder / "engines").glob("*.cache")) == []
+    assert build(folder, "--force", "--timing-cache", cache).code == 0
+    assert cache.read_bytes() == written
+
+
+def test_a_timing_cache_of_another_gpu_is_refused(copy, workshop, tmp_path):
+    (tmp_path / "other.cache").write_bytes(b"timings of NVIDIA Other, 10.16.1\n")
+    build(copy("bundle"), "--timing-cache", tmp_path / "other.cache").refused(2, "it is of another GPU or TensorRT")
+
+
+# Where there is no TensorRT, no GPU, or no PyTorch
+
+
+@pytest.fixture
+def no_tensorrt(monkeypatch):
+    import importlib.util
+
+    real = importlib.util.find_spec
+    monkeypatch.setattr(
+        importlib.util, "find_spec", lambda name, *rest: None if name.startswith("tensorrt") else real(name, *rest)
+    )
+    monkeypatch.delitem(sys.modules, "tensorrt", raising=False)
+
+
+def test_without_tensorrt_build_says_what_to_install(copy, no_tensorrt):
+    build(copy("bundle")).refused(4, "TensorRT: it is not installed", "phreg-deploy[trt]")
+
+
+def test_without_a_gpu_build_says_so(copy, device, workshop):
+    device.installed = 0
+    build(copy("bundle")).refused(4, "no usable NVIDIA driver or GPU", "phreg-deploy doctor")
+
+
+def test_where_cuda_does_not_start_build_says_so(copy, workshop):
+    workshop.starts = False
+    build(copy("bundle")).refused(4, "cannot build here", "CUDA initialization failure")
+
+
+def test_export_without_tensorrt_leaves_a_whole_bundle(student, no_tensorrt, traced_once, tmp_path):
+    output = tmp_path / "out.bundle"
+    done = invoke("export", student, "-o", output, "--format", "trt", "--precision", "fp16", "--json")
+    done.refused(4, "The bundle is written and checked", "run there: phreg-deploy build out.bundle")
+    assert done.document["bundle"] == str(output)
+    Bundle.read(output).verify()
+    with FeatureExtractor.load(output, "onnxruntime-cpu") as extractor:
+        assert extractor(np.zeros((64, 64, 3), np.uint8)).features.shape == (1, 8, 8, 48)
+    assert leftovers(tmp_path) == []
+
+
+def test_export_builds_the_engine(student, workshop, traced_once, tmp_path):
+    output = tmp_path / "out.bundle"
+    done = invoke("export", student, "-o", output, "--format", "onnx", "--format", "trt", "--json")
+    assert done.code == 0, done.err
+    assert done.document["engine"]["cached"] is False
+    assert [e.path for e in list_engines(Bundle.read(output))] == [Path(done.document["engine"]["engine"])]
+    Bundle.read(output).verify()
+
+
+ALONE = """
+import json, sys
+for name in sys.argv[1].split(","):
+    sys.modules[name] = None
+import phreg_deploy.runtime.cuda as cuda
+from tests import double
+from tests.world import invoke
+device = double.Device()
+cuda._load = lambda: device.runtime
+sys.modules["tensorrt"] = double.Workshop(device).tensorrt
+done = invoke("build", sys.argv[2], "--json")
+heavy = [n for n in sys.argv[1].split(",") if sys.modules.get(n) is not None]
+print(json.dumps({"code": done.code, "err": done.err[-800:], "heavy": heavy, "live": device.live(), "missed": done.document.get("missed")}))
+"""
+
+
+@pytest.mark.parametrize("name", ["wide_bundle", "half_bundle", "eight_trt"])
+def test_build_runs_where_torch_and_onnx_are_not(copy, name):
+    folder = copy(name)
+    done = subprocess.run(
+        [sys.executable, "-W", "error", "-c", ALONE, ",".join(BLOCKED), str(folder)],
+        capture_output=True,
+        text=True,
+        check=False,
+        cwd=ROOT,
+    )
+    assert done.returncode == 0, done.stderr
+    said = json.loads(done.stdout.splitlines()[-1])
+    assert (said["code"], said["heavy"], said["live"], said["missed"]) == (0, [], {}, []), said
+    assert len(engines(folder)) == 2
