@@ -54,7 +54,13 @@ def build_plan(
     network = builder.create_network(1 << int(trt.NetworkDefinitionCreationFlag.STRONGLY_TYPED))
     parser = trt.OnnxParser(network, diary)
     if not parser.parse_from_file(str(graph)):
-        raise PhregError(f"TensorRT: {trt.__version__} refuses {graph}: {_refusal(parser)}")
+        refusal = _refusal(parser)
+        hint = (
+            " The bundle is of an older version, which gave uint8 to more than a Cast: export it again."
+            if "UInt8" in refusal
+            else ""
+        )
+        raise PhregError(f"TensorRT: {trt.__version__} refuses {graph}: {refusal}.{hint}")
     config = _config(trt, builder, settings, workspace)
     for shapes in profiles:
         profile = builder.create_optimization_profile()

@@ -56,6 +56,7 @@ def build_engine(request: BuildRequest, *, force: bool = False, progress: Progre
     """
     bundle = Bundle.read(request.bundle)
     bundle.verify()
+    eight_bit = eight_bit_layers(bundle)  # refuses before minutes of building
     trt = load_tensorrt()
     cuda = Cuda(request.device)
     key = make_key(
@@ -65,7 +66,7 @@ def build_engine(request: BuildRequest, *, force: bool = False, progress: Progre
     if there is not None and not force:
         there.read()  # its hash
         return {"engine": str(there.path), "key": key.to_json(), "cached": True, **there.report}
-    engine = _build(trt, request, bundle, key, progress)
+    engine = _build(trt, request, bundle, key, eight_bit, progress)
     report: dict[str, Any] = {"engine": str(engine.path), "key": key.to_json(), "cached": False, **engine.report}
     if request.check:
         try:
@@ -78,14 +79,16 @@ def build_engine(request: BuildRequest, *, force: bool = False, progress: Progre
             _drop(engine)
             raise GateFailed(
                 f"parity: {bundle.folder} on TensorRT {trt.__version__}: {'; '.join(missed)}. The engine was not kept. See where it diverges: "
-                f"phreg-deploy check {bundle.folder} --bisect; or --force to keep it.",
+                f"phreg-deploy build {bundle.folder} --bisect; or --force to keep it.",
                 report,
             )
         store(bundle, key, engine.read(), {**engine.report, "parity": parity, "missed": missed})
     return report
 
 
-def _build(trt: Any, request: BuildRequest, bundle: Bundle, key: Key, progress: Progress) -> Engine:
+def _build(
+    trt: Any, request: BuildRequest, bundle: Bundle, key: Key, eight_bit: list[str], progress: Progress
+) -> Engine:
     gpu = re.sub(r"[^A-Za-z0-9]+", "-", key.gpu).strip("-")  # TensorRT takes timings of this very kind of GPU only
     cache = (
         request.timing_cache or bundle.folder / FOLDER / f"timing-{gpu}-sm{key.architecture}-trt{key.tensorrt}.cache"
@@ -97,7 +100,7 @@ def _build(trt: Any, request: BuildRequest, bundle: Bundle, key: Key, progress: 
     _, engine = deserialise(trt, built.plan, make_diary(trt), request.settings.compatibility == "version")
     census = take_census(read_layers(trt, engine))
     del engine
-    short = shortfalls(census, bundle.manifest, eight_bit_layers(bundle))
+    short = shortfalls(census, bundle.manifest, eight_bit)
     if short and not request.allow_unfused:
         raise GateFailed(
             f"engine: {'; '.join(short)} in TensorRT {trt.__version__} for {key.gpu}. It would be slower than it should be; nothing was kept. "
