@@ -43,7 +43,11 @@ def main() -> None:
                 + " |"
             )
             args.json.write_text(
-                json.dumps({"settings": {name: value for name, value in vars(args).items() if name != "json"}, "cells": cells}, indent=1) + "\n"
+                json.dumps(
+                    {"settings": {name: value for name, value in vars(args).items() if name != "json"}, "cells": cells},
+                    indent=1,
+                )
+                + "\n"
             )
 
 
