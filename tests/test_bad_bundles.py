@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import sys
 
 import pytest
 
@@ -161,9 +162,12 @@ def test_a_mistake_beside_a_bundle_is_exit_code_2(world, run_cli, name):
     assert leftovers(world.tmp) == []
 
 
-@pytest.mark.parametrize("backend", ["onnxruntime-cuda", "tensorrt"])
+@pytest.mark.parametrize(("backend", "extra"), [("onnxruntime-cuda", "gpu"), ("tensorrt", "trt")])
 @pytest.mark.parametrize("reader", ["check", "profile", "extract", "artifacts"])
-def test_a_backend_that_is_planned_is_exit_code_4(world, run_cli, reader, backend):
+def test_a_backend_that_is_not_here_is_exit_code_4(world, run_cli, monkeypatch, reader, backend, extra):
+    for module in ("tensorrt", "tensorrt_lean"):
+        monkeypatch.setitem(sys.modules, module, None)
+    monkeypatch.setattr("onnxruntime.get_available_providers", lambda: ["CPUExecutionProvider"])
     asked = READERS[reader](world, world.bundle)
-    run_cli(*asked, "--backend", backend, "--json").refused(4, backend, "onnxruntime-cpu")
+    run_cli(*asked, "--backend", backend, "--json").refused(4, f"phreg-deploy[{extra}]")
     assert not world.out.exists()
