@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from phreg_deploy.runtime.diagnosis import Jetson, Surroundings, attempt, needed_libraries, read_jetson
 from phreg_deploy.runtime.gpu_diagnosis import NEEDLESS, PARTS, TENSORRT_LIBRARIES, find_gpu_parts
+from phreg_deploy.runtime.surroundings import Jetson, Surroundings, attempt, needed_libraries, read_jetson
 from phreg_deploy.spec import Stored
 
 NONE = "no libnvinfer_builder_resource"

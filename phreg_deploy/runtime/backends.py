@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-import ctypes
-import importlib.util
-import sys
-from types import TracebackType
 from typing import Protocol
 
 import numpy as np
 
 from phreg_deploy.bundle import Bundle
 from phreg_deploy.errors import BackendMissing, PhregError
+from phreg_deploy.runtime.presence import driver_present, found
 from phreg_deploy.runtime.tuning import Tuning
 
 # name: (module, extra)
@@ -68,21 +65,6 @@ def there(name: str) -> bool:
     return any(found(module) for module in modules)
 
 
-def found(module: str) -> bool:
-    if module in sys.modules:  # which find_spec would ask for its origin; None stands for "blocked"
-        return sys.modules[module] is not None
-    return importlib.util.find_spec(module) is not None
-
-
-def driver_present() -> bool:
-    """Whether there is an NVIDIA driver at all: without one nothing on a GPU is worth a try."""
-    try:
-        ctypes.CDLL("nvcuda.dll" if sys.platform == "win32" else "libcuda.so.1")
-    except OSError:
-        return False
-    return True
-
-
 def installed() -> list[str]:
     """Backends whose module is there, in the order of ``BACKENDS``; those on a GPU only where there is a driver.
 
@@ -96,18 +78,3 @@ def installed() -> list[str]:
     if not found:
         raise BackendMissing('backend: no runtime is installed. Run: pip install "phreg-deploy[cpu]"')
     return found
-
-
-class Closing:
-    """``with`` for anything that has ``close``."""
-
-    def close(self) -> None:
-        raise NotImplementedError
-
-    def __enter__(self):  # type: ignore[no-untyped-def]  # noqa: ANN204
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.close()

@@ -16,7 +16,8 @@ from phreg_deploy.artifacts import OUTLIER_FACTOR
 from phreg_deploy.bundle import Bundle
 from phreg_deploy.errors import PhregError
 from phreg_deploy.photographs import fit, read_image, to_rgb
-from phreg_deploy.runtime.backends import Backend, Closing, open_backend
+from phreg_deploy.runtime.backends import Backend, open_backend
+from phreg_deploy.runtime.closing import Closing
 from phreg_deploy.runtime.positions import resample
 from phreg_deploy.runtime.tuning import Tuning
 from phreg_deploy.spec import check_multiple

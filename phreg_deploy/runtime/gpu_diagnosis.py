@@ -14,7 +14,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
-from phreg_deploy.runtime.diagnosis import VENV, Finding, Jetson, Surroundings, needed_libraries, read_jetson
+from phreg_deploy.runtime.surroundings import VENV, Finding, Jetson, Surroundings, needed_libraries, read_jetson
 
 NEEDLESS = "not needed without a GPU"
 OLDEST_TENSORRT = (10, 3)

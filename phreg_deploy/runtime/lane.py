@@ -11,7 +11,7 @@ import numpy as np
 
 from phreg_deploy.engines import Shapes
 from phreg_deploy.errors import PhregError
-from phreg_deploy.runtime.backends import Closing
+from phreg_deploy.runtime.closing import Closing
 from phreg_deploy.runtime.cuda import Cuda, DeviceBuffer, Event, Graph, PinnedBuffer, Stream
 from phreg_deploy.runtime.device_arrays import DeviceArray
 

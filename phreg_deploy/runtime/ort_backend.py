@@ -229,7 +229,7 @@ def _refuse(precision: str, name: str, tuning: Tuning, compute: str) -> None:
 
 def _check_libraries(onnxruntime: Any) -> None:
     """Raise where the TensorRT that this ONNX Runtime was linked to is not here; another major version does not serve it."""
-    from phreg_deploy.runtime.diagnosis import needed_libraries
+    from phreg_deploy.runtime.surroundings import needed_libraries
 
     provider = Path(onnxruntime.__file__).parent / "capi" / "libonnxruntime_providers_tensorrt.so"
     try:

@@ -9,7 +9,7 @@ from typing import Any
 from phreg_deploy.bundle import Bundle
 from phreg_deploy.engines import Shapes, find_engine
 from phreg_deploy.errors import PhregError
-from phreg_deploy.runtime.backends import Closing
+from phreg_deploy.runtime.closing import Closing
 from phreg_deploy.runtime.cuda import Cuda
 from phreg_deploy.runtime.device_arrays import DeviceArray
 from phreg_deploy.runtime.lane import Feed, Lane

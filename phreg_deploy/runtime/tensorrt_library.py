@@ -6,7 +6,7 @@ import importlib
 from typing import Any
 
 from phreg_deploy.errors import BackendMissing, PhregError
-from phreg_deploy.runtime.backends import found
+from phreg_deploy.runtime.presence import found
 
 OLDEST = (10, 3)  # JetPack 6.2's
 KEPT = 40  # messages kept of a build or a load
