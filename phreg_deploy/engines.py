@@ -9,7 +9,7 @@ import hashlib
 import itertools
 import json
 import platform
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -139,30 +139,53 @@ def make_key(bundle: Bundle, gpu: str, architecture: int, tensorrt: str, cuda: i
 
 def store(bundle: Bundle, key: Key, plan: bytes, report: dict[str, Any]) -> Engine:
     """Write a plan and, last, the sidecar that makes it count."""
+    return record(bundle, write_plan(bundle, key, plan), report)
+
+
+def write_plan(bundle: Bundle, key: Key, plan: bytes) -> Engine:
+    """Write a plan, which counts for nothing until ``record`` has written its sidecar."""
     folder = bundle.folder / FOLDER
-    path, digest = folder / f"{key.name}.plan", hashlib.sha256(plan).hexdigest()
-    sidecar = path.with_name(f"{key.name}.json")
-    profiles = profiles_of(bundle.manifest)
-    facts = {
-        "format": FORMAT,
-        "key": asdict(key),
-        "sha256": digest,
-        "profiles": [p.to_json() for p in profiles],
-        "report": report,
-    }
-    text = json.dumps(facts, indent=1, sort_keys=True) + "\n"
+    path = folder / f"{key.name}.plan"
     try:
         folder.mkdir(exist_ok=True)
-        sidecar.unlink(missing_ok=True)
-    except OSError as error:  # a disk that became read-only refuses even to unlink what is not there
+        path.with_suffix(".json").unlink(missing_ok=True)
+    except OSError as error:
         raise write_error(error, folder) from error
     write_whole(path, plan)
+    return Engine(path, key, hashlib.sha256(plan).hexdigest(), profiles_of(bundle.manifest), {})
+
+
+def record(bundle: Bundle, engine: Engine, report: dict[str, Any]) -> Engine:
+    """Write an engine's sidecar: from now on it is the one that is taken of several that fit.
+
+    ``serial`` in the report says so, counted up in the bundle: clocks of devices, and copies, do not tell which is newer.
+    """
+    serial = 1 + max((_serial(other) for other in list_engines(bundle)), default=0)
+    told = replace(engine, report={**report, "serial": serial})
+    sidecar = {
+        "format": FORMAT, "key": asdict(engine.key), "sha256": engine.sha256, "profiles": [p.to_json() for p in engine.profiles],
+        "report": told.report,
+    }  # fmt: skip
+    text = json.dumps(sidecar, indent=1, sort_keys=True) + "\n"
     try:
-        write_whole(sidecar, text.encode())
+        write_whole(engine.path.with_suffix(".json"), text.encode())
     except PhregError:
-        path.unlink(missing_ok=True)  # without its sidecar it is dead weight
+        if not engine.path.with_suffix(".json").exists():
+            engine.path.unlink(missing_ok=True)  # hundreds of megabytes that nothing would ever read
         raise
-    return Engine(path, key, digest, profiles, report)
+    return told
+
+
+def prefer(bundle: Bundle, engine: Engine) -> Engine:
+    """Make an engine the one that is taken of several that fit."""
+    if all(_serial(other) <= _serial(engine) for other in list_engines(bundle)):
+        return engine
+    return record(bundle, engine, engine.report)
+
+
+def _serial(engine: Engine) -> int:
+    serial = engine.report.get("serial", 0)
+    return serial if type(serial) is int else 0
 
 
 def list_engines(bundle: Bundle) -> list[Engine]:
@@ -189,8 +212,10 @@ def _read_sidecar(path: Path) -> Engine:
     if not all(isinstance(w, str) for w in words) or not all(type(n) is int for n in numbers):
         raise TypeError(f"{path}: a fact of another type")
     Settings.from_json(key.settings)
-    if not all(isinstance(d, dict) for d in (data["report"], *(p.inputs for p in profiles))):
+    if not profiles or not all(isinstance(d, dict) for d in (data["report"], *(p.inputs for p in profiles))):
         raise TypeError(f"{path}: no object")
+    if any(len(low) != len(high) for p in profiles for low, _, high in p.inputs.values()):
+        raise TypeError(f"{path}: no profile")
     return Engine(path.with_suffix(".plan"), key, data["sha256"], profiles, data["report"])
 
 
@@ -208,7 +233,7 @@ def find_engine(bundle: Bundle, gpu: str, architecture: int, tensorrt: str, cuda
     here = make_key(bundle, gpu, architecture, tensorrt, cuda, Settings())
     fitting = [e for e in engines if not _differences(e.key, here)]
     if fitting:
-        return max(fitting, key=lambda e: e.path.stat().st_mtime if e.path.exists() else 0.0)
+        return max(fitting, key=lambda e: (e.path.exists(), _serial(e)))
     command = f"Run on this machine: phreg-deploy build {bundle.folder}"
     if not engines:
         raise BackendMissing(f"engine: {bundle.folder} holds no TensorRT engine for its graph. {command}")

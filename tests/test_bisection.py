@@ -173,3 +173,29 @@ def test_answers_that_are_finite_and_wrong_are_found(bundle, monkeypatch):
     found = find(bundle)
     assert (found["first"], found["proposal"]) == ("blocks.1.mlp", r"--keep-fp32 '^blocks\.1\.mlp'")
     assert all(step["bad_values"] == 0 for step in found["steps"])
+
+
+@pytest.mark.parametrize("backend", ["onnxruntime-cpu", "openvino"])
+@pytest.mark.parametrize("which", ["bundle", "wide_bundle"])
+def test_every_backend_of_the_processor_can_be_bisected_at_every_size(request, which, backend):
+    pytest.importorskip({"openvino": "openvino"}.get(backend, "onnxruntime"))
+    bundle = Bundle.read(request.getfixturevalue(which))
+    found = bisect(bundle, backend, Tuning(threads=1))
+    assert found["first"] is None
+    assert len(found["steps"]) == 2 * bundle.manifest.model.depth
+    assert all(step["cosine_p1"] > 0.99999 and step["bad_values"] == 0 for step in found["steps"])
+
+
+def test_a_size_of_several_that_diverges_is_seen(wide_bundle, monkeypatch):
+    """The backend is wrong at the last size alone."""
+    from phreg_deploy.runtime.ort_backend import OrtBackend
+
+    bundle = Bundle.read(wide_bundle)
+    largest, real = bundle.cases()[-1]["image"].shape, OrtBackend.run
+
+    def run(self, feed):
+        wrong = feed["image"].shape == largest
+        return {k: np.flip(v, -1) if wrong and k == "probe/blocks.1.attn" else v for k, v in real(self, feed).items()}
+
+    monkeypatch.setattr(OrtBackend, "run", run)
+    assert bisect(bundle, "onnxruntime-cpu", Tuning(threads=1))["first"] == "blocks.1.attn"

@@ -324,10 +324,87 @@ def test_an_engine_whose_exam_was_interrupted_does_not_count(copy, workshop, mon
     assert build(folder).document["cached"] is False
 
 
-def test_an_engine_beside_a_timing_cache_that_cannot_be_written_does_not_count(copy, workshop, tmp_path):
+@pytest.mark.parametrize("where", ["nowhere/mine.cache", "."])
+def test_a_timing_cache_that_cannot_be_written_is_said_before_the_build(copy, workshop, tmp_path, where):
     folder = copy("bundle")
-    build(folder, "--timing-cache", tmp_path / "nowhere" / "mine.cache").refused(2, "cannot be written")
+    build(folder, "--timing-cache", tmp_path / where).refused(2, "expected a file in a folder that exists")
+    assert workshop.builds == []
     assert engines(folder) == []
+
+
+def test_an_engine_that_was_not_examined_is_built_again_when_its_exam_is_asked_for(copy, workshop):
+    folder = copy("bundle")
+    assert build(folder, "--no-check").document["cached"] is False
+    assert build(folder, "--no-check").document["cached"] is True
+    again = build(folder).document
+    assert again["cached"] is False
+    assert again["parity"]["cosine_p1"] > 0.99999
+    assert build(folder).document["cached"] is True
+
+
+def test_of_two_engines_the_one_that_was_asked_for_last_is_served(copy, workshop):
+    folder = copy("bundle")
+    paths = {effort: build(folder, "--effort", effort).document["engine"] for effort in ("2", "5")}
+
+    def served():
+        with FeatureExtractor.load(folder, "tensorrt") as extractor:
+            return str(extractor.opened.found.path)
+
+    assert served() == paths["5"]
+    assert build(folder, "--effort", "2").document["cached"] is True
+    assert served() == paths["2"]
+
+
+def test_the_plan_that_was_built_is_examined_and_not_an_older_one(copy, workshop):
+    folder = copy("bundle")
+    assert build(folder, "--effort", "5").code == 0
+    workshop.spoiled = "blocks.1."
+    build(folder, "--effort", "2").refused(3, "1st-percentile patch cosine")
+    assert len([name for name in engines(folder) if name.endswith(".plan")]) == 1
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        {"report": {}},
+        {"report": {"census": {}}},
+        {"report": {"parity": 3}},
+        {"profiles": []},
+        {"profiles": [{"inputs": {"image": 3}}]},
+    ],
+)
+def test_a_damaged_sidecar_is_built_again(copy, workshop, damage):
+    folder = copy("bundle")
+    sidecar = Path(build(folder).document["engine"]).with_suffix(".json")
+    sidecar.write_text(json.dumps(json.loads(sidecar.read_text()) | damage))
+    again = build(folder)
+    assert (again.code, again.document["cached"]) == (0, False), again.err[-300:]
+
+
+@pytest.mark.parametrize(
+    ("precision", "architecture", "words"), [("bf16", 75, "needs SM 8.0"), ("fp8", 87, "needs SM 8.9")]
+)
+def test_a_gpu_without_the_arithmetic_is_told_before_the_build(bundle, precision, architecture, words):
+    from types import SimpleNamespace
+
+    from phreg_deploy.export.engine import _check_gpu
+
+    read = Bundle.read(bundle)
+    fake = SimpleNamespace(folder=read.folder, manifest=SimpleNamespace(precision=precision))
+    with pytest.raises(PhregError, match=words):
+        _check_gpu(fake, SimpleNamespace(name="Some GPU", architecture=architecture))
+    _check_gpu(fake, SimpleNamespace(name="Some GPU", architecture=90))
+
+
+def test_a_missing_onnx_does_not_hide_the_failure_that_bisect_was_to_explain(copy, workshop, monkeypatch):
+    workshop.spoiled = "blocks.1."
+    monkeypatch.setattr(
+        "phreg_deploy.verify.bisection.bisect",
+        lambda *_, **__: (_ for _ in ()).throw(BackendMissing("needs the module 'onnx'")),
+    )
+    done = build(copy("bundle"), "--bisect")
+    done.refused(3, "1st-percentile patch cosine")
+    assert "needs the module 'onnx'" in done.document["bisection"]["skipped"]
 
 
 def test_no_check_skips_the_exam(copy, workshop):
@@ -455,7 +532,7 @@ def test_a_timing_cache_of_ones_own_is_written_and_read(copy, workshop, tmp_path
 
 def test_a_timing_cache_of_another_gpu_is_refused(copy, workshop, tmp_path):
     (tmp_path / "other.cache").write_bytes(b"timings of NVIDIA Other, 10.16.1\n")
-    build(copy("bundle"), "--timing-cache", tmp_path / "other.cache").refused(2, "it is of another GPU or TensorRT")
+    build(copy("bundle"), "--timing-cache", tmp_path / "other.cache").refused(2, "of another GPU or TensorRT")
 
 
 # Where there is no TensorRT, no GPU, or no PyTorch

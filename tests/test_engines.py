@@ -11,7 +11,18 @@ from pathlib import Path
 import pytest
 
 from phreg_deploy.bundle import Bundle, seal
-from phreg_deploy.engines import FOLDER, Key, Settings, Shapes, find_engine, list_engines, make_key, profiles_of, store
+from phreg_deploy.engines import (
+    FOLDER,
+    Key,
+    Settings,
+    Shapes,
+    find_engine,
+    list_engines,
+    make_key,
+    prefer,
+    profiles_of,
+    store,
+)
 from phreg_deploy.errors import BackendMissing, PhregError
 from phreg_deploy.spec import Batches, Sizes
 from tests.world import leftovers
@@ -90,16 +101,19 @@ def test_what_is_stored_is_found(fresh):
     assert leftovers(fresh.folder) == []
     assert put(fresh, plan=b"second").path == engine.path
     assert find_engine(fresh, *ORIN).read() == b"second"
-    assert find_engine(fresh, *ORIN).report == {"seconds": 1.5}
+    assert find_engine(fresh, *ORIN).report == {"seconds": 1.5, "serial": 1}
     assert find_engine(fresh, *ORIN).profiles == profiles_of(fresh.manifest)
 
 
 def test_the_newest_of_several_is_taken(fresh):
     first, second = put(fresh, plan=b"first"), put(fresh, plan=b"second", effort=5)
-    os.utime(first.path, (2_000, 2_000))
+    os.utime(first.path, (2_000, 2_000))  # clocks and copies do not count
     os.utime(second.path, (1_000, 1_000))
+    assert find_engine(fresh, *ORIN).read() == b"second"
+    assert prefer(fresh, second) == second
+    assert prefer(fresh, first).report["serial"] == 3
     assert find_engine(fresh, *ORIN).read() == b"first"
-    os.utime(second.path, (3_000, 3_000))
+    assert prefer(fresh, second).report["serial"] == 4
     assert find_engine(fresh, *ORIN).read() == b"second"
     second.path.unlink()
     assert find_engine(fresh, *ORIN).read() == b"first", "one that is gone is not preferred"

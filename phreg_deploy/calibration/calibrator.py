@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 import time
 from dataclasses import dataclass, replace
@@ -166,6 +167,11 @@ def check_request(request: CalibrationRequest) -> None:
         raise PhregError(f"target: got {request.target!r}, expected {' or '.join(TARGETS)}.")
     if request.mode == "fp8" and request.target != "trt":
         raise PhregError("target: got cpu, but no processor computes in FP8; use --target trt, or --mode int8.")
+    for expression in request.keep:
+        try:
+            re.compile(expression)
+        except re.error as error:
+            raise PhregError(f"keep in FP32: {expression!r} is no regular expression ({error}).") from None
     if request.keep and request.target != "trt":
         raise PhregError("keep in FP32: with --target cpu everything around the 8 bits is FP32 already.")
     if not 0 <= request.float_macs <= 1:

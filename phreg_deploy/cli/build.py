@@ -8,10 +8,11 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from phreg_deploy.cli.options import Result, device_number, force_option, output_options
-from phreg_deploy.errors import BackendMissing, GateFailed
+from phreg_deploy.errors import BackendMissing, GateFailed, PhregError
 
 if TYPE_CHECKING:
     from phreg_deploy.export.engine import BuildRequest
+    from phreg_deploy.runtime.tuning import Tuning
 
 
 @click.command()
@@ -95,7 +96,14 @@ def run_build(
         ) from None
     except GateFailed as error:
         if bisect and error.report.get("missed"):
-            error.report["bisection"] = show_bisection(request.bundle, "tensorrt", request.device, result)
+            error.report["bisection"] = tried_bisection(
+                request.bundle,
+                "tensorrt",
+                request.device,
+                result,
+                settings=request.settings,
+                workspace=request.workspace,
+            )
         raise
     census = report["census"]
     result.table(
@@ -117,13 +125,24 @@ def run_build(
     return report
 
 
-def show_bisection(bundle: Path, backend: str, device: int, result: Result) -> dict[str, Any]:
-    """Find where a backend's answers diverge from FP32, and print it."""
+def tried_bisection(bundle: Path, backend: str, device: int, result: Result, **how: Any) -> dict[str, Any]:
+    """``show_bisection``, whose own failure must not hide the one that it is to explain."""
+    try:
+        return show_bisection(bundle, backend, device, result, **how)
+    except PhregError as why:
+        result.say(f"Not bisected: {why}")
+        return {"skipped": str(why)}
+
+
+def show_bisection(
+    bundle: Path, backend: str, device: int, result: Result, tuning: Tuning | None = None, **how: Any
+) -> dict[str, Any]:
+    """Find where a backend's answers diverge from FP32, and print it; ``how`` see ``bisect``."""
     from phreg_deploy.bundle import Bundle
-    from phreg_deploy.runtime.tuning import Tuning
+    from phreg_deploy.runtime.tuning import Tuning as Plain
     from phreg_deploy.verify.bisection import bisect
 
-    found = bisect(Bundle.read(bundle), backend, Tuning(), device=device)
+    found = bisect(Bundle.read(bundle), backend, tuning or Plain(), device=device, **how)
     result.table(
         f"{bundle} on {backend} against FP32, after each half-block",
         ["after", "cosine p1", "relative L2", "not finite", "largest in FP32"],

@@ -31,14 +31,15 @@ class Built:
 
 def build_plan(
     trt: Any, graph: Path, profiles: list[Shapes], settings: Settings, *, workspace: int | None = None,
-    timing_cache: bytes = b"", progress: Progress = SILENT,
+    timing_cache: bytes = b"", strict_cache: bool = True, progress: Progress = SILENT,
 ) -> Built:  # fmt: skip
     """Build an engine from an ONNX file as it stands: every type is the graph's own.
 
     Args:
         profiles: one or several optimization profiles; a graph with fixed shapes takes one that says the same.
         workspace: MiB of device memory at most that tactics may use; None for TensorRT's own limit, the whole device.
-        timing_cache: of an earlier build with this GPU and TensorRT.
+        timing_cache: of an earlier build with this GPU and TensorRT. strict_cache: refuse one that is not, instead of
+            beginning a new one.
 
     Raises:
         BackendMissing: TensorRT cannot build here. PhregError: the parser refuses a node, which is named, or the
@@ -71,10 +72,14 @@ def build_plan(
         if config.add_optimization_profile(profile) < 0:
             raise PhregError(f"TensorRT: it refuses the optimization profile {shapes.inputs}: {diary.reason()}.")
     cache = config.create_timing_cache(timing_cache)
-    if cache is not None and not config.set_timing_cache(cache, ignore_mismatch=False) and timing_cache:
-        raise PhregError(
-            "timing cache: it is of another GPU or TensorRT. Delete it, or give another with --timing-cache."
-        )
+    if timing_cache and (cache is None or not config.set_timing_cache(cache, ignore_mismatch=False)):
+        if strict_cache:
+            raise PhregError(
+                "timing cache: the given file is damaged, or of another GPU or TensorRT. Give another with --timing-cache."
+            )
+        cache = config.create_timing_cache(b"")
+    if cache is not None:
+        config.set_timing_cache(cache, ignore_mismatch=False)
     with progress.task("build engine", None) as advance:
         monitor = _make_monitor(trt, advance)
         config.progress_monitor = monitor

@@ -3,22 +3,38 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from phreg_deploy.bundle import CALIBRATION, Bundle
-from phreg_deploy.engines import FOLDER, Engine, Key, Settings, list_engines, make_key, profiles_of, store
+from phreg_deploy.engines import (
+    FOLDER,
+    Engine,
+    Key,
+    Settings,
+    list_engines,
+    make_key,
+    prefer,
+    profiles_of,
+    record,
+    write_plan,
+)
 from phreg_deploy.errors import GateFailed, PhregError
 from phreg_deploy.export.builder import build_plan
-from phreg_deploy.export.inspection import read_layers, shortfalls, take_census
+from phreg_deploy.export.inspection import Census, read_layers, shortfalls, take_census
 from phreg_deploy.progress import SILENT, Progress
-from phreg_deploy.runtime.cuda import Cuda
+from phreg_deploy.runtime.cuda import Cuda, Gpu
 from phreg_deploy.runtime.features import FeatureExtractor
 from phreg_deploy.runtime.parity import check_reference, judge, worst
+from phreg_deploy.runtime.tensorrt_backend import TensorRtBackend
 from phreg_deploy.runtime.tensorrt_library import deserialise, load_tensorrt, make_diary
-from phreg_deploy.whole import write_whole
+from phreg_deploy.runtime.tuning import Tuning
+from phreg_deploy.whole import write_error, write_whole
+
+ARITHMETIC = {"bf16": 80, "fp8": 89}  # compute capability times ten from which on a GPU has it
 
 
 @dataclass(frozen=True)
@@ -59,47 +75,25 @@ def build_engine(request: BuildRequest, *, force: bool = False, progress: Progre
     eight_bit = eight_bit_layers(bundle)  # refuses before minutes of building
     trt = load_tensorrt()
     cuda = Cuda(request.device)
+    _check_gpu(bundle, cuda.gpu)
     key = make_key(
         bundle, cuda.gpu.name, cuda.gpu.architecture, trt.__version__, cuda.gpu.driver // 1000, request.settings
     )
-    there = next((e for e in list_engines(bundle) if e.key == key), None)
+    there = next((e for e in list_engines(bundle) if e.key == key and _whole(e.report, request.check)), None)
     if there is not None and not force:
         there.read()  # its hash
+        there = prefer(bundle, there)
         return {"engine": str(there.path), "key": key.to_json(), "cached": True, **there.report}
-    engine = _build(trt, request, bundle, key, eight_bit, progress)
-    report: dict[str, Any] = {"engine": str(engine.path), "key": key.to_json(), "cached": False, **engine.report}
-    if request.check:
-        try:
-            parity, missed = examine(bundle.folder, request.device)
-        except BaseException:  # what was not examined does not count
-            _drop(engine)
-            raise
-        report.update(parity=parity, missed=missed)
-        if missed and not force:
-            _drop(engine)
-            raise GateFailed(
-                f"parity: {bundle.folder} on TensorRT {trt.__version__}: {'; '.join(missed)}. The engine was not kept. See where it diverges: "
-                f"phreg-deploy build {bundle.folder} --bisect; or --force to keep it.",
-                report,
-            )
-        store(bundle, key, engine.read(), {**engine.report, "parity": parity, "missed": missed})
-    return report
-
-
-def _build(
-    trt: Any, request: BuildRequest, bundle: Bundle, key: Key, eight_bit: list[str], progress: Progress
-) -> Engine:
-    gpu = re.sub(r"[^A-Za-z0-9]+", "-", key.gpu).strip("-")  # TensorRT takes timings of this very kind of GPU only
-    cache = (
-        request.timing_cache or bundle.folder / FOLDER / f"timing-{gpu}-sm{key.architecture}-trt{key.tensorrt}.cache"
-    )
+    cache = _timing_cache(request, bundle, key)
     built = build_plan(
         trt, bundle.graph, profiles_of(bundle.manifest), request.settings, workspace=request.workspace,
-        timing_cache=cache.read_bytes() if cache.is_file() else b"", progress=progress,
+        timing_cache=cache.read_bytes() if cache.is_file() else b"", strict_cache=request.timing_cache is not None,
+        progress=progress,
     )  # fmt: skip
-    _, engine = deserialise(trt, built.plan, make_diary(trt), request.settings.compatibility == "version")
-    census = take_census(read_layers(trt, engine))
-    del engine
+    warnings = [*built.warnings, *_keep(cache, built.timing_cache)]
+    _, opened = deserialise(trt, built.plan, make_diary(trt), request.settings.compatibility == "version")
+    census = take_census(read_layers(trt, opened))
+    del opened
     short = shortfalls(census, bundle.manifest, eight_bit)
     if short and not request.allow_unfused:
         raise GateFailed(
@@ -107,26 +101,76 @@ def _build(
             "Add --allow-unfused to keep it as it is.",
             {"census": census.to_json()},
         )
-    report = {
-        "census": census.to_json(),
-        "short": short,
-        "seconds": built.seconds,
-        "warnings": built.warnings,
-        "megabytes": len(built.plan) / 2**20,
-    }
-    found = store(bundle, key, built.plan, report)
-    if built.timing_cache:
-        try:
-            write_whole(cache, built.timing_cache)
-        except PhregError:
-            _drop(found)
-            raise
-    return found
+    report: dict[str, Any] = {
+        "census": census.to_json(), "short": short, "seconds": built.seconds, "warnings": warnings, "megabytes": len(built.plan) / 2**20,
+    }  # fmt: skip
+    engine = write_plan(bundle, key, built.plan)
+    del built
+    try:
+        if request.check:
+            report["parity"], report["missed"] = examine(bundle, engine, request.device)
+        if report.get("missed") and not force:
+            raise GateFailed(
+                f"parity: {bundle.folder} on TensorRT {trt.__version__}: {'; '.join(report['missed'])}. The engine was not kept. See where it "
+                f"diverges: phreg-deploy build {bundle.folder} --bisect (needs onnx, onnxruntime and a second build); or --force to keep it.",
+                report,
+            )
+        engine = record(bundle, engine, report)  # only now does it count
+    except BaseException:
+        engine.path.unlink(missing_ok=True)
+        raise
+    return {"engine": str(engine.path), "key": key.to_json(), "cached": False, **engine.report}
 
 
-def examine(folder: Path, device: int = 0) -> tuple[dict[str, Any], list[str]]:
-    """Parity of the saved engine with the bundle's reference, and the gates that it misses."""
-    with FeatureExtractor.load(folder, "tensorrt", device=device, verify=False) as extractor:
+def _check_gpu(bundle: Bundle, gpu: Gpu) -> None:
+    """Raise where the GPU has no arithmetic for the bundle's precision, before TensorRT says so after minutes."""
+    least = ARITHMETIC.get(bundle.manifest.precision, 0)
+    if gpu.architecture < least:
+        raise PhregError(
+            f"build: {bundle.folder} is in {bundle.manifest.precision}, which {gpu.name} (SM {gpu.architecture / 10:.1f}) lacks; it needs SM "
+            f"{least / 10:.1f}. Use a bundle in fp16, or in int8 with --target trt."
+        )
+
+
+def _whole(report: dict[str, Any], examined: bool) -> bool:
+    """Whether a sidecar's report says all that ``build`` prints; without its exam only where none is asked for."""
+    try:
+        Census.from_json(report["census"])
+        figures = [report["megabytes"], report["seconds"], *([report["parity"]["cosine_p1"]] if examined else [])]
+        return all(isinstance(f, (int, float)) for f in figures) and isinstance(report["short"], list)
+    except (KeyError, TypeError, PhregError):
+        return False
+
+
+def _timing_cache(request: BuildRequest, bundle: Bundle, key: Key) -> Path:
+    """The file of timings, in a folder that is there and can be written: asked before the build, not after it."""
+    chosen = request.timing_cache
+    if chosen is not None and (chosen.is_dir() or not chosen.absolute().parent.is_dir()):
+        raise PhregError(f"timing cache: got {chosen}, expected a file in a folder that exists.")
+    probe = bundle.folder / FOLDER / f".probe-{os.getpid()}"
+    try:
+        probe.parent.mkdir(exist_ok=True)
+        probe.touch()
+        probe.unlink()
+    except OSError as error:
+        raise write_error(error, probe.parent) from error
+    gpu = re.sub(r"[^A-Za-z0-9]+", "-", key.gpu).strip("-")  # TensorRT takes timings of this very kind of GPU only
+    return chosen or bundle.folder / FOLDER / f"timing-{gpu}-sm{key.architecture}-trt{key.tensorrt}.cache"
+
+
+def _keep(cache: Path, timings: bytes) -> list[str]:
+    """Write the timings; where that fails a warning, for the engine is worth more."""
+    try:
+        if timings:
+            write_whole(cache, timings)
+    except PhregError as error:
+        return [f"the timing cache was not written: {error}"]
+    return []
+
+
+def examine(bundle: Bundle, engine: Engine, device: int = 0) -> tuple[dict[str, Any], list[str]]:
+    """Parity of a saved plan with the bundle's reference, and the gates that it misses."""
+    with FeatureExtractor(bundle, TensorRtBackend(bundle, Tuning(), device, engine)) as extractor:
         parity = worst([case["parity"] for case in check_reference(extractor)])
         return parity.to_json(), judge(parity, extractor.precision, exam=True)
 
@@ -152,8 +196,3 @@ def eight_bit_layers(bundle: Bundle) -> list[str]:
         raise PhregError(
             f"build: {bundle.folder / CALIBRATION} cannot be read; copy or calibrate the bundle again."
         ) from None
-
-
-def _drop(engine: Engine) -> None:
-    engine.path.with_suffix(".json").unlink(missing_ok=True)
-    engine.path.unlink(missing_ok=True)

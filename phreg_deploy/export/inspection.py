@@ -40,7 +40,7 @@ def read_layers(trt: Any, engine: Any) -> list[dict[str, Any]]:
     inspector = engine.create_engine_inspector()
     text = inspector.get_engine_information(trt.LayerInformationFormat.JSON)
     try:
-        layers = json.loads(text)["Layers"]
+        layers = json.loads(text, strict=False)["Layers"]  # its separators are control characters
     except (ValueError, KeyError, TypeError):
         raise PhregError(
             "engine: TensorRT's inspector gave no account of the layers; build the engine again."
@@ -51,6 +51,7 @@ def read_layers(trt: Any, engine: Any) -> list[dict[str, Any]]:
 def take_census(layers: list[dict[str, Any]]) -> Census:
     """Count what was fused and what runs in 8 bits."""
     fused: dict[str, None] = {}
+    loose: set[str] = set()  # attentions one of whose products is a layer of its own, in this profile or another
     eight: dict[str, None] = {}
     floats: dict[str, None] = {}
     unread = 0
@@ -58,15 +59,16 @@ def take_census(layers: list[dict[str, Any]]) -> Census:
         name = str(layer.get("Name", ""))
         nodes = ONNX.findall(str(layer.get("Metadata", ""))) or re.findall(r"blocks\.\d+\.[\w.]+/\w+", name)
         unread += not nodes
-        attentions = {m[1] for node in nodes if (m := ATTENTION.match(node))}
+        products = [m[1] for node in nodes if (m := ATTENTION.match(node))]
         softmaxes = {node.split("/")[0] for node in nodes if node.endswith("/Softmax")}
         kernel = " ".join(str(layer.get(key, "")) for key in ("Name", "TacticName", "LayerType", "Kernel"))
-        if re.search("mha|attention", kernel, re.IGNORECASE) and "Softmax" not in name.split("/")[-1:]:
-            fused.update(dict.fromkeys(sorted(attentions | softmaxes)))
-        elif softmaxes and any(sum(node.startswith(f"{a}/MatMul") for node in nodes) >= 2 for a in softmaxes):
-            fused.update(
-                dict.fromkeys(sorted(softmaxes))
-            )  # both products and the softmax in one layer, whatever its name
+        whole = (
+            len(softmaxes) == 1 and sum(p in softmaxes for p in products) >= 2
+        )  # both products and the softmax, whatever its name
+        if whole or (re.search("mha|attention", kernel, re.IGNORECASE) and len({*products, *softmaxes}) == 1):
+            fused.update(dict.fromkeys(sorted({*products, *softmaxes})))
+        elif _computes(layer) or len(softmaxes) > 1:
+            loose.update(products)
         linears = {m[1] for node in nodes if (m := LINEAR.match(node)) and not ATTENTION.match(node)}
         if linears and _computes(layer):
             types = [
@@ -75,7 +77,8 @@ def take_census(layers: list[dict[str, Any]]) -> Census:
                 if isinstance(t, dict)
             ]
             (eight if any(EIGHT.search(t) for t in types) else floats).update(dict.fromkeys(sorted(linears)))
-    return Census(len(layers), tuple(fused), tuple(eight), tuple(n for n in floats if n not in eight), unread)
+    together = tuple(name for name in fused if name not in loose)
+    return Census(len(layers), together, tuple(name for name in eight if name not in floats), tuple(floats), unread)
 
 
 def _computes(layer: dict[str, Any]) -> bool:

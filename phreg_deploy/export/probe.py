@@ -30,6 +30,8 @@ def measure_product(trt: Any, cuda: Cuda, side: int = SIDE, rounds: int = ROUNDS
         raise PhregError(f"TensorRT: it builds no product of {side} x {side}: {diary.reason()}.")
     runtime, engine = deserialise(trt, bytes(plan), diary)
     context = engine.create_execution_context()
+    if context is None:
+        raise PhregError("TensorRT: it made no execution context for the product; the GPU has too little memory.")
     cuda.use()
     size, times = 2 * side * side, []
     with Stream(cuda) as stream, Event(cuda) as start, Event(cuda) as end:
@@ -38,7 +40,8 @@ def measure_product(trt: Any, cuda: Cuda, side: int = SIDE, rounds: int = ROUNDS
                 context.set_tensor_address(name, buffer.pointer)
             for _ in range(rounds + 1):  # the first warms up
                 start.record(stream.handle)
-                context.execute_async_v3(stream.handle)
+                if not context.execute_async_v3(stream.handle):
+                    raise PhregError("TensorRT: it could not start the product.")
                 end.record(stream.handle)
                 end.wait()
                 times.append(end.since(start))

@@ -32,7 +32,8 @@ class Candidate:
     def __str__(self) -> str:
         if self.refused or self.backend is None:
             return f"{self.name} {self.refused}"
-        return f"{self.name} ({self.backend.compute}) {self.milliseconds:.1f} ms"
+        timed = f" {self.milliseconds:.1f} ms" if self.milliseconds < float("inf") else ""
+        return f"{self.name} ({self.backend.compute}){timed}"
 
 
 def choose(bundle: Bundle, tuning: Tuning, examine: bool = True, device: int = 0) -> tuple[Backend, str]:

@@ -49,7 +49,10 @@ class OpenVinoBackend:
         except Exception as error:  # the binding raises RuntimeError with a stack of C++ lines
             reason = " ".join([line for line in str(error).splitlines() if line.strip()][-1:]).strip()
             raise PhregError(f"backend: OpenVINO {openvino.__version__} cannot load {bundle.graph}: {reason}") from None
-        self._names = [output.get_any_name() for output in self._model.outputs]
+        served = set(
+            bundle.manifest.outputs
+        )  # an output that OpenVINO merged with another tensor has the names of both
+        self._names = [_name(output.get_names(), served) for output in self._model.outputs]
         self._idle: SimpleQueue[Any] = SimpleQueue()
         self.integer_layers, floats = census(self._model)
         meant = bundle.manifest.quantisation
@@ -74,6 +77,10 @@ class OpenVinoBackend:
     def close(self) -> None:
         self._idle = SimpleQueue()
         self._model = None
+
+
+def _name(names: set[str], served: set[str]) -> str:
+    return next((name for name in sorted(names) if name in served or name.startswith("probe/")), min(names))
 
 
 def _compute(core: Any, bundle: Bundle, tuning: Tuning) -> str:

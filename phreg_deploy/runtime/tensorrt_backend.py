@@ -7,7 +7,7 @@ from queue import Empty, SimpleQueue
 from typing import Any
 
 from phreg_deploy.bundle import Bundle
-from phreg_deploy.engines import Shapes, find_engine
+from phreg_deploy.engines import Engine, Shapes, find_engine
 from phreg_deploy.errors import PhregError
 from phreg_deploy.runtime.closing import Closing
 from phreg_deploy.runtime.cuda import Cuda
@@ -112,7 +112,7 @@ class Plan(Closing):
 
 
 class TensorRtBackend(Plan):
-    """The engine in a bundle's ``engines/`` that was built for this GPU and this TensorRT.
+    """The engine in a bundle's ``engines/`` that was built for this GPU and this TensorRT, or the one that is given.
 
     Raises:
         BackendMissing: no TensorRT, no GPU, or no engine for them, with the command that builds it.
@@ -121,7 +121,7 @@ class TensorRtBackend(Plan):
 
     name = "tensorrt"
 
-    def __init__(self, bundle: Bundle, tuning: Tuning, device: int = 0) -> None:
+    def __init__(self, bundle: Bundle, tuning: Tuning, device: int = 0, engine: Engine | None = None) -> None:
         manifest = bundle.manifest
         if tuning.compute != "auto" and tuning.compute != manifest.precision:
             raise PhregError(
@@ -130,7 +130,9 @@ class TensorRtBackend(Plan):
         self.compute = manifest.precision
         trt = load_tensorrt(lean=True)
         cuda = Cuda(device)
-        found = find_engine(bundle, cuda.gpu.name, cuda.gpu.architecture, trt.__version__, cuda.gpu.driver // 1000)
+        found = engine or find_engine(
+            bundle, cuda.gpu.name, cuda.gpu.architecture, trt.__version__, cuda.gpu.driver // 1000
+        )
         portable = found.key.settings.get("compatibility") == "version"
         super().__init__(trt, cuda, found.read(), found.profiles, host_code=portable)
         self.found = found

@@ -40,8 +40,19 @@ class Step:
     largest: float
 
 
-def bisect(bundle: Bundle, backend: str, tuning: Tuning, *, device: int = 0) -> dict[str, Any]:
-    """Compare every half-block on ``backend`` with FP32 on the bundle's first exam.
+def bisect(
+    bundle: Bundle,
+    backend: str,
+    tuning: Tuning,
+    *,
+    device: int = 0,
+    settings: Settings | None = None,
+    workspace: int | None = None,
+) -> dict[str, Any]:
+    """Compare every half-block on ``backend`` with FP32 on the bundle's exam; of several sizes the worst figures count.
+
+    Args:
+        settings, workspace: of the engine that is built for it, where the backend is "tensorrt".
 
     Returns:
         ``steps``; ``first``: the first place that diverges, or None; ``proposal``: an option for ``export`` or
@@ -52,18 +63,20 @@ def bisect(bundle: Bundle, backend: str, tuning: Tuning, *, device: int = 0) -> 
     """
     from phreg_deploy.calibration.session import open_session
 
-    image = bundle.cases()[0]["image"]
+    feeds = [_feed(bundle, case["image"]) for case in bundle.cases()]
     marked, places = _marked(bundle)
     wide = open_session(_widened(marked), literal=True)
     with tempfile.TemporaryDirectory() as folder:
         graph = Path(folder) / GRAPH
         graph.write_bytes(marked.SerializeToString())
         copy = Bundle(Path(folder), replace(bundle.manifest, files={}))
-        feed = _feed(bundle, image)
-        expected = dict(zip(places, wide.run([f"probe/{p}" for p in places], feed)))
-        with _opened(copy, backend, tuning, device) as run:
-            got = run(feed)
-    steps = [_step(place, got[f"probe/{place}"], expected[place]) for place in places]
+        found: dict[str, list[Step]] = {place: [] for place in places}
+        with _opened(copy, backend, tuning, device, settings or Settings(), workspace) as run:
+            for feed in feeds:
+                got, expected = run(feed), wide.run([f"probe/{p}" for p in places], feed)
+                for place, wanted in zip(places, expected):
+                    found[place].append(_step(place, got[f"probe/{place}"], wanted))
+    steps = [_worst(several) for several in found.values()]
     first = _first(steps, bundle.manifest.precision)
     proposal = None if first is None else f"--keep-fp32 '^{re.escape(first.place)}'"
     return {
@@ -72,6 +85,13 @@ def bisect(bundle: Bundle, backend: str, tuning: Tuning, *, device: int = 0) -> 
         "first": None if first is None else first.place,
         "proposal": proposal,
     }
+
+
+def _worst(steps: list[Step]) -> Step:
+    return Step(
+        steps[0].place, float(np.min([s.cosine_p1 for s in steps])), float(np.max([s.relative_l2 for s in steps])),
+        sum(s.bad_values for s in steps), max(s.largest for s in steps),
+    )  # fmt: skip
 
 
 def _first(steps: list[Step], precision: str) -> Step | None:
@@ -147,7 +167,9 @@ def _feed(bundle: Bundle, image: np.ndarray) -> dict[str, np.ndarray]:
 
 
 @contextmanager
-def _opened(copy: Bundle, backend: str, tuning: Tuning, device: int) -> Iterator[Run]:
+def _opened(
+    copy: Bundle, backend: str, tuning: Tuning, device: int, settings: Settings, workspace: int | None
+) -> Iterator[Run]:
     if backend != "tensorrt":
         opened = open_backend(copy, backend, tuning, device)
         try:
@@ -161,6 +183,6 @@ def _opened(copy: Bundle, backend: str, tuning: Tuning, device: int) -> Iterator
     from phreg_deploy.runtime.tensorrt_library import load_tensorrt
 
     trt, cuda, profiles = load_tensorrt(), Cuda(device), profiles_of(copy.manifest)
-    built = build_plan(trt, copy.graph, profiles, Settings())
+    built = build_plan(trt, copy.graph, profiles, settings, workspace=workspace)
     with Plan(trt, cuda, built.plan, profiles, graphs=False) as plan:
         yield plan.run
