@@ -253,7 +253,8 @@ def _differences(key: Key, here: Key) -> list[str]:
         found.append(
             f"for {key.gpu} (SM {key.architecture / 10:.1f}), and this is {here.gpu} (SM {here.architecture / 10:.1f})"
         )
-    later = compatibility == "version" and _numbers(here.tensorrt) >= _numbers(key.tensorrt)
+    there, now = _numbers(key.tensorrt), _numbers(here.tensorrt)  # NVIDIA promises newer ones of the same major version
+    later = compatibility == "version" and now[:1] == there[:1] and now >= there
     if key.tensorrt != here.tensorrt and not later:
         found.append(f"with TensorRT {key.tensorrt}, and this is {here.tensorrt}")
     if key.cuda != here.cuda:
