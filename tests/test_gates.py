@@ -2,9 +2,12 @@
 
 import importlib
 import json
+import sys
 
 import numpy as np
 import pytest
+
+from phreg_deploy.bundle import Bundle
 
 pytestmark = pytest.mark.usefixtures("torch", "traced_once")
 
@@ -82,3 +85,14 @@ def test_values_that_are_not_numbers_miss_every_gate():
     assert judge(parity, "int8")[0].split(",")[0] == "1 NaN or infinite values"
     assert len(judge(parity, "fp16", cosine_p1=0.0, outlier_points=100.0)) == 1
     assert len(judge(parity, "int8", cosine_p1=0.0, outlier_points=100.0)) == 2, "neighbours count for 8 bits as well"
+
+
+def test_a_bundle_that_nothing_here_can_run_is_written_and_said_to_be_unchecked(world, run_cli, monkeypatch):
+    """BF16 where there is neither OpenVINO nor a GPU: no failure, and no silence."""
+    monkeypatch.setitem(sys.modules, "openvino", None)
+    monkeypatch.setattr("phreg_deploy.runtime.backends.driver_present", lambda: False)
+    done = run_cli("export", world.student, "-o", world.out, "--precision", "bf16", "--json")
+    assert done.code == 0, done.err[-500:]
+    assert "no bfloat16 on the processor" in done.document["check"]["skipped"]
+    assert "Parity was not checked" in done.err
+    Bundle.read(world.out).verify()

@@ -214,7 +214,7 @@ def _refuse(precision: str, name: str, tuning: Tuning, compute: str) -> None:
             f"compute: got {tuning.compute}, but {name} computes in what the graph says, {compute}; use --backend openvino, or export in {tuning.compute}."
         )
     if precision == "bf16" and name == "onnxruntime-cpu":
-        raise PhregError(
+        raise BackendMissing(
             "backend: ONNX Runtime has no bfloat16 on the processor; use --backend openvino, a GPU, or --precision fp16."
         )
     if precision in ("int8", "fp8") and name == "onnxruntime-cuda":
