@@ -163,3 +163,10 @@ def test_a_latency_report_carries_its_conditions(bundles):
 def test_a_drifting_machine_is_called_unstable():
     assert summarise([1.0] * 10).stable
     assert not summarise([1.0] * 5 + [2.0] * 5).stable
+
+
+@pytest.mark.parametrize("backend", ["auto", "onnxruntime-cpu"])
+def test_a_gpu_that_is_asked_for_is_not_silently_a_processor(bundles, monkeypatch, backend):
+    monkeypatch.setattr("phreg_deploy.runtime.backends.driver_present", lambda: False)
+    with pytest.raises(PhregError, match=r"got GPU 3, but .* runs on the processor"):
+        FeatureExtractor.load(bundles / "fixed", backend, device=3)

@@ -16,6 +16,7 @@ from phreg_deploy.cli.options import (
     tuning_options,
 )
 from phreg_deploy.errors import GateFailed, PhregError
+from phreg_deploy.whole import check_target
 
 
 @click.command()
@@ -162,6 +163,7 @@ def extract(
     from phreg_deploy.spec import parse_size
 
     result = Result(as_json, quiet)
+    check_target(output, force, [bundle, *images])  # before seconds of loading
     with FeatureExtractor.load(
         bundle, backend, threads=threads, compute=compute, mode=mode, device=device
     ) as extractor:

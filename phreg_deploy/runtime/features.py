@@ -16,7 +16,7 @@ from phreg_deploy.artifacts import OUTLIER_FACTOR
 from phreg_deploy.bundle import Bundle
 from phreg_deploy.errors import PhregError
 from phreg_deploy.photographs import fit, read_image, to_rgb
-from phreg_deploy.runtime.backends import Backend, open_backend
+from phreg_deploy.runtime.backends import GPU, Backend, open_backend
 from phreg_deploy.runtime.closing import Closing
 from phreg_deploy.runtime.positions import resample
 from phreg_deploy.runtime.tuning import Tuning
@@ -94,6 +94,11 @@ class FeatureExtractor(Closing):
             opened, reason = open_backend(bundle, backend, tuning, device), f"{backend}: as asked"
         extractor = cls(bundle, opened)
         extractor.choice = reason
+        if device and opened.name not in GPU:
+            extractor.close()
+            raise PhregError(
+                f"device: got GPU {device}, but {opened.name} runs on the processor. Leave it out, or choose a backend on a GPU."
+            )
         return extractor
 
     @property
