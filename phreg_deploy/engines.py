@@ -137,11 +137,6 @@ def make_key(bundle: Bundle, gpu: str, architecture: int, tensorrt: str, cuda: i
     )  # fmt: skip
 
 
-def store(bundle: Bundle, key: Key, plan: bytes, report: dict[str, Any]) -> Engine:
-    """Write a plan and, last, the sidecar that makes it count."""
-    return record(bundle, write_plan(bundle, key, plan), report)
-
-
 def write_plan(bundle: Bundle, key: Key, plan: bytes) -> Engine:
     """Write a plan, which counts for nothing until ``record`` has written its sidecar."""
     folder = bundle.folder / FOLDER

@@ -225,3 +225,24 @@ def world(request, tmp_path):
             return folder
 
     return World()
+
+
+@pytest.fixture
+def device(monkeypatch):
+    """A GPU that is not there, on which nothing undefined may have happened by the end of the test."""
+    from tests import double
+
+    made = double.Device()
+    double.install(monkeypatch, made)
+    yield made
+    assert made.undefined == []
+
+
+@pytest.fixture
+def workshop(device, monkeypatch):
+    """The TensorRT of that GPU."""
+    from tests import double
+
+    made = double.Workshop(device)
+    double.install(monkeypatch, device, made)
+    return made

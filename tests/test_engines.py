@@ -21,7 +21,8 @@ from phreg_deploy.engines import (
     make_key,
     prefer,
     profiles_of,
-    store,
+    record,
+    write_plan,
 )
 from phreg_deploy.errors import BackendMissing, PhregError
 from phreg_deploy.spec import Batches, Sizes
@@ -42,7 +43,7 @@ def fresh(world) -> Bundle:
 
 
 def put(bundle, gpu=ORIN, plan=PLAN, **settings):
-    return store(bundle, make_key(bundle, *gpu, Settings(**settings)), plan, {"seconds": 1.5})
+    return record(bundle, write_plan(bundle, make_key(bundle, *gpu, Settings(**settings)), plan), {"seconds": 1.5})
 
 
 def alter(engine, **changes):

@@ -24,14 +24,6 @@ from tests.world import invoke
 GPU_NAMES = ("onnxruntime-cuda", "onnxruntime-tensorrt")
 
 
-@pytest.fixture
-def device(monkeypatch):
-    made = double.Device()
-    double.install(monkeypatch, made)
-    yield made
-    assert made.undefined == []
-
-
 class Binding:
     """``IOBinding``: where each tensor is."""
 

@@ -4,20 +4,16 @@ import shutil
 
 import pytest
 
-from tests import double
 from tests.world import invoke
 
 
 @pytest.fixture
-def gpu(monkeypatch):
-    device = double.Device()
-    double.install(monkeypatch, device, double.Workshop(device))
+def gpu(device, workshop, monkeypatch):
     monkeypatch.setattr("phreg_deploy.runtime.gpu_profile.pci_of", lambda _: "0000:01:00.0")
     monkeypatch.setattr("phreg_deploy.runtime.roofline.COPIED", 1 << 20)
     monkeypatch.setattr("phreg_deploy.runtime.roofline.measure_peaks.__kwdefaults__", {"size": 1 << 20, "rounds": 2})
     monkeypatch.setattr("phreg_deploy.export.probe.measure_product", lambda trt, cuda: 5e13)
     yield device
-    assert device.undefined == []
     assert device.live() == {}
 
 

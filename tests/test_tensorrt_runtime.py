@@ -16,22 +16,6 @@ from tests import double, nvidia
 FRAMES = 2000
 
 
-@pytest.fixture
-def device(monkeypatch):
-    """A GPU on which nothing undefined may have happened by the end of the test."""
-    made = double.Device()
-    double.install(monkeypatch, made)
-    yield made
-    assert made.undefined == []
-
-
-@pytest.fixture
-def workshop(device, monkeypatch):
-    made = double.Workshop(device)
-    double.install(monkeypatch, device, made)
-    return made
-
-
 @pytest.fixture(scope="module")
 def listed(tmp_path_factory, student) -> Path:
     """The student at two sizes, one or two images, in FP16."""

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import re
 import shutil
 import time
 from dataclasses import dataclass, replace
@@ -28,7 +27,7 @@ from phreg_deploy.bundle import (
 from phreg_deploy.calibration.census import open_counted
 from phreg_deploy.calibration.images import share_out
 from phreg_deploy.calibration.linears import Linear, Wiring, find_linears
-from phreg_deploy.calibration.narrowing import narrow
+from phreg_deploy.calibration.narrowing import narrow, pattern
 from phreg_deploy.calibration.parting import part_projections
 from phreg_deploy.calibration.qdq import TARGETS
 from phreg_deploy.calibration.ranges import observe, watch
@@ -134,7 +133,7 @@ def calibrate(
     islands: list[str] = []
     if request.target == "trt":
         kept = narrow(part_projections(graph), "fp16", largest, request.keep)
-        islands = [f"{name} ({reason})" for name, reason in sorted(kept.islands.items())]
+        islands = kept.reasons()
         session = open_session(graph, literal=True)
     else:
         session, _ = open_counted(graph, eight)
@@ -168,10 +167,7 @@ def check_request(request: CalibrationRequest) -> None:
     if request.mode == "fp8" and request.target != "trt":
         raise PhregError("target: got cpu, but no processor computes in FP8; use --target trt, or --mode int8.")
     for expression in request.keep:
-        try:
-            re.compile(expression)
-        except re.error as error:
-            raise PhregError(f"keep in FP32: {expression!r} is no regular expression ({error}).") from None
+        pattern(expression)
     if request.keep and request.target != "trt":
         raise PhregError("keep in FP32: with --target cpu everything around the 8 bits is FP32 already.")
     if not 0 <= request.float_macs <= 1:

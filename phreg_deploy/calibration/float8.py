@@ -10,10 +10,9 @@ from collections.abc import Mapping
 
 import ml_dtypes
 import numpy as np
-import onnx
 from onnx import ModelProto, NodeProto, TensorProto, helper
 
-from phreg_deploy.calibration.linears import Linear, Wiring
+from phreg_deploy.calibration.linears import Linear, Wiring, put_nodes, without
 from phreg_deploy.calibration.rounding import Format
 from phreg_deploy.errors import PhregError
 from phreg_deploy.quantisation import halves
@@ -84,7 +83,10 @@ class _Writer:
                     softmax = wiring.producer[name].op_type == "Softmax"
                     node.input[i] = self.pair(name, SOFTMAX_STEP if softmax else self.scale(name))
             self.nodes.append(node)
-        return self._model()
+        model = without(self.source, {linear.weight for linear in eight.values()})
+        model.graph.initializer.extend(self.made.values())
+        put_nodes(model, self.nodes)
+        return model
 
     def scale(self, name: str) -> float:
         found = self.largest.get(name)
@@ -132,19 +134,6 @@ class _Writer:
             TensorProto(name=name, data_type=kind, dims=value.shape, raw_data=np.ascontiguousarray(value).tobytes()),
         )
         return name
-
-    def _model(self) -> ModelProto:
-        copy = onnx.ModelProto(ir_version=self.source.ir_version, producer_name=self.source.producer_name)
-        copy.opset_import.extend(self.source.opset_import)
-        copy.graph.name = self.source.graph.name
-        copy.graph.input.extend(self.source.graph.input)
-        copy.graph.output.extend(self.source.graph.output)
-        copy.graph.node.extend(self.nodes)
-        used = {name for node in self.nodes for name in node.input}
-        copy.graph.initializer.extend(
-            i for i in (*self.source.graph.initializer, *self.made.values()) if i.name in used
-        )
-        return copy
 
 
 def _attends(node: NodeProto, wiring: Wiring) -> bool:

@@ -61,6 +61,30 @@ class Wiring:
         return node
 
 
+def without(model: ModelProto, weights: set[str]) -> ModelProto:
+    """A copy of the graph that leaves the large constants behind."""
+    copy = ModelProto(ir_version=model.ir_version, producer_name=model.producer_name)
+    copy.opset_import.extend(model.opset_import)
+    copy.metadata_props.extend(model.metadata_props)
+    copy.graph.name = model.graph.name
+    copy.graph.input.extend(model.graph.input)
+    copy.graph.output.extend(model.graph.output)
+    copy.graph.node.extend(model.graph.node)
+    copy.graph.initializer.extend(i for i in model.graph.initializer if i.name not in weights)
+    return copy
+
+
+def put_nodes(model: ModelProto, nodes: list[NodeProto]) -> None:
+    """Replace the nodes of a graph, and drop the constants that none of them reads."""
+    graph = model.graph
+    del graph.node[:]
+    graph.node.extend(nodes)
+    used = {name for node in nodes for name in node.input}
+    kept = [tensor for tensor in graph.initializer if tensor.name in used]
+    del graph.initializer[:]
+    graph.initializer.extend(kept)
+
+
 def find_linears(model: ModelProto) -> list[Linear]:
     """The linear layers of the blocks, in the order in which they run.
 

@@ -13,6 +13,7 @@ import ml_dtypes
 import numpy as np
 from onnx import ModelProto, NodeProto, TensorProto, helper, numpy_helper
 
+from phreg_deploy.calibration.linears import Wiring, put_nodes
 from phreg_deploy.errors import PhregError
 
 FLOAT = TensorProto.FLOAT
@@ -39,6 +40,10 @@ class Narrowed:
 
     model: ModelProto
     islands: dict[str, str]
+
+    def reasons(self) -> list[str]:
+        """The islands as the manifest has them."""
+        return [f"{name} ({reason})" for name, reason in sorted(self.islands.items())]
 
 
 def narrow(
@@ -69,7 +74,15 @@ def float_tensors(model: ModelProto) -> set[str]:
 def islands(narrowed: Narrowed, precision: str) -> list[str]:
     """What stayed in FP32, for the manifest: nodes with their reasons."""
     rules = ["token_norm", *(["final norm"] if precision == "bf16" else [])]
-    return rules + [f"{name} ({reason})" for name, reason in sorted(narrowed.islands.items())]
+    return rules + narrowed.reasons()
+
+
+def pattern(expression: str) -> re.Pattern[str]:
+    """A regular expression of a user's. Raises ``PhregError`` where it is none."""
+    try:
+        return re.compile(expression)
+    except re.error as error:
+        raise PhregError(f"keep in FP32: {expression!r} is no regular expression ({error}).") from None
 
 
 class _Narrowing:
@@ -78,7 +91,8 @@ class _Narrowing:
             raise PhregError(f"precision: got {precision!r}, expected {' or '.join(TYPES)}.")
         self.model, self.precision, self.largest = model, precision, largest
         self.narrow_type, self.dtype = TYPES[precision]
-        self.constants = {i.name: i for i in model.graph.initializer}
+        self.wiring = Wiring(model)
+        self.constants = self.wiring.constants
         self.types = {v.name: v.type.tensor_type.elem_type for v in model.graph.input}
         self.types.update({name: i.data_type for name, i in self.constants.items()})
         for node in model.graph.node:
@@ -105,13 +119,7 @@ class _Narrowing:
         for node in self.model.graph.node:
             self._retype(node, self._kind(node, wide))
         self._outputs()
-        graph = self.model.graph
-        del graph.node[:]
-        graph.node.extend(self.nodes)
-        used = {name for node in graph.node for name in node.input}
-        kept = [i for i in (*graph.initializer,) if i.name in used]
-        del graph.initializer[:]
-        graph.initializer.extend(kept)
+        put_nodes(self.model, self.nodes)
         return Narrowed(self.model, self.wide)
 
     def _islands(self, keep: list[str]) -> None:
@@ -124,10 +132,7 @@ class _Narrowing:
             if reach[name] > limit:
                 self.wide[node.name] = f"{name} reaches {reach[name]:.3g}"
         for expression in keep:
-            try:
-                fits = [n.name for n in floats if re.search(expression, n.name)]
-            except re.error as error:
-                raise PhregError(f"keep in FP32: {expression!r} is no regular expression ({error}).") from None
+            fits = [n.name for n in floats if pattern(expression).search(n.name)]
             if not fits:
                 raise PhregError(
                     f"keep in FP32: {expression!r} fits no node; they are named like blocks.11.mlp.fc2/MatMul."
@@ -157,8 +162,7 @@ class _Narrowing:
 
     def _rules(self) -> set[str]:
         """Nodes that stay wide on every model: those of ``token_norm``, and with BF16 the final norm of what is served."""
-        producer = {name: node for node in self.model.graph.node for name in node.output}
-        found = set()
+        producer, found = self.wiring.producer, set()
         node = producer.get("token_norm")
         while node is not None and node.op_type in NORMS:
             found.add(node.name)
@@ -175,7 +179,7 @@ class _Narrowing:
         if node.op_type == "QuantizeLinear":  # in the type that it is given
             return self.types.get(node.input[0], FLOAT)
         if node.op_type == "DequantizeLinear":
-            readers = [n for n in self.model.graph.node if node.output[0] in n.input]
+            readers = self.wiring.readers.get(node.output[0], [])
             return FLOAT if any(n.name in wide for n in readers) else self.narrow_type
         return FLOAT if node.name in wide else self.narrow_type
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import numpy as np
 from onnx import ModelProto, NodeProto, TensorProto, helper, numpy_helper
 
-from phreg_deploy.calibration.linears import Wiring
+from phreg_deploy.calibration.linears import Wiring, put_nodes
 
 
 def part_projections(model: ModelProto) -> ModelProto:
@@ -33,12 +33,7 @@ def part_projections(model: ModelProto) -> ModelProto:
         replaced[split.name] = _parts(model, wiring, split, product, add, bias, weight)
         gone |= {node.name for node in (add, product, weight) if node is not None}
     nodes = [new for node in model.graph.node if node.name not in gone for new in replaced.get(node.name, [node])]
-    del model.graph.node[:]
-    model.graph.node.extend(nodes)
-    used = {name for node in nodes for name in node.input}
-    kept = [i for i in model.graph.initializer if i.name in used]
-    del model.graph.initializer[:]
-    model.graph.initializer.extend(kept)
+    put_nodes(model, nodes)
     return model
 
 

@@ -5,11 +5,10 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
-import onnx
 from onnx import ModelProto, NodeProto, helper, numpy_helper
 
 from phreg_deploy.calibration.equalisation import Equalised
-from phreg_deploy.calibration.linears import Linear
+from phreg_deploy.calibration.linears import Linear, put_nodes, without
 from phreg_deploy.quantisation import Grid, halves
 
 TARGETS = ("cpu", "trt")
@@ -27,21 +26,8 @@ def write_int8(
     Args:
         share: one Q/DQ for all layers that read an input, as TensorRT likes it.
     """
-    without = _without(model, {linear.weight for linear in linears})
-    return _Writer(without, equalised, target, share).write(linears, keep)
-
-
-def _without(model: ModelProto, weights: set[str]) -> ModelProto:
-    """A copy of the graph that leaves the large constants behind."""
-    copy = onnx.ModelProto(ir_version=model.ir_version, producer_name=model.producer_name)
-    copy.opset_import.extend(model.opset_import)
-    copy.metadata_props.extend(model.metadata_props)
-    copy.graph.name = model.graph.name
-    copy.graph.input.extend(model.graph.input)
-    copy.graph.output.extend(model.graph.output)
-    copy.graph.node.extend(model.graph.node)
-    copy.graph.initializer.extend(i for i in model.graph.initializer if i.name not in weights)
-    return copy
+    copy = without(model, {linear.weight for linear in linears})
+    return _Writer(copy, equalised, target, share).write(linears, keep)
 
 
 class _Writer:
@@ -72,13 +58,7 @@ class _Writer:
                 self.linear(by_matmul[node.name], node, by_matmul[node.name].name in keep)
             elif node.name not in adds:
                 self.nodes.append(node)
-        nodes = list(self.nodes)
-        del graph.node[:]
-        graph.node.extend(nodes)
-        used = {name for node in graph.node for name in node.input}
-        kept = [tensor for tensor in graph.initializer if tensor.name in used]
-        del graph.initializer[:]
-        graph.initializer.extend(kept)
+        put_nodes(self.model, self.nodes)
         return self.model
 
     def linear(self, linear: Linear, node: NodeProto, keep: bool) -> None:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from queue import Empty, SimpleQueue
 from typing import Any
 
@@ -46,52 +47,45 @@ class Plan(Closing):
             )
 
     def run(self, feed: Feed) -> Feed:
-        lane = self._take()
-        try:
+        with self._lane() as lane:
             return lane.run(feed)
-        finally:
-            self._idle.put(lane)
 
     def run_device(
         self, image: DeviceArray, others: Feed, stream: int | None = None, out: Mapping[str, DeviceArray] | None = None
     ) -> dict[str, DeviceArray]:
         """Device memory to device memory, see ``Lane.run_device``."""
-        lane = self._take()
-        try:
+        with self._lane() as lane:
             return lane.run_device(image, others, stream, out)
-        finally:
-            self._idle.put(lane)
 
     def split(self, feed: Feed, graph: bool = True) -> dict[str, float]:
         """One inference taken apart, milliseconds, see ``Lane.split``."""
-        lane = self._take()
-        try:
+        with self._lane() as lane:
             return lane.split(feed, graph)
-        finally:
-            self._idle.put(lane)
 
     def layers(self, feed: Feed, rounds: int = 10) -> dict[str, float]:
         """Mean milliseconds of each layer, see ``Lane.layers``."""
-        lane = self._take()
-        try:
+        with self._lane() as lane:
             return lane.layers(feed, rounds)
-        finally:
-            self._idle.put(lane)
 
     def device_memory(self) -> dict[str, int]:
         """Bytes: ``activations`` that each context takes, and how many ``contexts`` there are."""
         return {"activations": int(self.engine.device_memory_size_v2), "contexts": len(self._lanes)}
 
-    def _take(self) -> Lane:
+    @contextmanager
+    def _lane(self) -> Iterator[Lane]:
+        """A lane of the caller's own for as long as the block lasts."""
         if self._closed:
             raise PhregError("engine: it was closed; load the bundle again.")
         try:
-            return self._idle.get_nowait()
+            lane = self._idle.get_nowait()
         except Empty:  # every lane is at work in another thread
             self.cuda.use()
             lane = Lane(self.trt, self.cuda, self.engine, self.profiles, self.graphs)
             self._lanes.append(lane)
-            return lane
+        try:
+            yield lane
+        finally:
+            self._idle.put(lane)
 
     def close(self) -> None:
         """Free the lanes, then the engine, then the runtime: in that order, also after an error."""
