@@ -18,6 +18,7 @@ from phreg_deploy.errors import PhregError
 from phreg_deploy.photographs import fit, read_image, to_rgb
 from phreg_deploy.runtime.backends import GPU, Backend, open_backend
 from phreg_deploy.runtime.closing import Closing
+from phreg_deploy.runtime.instructions import advice
 from phreg_deploy.runtime.positions import resample
 from phreg_deploy.runtime.tuning import Tuning
 from phreg_deploy.spec import check_multiple
@@ -93,7 +94,9 @@ class FeatureExtractor(Closing):
         else:
             opened, reason = open_backend(bundle, backend, tuning, device), f"{backend}: as asked"
         extractor = cls(bundle, opened)
-        extractor.choice = reason
+        extractor.choice = "; ".join(
+            part for part in (reason, opened.remark, advice(bundle.manifest.precision)) if part
+        )
         if device and opened.name not in GPU:
             extractor.close()
             raise PhregError(
