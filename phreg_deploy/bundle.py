@@ -13,24 +13,13 @@ from typing import Any
 import numpy as np
 
 from phreg_deploy.errors import PhregError
+from phreg_deploy.gates import GATES
 from phreg_deploy.spec import Batches, ModelSpec, Preprocess, Sizes
 
 FORMAT = 2
 MANIFEST, GRAPH, REFERENCE, POSITIONS = "manifest.json", "model.onnx", "reference.npz", "pos_embed.npy"
 CALIBRATION = "calibration.json"
 STAMP = (1980, 1, 1, 0, 0, 0)  # the oldest date a zip can hold: the same bundle has the same bytes on any day
-
-# 1st-percentile patch cosine at least; change of the norm-outlier rate at most, in percentage points; share of patches
-# with the same nearest neighbour at least. "exam_p1": between two runtimes on one graph. They round differently, and every
-# rounding moves others: for INT8 .995 was measured in float32, .983 with bfloat16 around the 8-bit layers; for FP8 .967 with
-# FP16 against FP32 around it; for bfloat16 .9980-.9992 on a ViT-Tiny and its student, where PyTorch's own has .9986.
-GATES = {
-    "fp32": {"cosine_p1": 0.99999, "outlier_points": 0.0},
-    "fp16": {"cosine_p1": 0.999, "outlier_points": 0.05},
-    "bf16": {"cosine_p1": 0.999, "outlier_points": 0.05, "exam_p1": 0.997},
-    "int8": {"cosine_p1": 0.99, "outlier_points": 0.1, "neighbours": 0.75, "exam_p1": 0.97},
-    "fp8": {"cosine_p1": 0.99, "outlier_points": 0.1, "neighbours": 0.75, "exam_p1": 0.95},
-}
 
 
 @dataclass(frozen=True)

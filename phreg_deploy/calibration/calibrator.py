@@ -15,7 +15,6 @@ import onnx
 from phreg_deploy import __version__
 from phreg_deploy.bundle import (
     CALIBRATION,
-    GATES,
     GRAPH,
     POSITIONS,
     REFERENCE,
@@ -34,11 +33,12 @@ from phreg_deploy.calibration.ranges import observe, watch
 from phreg_deploy.calibration.search import CANDIDATES, MARGIN, Scene, Search, answer, compare
 from phreg_deploy.calibration.session import VERSION, feeds, open_session
 from phreg_deploy.errors import GateFailed, PhregError
+from phreg_deploy.gates import GATES
 from phreg_deploy.progress import SILENT, Progress
 from phreg_deploy.quantisation import Smoothing
 from phreg_deploy.runtime.features import FeatureExtractor
 from phreg_deploy.runtime.instructions import advice
-from phreg_deploy.runtime.parity import Parity, judge
+from phreg_deploy.runtime.parity import Parity, gates_of, judge
 from phreg_deploy.whole import check_target, whole_folder
 
 FP8_SMOOTHING = Smoothing(norm=0.5, value=None, hidden=None)  # see float8.py
@@ -143,13 +143,14 @@ def calibrate(
         session, _ = open_counted(graph, eight)
     onnx.checker.check_model(graph)
     fidelity = compare(session, reported_on, manifest.norm_median)
-    missed = _missed(fidelity, request)
+    gates = gates_of(fidelity, request.mode, request.cosine_p1)
+    missed = [str(gate) for gate in gates if not gate.passed]
     share = sum(n.size for n in linears if n.name in keep) / sum(n.size for n in linears)
     report = {
         "format": 1, "mode": request.mode, "target": request.target, "smoothing": smoothing.to_json(), "candidates": tried,
         "images": shares.to_json(), "layers": _layers(search, smoothing, gains, keep, ranges), "fallback": steps,
         "float_layers": keep, "float_macs": share, "integer_layers": len(eight), "islands": islands, "bar": _bar(request),
-        "fidelity": fidelity.to_json(), "missed": missed, "seconds": time.perf_counter() - started,
+        "fidelity": fidelity.to_json(), "gates": [gate.to_json() for gate in gates], "missed": missed, "passed": not missed, "seconds": time.perf_counter() - started,
         "versions": {"phreg_deploy": __version__, "onnx": onnx.__version__, "onnxruntime": VERSION},
     }  # fmt: skip
     if missed and not force:
@@ -180,14 +181,14 @@ def check_request(request: CalibrationRequest) -> None:
         raise PhregError(f"cosine: got {request.cosine_p1}, expected a bar above 0 and up to 1, e.g. 0.99.")
 
 
-def _missed(parity: Parity, request: CalibrationRequest, margin: float = 1.0) -> list[str]:
-    """The bar in words where it is missed; with a margin below 1, a tighter bar."""
+def _missed(parity: Parity, request: CalibrationRequest, margin: float) -> list[str]:
+    """The gates that are missed when the 1st-percentile bar is tighter by ``margin``."""
     return judge(parity, request.mode, 1 - margin * (1 - _bar(request)["cosine_p1"]))
 
 
 def _bar(request: CalibrationRequest) -> dict[str, float]:
     own = {} if request.cosine_p1 is None else {"cosine_p1": request.cosine_p1}
-    return {name: value for name, value in {**GATES[request.mode], **own}.items() if name != "exam_p1"}
+    return {**GATES[request.mode], **own}
 
 
 def _tried(keep: list[str], share: float) -> str:

@@ -256,7 +256,7 @@ def _in_eight_bits(
 def _examine(output: Path, result: Result) -> dict[str, Any]:
     """The written bundle against its own reference, where a runtime is installed."""
     from phreg_deploy.runtime.features import FeatureExtractor
-    from phreg_deploy.runtime.parity import check_reference, judge, worst
+    from phreg_deploy.runtime.parity import check_reference, gates_of, verdict, worst, writes_exams
 
     try:
         extractor = FeatureExtractor.load(output, examine=False)
@@ -271,8 +271,5 @@ def _examine(output: Path, result: Result) -> dict[str, Any]:
         result.say(
             f"Parity with {other} on {extractor.backend}: 1st-percentile patch cosine {parity.cosine_p1:.8f}, relative L2 {parity.relative_l2:.2e}."
         )
-        return {
-            "backend": extractor.backend,
-            "parity": parity.to_json(),
-            "missed": judge(parity, extractor.precision, exam=True),
-        }
+        gates = gates_of(parity, extractor.precision, exam=True, again=writes_exams(extractor))
+        return {"backend": extractor.backend, **verdict(parity, gates)}

@@ -9,6 +9,7 @@ import click
 
 from phreg_deploy.cli.options import (
     Result,
+    figure,
     force_option,
     images_option,
     output_options,
@@ -91,6 +92,20 @@ def check(
         for c in document["comparisons"]
     ]  # fmt: skip
     result.table(f"Parity of {bundle} on {document['backend']} ({document['precision']})", columns, rows)
+    result.table(
+        "Gates",
+        ["compared with", "figure", "measured", "bar", ""],
+        [
+            [g["with"], g["name"], figure(g["figure"]), figure(g["bar"]), "passed" if g["passed"] else "MISSED"]
+            for g in document["gates"]
+        ],
+    )
+    fidelity = document["quantised_fidelity"]
+    if fidelity:
+        result.say(
+            f"The own reference holds the {document['precision'].upper()} graph's answers in ONNX Runtime, not those of FP32. Agreement with "
+            f"FP32 when it was calibrated: patch cosine {fidelity['cosine_mean']:.5f}, 1st percentile {fidelity['cosine_p1']:.5f}."
+        )
     if document["artifacts"]:
         rows = [
             [

@@ -28,7 +28,7 @@ from phreg_deploy.export.inspection import Census, read_layers, shortfalls, take
 from phreg_deploy.progress import SILENT, Progress
 from phreg_deploy.runtime.cuda import Cuda, Gpu
 from phreg_deploy.runtime.features import FeatureExtractor
-from phreg_deploy.runtime.parity import check_reference, judge, worst
+from phreg_deploy.runtime.parity import check_reference, gates_of, verdict, worst
 from phreg_deploy.runtime.tensorrt_backend import TensorRtBackend
 from phreg_deploy.runtime.tensorrt_library import deserialise, load_tensorrt, make_diary
 from phreg_deploy.runtime.tuning import Tuning
@@ -108,7 +108,7 @@ def build_engine(request: BuildRequest, *, force: bool = False, progress: Progre
     del built
     try:
         if request.check:
-            report["parity"], report["missed"] = examine(bundle, engine, request.device)
+            report.update(examine(bundle, engine, request.device))
         if report.get("missed") and not force:
             raise GateFailed(
                 f"parity: {bundle.folder} on TensorRT {trt.__version__}: {'; '.join(report['missed'])}. The engine was not kept. See where it "
@@ -168,11 +168,11 @@ def _keep(cache: Path, timings: bytes) -> list[str]:
     return []
 
 
-def examine(bundle: Bundle, engine: Engine, device: int = 0) -> tuple[dict[str, Any], list[str]]:
-    """Parity of a saved plan with the bundle's reference, and the gates that it misses."""
+def examine(bundle: Bundle, engine: Engine, device: int = 0) -> dict[str, Any]:
+    """``parity`` of a saved plan with the bundle's reference, ``gates``, ``missed`` as sentences, and ``passed``."""
     with FeatureExtractor(bundle, TensorRtBackend(bundle, Tuning(), device, engine)) as extractor:
         parity = worst([case["parity"] for case in check_reference(extractor)])
-        return parity.to_json(), judge(parity, extractor.precision, exam=True)
+        return verdict(parity, gates_of(parity, extractor.precision, exam=True))
 
 
 def eight_bit_layers(bundle: Bundle) -> list[str]:
