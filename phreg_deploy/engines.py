@@ -15,6 +15,7 @@ from typing import Any
 
 from phreg_deploy.bundle import GRAPH, Bundle, Manifest, file_digest
 from phreg_deploy.errors import BackendMissing, PhregError
+from phreg_deploy.scratch import remove_dead
 from phreg_deploy.spec import Stored
 from phreg_deploy.whole import write_error, write_whole
 
@@ -146,6 +147,7 @@ def write_plan(bundle: Bundle, key: Key, plan: bytes) -> Engine:
         path.with_suffix(".json").unlink(missing_ok=True)
     except OSError as error:
         raise write_error(error, folder) from error
+    remove_dead(folder)  # a killed build's plan is hundreds of megabytes
     write_whole(path, plan)
     return Engine(path, key, hashlib.sha256(plan).hexdigest(), profiles_of(bundle.manifest), {})
 
