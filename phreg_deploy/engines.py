@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from phreg_deploy.bundle import GRAPH, Bundle, Manifest, file_digest
+from phreg_deploy.documents import read_json
 from phreg_deploy.errors import BackendMissing, PhregError
 from phreg_deploy.scratch import remove_dead
 from phreg_deploy.spec import Stored
@@ -200,7 +201,7 @@ def list_engines(bundle: Bundle) -> list[Engine]:
 
 def _read_sidecar(path: Path) -> Engine:
     """Raises ``KeyError``, ``TypeError``, ``ValueError`` or ``PhregError`` unless it is a sidecar of ours, to the last type."""
-    data = json.loads(path.read_text())
+    data = read_json(path)
     if data["format"] != FORMAT:
         raise ValueError(f"{path}: format {data['format']}, expected {FORMAT}")
     key, profiles = Key.from_json(data["key"]), [Shapes.from_json(p) for p in data["profiles"]]

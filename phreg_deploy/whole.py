@@ -30,18 +30,22 @@ def check_target(target: Path, force: bool, reads: Iterable[Path | None] = ()) -
     if target.name in ("", ".."):
         raise PhregError(f"output: got {str(target)!r}, expected the name of a folder that is to be written.")
     remove_dead(target.parent, target.name)  # before it is looked at: an old output may get its name back
-    if target.is_symlink():
+    if os.path.islink(target):
         raise PhregError(
             f"output: {target} is a symbolic link to {os.readlink(target)}; expected the name of a folder. Name what it points to."
         )
-    if target.exists() and not force:
+    if os.path.exists(target) and not force:
         raise PhregError(f"output: {target} exists already; add --force to replace it, or choose another name.")
     _check_replaceable(target)
     for source in reads:
-        if source is not None and target.exists() and target.resolve() in (source.resolve(), *source.resolve().parents):
+        if (
+            source is not None
+            and os.path.exists(target)
+            and target.resolve() in (source.resolve(), *source.resolve().parents)
+        ):
             raise PhregError(f"output: {target} holds {source}, which is read here; choose another name.")
     parent = target.parent
-    if not parent.is_dir():
+    if not os.path.isdir(parent):
         raise PhregError(f"output: there is no folder {parent} to write {target.name} into; create it first.")
     try:  # asking the system beats reading permission bits, which do not bind root or network mounts
         probe = temporary(target, "probe")
@@ -53,9 +57,9 @@ def check_target(target: Path, force: bool, reads: Iterable[Path | None] = ()) -
 
 
 def _check_replaceable(target: Path) -> None:
-    if target.is_file():
+    if os.path.isfile(target):
         raise PhregError(f"output: {target} is a file; expected the name of a folder.")
-    if target.is_dir() and any(target.iterdir()) and not any((target / mark).is_file() for mark in MARKS):
+    if os.path.isdir(target) and any(target.iterdir()) and not any((target / mark).is_file() for mark in MARKS):
         raise PhregError(
             f"output: {target} holds files that phreg-deploy did not write, and --force replaces only what it wrote; choose another name."
         )

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import json
 import re
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from phreg_deploy.bundle import CALIBRATION, Bundle
+from phreg_deploy.documents import read_json
 from phreg_deploy.engines import (
     FOLDER,
     Engine,
@@ -190,7 +190,7 @@ def eight_bit_layers(bundle: Bundle) -> list[str]:
             "Run: phreg-deploy calibrate FP32-BUNDLE --target trt --images DIR -o OUTPUT"
         )
     try:
-        layers = json.loads((bundle.folder / CALIBRATION).read_text())["layers"]
+        layers = read_json(bundle.folder / CALIBRATION)["layers"]
         return [layer["name"] for layer in layers if layer["precision"] != "float"]
     except (OSError, ValueError, KeyError, TypeError):
         raise PhregError(
