@@ -70,7 +70,7 @@ def _case(
     for name in tensors:
         member = members[f"{case}/{name}.npy"]
         if member.compress_type != zipfile.ZIP_STORED or member.flag_bits & 1:
-            raise ValueError(f"{member.filename} is compressed or encrypted, expected it stored as it is")
+            raise ValueError(f"{member.filename} is compressed or encrypted, expected it stored without either")
 
         def check(shape: tuple[int, ...], kind: str, name: str = name) -> None:
             place = f"{case}/{name}"

@@ -66,7 +66,7 @@ def _check_replaceable(target: Path) -> None:
 
 
 def write_error(error: OSError, target: Path) -> PhregError:
-    """The system's refusal in words."""
+    """The error that says what the system refused."""
     if error.errno == errno.ENOSPC:
         return PhregError(
             f"output: the disk is full, so {target} was not written; free space or choose another folder."

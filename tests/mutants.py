@@ -30,7 +30,7 @@ def answers(folder, verify=True):
 
 
 def verdict(folder, expected, verify=True):
-    """ "refused", "harmless", "caught by check", or what changed without a word; another exception comes out as it is."""
+    """ "refused", "harmless", "caught by check", or what changed without a word; another exception is not caught."""
     try:
         got = answers(folder, verify)
     except PhregError:

@@ -1,4 +1,4 @@
-"""What a manifest, and the files that it names, may not say: each is refused in words, at once, and with the hashes right."""
+"""What a manifest, and the files that it names, may not say: each is refused at once, with the hashes right."""
 
 import copy
 import hashlib
@@ -355,6 +355,23 @@ def test_a_students_median_of_another_type(world, run_cli, median):
 
     student = world.copy("student", phreg=change)
     run_cli("export", student, "-o", world.out, "--json").refused(2, "phreg.json", "median norm")
+
+
+def test_a_bundle_of_the_first_format_is_read(world):
+    """Its graph and its manifest say nothing of quantisation."""
+
+    def change(model):
+        kept = {e.key: e.value for e in model.metadata_props if e.key != "phreg.quantisation"} | {"phreg.format": "1"}
+        model.ClearField("metadata_props")
+        for key, value in kept.items():
+            model.metadata_props.add(key=key, value=value)
+
+    folder = altered(world, "bundle", "quantisation", None)
+    data = json.loads((folder / "manifest.json").read_text()) | {"format": 1}
+    (folder / "manifest.json").write_text(json.dumps(data))
+    (folder / "model.onnx").write_bytes(graph(change)((folder / "model.onnx").read_bytes()))
+    with load(rehashed(folder)) as extractor:
+        assert extractor.manifest.quantisation is None
 
 
 def test_another_exporters_bundle_is_read(world):
