@@ -92,10 +92,10 @@ class Sizes(Stored):
     @classmethod
     def from_json(cls, data: dict[str, Any]) -> Sizes:
         raw = Stored.from_json.__func__(cls, data)  # type: ignore[attr-defined]
-        try:
-            return cls(raw.mode, tuple((int(h), int(w)) for h, w in raw.sizes))
-        except (TypeError, ValueError):
-            raise PhregError(f"Sizes: got the sizes {raw.sizes}, expected pairs of height and width.") from None
+        pairs = raw.sizes if isinstance(raw.sizes, tuple) else ()
+        if not pairs or not all(isinstance(p, (list, tuple)) and [type(s) for s in p] == [int, int] for p in pairs):
+            raise PhregError(f"Sizes: got the sizes {raw.sizes}, expected pairs of height and width.")
+        return cls(raw.mode, tuple((h, w) for h, w in pairs))
 
     @classmethod
     def parse(cls, text: str, patch: tuple[int, int]) -> Sizes:

@@ -33,12 +33,42 @@ def edit(**changes):
     return change
 
 
+def graph(change):
+    """A change of the graph, as a model of the onnx package; what it says of itself stays."""
+
+    def changed(data):
+        import onnx
+
+        model = onnx.load_from_string(data)
+        change(model)
+        return model.SerializeToString()
+
+    return changed
+
+
+def misname(model):
+    model.graph.node[0].op_type = "NoSuchOperator"
+
+
 def rehashed(folder):
     """The manifest agrees with the files again: what a careless tool leaves behind."""
     manifest = json.loads((folder / "manifest.json").read_text())
     manifest["files"] = {name: hashlib.sha256((folder / name).read_bytes()).hexdigest() for name in manifest["files"]}
     (folder / "manifest.json").write_text(json.dumps(manifest))
     return folder
+
+
+def rewritten(folder, **changes):
+    """Manifest and graph say something else, in agreement: what another exporter might have written."""
+    manifest = json.loads((folder / "manifest.json").read_text()) | changes
+
+    def engrave(model):
+        for entry in model.metadata_props:
+            entry.value = json.dumps(manifest[entry.key.removeprefix("phreg.")])
+
+    (folder / "model.onnx").write_bytes(graph(engrave)((folder / "model.onnx").read_bytes()))
+    (folder / "manifest.json").write_text(json.dumps(manifest))
+    return rehashed(folder)
 
 
 def write(w, name, data):
@@ -62,13 +92,13 @@ BUNDLES = {  # id: (bundle, fragments) for every reader
     "sizes malformed": (lambda w: w.copy("bundle", manifest=edit(sizes={"mode": "fixed", "sizes": [64]})), ["manifest.json", "sizes"]),
     "precision unknown": (lambda w: w.copy("bundle", manifest=edit(precision="int3")), ["manifest.json", "int3"]),
     "files no object": (lambda w: w.copy("bundle", manifest=edit(files=7)), ["manifest.json", "files"]),
-    "graph changed": (lambda w: w.copy("bundle", model=lambda b: b[:-1] + b"?"), ["model.onnx", "has sha256", "changed or damaged"]),
-    "graph truncated": (lambda w: w.copy("bundle", model=half), ["model.onnx", "has sha256"]),
-    "graph empty": (lambda w: w.copy("bundle", model=b""), ["model.onnx", "has sha256"]),
+    "graph changed": (lambda w: w.copy("bundle", model=lambda b: b[:-1] + b"?"), ["model.onnx", "another sha256", "changed or damaged"]),
+    "graph truncated": (lambda w: w.copy("bundle", model=half), ["model.onnx", "another sha256"]),
+    "graph empty": (lambda w: w.copy("bundle", model=b""), ["model.onnx", "another sha256"]),
     "graph missing": (lambda w: w.copy("bundle", model=None), ["lacks model.onnx", "export the bundle again"]),
-    "reference truncated": (lambda w: w.copy("bundle", reference=half), ["reference.npz", "has sha256"]),
+    "reference truncated": (lambda w: w.copy("bundle", reference=half), ["reference.npz", "another sha256"]),
     "reference missing": (lambda w: w.copy("bundle", reference=None), ["lacks reference.npz"]),
-    "positions changed": (lambda w: w.copy("wide_bundle", pos_embed=half), ["pos_embed.npy", "has sha256"]),
+    "positions changed": (lambda w: w.copy("wide_bundle", pos_embed=half), ["pos_embed.npy", "another sha256"]),
 }  # fmt: skip
 OTHERS = {
     "check: a student": (lambda w: ["check", w.student], ["no manifest.json", "run `phreg-deploy export` on it first"]),
@@ -83,6 +113,10 @@ OTHERS = {
     "check: reference empty": (lambda w: ["check", rehashed(w.copy("bundle", reference=b""))], ["reference.npz", "cannot be read"]),
     "extract: graph of noise": (
         lambda w: READERS["extract"](w, rehashed(w.copy("bundle", model=b"noise"))),
+        ["model.onnx", "cannot be read", "no ONNX file"],
+    ),
+    "extract: graph with an unknown operator": (
+        lambda w: READERS["extract"](w, rehashed(w.copy("bundle", model=graph(misname)))),
         ["ONNX Runtime", "cannot load", "model.onnx"],
     ),
     "extract: positions truncated": (

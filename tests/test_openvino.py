@@ -183,9 +183,9 @@ def test_a_closed_extractor_frees_the_model(bundle):
 
 
 def test_a_graph_that_openvino_refuses(world, run_cli):
-    from tests.test_bad_bundles import rehashed
+    from tests.test_bad_bundles import graph, misname, rehashed
 
-    folder = rehashed(world.copy("bundle", model=b"noise"))
+    folder = rehashed(world.copy("bundle", model=graph(misname)))
     outcome = run_cli("check", folder, "--backend", "openvino", "--json")
     assert outcome.code == outcome.document["exit_code"] == 2
     assert "Traceback" not in outcome.err

@@ -48,7 +48,7 @@ class Group(click.Group):
 
 
 def _interrupted() -> None:
-    message = "Interrupted. Nothing half-written was left; an interrupted `distill` goes on with --resume."
+    message = "Interrupted. No output was left half-written; an interrupted `distill` goes on with --resume."
     click.echo(f"Error: {message}", err=True)
     _fail(message, 130)
 

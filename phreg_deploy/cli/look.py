@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from phreg_deploy.cli.options import (
     output_options,
     percent,
 )
+from phreg_deploy.documents import read_json
 from phreg_deploy.errors import PhregError
 from phreg_deploy.record import read_record
 
@@ -150,18 +152,18 @@ def _eight_bits(facts: dict[str, Any]) -> list[list[str]]:
 
 
 def _inspect_student(path: Path, result: Result) -> None:
-    if not (path / "config.json").is_file():
+    if not os.path.isfile(path / "config.json"):
         found = (
             "nothing"
-            if not path.exists()
+            if not os.path.exists(path)
             else "a file"
-            if path.is_file()
+            if os.path.isfile(path)
             else "a folder with neither manifest.json nor config.json"
         )
         raise PhregError(f"inspect: got {path}, where there is {found}; expected a student's folder or a bundle.")
     try:
-        config = json.loads((path / "config.json").read_text())
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        config = read_json(path / "config.json")
+    except (OSError, ValueError) as error:
         raise PhregError(
             f"inspect: {path / 'config.json'} is damaged ({error}); copy or distil the student again."
         ) from None
@@ -172,9 +174,9 @@ def _inspect_student(path: Path, result: Result) -> None:
     if record:
         try:
             rows += _story(record)
-        except (KeyError, TypeError) as error:
+        except (KeyError, TypeError, ValueError, AttributeError, IndexError, OverflowError) as error:
             raise PhregError(
-                f"inspect: {path / 'phreg.json'} is damaged (no {error}); copy or distil the student again."
+                f"inspect: {path / 'phreg.json'} is damaged ({type(error).__name__}: {error}); copy or distil the student again."
             ) from None
     result.table(f"Student {path}" if record else f"timm model {path}", ["", ""], rows)
     result.json({"kind": "student" if record else "timm", "config": config, "record": record})

@@ -205,7 +205,7 @@ def _read_baseline(path: Path) -> dict[str, Any]:
         return document
     except OSError as error:
         raise PhregError(f"baseline: {path} cannot be read ({error.strerror}).") from None
-    except (json.JSONDecodeError, IndexError, UnicodeDecodeError):
+    except (ValueError, IndexError, RecursionError):
         raise PhregError(
             f"baseline: {path} is not JSON; expected what `phreg-deploy profile --json` printed."
         ) from None

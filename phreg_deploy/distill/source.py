@@ -6,8 +6,8 @@ Decides what is supported, and refuses the rest by name with the reason.
 from __future__ import annotations
 
 import difflib
-import json
 import logging
+import os
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +22,7 @@ from torch import nn
 
 from phreg_deploy.distill.taps import ViT
 from phreg_deploy.distill.weights import read_weights
+from phreg_deploy.documents import read_json
 from phreg_deploy.errors import PhregError
 from phreg_deploy.spec import ModelSpec, Preprocess, check_multiple
 
@@ -168,9 +169,9 @@ def _folder(name: str) -> Path | None:
             )
         return folder
     path = Path(name)
-    if path.is_dir():
+    if os.path.isdir(path):
         return path
-    if path.is_file():
+    if os.path.isfile(path):
         raise PhregError(
             f"model: got the file {path}; expected a timm name (weights go in --checkpoint FILE) or a student's folder."
         )
@@ -196,7 +197,16 @@ def _check_name(name: str) -> None:
 def _create(name: str, **arguments: Any) -> ViT:
     try:
         return timm.create_model(name, **arguments)
-    except (RuntimeError, ValueError, TypeError, KeyError, AssertionError) as error:
+    except (
+        RuntimeError,
+        ValueError,
+        TypeError,
+        KeyError,
+        AssertionError,
+        AttributeError,
+        ArithmeticError,
+        LookupError,
+    ) as error:
         raise PhregError(f"model: timm cannot build {name}: {' '.join(str(error).split())[:400]}") from error
 
 
@@ -238,9 +248,9 @@ def _from_folder(folder: Path) -> ViT:
             f"model: {folder} holds no {' and no '.join(missing)}; expected a folder written by `phreg-deploy distill`.{hint}"
         )
     try:
-        config = json.loads((folder / "config.json").read_text())
+        config = read_json(folder / "config.json")
         load_file(folder / "model.safetensors")
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+    except ValueError as error:
         raise PhregError(
             f"model: {folder / 'config.json'} is not valid JSON ({error}); copy or distil the student again."
         ) from None
@@ -250,6 +260,11 @@ def _from_folder(folder: Path) -> ViT:
         ) from None
     if not isinstance(config, dict) or not isinstance(config.get("architecture"), str):
         raise PhregError(f"model: {folder / 'config.json'} names no architecture; copy or distil the student again.")
+    for key in ("pretrained_cfg", "model_args"):
+        if not isinstance(config.get(key, {}), dict):
+            raise PhregError(
+                f"model: {folder / 'config.json'} is damaged ({key} is no object); copy or distil the student again."
+            )
     return _create(f"local-dir:{folder}", pretrained=True)
 
 

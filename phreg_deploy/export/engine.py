@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import json
-import os
 import re
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from phreg_deploy.bundle import CALIBRATION, Bundle
+from phreg_deploy.documents import read_json
 from phreg_deploy.engines import (
     FOLDER,
     Engine,
@@ -32,6 +31,7 @@ from phreg_deploy.runtime.parity import check_reference, gates_of, verdict, wors
 from phreg_deploy.runtime.tensorrt_backend import TensorRtBackend
 from phreg_deploy.runtime.tensorrt_library import deserialise, load_tensorrt, make_diary
 from phreg_deploy.runtime.tuning import Tuning
+from phreg_deploy.scratch import temporary
 from phreg_deploy.whole import write_error, write_whole
 
 ARITHMETIC = {"bf16": 80, "fp8": 89}  # compute capability times ten from which on a GPU has it
@@ -147,7 +147,7 @@ def _timing_cache(request: BuildRequest, bundle: Bundle, key: Key) -> Path:
     chosen = request.timing_cache
     if chosen is not None and (chosen.is_dir() or not chosen.absolute().parent.is_dir()):
         raise PhregError(f"timing cache: got {chosen}, expected a file in a folder that exists.")
-    probe = bundle.folder / FOLDER / f".probe-{os.getpid()}"
+    probe = temporary(bundle.folder / FOLDER / "engine", "probe")
     try:
         probe.parent.mkdir(exist_ok=True)
         probe.touch()
@@ -190,7 +190,7 @@ def eight_bit_layers(bundle: Bundle) -> list[str]:
             "Run: phreg-deploy calibrate FP32-BUNDLE --target trt --images DIR -o OUTPUT"
         )
     try:
-        layers = json.loads((bundle.folder / CALIBRATION).read_text())["layers"]
+        layers = read_json(bundle.folder / CALIBRATION)["layers"]
         return [layer["name"] for layer in layers if layer["precision"] != "float"]
     except (OSError, ValueError, KeyError, TypeError):
         raise PhregError(

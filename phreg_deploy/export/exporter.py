@@ -39,8 +39,9 @@ from phreg_deploy.export.graph import DenseViT
 from phreg_deploy.export.trace import OPSET, Traced, check_size, trace
 from phreg_deploy.photographs import fit, list_images, read_image
 from phreg_deploy.progress import SILENT, Progress
-from phreg_deploy.record import model_path, read_record, recorded
+from phreg_deploy.record import model_path, read_record, recorded, recorded_median
 from phreg_deploy.spec import Batches, Preprocess, Sizes
+from phreg_deploy.validity import check_extent
 from phreg_deploy.whole import check_target, whole_folder
 
 SEED = 417  # of the reference's inputs
@@ -90,6 +91,7 @@ def export_bundle(request: ExportRequest, output: Path, *, force: bool = False, 
             raise PhregError(
                 f"image size: got {request.image_size!r}, but {request.model} has a rotary position embedding, which is baked for one size. Export one bundle per size."
             )
+        check_extent(sizes, batches)
         preprocess = model_preprocess(model, request.crop)
         record = None if request.random_weights else _record(request.model)
         base_positions = _grid(model)
@@ -184,8 +186,8 @@ def _record(name: str) -> dict[str, Any] | None:
     folder = model_path(name)
     record = read_record(folder)
     if record is not None:  # what the manifest takes from it, before a minute of tracing
-        for keys in (("recipe", "name"), ("scores", "median_norm")):
-            recorded(record, folder, *keys)
+        recorded(record, folder, "recipe", "name")
+        recorded_median(record, folder)
     return record
 
 

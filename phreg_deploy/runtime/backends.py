@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from typing import Protocol
 
 import numpy as np
@@ -61,6 +62,23 @@ def open_backend(bundle: Bundle, name: str, tuning: Tuning, device: int = 0) -> 
     from phreg_deploy.runtime.ort_backend import OrtBackend
 
     return OrtBackend(bundle, name, tuning, device)
+
+
+def check_outputs(bundle: Bundle, names: Collection[str]) -> None:
+    """Raise ``PhregError`` unless a loaded graph has every output that the manifest names."""
+    missing = [name for name in bundle.manifest.outputs if name not in names]
+    if missing:
+        raise PhregError(
+            f"backend: {bundle.graph} has the outputs {', '.join(sorted(names))}, expected {', '.join(missing)} as well; copy or export the bundle again."
+        )
+
+
+def run_error(name: str, bundle: Bundle, error: Exception) -> PhregError:
+    """What a runtime raised when it ran, in one line."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return PhregError(
+        f"backend: {name} cannot run {bundle.graph}: {lines[-1] if lines else type(error).__name__}. Copy or export the bundle again."
+    )
 
 
 def there(name: str) -> bool:

@@ -15,6 +15,7 @@ from PIL import Image
 from phreg_deploy.artifacts import OUTLIER_FACTOR
 from phreg_deploy.bundle import Bundle
 from phreg_deploy.errors import PhregError
+from phreg_deploy.exam import check_shapes
 from phreg_deploy.photographs import fit, read_image, to_rgb
 from phreg_deploy.runtime.backends import GPU, Backend, open_backend
 from phreg_deploy.runtime.closing import Closing
@@ -158,7 +159,9 @@ class FeatureExtractor(Closing):
             part = batch[start : start + highest]
             missing = max(0, lowest - len(part))
             padded = np.concatenate([part, np.repeat(part[-1:], missing, axis=0)]) if missing else part
-            parts.append({name: value[: len(part)] for name, value in self.run(padded).items()})
+            answers = self.run(padded)
+            check_shapes(self.manifest, answers, padded.shape)
+            parts.append({name: value[: len(part)] for name, value in answers.items()})
         whole = {
             name: np.concatenate([p[name] for p in parts]) if len(parts) > 1 else parts[0][name] for name in parts[0]
         }

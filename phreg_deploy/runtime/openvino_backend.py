@@ -9,6 +9,7 @@ import numpy as np
 
 from phreg_deploy.bundle import Bundle
 from phreg_deploy.errors import BackendMissing, PhregError
+from phreg_deploy.runtime.backends import check_outputs, run_error
 from phreg_deploy.runtime.openvino_exact import fold_weights, saturates
 from phreg_deploy.runtime.tuning import Tuning
 
@@ -62,6 +63,8 @@ class OpenVinoBackend:
             bundle.manifest.outputs
         )  # an output that OpenVINO merged with another tensor has the names of both
         self._names = [_name(output.get_names(), served) for output in self._model.outputs]
+        self._bundle = bundle
+        check_outputs(bundle, self._names)
         self._idle: SimpleQueue[Any] = SimpleQueue()
         self.integer_layers, floats = census(self._model)
         meant = bundle.manifest.quantisation
@@ -80,6 +83,8 @@ class OpenVinoBackend:
         try:
             outputs = request.infer(feed)
             return {name: outputs[i] for i, name in enumerate(self._names)}
+        except RuntimeError as error:
+            raise run_error(self.name, self._bundle, error) from error
         finally:
             self._idle.put(request)
 

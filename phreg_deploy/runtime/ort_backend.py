@@ -14,6 +14,7 @@ import numpy as np
 from phreg_deploy.bundle import Bundle
 from phreg_deploy.engines import FOLDER, profiles_of
 from phreg_deploy.errors import BackendMissing, PhregError
+from phreg_deploy.runtime.backends import check_outputs, run_error
 from phreg_deploy.runtime.cuda import Cuda
 from phreg_deploy.runtime.device_arrays import DeviceArray
 from phreg_deploy.runtime.instructions import EXACT
@@ -99,7 +100,8 @@ class OrtBackend:
         if self._gpu:
             _check_assignment(self._session, name)
         self._types = {o.name: o.type for o in (*self._session.get_inputs(), *self._session.get_outputs())}
-        self._names = [output.name for output in self._session.get_outputs()]
+        self._bundle, self._names = bundle, [output.name for output in self._session.get_outputs()]
+        check_outputs(bundle, self._names)
         self._staging: Staging | None = None
         if self.cuda is not None and replayable(bundle, name):
             layouts = [
@@ -117,7 +119,12 @@ class OrtBackend:
     def run(self, feed: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
         if self._staging is not None:
             return self._staging.run(feed)
-        return dict(zip(self._names, self._session.run(None, feed)))
+        try:
+            return dict(zip(self._names, self._session.run(None, feed)))
+        except Exception as error:  # the binding's exceptions share no base but Exception
+            if self._session is None:  # closed meanwhile
+                raise
+            raise run_error(self.name, self._bundle, error) from error
 
     def run_device(
         self,

@@ -138,12 +138,11 @@ def _recorded(reference: str) -> dict[str, Any]:
     record = read_record(folder)
     if record is None:
         return {}
-    scores = recorded(record, folder, "scores")
     return {
         "base": {
-            "norm_outliers": scores["base"]["norm_outliers"],
+            "norm_outliers": recorded(record, folder, "scores", "base", "norm_outliers"),
             "shift_incoherence": {"rate": None},
-            "note": f"recorded at distillation, {scores['images']} other images",
+            "note": f"recorded at distillation, {recorded(record, folder, 'scores', 'images')} other images",
         }
     }
 
