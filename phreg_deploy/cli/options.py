@@ -19,6 +19,16 @@ from phreg_deploy.progress import Progress
 WIDTH = 140  # of tables in files and pipes
 
 
+class Number(click.FloatRange):
+    """A finite number within bounds; click's own lets NaN and infinity through."""
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        number = super().convert(value, param, ctx)
+        if not math.isfinite(number):
+            self.fail(f"{value} is not a finite number.", param, ctx)
+        return number
+
+
 class Result:
     """Where a command prints: tables to stdout, or with ``--json`` to stderr and one JSON line to stdout."""
 
