@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 
+from phreg_deploy.arguments import refuse_url
 from phreg_deploy.errors import PhregError
 from phreg_deploy.spec import Batches, ModelSpec, Preprocess, Sizes
 
@@ -108,6 +109,7 @@ class Bundle:
         Raises:
             PhregError: no folder, no manifest, damaged, of a newer format, or a file that is missing.
         """
+        refuse_url(str(folder))
         folder = Path(folder)
         path = folder / MANIFEST
         if not path.is_file():

@@ -6,7 +6,7 @@ import errno
 import os
 import shutil
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from phreg_deploy.errors import PhregError
@@ -95,4 +95,5 @@ def write_whole(target: Path, data: bytes) -> None:
     except OSError as error:
         raise write_error(error, target) from error
     finally:
-        partial.unlink(missing_ok=True)
+        with suppress(OSError):  # a read-only file system refuses to unlink what is not there
+            partial.unlink(missing_ok=True)

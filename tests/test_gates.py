@@ -22,6 +22,13 @@ def test_a_missed_parity_gate_is_exit_code_3(world, run_cli, monkeypatch):
     assert "Gates missed" in page.read_text()
 
 
+@pytest.mark.parametrize("bar", ["1.5", "0", "-1", "nan"])
+def test_a_cosine_that_is_none_is_refused(world, run_cli, bar):
+    for command in (["check", world.bundle], ["calibrate", world.bundle, "--images", world.photos, "-o", world.out]):
+        run_cli(*command, "--cosine", bar, "--json").refused(2, "cosine", bar)
+    assert not world.out.exists()
+
+
 def test_a_bundle_that_misses_its_gate_at_export_is_exit_code_3(world, run_cli, monkeypatch):
     parity = importlib.import_module("phreg_deploy.runtime.parity")
     asked = ["export", world.student, "-o", world.out, "--json"]

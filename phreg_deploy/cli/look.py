@@ -9,7 +9,9 @@ from typing import Any
 
 import click
 
+from phreg_deploy.arguments import check_device, check_file, check_model
 from phreg_deploy.cli.options import (
+    Number,
     Result,
     backend_option,
     checkpoint_option,
@@ -19,7 +21,10 @@ from phreg_deploy.cli.options import (
     percent,
 )
 from phreg_deploy.errors import PhregError
+from phreg_deploy.extras import DISTILL, require
+from phreg_deploy.photographs import list_images
 from phreg_deploy.record import read_record
+from phreg_deploy.spec import parse_size
 
 
 @click.command()
@@ -36,7 +41,7 @@ from phreg_deploy.record import read_record
 )
 @click.option(
     "--median",
-    type=click.FloatRange(0, min_open=True),
+    type=Number(0, min_open=True),
     help="The base model's median norm; by default a student's or bundle's record, else the model's own.",
 )
 @click.option("--picture", type=click.Path(path_type=Path), help="Write a PNG of the first image's features and norms.")
@@ -56,6 +61,23 @@ def artifacts(model: str, images: Path, picture: Path | None, as_json: bool, qui
     from phreg_deploy.verify.scoring import score_bundle, score_model
 
     result = Result(as_json, quiet)
+    if asked["image_size"]:
+        parse_size(asked["image_size"])
+    check_device(asked["device"])
+    if picture is not None:
+        check_file(picture, "picture")
+    if is_bundle(model):
+        if asked["checkpoint"] is not None:
+            raise PhregError(f"artifacts: --checkpoint goes with a timm name, but {model} is a bundle.")
+        if asked["device"] != "auto":
+            raise PhregError("artifacts: --device goes with a PyTorch model; a bundle runs where --backend says.")
+    else:
+        check_model(model, asked["checkpoint"])
+        if asked["backend"] != "auto":
+            raise PhregError(f"artifacts: --backend goes with a bundle, but {model} is none; it runs in PyTorch.")
+    list_images(images)
+    if not is_bundle(model):
+        require("`phreg-deploy artifacts` of a PyTorch model", distill=DISTILL)
     document, sheet = (score_bundle if is_bundle(model) else score_model)(
         model, images=images, progress=result.progress, **asked
     )

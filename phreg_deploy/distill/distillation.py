@@ -16,6 +16,7 @@ import timm
 import torch
 
 from phreg_deploy import __version__
+from phreg_deploy.arguments import check_distillation, check_resume
 from phreg_deploy.distill import taps
 from phreg_deploy.distill.checkpoint import write_student
 from phreg_deploy.distill.fake_quantisation import observe, quantised_layers
@@ -92,6 +93,7 @@ def distill(
         PhregError: bad input, an output that exists, another run's leftovers, a loss that is not finite.
     """
     started = time.perf_counter()
+    check_distillation(vars(request))
     check_target(output, force, [model_path(request.model), request.images, request.checkpoint])
     recipe, device = _recipe(request), find_device(request.device)
     autocast = find_autocast(request.precision, device)
@@ -155,8 +157,7 @@ def split(photographs: Photographs, share: float) -> tuple[Photographs, Photogra
 
     With fewer than 20 images nothing is held out.
     """
-    if not 0 <= share < 1:
-        raise PhregError(f"holdout: got {share}, expected a share from 0 to below 1.")
+    check_distillation({"holdout": share})
     place = [int(hashlib.sha256(name.encode()).hexdigest()[:8], 16) / 2**32 for name in photographs.names]
     held = [i for i, p in enumerate(place) if p < share]
     if len(photographs) < 20 or not held or len(held) == len(photographs):
@@ -172,16 +173,8 @@ def cache_folder() -> Path:
 def _recipe(request: Request) -> Recipe:
     recipe = find_recipe(request.recipe)
     changes: dict[str, Any] = {"epochs": request.epochs, "batch": request.batch, "unlock": request.unlock}
-    for name, least in (("epochs", 0), ("batch", 1), ("views", 2), ("seed", 0)):
-        value = getattr(request, name)
-        if value is not None and value < least:
-            raise PhregError(f"{name}: got {value}, expected at least {least}.")
-    if request.lr is not None and not 0 < request.lr < 1:
-        raise PhregError(f"lr: got {request.lr}, expected a number between 0 and 1, e.g. 3e-4.")
     if request.int8_aware:
         changes["int8"] = True
-    if not 0 < request.strength <= 4:
-        raise PhregError(f"strength: got {request.strength}, expected a share above 0 and up to 4, e.g. {STRENGTH}.")
     return replace(recipe, **{k: v for k, v in changes.items() if v is not None})
 
 
@@ -241,6 +234,7 @@ def _work_folder(
         "views": request.views, "strength": request.strength, "seed": request.seed, "autocast": autocast,
     }  # fmt: skip
     kept = work / "settings.json"
+    check_resume(work, resume, force)
     if kept.is_file():
         try:
             before = json.loads(kept.read_text())
@@ -253,15 +247,9 @@ def _work_folder(
             raise PhregError(
                 f"resume: {work} was started with other settings ({', '.join(changed)}); give the same ones, or --force to start over."
             )
-        if not resume and not force:
-            raise PhregError(
-                f"output: an interrupted run is kept in {work}; add --resume to go on with it, or --force to start over."
-            )
         if resume:
             return work
         shutil.rmtree(work)
-    elif resume:
-        raise PhregError(f"resume: there is no interrupted run in {work}; start without --resume.")
     try:
         work.mkdir(exist_ok=True)
         kept.write_text(json.dumps(settings, indent=1))

@@ -18,6 +18,7 @@ import torch
 import numpy as np
 
 from phreg_deploy import __version__
+from phreg_deploy.arguments import EIGHT_BITS, FLOATS, check_export
 from phreg_deploy.bundle import (
     GRAPH,
     POSITIONS,
@@ -73,12 +74,11 @@ def export_bundle(request: ExportRequest, output: Path, *, force: bool = False, 
         PhregError: bad input, an output that exists, a size that is not a multiple of the patch, or a range of sizes
             for a model whose rotary embedding cannot be an input.
     """
-    if request.precision not in ("fp32", "fp16", "bf16"):
-        raise PhregError(f"precision: got {request.precision!r}, expected fp32, fp16 or bf16.")
-    if request.precision == "fp32" and (request.keep or request.images):
+    if request.precision in EIGHT_BITS:
         raise PhregError(
-            "export: --keep-fp32 and --images say what stays in FP32; with --precision fp32 everything does."
+            f"precision: got {request.precision}, which `phreg-deploy calibrate` makes of an fp32 bundle; expected {', '.join(FLOATS)}."
         )
+    check_export(request.precision, request.keep, request.images, request.image_size, request.batch)
     check_target(output, force, [model_path(request.model), request.checkpoint])
     photographs = [] if request.images is None else list_images(request.images, WATCHED, spread=True)
     batches = Batches.parse(request.batch)
