@@ -139,7 +139,7 @@ def inspect(path: Path, as_json: bool, quiet: bool) -> None:
             ["inputs", ", ".join(f"{k} {v['dtype']} {v['shape']}" for k, v in facts["inputs"].items())],
             ["outputs", ", ".join(f"{k} {v['dtype']} {v['shape']}" for k, v in facts["outputs"].items())],
             ["preprocessing", ", ".join(f"{k} {v}" for k, v in facts["preprocess"].items())],
-            ["source", f"{facts['source']['model']}, weights {facts['source']['weights_sha256'][:16]}…"],
+            *_origin(facts["source"]),
             ["stayed in float32", ", ".join(facts["float_parts"]) or "everything"],
             ["files, hashes verified", ", ".join(f"{k} {v}" for k, v in size.items())],
         ]
@@ -199,10 +199,21 @@ def _inspect_student(path: Path, result: Result) -> None:
     result.json({"kind": "student" if record else "timm", "config": config, "record": record})
 
 
+def _origin(source: dict[str, Any]) -> list[list[str]]:
+    """The base model, the licence of its weights, and where they are published."""
+    license_ = (source["license"] or "not stated by timm") if "license" in source else "not recorded"
+    places = [source.get("hf_hub_id") and f"Hugging Face hub {source['hf_hub_id']}", source.get("url")]
+    return [
+        ["base model", f"{source['model']}, weights {source['weights_sha256'][:16]}…"],
+        ["license of its weights", license_],
+        ["published at", ", ".join(place for place in places if place) or "not stated by timm"],
+    ]
+
+
 def _story(record: dict[str, Any]) -> list[list[str]]:
     scores = record["scores"]
     return [
-        ["source", f"{record['source']['model']}, weights {record['source']['weights_sha256'][:16]}…"],
+        *_origin(record["source"]),
         [
             "recipe",
             f"{record['recipe']['name']}, {record['recipe']['epochs']} epochs, {record['registers']} registers, seed {record['seed']}",

@@ -16,13 +16,14 @@ import timm
 import torch
 
 from phreg_deploy import __version__
-from phreg_deploy.arguments import check_distillation, check_resume
+from phreg_deploy.arguments import check_distillation, check_model, check_resume
 from phreg_deploy.distill import taps
 from phreg_deploy.distill.checkpoint import write_student
 from phreg_deploy.distill.fake_quantisation import observe, quantised_layers
 from phreg_deploy.distill.hardware import find_autocast, find_device, quickest_attention
 from phreg_deploy.distill.measure import compare
 from phreg_deploy.distill.neurons import Survey, survey
+from phreg_deploy.distill.origin import find_origin
 from phreg_deploy.distill.recipes import Recipe, default_rate, find_recipe
 from phreg_deploy.distill.source import load_model, model_preprocess
 from phreg_deploy.distill.student import add_registers
@@ -98,6 +99,7 @@ def distill(
     recipe, device = _recipe(request), find_device(request.device)
     autocast = find_autocast(request.precision, device)
     base = load_model(request.model, checkpoint=request.checkpoint, image_size=request.image_size)
+    origin = find_origin(request.model, check_model(request.model, request.checkpoint), request.checkpoint)
     recipe = replace(recipe, lr=request.lr if request.lr is not None else default_rate(recipe, base.embed_dim))
     preprocess = model_preprocess(base, "center")
     photographs = read_photographs(request.images, tuple(base.patch_embed.img_size), preprocess, say=progress.say)
@@ -136,7 +138,7 @@ def distill(
         base, student, held or training, preprocess, device=device, autocast=autocast, progress=progress, grids=grids
     )
     record = {
-        "source": {"model": request.model, "checkpoint": request.checkpoint.name if request.checkpoint else None, "weights_sha256": weights_digest(base.cpu())},
+        "source": {**origin, "checkpoint": request.checkpoint.name if request.checkpoint else None, "weights_sha256": weights_digest(base.cpu())},
         "recipe": recipe.to_json(),
         "registers": request.registers, "strength": request.strength, "views": request.views, "seed": request.seed,
         "preprocess": preprocess.to_json(), "image_size": list(base.patch_embed.img_size), "autocast": autocast, "device": device,
