@@ -122,7 +122,6 @@ OTHERS = {
     "profile: no time": (lambda w: ["profile", w.bundle, "--seconds", "0"], ["--seconds"]),
     "profile: baseline missing": (lambda w: [*READERS["profile"](w, w.bundle), "--baseline", w.tmp / "b.json"], ["b.json", "cannot be read"]),
     "profile: baseline a folder": (lambda w: [*READERS["profile"](w, w.bundle), "--baseline", w.tmp], ["cannot be read"]),
-    "profile: a batch that is not served among others": (lambda w: [*READERS["profile"](w, w.wide_bundle), "--batch", "1,4,20"], ["got 20 images", "1 to 4"]),
 }  # fmt: skip
 
 

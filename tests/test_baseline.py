@@ -112,6 +112,12 @@ def test_a_tolerance_that_is_none(world, run_cli, value):
     run_cli("profile", world.bundle, "--tolerance", value, "--json").refused(2, "--tolerance", value)
 
 
+def test_every_batch_is_checked_before_one_is_measured(world, run_cli, monkeypatch):
+    bundle = world.wide_bundle
+    monkeypatch.setattr(latency, "measure", lambda *_: pytest.fail("it measured before it refused"))
+    run_cli("profile", bundle, "--batch", "1,4,20", "--json").refused(2, "got 20 images", "1 to 4")
+
+
 OTHERS = {  # id: (file, what the message says)
     "empty": (b" \n", "is empty"),
     "words": (b"5 ms", "is not JSON;"),

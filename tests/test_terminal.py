@@ -68,6 +68,30 @@ def test_a_reader_that_leaves_costs_neither_the_work_nor_the_exit_code(world):
     assert b"BrokenPipe" not in err
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="other systems have no names that are not Unicode")
+def test_a_folder_whose_name_is_not_unicode(world):
+    folder = world.copy("bundle").rename(os.fsdecode(os.fsencode(world.tmp) + b"/caf\xe9"))
+    for words in (["inspect", folder], ["check", folder, "--report", world.tmp / "page.html"]):
+        process = run(*words)
+        out, err = process.communicate()
+        assert process.returncode == 0, err
+        assert b"caf?" in out + err
+    assert "caf?" in (world.tmp / "page.html").read_text(encoding="utf-8")
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="no /dev/full")
+@pytest.mark.parametrize("more", [[], ["--json"]])
+def test_a_stdout_on_a_full_disk_is_a_message(world, more):
+    with open("/dev/full", "wb") as full:
+        done = subprocess.run(
+            [sys.executable, "-m", "phreg_deploy", "inspect", str(world.bundle), *more],
+            stdout=full, stderr=subprocess.PIPE, env={**os.environ, "PYTHONPATH": str(ROOT)}, check=False,
+        )  # fmt: skip
+    assert done.returncode == 2
+    assert b"Error: output: stdout cannot be written (No space left on device)." in done.stderr
+    assert b"Traceback" not in done.stderr
+
+
 HOSTILE = "vit\x1b[2J\x1b]0;owned\x07\x9b31m\r"
 
 

@@ -6,6 +6,7 @@ import difflib
 import io
 import json
 import sys
+from contextlib import suppress
 from typing import Any
 
 import click
@@ -13,7 +14,7 @@ import click
 from phreg_deploy import __version__
 from phreg_deploy.arguments import refuse_url
 from phreg_deploy.cli import build, eight, look, make, measure, serve, show
-from phreg_deploy.cli.options import drop, echo, plain
+from phreg_deploy.cli.options import echo, output, plain
 from phreg_deploy.errors import PhregError
 
 NOTHING = "Nothing was written."
@@ -47,7 +48,10 @@ class Group(click.Group):
                 stream.reconfigure(errors="replace")
         try:
             code = super().main(*args, **{**kwargs, "standalone_mode": False})
-            _end(code if isinstance(code, int) else 0)
+            with output() as stream:
+                if stream is not None:
+                    stream.flush()
+            sys.exit(code if isinstance(code, int) else 0)
         except PhregError as error:
             echo(f"Error: {error}", err=True)
             _fail(str(error), error.exit_code, error.report)
@@ -72,17 +76,8 @@ def _interrupted(command: str | None) -> None:
 
 def _fail(message: str, code: int, report: dict[str, Any] | None = None) -> None:
     if "--json" in sys.argv:
-        echo(json.dumps(plain({**(report or {}), "error": message, "exit_code": code}), sort_keys=True))
-    _end(code)
-
-
-def _end(code: int) -> None:
-    """Exit, once all that was printed is out, or its reader is found to be gone."""
-    try:
-        if sys.stdout is not None:
-            sys.stdout.flush()
-    except BrokenPipeError:
-        drop(sys.stdout)
+        with suppress(PhregError):  # stdout cannot be written: the error on stderr and the exit code remain
+            echo(json.dumps(plain({**(report or {}), "error": message, "exit_code": code}), sort_keys=True))
     sys.exit(code)
 
 

@@ -6,7 +6,8 @@ import json
 import math
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -16,6 +17,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from phreg_deploy.errors import PhregError
 from phreg_deploy.progress import Progress, printable
 
 WIDTH = 140  # of tables in files and pipes
@@ -45,15 +47,29 @@ def drop(stream: TextIO) -> None:
     os.close(null)
 
 
-def echo(text: str, err: bool = False) -> None:
-    """Print a line without control characters, in the stream's own encoding: click's ``echo`` would write UTF-8."""
+@contextmanager
+def output(err: bool = False) -> Iterator[TextIO | None]:
+    """The stream to write to, None where the shell closed it. A reader that is gone is no error.
+
+    Raises:
+        PhregError: the system refuses to write, as on a full disk.
+    """
     stream = sys.stderr if err else sys.stdout
     try:
-        if stream is not None:  # closed by the shell, ``>&-``
-            stream.write(printable(text) + "\n")
-            stream.flush()
+        yield stream
     except BrokenPipeError:
         drop(stream)
+    except OSError as error:
+        drop(stream)
+        raise PhregError(f"output: std{'err' if err else 'out'} cannot be written ({error.strerror}).") from None
+
+
+def echo(text: str, err: bool = False) -> None:
+    """Print a line without control characters, in the stream's own encoding: click's ``echo`` would write UTF-8."""
+    with output(err) as stream:
+        if stream is not None:
+            stream.write(printable(text) + "\n")
+            stream.flush()
 
 
 class Result:
@@ -74,11 +90,13 @@ class Result:
             table.add_row(
                 *(Text(printable(cell if isinstance(cell, str) else figure(cell))) for cell in row)
             )  # never markup: [distill] is text
-        self.console.print(table)
+        with output(self.as_json):
+            self.console.print(table)
 
     def say(self, text: str) -> None:
         if not self.quiet:
-            self.console.print(printable(text), markup=False, soft_wrap=True)
+            with output(self.as_json):
+                self.console.print(printable(text), markup=False, soft_wrap=True)
 
     def chosen(self, choice: str, asked: str) -> None:
         """What ``--backend auto`` chose, and why."""

@@ -127,7 +127,7 @@ def check(
         from phreg_deploy.runtime.report import render
         from phreg_deploy.whole import write_whole
 
-        write_whole(report, render(document, pictures).encode())
+        write_whole(report, render(document, pictures).encode(errors="replace"))
         result.say(f"Wrote {report}.")
     if bisect:
         from phreg_deploy.cli.build import show_bisection, tried_bisection
