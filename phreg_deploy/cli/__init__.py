@@ -60,6 +60,8 @@ class Group(click.Group):
             _fail(error.format_message(), error.exit_code)
         except (KeyboardInterrupt, click.Abort):
             _interrupted(None)
+        except BrokenPipeError:  # stderr's reader is gone, and progress cannot be shown
+            sys.exit(0)
 
     def invoke(self, ctx: click.Context) -> Any:
         try:
