@@ -15,6 +15,7 @@ from typing import Any, TypeVar
 
 import numpy as np
 
+from phreg_deploy.arguments import refuse_url
 from phreg_deploy.documents import check_regular, read_json
 from phreg_deploy.errors import PhregError
 from phreg_deploy.exam import read_cases, read_positions
@@ -126,6 +127,7 @@ class Bundle:
         Raises:
             PhregError: no folder, no manifest, damaged, of a newer format, or a file that is missing.
         """
+        refuse_url(str(folder))
         folder = Path(folder)
         path = folder / MANIFEST
         if not os.path.isfile(path):

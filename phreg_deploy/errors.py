@@ -32,16 +32,3 @@ class BackendMissing(PhregError):
     """A backend or dependency is not installed or not usable here. Exit code 4."""
 
     exit_code = 4
-
-
-def missing_extra(module: str, extra: str, what: str) -> BackendMissing:
-    """The error for an import that fails because an extra was not installed.
-
-    Args:
-        module: the module that could not be imported, e.g. ``"torch"``.
-        extra: the extra that brings it, e.g. ``"distill"``.
-        what: what needed it, e.g. ``"`phreg-deploy distill`"``.
-    """
-    return BackendMissing(
-        f'{what} needs the module {module!r}, which is not installed. Run: pip install "phreg-deploy[{extra}]"'
-    )

@@ -167,6 +167,7 @@ def write_whole(target: Path, data: bytes) -> None:
                 file.flush()
                 os.replace(partial, target)
         finally:
-            partial.unlink(missing_ok=True)
+            with suppress(OSError):  # a read-only file system refuses to unlink what is not there
+                partial.unlink(missing_ok=True)
     except OSError as error:
         raise write_error(error, target) from error

@@ -156,23 +156,6 @@ OTHERS = {
     "profile: no time": (lambda w: ["profile", w.bundle, "--seconds", "0"], ["--seconds"]),
     "profile: baseline missing": (lambda w: [*READERS["profile"](w, w.bundle), "--baseline", w.tmp / "b.json"], ["b.json", "cannot be read"]),
     "profile: baseline a folder": (lambda w: [*READERS["profile"](w, w.bundle), "--baseline", w.tmp], ["cannot be read"]),
-    "profile: baseline not JSON": (lambda w: [*READERS["profile"](w, w.bundle), "--baseline", write(w, "b", "5 ms")], ["is not JSON"]),
-    "profile: baseline blank": (lambda w: [*READERS["profile"](w, w.bundle), "--baseline", write(w, "b", " \n")], ["is not JSON"]),
-    "profile: baseline of another kind": (
-        lambda w: [*READERS["profile"](w, w.bundle), "--baseline", write(w, "b", '{"error": "x"}')],
-        ["not a report"],
-    ),
-    "profile: baseline an empty object": (lambda w: [*READERS["profile"](w, w.bundle), "--baseline", write(w, "b", "{}")], ["not a report"]),
-    "profile: baseline with a word": (
-        lambda w: [*READERS["profile"](w, w.bundle), "--baseline",
-                   write(w, "b", '{"results": [{"batch": 1, "size": [64, 64], "extractor": {"p50": "fast"}}]}')],
-        ["not a report"],
-    ),
-    "profile: baseline of other batches": (
-        lambda w: [*READERS["profile"](w, w.bundle), "--baseline",
-                   write(w, "b", '{"results": [{"batch": 9, "size": [64, 64], "extractor": {"p50": 1.0}}]}')],
-        ["no batch and size in common", "9"],
-    ),
 }  # fmt: skip
 
 

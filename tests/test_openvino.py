@@ -172,6 +172,17 @@ def test_threads_and_mode_reach_the_runtime(bundle, threads):
         assert str(opened._model.get_property("PERFORMANCE_HINT")).rsplit(".", 1)[-1] == mode.upper()
 
 
+def test_throughput_is_refused_where_it_would_be_ignored(bundle, run_cli, monkeypatch):
+    asked = ["check", bundle, "--mode", "throughput", "--json"]
+    run_cli(*asked, "--backend", "onnxruntime-cpu").refused(
+        2, "mode: got throughput, which onnxruntime-cpu does not have", "--backend openvino"
+    )
+    served = run_cli(*asked)
+    assert (served.code, served.document["backend"]) == (0, "openvino"), served.err
+    monkeypatch.setitem(sys.modules, "openvino", None)
+    run_cli(*asked).refused(2, "mode: got throughput", "phreg-deploy[openvino]")
+
+
 def test_a_closed_extractor_frees_the_model(bundle):
     extractor = load(bundle)
     backend = extractor._backend

@@ -184,6 +184,46 @@ def test_a_damaged_interrupted_run_is_refused(world, run_cli, monkeypatch, name)
     assert started.code == 0, started.err
 
 
+def test_outputs_follow_the_umask(world, run_cli, tmp_path):
+    """Colleagues and a service's user must be able to read what was written, the weights as well."""
+    before = os.umask(0o026)
+    try:
+        for command in WRITERS:
+            out = tmp_path / command
+            more = ["--epochs", "0"] if command == "distill" else []
+            assert run_cli(*WRITERS[command](world, out, *more)).code == 0
+        page = tmp_path / "page.html"
+        assert run_cli("check", world.bundle, "--report", page).code == 0
+    finally:
+        os.umask(before)
+    for path in tmp_path.rglob("*"):
+        assert oct(path.stat().st_mode & 0o777) == oct(0o751 if path.is_dir() else 0o640), path
+
+
+@pytest.mark.parametrize(("option", "command"), [("--report", "check"), ("--picture", "artifacts")])
+def test_a_page_or_picture_in_a_read_only_folder_is_refused_before_any_work(
+    world, run_cli, monkeypatch, option, command
+):
+    asked = [command, world.bundle, "--images", world.photos, option, world.tmp / "page", "--json"]
+    refuse(monkeypatch, importlib.import_module("tempfile"), "TemporaryFile", errno.EROFS)
+    monkeypatch.setattr(
+        "phreg_deploy.runtime.features.FeatureExtractor.load", lambda *_, **__: pytest.fail("it loaded")
+    )
+    run_cli(*asked).refused(2, "cannot be written to", "Read-only")
+    assert list(world.tmp.iterdir()) == []
+
+
+def test_a_file_on_a_read_only_file_system_is_a_message(tmp_path, monkeypatch):
+    """There even the removal of what was never written is refused."""
+    from phreg_deploy.errors import PhregError
+    from phreg_deploy.whole import write_whole
+
+    for name in ("write_bytes", "unlink"):
+        refuse(monkeypatch, Path, name, errno.EROFS)
+    with pytest.raises(PhregError, match=r"cannot be written to \(Read-only file system\)"):
+        write_whole(tmp_path / "page.html", b"page")
+
+
 def assert_clean(world, outcome):
     """Neither the output nor a temporary name; an interrupted distillation may keep its state beside it, to resume."""
     assert not world.out.exists()

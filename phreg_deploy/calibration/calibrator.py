@@ -13,6 +13,7 @@ import numpy as np
 import onnx
 
 from phreg_deploy import __version__
+from phreg_deploy.arguments import check_cosine, check_pattern
 from phreg_deploy.bundle import (
     CALIBRATION,
     GRAPH,
@@ -26,7 +27,7 @@ from phreg_deploy.bundle import (
 from phreg_deploy.calibration.census import open_counted
 from phreg_deploy.calibration.images import share_out
 from phreg_deploy.calibration.linears import Linear, Wiring, find_linears
-from phreg_deploy.calibration.narrowing import narrow, pattern
+from phreg_deploy.calibration.narrowing import narrow
 from phreg_deploy.calibration.parting import part_projections
 from phreg_deploy.calibration.qdq import TARGETS
 from phreg_deploy.calibration.ranges import observe, watch
@@ -172,13 +173,12 @@ def check_request(request: CalibrationRequest) -> None:
     if request.mode == "fp8" and request.target != "trt":
         raise PhregError("target: got cpu, but no processor computes in FP8; use --target trt, or --mode int8.")
     for expression in request.keep:
-        pattern(expression)
+        check_pattern(expression)
     if request.keep and request.target != "trt":
         raise PhregError("keep in FP32: with --target cpu everything around the 8 bits is FP32 already.")
     if not 0 <= request.float_macs <= 1:
         raise PhregError(f"float MACs: got {request.float_macs}, expected a share from 0 to 1, e.g. 0.1.")
-    if request.cosine_p1 is not None and not 0 < request.cosine_p1 <= 1:
-        raise PhregError(f"cosine: got {request.cosine_p1}, expected a bar above 0 and up to 1, e.g. 0.99.")
+    check_cosine(request.cosine_p1)
 
 
 def _missed(parity: Parity, request: CalibrationRequest, margin: float) -> list[str]:

@@ -9,15 +9,19 @@ from typing import Any
 import numpy as np
 from onnx import ModelProto
 
-from phreg_deploy.errors import PhregError, missing_extra
+from phreg_deploy.errors import BackendMissing, PhregError
+from phreg_deploy.extras import CALIBRATION, require
 from phreg_deploy.photographs import Photographs
 from phreg_deploy.runtime.features import FeatureExtractor
 from phreg_deploy.runtime.instructions import EXACT
 
+require("phreg_deploy.calibration", calibration=CALIBRATION)
 try:
     import onnxruntime
-except ImportError:
-    raise missing_extra("onnxruntime", "cpu", "phreg_deploy.calibration") from None
+except ImportError as error:
+    raise BackendMissing(
+        f"phreg_deploy.calibration: onnxruntime cannot be imported ({error}). Reinstall it: pip install --force-reinstall onnxruntime"
+    ) from None
 
 VERSION: str = onnxruntime.__version__
 

@@ -10,7 +10,9 @@ from typing import Any
 
 import click
 
+from phreg_deploy.arguments import check_device, check_file, check_model
 from phreg_deploy.cli.options import (
+    Number,
     Result,
     backend_option,
     checkpoint_option,
@@ -21,7 +23,10 @@ from phreg_deploy.cli.options import (
 )
 from phreg_deploy.documents import read_json
 from phreg_deploy.errors import PhregError
+from phreg_deploy.extras import DISTILL, require
+from phreg_deploy.photographs import list_images
 from phreg_deploy.record import read_record
+from phreg_deploy.spec import parse_size
 
 
 @click.command()
@@ -38,7 +43,7 @@ from phreg_deploy.record import read_record
 )
 @click.option(
     "--median",
-    type=click.FloatRange(0, min_open=True),
+    type=Number(0, min_open=True),
     help="The base model's median norm; by default a student's or bundle's record, else the model's own.",
 )
 @click.option("--picture", type=click.Path(path_type=Path), help="Write a PNG of the first image's features and norms.")
@@ -58,6 +63,23 @@ def artifacts(model: str, images: Path, picture: Path | None, as_json: bool, qui
     from phreg_deploy.verify.scoring import score_bundle, score_model
 
     result = Result(as_json, quiet)
+    if asked["image_size"]:
+        parse_size(asked["image_size"])
+    check_device(asked["device"])
+    if picture is not None:
+        check_file(picture, "picture")
+    if is_bundle(model):
+        if asked["checkpoint"] is not None:
+            raise PhregError(f"artifacts: --checkpoint goes with a timm name, but {model} is a bundle.")
+        if asked["device"] != "auto":
+            raise PhregError("artifacts: --device goes with a PyTorch model; a bundle runs where --backend says.")
+    else:
+        check_model(model, asked["checkpoint"])
+        if asked["backend"] != "auto":
+            raise PhregError(f"artifacts: --backend goes with a bundle, but {model} is none; it runs in PyTorch.")
+    list_images(images)
+    if not is_bundle(model):
+        require("`phreg-deploy artifacts` of a PyTorch model", distill=DISTILL)
     document, sheet = (score_bundle if is_bundle(model) else score_model)(
         model, images=images, progress=result.progress, **asked
     )
@@ -119,7 +141,7 @@ def inspect(path: Path, as_json: bool, quiet: bool) -> None:
             ["inputs", ", ".join(f"{k} {v['dtype']} {v['shape']}" for k, v in facts["inputs"].items())],
             ["outputs", ", ".join(f"{k} {v['dtype']} {v['shape']}" for k, v in facts["outputs"].items())],
             ["preprocessing", ", ".join(f"{k} {v}" for k, v in facts["preprocess"].items())],
-            ["source", f"{facts['source']['model']}, weights {facts['source']['weights_sha256'][:16]}…"],
+            *_origin(facts["source"]),
             ["stayed in float32", ", ".join(facts["float_parts"]) or "everything"],
             ["files, hashes verified", ", ".join(f"{k} {v}" for k, v in size.items())],
         ]
@@ -182,10 +204,21 @@ def _inspect_student(path: Path, result: Result) -> None:
     result.json({"kind": "student" if record else "timm", "config": config, "record": record})
 
 
+def _origin(source: dict[str, Any]) -> list[list[str]]:
+    """The base model, the licence of its weights, and where they are published."""
+    license_ = (source["license"] or "not stated by timm") if "license" in source else "not recorded"
+    places = [source.get("hf_hub_id") and f"Hugging Face hub {source['hf_hub_id']}", source.get("url")]
+    return [
+        ["base model", f"{source['model']}, weights {source['weights_sha256'][:16]}…"],
+        ["license of its weights", license_],
+        ["published at", ", ".join(place for place in places if place) or "not stated by timm"],
+    ]
+
+
 def _story(record: dict[str, Any]) -> list[list[str]]:
     scores = record["scores"]
     return [
-        ["source", f"{record['source']['model']}, weights {record['source']['weights_sha256'][:16]}…"],
+        *_origin(record["source"]),
         [
             "recipe",
             f"{record['recipe']['name']}, {record['recipe']['epochs']} epochs, {record['registers']} registers, seed {record['seed']}",

@@ -9,6 +9,7 @@ from typing import Any
 
 import click
 
+from phreg_deploy.arguments import EIGHT_BITS, check_distillation, check_export, check_model, check_resume
 from phreg_deploy.bundle import Bundle
 from phreg_deploy.cli.eight import run_calibration
 from phreg_deploy.cli.options import (
@@ -22,7 +23,10 @@ from phreg_deploy.cli.options import (
     percent,
 )
 from phreg_deploy.errors import BackendMissing, GateFailed, PhregError
+from phreg_deploy.extras import CALIBRATION, DISTILL, EXPORT, require
 from phreg_deploy.photographs import list_images
+from phreg_deploy.record import model_path
+from phreg_deploy.spec import parse_size
 from phreg_deploy.whole import check_target
 
 
@@ -79,13 +83,19 @@ def distill(
     Example:
       phreg-deploy distill vit_tiny_patch16_224.augreg_in21k_ft_in1k --checkpoint vit.safetensors --images photos/ -o student
     """
-    from phreg_deploy.distill.distillation import Request
-    from phreg_deploy.distill.distillation import distill as run
-    from phreg_deploy.spec import parse_size
-
     result = Result(as_json, quiet)
     chosen = {key: value for key, value in settings.items() if value is not None}
-    request = Request(model=model, images=images, image_size=parse_size(image_size) if image_size else None, **chosen)
+    size = parse_size(image_size) if image_size else None
+    check_distillation(chosen)
+    check_model(model, settings["checkpoint"])
+    list_images(images)
+    check_target(output, force, [model_path(model), images, settings["checkpoint"]])
+    check_resume(output.with_name(output.name + ".partial"), resume, force)
+    require("`phreg-deploy distill`", distill=DISTILL)
+    from phreg_deploy.distill.distillation import Request
+    from phreg_deploy.distill.distillation import distill as run
+
+    request = Request(model=model, images=images, image_size=size, **chosen)
     record = run(request, output, cache=cache, resume=resume, force=force, progress=result.progress)
     scores = record["scores"]
     models = [name for name in ("base", "student", "int8") if name in scores]
@@ -195,11 +205,19 @@ def export(
       phreg-deploy export student -o student.bundle --format onnx --image-size 480x640 --batch 1:4:8
       phreg-deploy export vit_base_patch14_dinov2.lvd142m -o dino.bundle --image-size 224:518:1036 --precision fp16
     """
+    result = Result(as_json, quiet)
+    eight = settings["precision"] in EIGHT_BITS
+    check_export(settings["precision"], keep, images, settings["image_size"], settings["batch"], target)
+    check_model(settings["model"], settings["checkpoint"], settings["random_weights"])
+    if images is not None:
+        list_images(images)
+    check_target(output, force, [model_path(settings["model"]), settings["checkpoint"], images])
+    require("`phreg-deploy export`", export=EXPORT, **({"calibration": CALIBRATION} if eight else {}))
     from phreg_deploy.export.exporter import ExportRequest, export_bundle
 
-    result = Result(as_json, quiet)
     document: dict[str, Any] = {"output": output}
-    if settings["precision"] in ("int8", "fp8"):
+    if eight:
+        assert images is not None  # check_export refused it
         target = "trt" if "trt" in formats or settings["precision"] == "fp8" else target
         document["calibration"] = _in_eight_bits(settings, images, output, target, keep, force, result)
         bundle = Bundle.read(output)
@@ -226,7 +244,7 @@ def export(
 
 def _in_eight_bits(
     settings: dict[str, Any],
-    images: Path | None,
+    images: Path,
     output: Path,
     target: str,
     keep: tuple[str, ...],
@@ -237,16 +255,10 @@ def _in_eight_bits(
     from phreg_deploy.calibration.calibrator import CalibrationRequest, check_request
     from phreg_deploy.export.exporter import ExportRequest, export_bundle
 
-    if images is None:
-        raise PhregError(
-            f"export: --precision {settings['precision']} needs --images DIR, photographs like those of the deployment, to calibrate on."
-        )
-    check_target(output, force, [images])
     asked = CalibrationRequest(
         output, images, mode=settings["precision"], target=target, keep=keep
     )  # checked before a minute of tracing
     check_request(asked)
-    list_images(images)
     with tempfile.TemporaryDirectory(dir=output.parent, prefix=f".{output.name}.") as folder:
         full = Path(folder) / "fp32.bundle"
         export_bundle(ExportRequest(**{**settings, "precision": "fp32"}), full, progress=result.progress)

@@ -7,16 +7,21 @@ from typing import Any
 
 import click
 
+from phreg_deploy.arguments import check_cosine, check_file, check_model
 from phreg_deploy.cli.options import (
+    Number,
     Result,
     figure,
     force_option,
     images_option,
     output_options,
     percent,
+    runtime_extra,
     tuning_options,
 )
 from phreg_deploy.errors import GateFailed, PhregError
+from phreg_deploy.extras import DISTILL, require
+from phreg_deploy.photographs import list_images
 from phreg_deploy.whole import check_target
 
 
@@ -31,8 +36,8 @@ from phreg_deploy.whole import check_target
 @images_option(False, "Folder of images to compare and to take artifact rates on.")
 @click.option("--limit", default=64, show_default=True, type=click.IntRange(1), help="Images at most.")
 @tuning_options
-@click.option("--cosine", type=float, help="Gate on the 1st-percentile patch cosine; by default the precision's.")
-@click.option("--outlier-points", type=float, help="Gate on the change of the norm-outlier rate, percentage points.")
+@click.option("--cosine", type=Number(), help="Gate on the 1st-percentile patch cosine; by default the precision's.")
+@click.option("--outlier-points", type=Number(), help="Gate on the change of the norm-outlier rate, percentage points.")
 @click.option("--report", type=click.Path(path_type=Path), help="Write an HTML page with pictures.")
 @click.option(
     "--bisect", is_flag=True, help="Find the first block that diverges from FP32; needs onnx and onnxruntime."
@@ -62,15 +67,26 @@ def check(
       phreg-deploy check student.bundle
       phreg-deploy check student.bundle --reference student --images photos/ --report report.html
     """
+    from phreg_deploy.bundle import Bundle
     from phreg_deploy.runtime.features import FeatureExtractor
     from phreg_deploy.verify.checking import run_check
 
     result = Result(as_json, quiet)
+    check_cosine(cosine)
     for option in ("reference", "base"):
+        if asked[f"{option}_checkpoint"] and not asked[option]:
+            raise PhregError(f"check: --{option}-checkpoint holds the weights of a timm name; give it as --{option}.")
         if asked[option] and not asked["images"]:
             raise PhregError(f"check: --{option} needs --images DIR to compare on.")
-    if report is not None and not report.absolute().parent.is_dir():
-        raise PhregError(f"report: there is no folder {report.absolute().parent}; create it first.")
+        if asked[option]:
+            check_model(asked[option], asked[f"{option}_checkpoint"])
+    if asked["images"] is not None:
+        list_images(asked["images"])
+    if report is not None:
+        check_file(report, "report")
+    Bundle.read(bundle)
+    if asked["reference"] or asked["base"]:
+        require("`phreg-deploy check --reference` or --base", distill=DISTILL, **runtime_extra(backend))
     with FeatureExtractor.load(
         bundle, backend, threads=threads, compute=compute, mode=mode, examine=False, device=device
     ) as extractor:
@@ -126,7 +142,7 @@ def check(
         from phreg_deploy.runtime.report import render
         from phreg_deploy.whole import write_whole
 
-        write_whole(report, render(document, pictures).encode())
+        write_whole(report, render(document, pictures).encode(errors="replace"))
         result.say(f"Wrote {report}.")
     if bisect:
         from phreg_deploy.cli.build import show_bisection, tried_bisection

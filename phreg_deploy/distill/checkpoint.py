@@ -26,4 +26,7 @@ def write_student(student: ViT, record: dict[str, Any], folder: Path) -> None:
     except SafetensorError as error:  # how safetensors says that the system refused: "... (os error 28)"
         number = re.search(r"os error (\d+)", str(error))
         raise OSError(int(number[1]) if number else errno.EIO, str(error)) from error
-    (folder / RECORD).write_text(json.dumps({"format": RECORD_VERSION, **record}, indent=1, sort_keys=True) + "\n")
+    written = folder / RECORD
+    written.write_text(json.dumps({"format": RECORD_VERSION, **record}, indent=1, sort_keys=True) + "\n")
+    for path in folder.iterdir():  # safetensors writes 0600 whatever the umask is
+        path.chmod(written.stat().st_mode)

@@ -16,12 +16,14 @@ import timm
 import torch
 
 from phreg_deploy import __version__
+from phreg_deploy.arguments import check_distillation, check_model, check_resume
 from phreg_deploy.distill import taps
 from phreg_deploy.distill.checkpoint import write_student
 from phreg_deploy.distill.fake_quantisation import observe, quantised_layers
 from phreg_deploy.distill.hardware import find_autocast, find_device, quickest_attention
 from phreg_deploy.distill.measure import compare
 from phreg_deploy.distill.neurons import Survey, survey
+from phreg_deploy.distill.origin import find_origin
 from phreg_deploy.distill.recipes import Recipe, default_rate, find_recipe
 from phreg_deploy.distill.source import load_model, model_preprocess
 from phreg_deploy.distill.student import add_registers
@@ -92,10 +94,12 @@ def distill(
         PhregError: bad input, an output that exists, another run's leftovers, a loss that is not finite.
     """
     started = time.perf_counter()
+    check_distillation(vars(request))
     check_target(output, force, [model_path(request.model), request.images, request.checkpoint])
     recipe, device = _recipe(request), find_device(request.device)
     autocast = find_autocast(request.precision, device)
     base = load_model(request.model, checkpoint=request.checkpoint, image_size=request.image_size)
+    origin = find_origin(request.model, check_model(request.model, request.checkpoint), request.checkpoint)
     recipe = replace(recipe, lr=request.lr if request.lr is not None else default_rate(recipe, base.embed_dim))
     preprocess = model_preprocess(base, "center")
     photographs = read_photographs(request.images, tuple(base.patch_embed.img_size), preprocess, say=progress.say)
@@ -134,7 +138,7 @@ def distill(
         base, student, held or training, preprocess, device=device, autocast=autocast, progress=progress, grids=grids
     )
     record = {
-        "source": {"model": request.model, "checkpoint": request.checkpoint.name if request.checkpoint else None, "weights_sha256": weights_digest(base.cpu())},
+        "source": {**origin, "checkpoint": request.checkpoint.name if request.checkpoint else None, "weights_sha256": weights_digest(base.cpu())},
         "recipe": recipe.to_json(),
         "registers": request.registers, "strength": request.strength, "views": request.views, "seed": request.seed,
         "preprocess": preprocess.to_json(), "image_size": list(base.patch_embed.img_size), "autocast": autocast, "device": device,
@@ -155,8 +159,7 @@ def split(photographs: Photographs, share: float) -> tuple[Photographs, Photogra
 
     With fewer than 20 images nothing is held out.
     """
-    if not 0 <= share < 1:
-        raise PhregError(f"holdout: got {share}, expected a share from 0 to below 1.")
+    check_distillation({"holdout": share})
     place = [int(hashlib.sha256(name.encode()).hexdigest()[:8], 16) / 2**32 for name in photographs.names]
     held = [i for i, p in enumerate(place) if p < share]
     if len(photographs) < 20 or not held or len(held) == len(photographs):
@@ -172,16 +175,8 @@ def cache_folder() -> Path:
 def _recipe(request: Request) -> Recipe:
     recipe = find_recipe(request.recipe)
     changes: dict[str, Any] = {"epochs": request.epochs, "batch": request.batch, "unlock": request.unlock}
-    for name, least in (("epochs", 0), ("batch", 1), ("views", 2), ("seed", 0)):
-        value = getattr(request, name)
-        if value is not None and value < least:
-            raise PhregError(f"{name}: got {value}, expected at least {least}.")
-    if request.lr is not None and not 0 < request.lr < 1:
-        raise PhregError(f"lr: got {request.lr}, expected a number between 0 and 1, e.g. 3e-4.")
     if request.int8_aware:
         changes["int8"] = True
-    if not 0 < request.strength <= 4:
-        raise PhregError(f"strength: got {request.strength}, expected a share above 0 and up to 4, e.g. {STRENGTH}.")
     return replace(recipe, **{k: v for k, v in changes.items() if v is not None})
 
 
@@ -241,6 +236,7 @@ def _work_folder(
         "views": request.views, "strength": request.strength, "seed": request.seed, "autocast": autocast,
     }  # fmt: skip
     kept = work / "settings.json"
+    check_resume(work, resume, force)
     if kept.is_file():
         try:
             before = json.loads(kept.read_text())
@@ -253,15 +249,9 @@ def _work_folder(
             raise PhregError(
                 f"resume: {work} was started with other settings ({', '.join(changed)}); give the same ones, or --force to start over."
             )
-        if not resume and not force:
-            raise PhregError(
-                f"output: an interrupted run is kept in {work}; add --resume to go on with it, or --force to start over."
-            )
         if resume:
             return work
         shutil.rmtree(work)
-    elif resume:
-        raise PhregError(f"resume: there is no interrupted run in {work}; start without --resume.")
     try:
         work.mkdir(exist_ok=True)
         kept.write_text(json.dumps(settings, indent=1))

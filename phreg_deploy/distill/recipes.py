@@ -6,8 +6,8 @@ from dataclasses import dataclass
 
 from torch import nn
 
+from phreg_deploy.arguments import check_distillation
 from phreg_deploy.distill.taps import ViT
-from phreg_deploy.errors import PhregError
 from phreg_deploy.spec import Stored
 
 
@@ -49,8 +49,7 @@ WIDTH = 192  # the width at which the transplant recipe's learning rate was chos
 
 
 def find_recipe(name: str) -> Recipe:
-    if name not in RECIPES:
-        raise PhregError(f"recipe: got {name!r}, expected {' or '.join(RECIPES)}.")
+    check_distillation({"recipe": name})
     return RECIPES[name]
 
 

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import difflib
 import logging
-import os
 from pathlib import Path
 from typing import Any
 
@@ -20,9 +19,9 @@ from timm.models.eva import Eva, EvaBlock
 from timm.models.vision_transformer import Block, VisionTransformer
 from torch import nn
 
+from phreg_deploy.arguments import check_model
 from phreg_deploy.distill.taps import ViT
 from phreg_deploy.distill.weights import read_weights
-from phreg_deploy.documents import read_json
 from phreg_deploy.errors import PhregError
 from phreg_deploy.spec import ModelSpec, Preprocess, check_multiple
 
@@ -56,13 +55,7 @@ def load_model(
     Raises:
         PhregError: unknown name (the closest are named), unsupported family, missing, corrupt or NaN weights.
     """
-    folder = _folder(name)
-    if random_weights and (folder is not None or checkpoint is not None):
-        raise PhregError(
-            f"model: --random-weights goes with a timm name alone; got {f'the folder {folder}' if folder else f'--checkpoint {checkpoint}'} as well."
-        )
-    if folder is not None and checkpoint is not None:
-        raise PhregError(f"model: got both the folder {folder} and --checkpoint {checkpoint}; give one of them.")
+    folder = check_model(name, checkpoint, random_weights)
     logging.getLogger("timm").setLevel(logging.WARNING)
     if folder is not None:
         model = _from_folder(folder)
@@ -160,24 +153,6 @@ def _unsupported(model: ViT) -> str | None:
     return None
 
 
-def _folder(name: str) -> Path | None:
-    if name.startswith("local-dir:"):
-        folder = Path(name.removeprefix("local-dir:"))
-        if not folder.is_dir():
-            raise PhregError(
-                f"model: {name} names no folder; expected a folder with config.json and model.safetensors."
-            )
-        return folder
-    path = Path(name)
-    if os.path.isdir(path):
-        return path
-    if os.path.isfile(path):
-        raise PhregError(
-            f"model: got the file {path}; expected a timm name (weights go in --checkpoint FILE) or a student's folder."
-        )
-    return None
-
-
 def _check_name(name: str) -> None:
     base = name.split(".")[0]
     if not timm.is_model(base):
@@ -237,34 +212,12 @@ def _from_name(name: str, random_weights: bool) -> ViT:
 
 
 def _from_folder(folder: Path) -> ViT:
-    missing = [f for f in ("config.json", "model.safetensors") if not (folder / f).is_file()]
-    if missing:
-        hint = (
-            " This looks like a bundle: use check, extract, profile or inspect on it."
-            if (folder / "manifest.json").is_file()
-            else ""
-        )
-        raise PhregError(
-            f"model: {folder} holds no {' and no '.join(missing)}; expected a folder written by `phreg-deploy distill`.{hint}"
-        )
     try:
-        config = read_json(folder / "config.json")
         load_file(folder / "model.safetensors")
-    except ValueError as error:
-        raise PhregError(
-            f"model: {folder / 'config.json'} is not valid JSON ({error}); copy or distil the student again."
-        ) from None
     except SafetensorError as error:
         raise PhregError(
             f"model: {folder / 'model.safetensors'} is corrupt or truncated ({error}); copy or distil the student again."
         ) from None
-    if not isinstance(config, dict) or not isinstance(config.get("architecture"), str):
-        raise PhregError(f"model: {folder / 'config.json'} names no architecture; copy or distil the student again.")
-    for key in ("pretrained_cfg", "model_args"):
-        if not isinstance(config.get(key, {}), dict):
-            raise PhregError(
-                f"model: {folder / 'config.json'} is damaged ({key} is no object); copy or distil the student again."
-            )
     return _create(f"local-dir:{folder}", pretrained=True)
 
 

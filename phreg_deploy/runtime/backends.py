@@ -44,8 +44,12 @@ def open_backend(bundle: Bundle, name: str, tuning: Tuning, device: int = 0) -> 
     Raises:
         PhregError: an unknown name, or a graph that the runtime refuses. BackendMissing: not installed, or not usable.
     """
-    if name not in BACKENDS:
-        raise PhregError(f"backend: got {name!r}, expected auto, {', '.join(BACKENDS)}.")
+    check_name(name)
+    if tuning.mode == "throughput" and name != "openvino":
+        raise PhregError(
+            f"mode: got throughput, which {name} does not have; only openvino splits the processor between calls. "
+            'Use --backend openvino (pip install "phreg-deploy[openvino]"), or --mode latency.'
+        )
     module, extra = BACKENDS[name]
     if not there(name):
         raise BackendMissing(
@@ -79,6 +83,12 @@ def run_error(name: str, bundle: Bundle, error: Exception) -> PhregError:
     return PhregError(
         f"backend: {name} cannot run {bundle.graph}: {lines[-1] if lines else type(error).__name__}. Copy or export the bundle again."
     )
+
+
+def check_name(name: str) -> None:
+    """Raise ``PhregError`` unless ``name`` is a backend's."""
+    if name not in BACKENDS:
+        raise PhregError(f"backend: got {name!r}, expected auto, {', '.join(BACKENDS)}.")
 
 
 def there(name: str) -> bool:

@@ -7,7 +7,6 @@ from typing import Any
 
 from PIL import Image
 
-from phreg_deploy.errors import PhregError
 from phreg_deploy.photographs import Photographs, read_photographs
 from phreg_deploy.pictures import colours, components, heat, sheet
 from phreg_deploy.progress import Progress
@@ -32,8 +31,6 @@ def score_bundle(
     from phreg_deploy.runtime.features import FeatureExtractor
     from phreg_deploy.verify.checking import bundle_run
 
-    if checkpoint is not None:
-        raise PhregError(f"artifacts: --checkpoint goes with a timm name, but {path} is a bundle.")
     with FeatureExtractor.load(path, backend) as extractor:
         manifest = extractor.manifest
         size = parse_size(image_size) if image_size else manifest.sizes.default
