@@ -101,7 +101,7 @@ def compare(
 ) -> dict[str, Any]:
     """Base and student side by side on photographs that neither was trained on: norms, fidelity, class drift.
 
-    Fidelity is the cosine to the base model's denoised target (20 views, fixed seed); ``outliers`` is its mean over the
+    Fidelity is the cosine to the base model's denoised target (20 views, or all that differ on a small grid; fixed seed); ``outliers`` is its mean over the
     base model's outlier tokens alone. With ``grids``, "int8" is the student in fake quantisation: its fidelity, its
     norms, and its agreement with its own float features.
     """
@@ -117,7 +117,7 @@ def compare(
     outliers = outlier_mask(seen["base"]["norms"], median)
     report: dict[str, Any] = {
         "images": len(photographs),
-        "views": REFERENCE_VIEWS,
+        "views": teacher.views,
         "seed": REFERENCE_SEED,
         "median_norm": median,
     }

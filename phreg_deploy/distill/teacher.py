@@ -23,7 +23,7 @@ from phreg_deploy.distill.taps import ViT
 from phreg_deploy.distill.weights import weights_digest
 from phreg_deploy.photographs import Photographs
 from phreg_deploy.spec import Preprocess
-from phreg_deploy.views import View, draw_views, gather, seed_of, show
+from phreg_deploy.views import View, draw_views, gather, most_views, seed_of, show
 
 CACHE_FORMAT = 2  # of the files below: other formats are other folders
 CHUNK = 40  # views per forward; about 1 GB of activations for a ViT-B at 224 px
@@ -48,7 +48,7 @@ class Teacher:
 
     Args:
         model: the base model, in evaluation mode.
-        views: views per image, the first of them plain; 10 in the paper.
+        views: views per image, the first of them plain; 10 in the paper. At most as many as differ on the model's grid.
         seed: of the views; each image's are drawn from the seed and its own digest, so order does not matter.
         device: where to run. autocast: bfloat16 autocast (halves the time on CPUs and GPUs that have it).
     """
@@ -63,20 +63,15 @@ class Teacher:
         device: str = "cpu",
         autocast: bool = False,
     ) -> None:
-        self.model, self.preprocess, self.views, self.seed, self.device, self.autocast = (
-            model.to(device),
-            preprocess,
-            views,
-            seed,
-            device,
-            autocast,
-        )
+        self.model, self.preprocess, self.seed = model.to(device), preprocess, seed
+        self.device, self.autocast = device, autocast
         self.patch = tuple(model.patch_embed.patch_size)
         self.grid = tuple(model.patch_embed.grid_size)
+        self.views = min(views, most_views(self.grid))
         settings = {
             "weights": weights_digest(model),
             "size": model.patch_embed.img_size,
-            "views": views,
+            "views": self.views,
             "seed": seed,
             "autocast": autocast,
             "format": CACHE_FORMAT,
