@@ -187,7 +187,11 @@ def _story(record: dict[str, Any]) -> list[list[str]]:
         ],
         [
             "register neurons",
-            ", ".join(f"block {n['block']} unit {n['unit']}" for n in record["register_neurons"]) or "none",
+            ", ".join(
+                f"block {n['block']} unit {n['unit']}{' (not moved)' if n.get('left') else ''}"
+                for n in record["register_neurons"]
+            )
+            or "none",
         ],
         [
             "images",

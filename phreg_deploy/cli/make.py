@@ -35,7 +35,7 @@ from phreg_deploy.whole import check_target
     "--recipe",
     default="transplant",
     show_default=True,
-    help="transplant (register neurons moved, then all weights) or ph-reg (the paper).",
+    help="transplant (register neurons moved, then all weights), random-registers (the same without the move, as a control) or ph-reg (the paper).",
 )
 @click.option("--registers", default=4, show_default=True, help="Register tokens to add; 0 is the control without.")
 @click.option("--image-size", help="e.g. 518 or 480x640; by default the model's own.")

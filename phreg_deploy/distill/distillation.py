@@ -16,12 +16,12 @@ import timm
 import torch
 
 from phreg_deploy import __version__
-from phreg_deploy.distill import taps
+from phreg_deploy.distill.batches import Batches, spread
 from phreg_deploy.distill.checkpoint import write_student
 from phreg_deploy.distill.fake_quantisation import observe, quantised_layers
 from phreg_deploy.distill.hardware import find_autocast, find_device, quickest_attention
 from phreg_deploy.distill.measure import compare
-from phreg_deploy.distill.neurons import Survey, survey
+from phreg_deploy.distill.neurons import RegisterNeuron, Survey, survey
 from phreg_deploy.distill.recipes import Recipe, default_rate, find_recipe
 from phreg_deploy.distill.source import load_model, model_preprocess
 from phreg_deploy.distill.student import add_registers
@@ -36,6 +36,7 @@ from phreg_deploy.progress import SILENT, Progress
 from phreg_deploy.quantisation import Smoothing
 from phreg_deploy.record import model_path
 from phreg_deploy.spec import Preprocess
+from phreg_deploy.views import check_views
 from phreg_deploy.whole import check_target, whole_folder, write_error
 
 SURVEYED = 256  # images that neurons are searched and transplanted on
@@ -96,6 +97,7 @@ def distill(
     recipe, device = _recipe(request), find_device(request.device)
     autocast = find_autocast(request.precision, device)
     base = load_model(request.model, checkpoint=request.checkpoint, image_size=request.image_size)
+    check_views(request.views, tuple(base.patch_embed.grid_size))
     recipe = replace(recipe, lr=request.lr if request.lr is not None else default_rate(recipe, base.embed_dim))
     preprocess = model_preprocess(base, "center")
     photographs = read_photographs(request.images, tuple(base.patch_embed.img_size), preprocess, say=progress.say)
@@ -110,19 +112,20 @@ def distill(
     for model in (base, student):
         quickest_attention(model, device, autocast)
     work = _work_folder(output, request, weights_digest(base), training, recipe, autocast, resume, force)
+    found, left = _prepare(base, student, request, recipe, training, preprocess, device, progress)
     targets = TargetCache(
         Teacher(base, preprocess, views=request.views, seed=request.seed, device=device, autocast=autocast),
         cache or cache_folder(),
     )
+    before = time.perf_counter()
     try:
         with progress.task("teacher targets", len(training)) as advance:
             computed = targets.fill(training, advance)
     except OSError as error:
         raise write_error(error, targets.folder) from error
-    target_seconds = time.perf_counter() - started
-    found = _prepare(base, student, request, training, preprocess, device, progress)
+    target_seconds = time.perf_counter() - before
     history: dict[str, Any] = {"loss": []}
-    ranges_on = _batches(_spread(training, RANGED), preprocess, device) if recipe.int8 else []
+    ranges_on = list(Batches(spread(training, RANGED), preprocess, device)) if recipe.int8 else []
     if recipe.epochs:
         history = train(
             student, targets, training.digests, preprocess, recipe,
@@ -139,7 +142,7 @@ def distill(
         "registers": request.registers, "strength": request.strength, "views": request.views, "seed": request.seed,
         "preprocess": preprocess.to_json(), "image_size": list(base.patch_embed.img_size), "autocast": autocast, "device": device,
         "images": {"trained": len(training), "digest": training.digest(), "held_out": held.names if held else [], "skipped": len(photographs.skipped)},
-        "register_neurons": [n.to_json() for n in found.neurons] if found else [],
+        "register_neurons": [{**n.to_json(), "left": left.get(n)} for n in found.neurons] if found else [],
         "history": history, "scores": scores,
         "seconds": {"total": time.perf_counter() - started, "targets": target_seconds, "targets_computed": computed},
         "versions": {"phreg_deploy": __version__, "torch": torch.__version__, "timm": timm.__version__, "python": platform.python_version()},
@@ -189,16 +192,21 @@ def _prepare(
     base: ViT,
     student: ViT,
     request: Request,
+    recipe: Recipe,
     training: Photographs,
     preprocess: Preprocess,
     device: str,
     progress: Progress,
-) -> Survey | None:
-    """The training-free part: for ``transplant``, find the register neurons and move them (or silence them without registers)."""
-    if request.recipe != "transplant":
-        return None
-    count = min(SURVEYED, len(training))
-    batches = _batches(training.subset(range(count)), preprocess, device)
+) -> tuple[Survey | None, dict[RegisterNeuron, str]]:
+    """The training-free part: find the register neurons and move them (or silence them without registers).
+
+    Returns what was found, and the neurons that could not be moved, with the reason.
+    """
+    left: dict[RegisterNeuron, str] = {}
+    if not recipe.moves_neurons:
+        return None, left
+    batches = Batches(spread(training, SURVEYED), preprocess, device)
+    count = len(batches.photographs)
     with progress.task("register neurons", 2 * count) as advance:
         found = survey(base.to(device), batches, advance)
     progress.say(found.word)
@@ -207,21 +215,14 @@ def _prepare(
     elif found.neurons:
         student.to(device)
         with progress.task("transplant", count * len({n.block for n in found.neurons})) as advance:
-            transplant(student, found.neurons, batches, strength=request.strength, advance=advance)
-    return found
-
-
-def _spread(photographs: Photographs, most: int) -> Photographs:
-    """Evenly spaced images: neighbours by name are often alike, and ranges must hold for all."""
-    count = min(most, len(photographs))
-    return photographs.subset(i * len(photographs) // count for i in range(count))
-
-
-def _batches(photographs: Photographs, preprocess: Preprocess, device: str) -> list[torch.Tensor]:
-    return [
-        taps.normalise(torch.from_numpy(photographs.batch(i, i + 16)).to(device), preprocess.mean, preprocess.std)
-        for i in range(0, len(photographs), 16)
-    ]
+            left = transplant(student, found.neurons, batches, strength=request.strength, advance=advance)
+    if left:
+        worst = max(left, key=lambda n: n.share)
+        progress.say(
+            f"{len(left)} of {len(found.neurons)} register neurons are left as they are, the strongest unit {worst.unit} of block "
+            f"{worst.block}: {left[worst]}."
+        )
+    return found, left
 
 
 def _work_folder(

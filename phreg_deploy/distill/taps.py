@@ -74,10 +74,15 @@ def hidden_units(model: ViT, see: Callable[[int, torch.Tensor], None]) -> Iterat
             handle.remove()
 
 
+def inner_norm(mlp: ViT) -> ViT | None:
+    """The norm between the activated hidden layer and ``fc2``, as EVA02-B and -L have one; None where there is none."""
+    inner = getattr(mlp, "norm", None)
+    return None if isinstance(inner, nn.Identity) else inner
+
+
 def hidden_tap(mlp: ViT) -> ViT:
     """The module whose input is the activated hidden layer: the MLP's inner norm where it has one, else ``fc2``."""
-    inner = getattr(mlp, "norm", None)
-    return mlp.fc2 if inner is None or isinstance(inner, nn.Identity) else inner
+    return inner_norm(mlp) or mlp.fc2
 
 
 def normalise(images: np.ndarray | torch.Tensor, mean: tuple[float, ...], std: tuple[float, ...]) -> torch.Tensor:
