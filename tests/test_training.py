@@ -1,4 +1,5 @@
 import json
+import shutil
 from dataclasses import replace
 
 import numpy as np
@@ -7,7 +8,7 @@ import timm
 import torch
 from PIL import Image
 
-from phreg_deploy.distill import distillation, training
+from phreg_deploy.distill import distillation, identity, training
 from phreg_deploy.distill.checkpoint import write_student
 from phreg_deploy.distill.distillation import Request, distill, split
 from phreg_deploy.distill.recipes import RECIPES, default_rate, unlocked
@@ -69,6 +70,29 @@ def test_an_interrupted_run_resumes_to_the_same_student(world, tmp_path):
     distill(request(world), tmp_path / "halves", cache=tmp_path / "cache", resume=True)
     assert digest(tmp_path / "halves") == digest(tmp_path / "whole")
     assert not (tmp_path / "halves.partial").exists()
+
+
+@pytest.mark.parametrize(
+    ("changes", "named"),
+    [({"num_heads": 6}, "heads"), ({"act_layer": "quick_gelu"}, "modules"), ({"mean": [0.4, 0.4, 0.4]}, "preprocess")],
+)
+def test_a_run_of_the_same_weights_computed_otherwise_is_not_resumed(world, tmp_path, changes, named):
+    model = shutil.copytree(world / "model", tmp_path / "model")
+    with interrupted(training, "objective", at=5):
+        distill(request(world, model=str(model)), tmp_path / "student", cache=tmp_path / "cache")
+    config = json.loads((model / "config.json").read_text())
+    config["pretrained_cfg" if "mean" in changes else "model_args"].update(changes)
+    (model / "config.json").write_text(json.dumps(config))
+    with pytest.raises(PhregError, match=rf"other settings \(.*{named}"):
+        distill(request(world, model=str(model)), tmp_path / "student", cache=tmp_path / "cache", resume=True)
+
+
+def test_the_weights_are_hashed_once(world, tmp_path, monkeypatch):
+    calls, real = [], identity.weights_digest
+    monkeypatch.setattr(identity, "weights_digest", lambda model: calls.append(1) or real(model))
+    record = distill(request(world, epochs=0), tmp_path / "student", cache=tmp_path / "cache")
+    assert len(calls) == 1
+    assert record["source"]["weights_sha256"] == digest(world / "model")
 
 
 def test_a_loss_that_is_not_finite_stops_with_the_last_good_state_kept(world, tmp_path, monkeypatch):

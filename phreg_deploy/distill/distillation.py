@@ -20,6 +20,7 @@ from phreg_deploy.distill.batches import Batches, spread
 from phreg_deploy.distill.checkpoint import write_student
 from phreg_deploy.distill.fake_quantisation import observe, quantised_layers
 from phreg_deploy.distill.hardware import find_autocast, find_device, quickest_attention
+from phreg_deploy.distill.identity import model_identity
 from phreg_deploy.distill.measure import compare
 from phreg_deploy.distill.neurons import RegisterNeuron, Survey, survey
 from phreg_deploy.distill.recipes import Recipe, default_rate, find_recipe
@@ -29,7 +30,6 @@ from phreg_deploy.distill.taps import ViT
 from phreg_deploy.distill.teacher import TargetCache, Teacher
 from phreg_deploy.distill.training import train
 from phreg_deploy.distill.transplant import STRENGTH, silence, transplant
-from phreg_deploy.distill.weights import weights_digest
 from phreg_deploy.errors import PhregError
 from phreg_deploy.photographs import Photographs, read_photographs
 from phreg_deploy.progress import SILENT, Progress
@@ -111,10 +111,23 @@ def distill(
         quantised_layers(student)
     for model in (base, student):
         quickest_attention(model, device, autocast)
-    work = _work_folder(output, request, weights_digest(base), training, recipe, autocast, resume, force)
+    identity = model_identity(base)
+    settings = {
+        **identity, "preprocess": preprocess.to_json(), "images": training.digest(), "recipe": recipe.to_json(),
+        "registers": request.registers, "views": request.views, "strength": request.strength, "seed": request.seed, "autocast": autocast,
+    }  # fmt: skip
+    work = _work_folder(output, settings, resume, force)
     found, left = _prepare(base, student, request, recipe, training, preprocess, device, progress)
     targets = TargetCache(
-        Teacher(base, preprocess, views=request.views, seed=request.seed, device=device, autocast=autocast),
+        Teacher(
+            base,
+            preprocess,
+            views=request.views,
+            seed=request.seed,
+            device=device,
+            autocast=autocast,
+            identity=identity,
+        ),
         cache or cache_folder(),
     )
     before = time.perf_counter()
@@ -137,7 +150,7 @@ def distill(
         base, student, held or training, preprocess, device=device, autocast=autocast, progress=progress, grids=grids
     )
     record = {
-        "source": {"model": request.model, "checkpoint": request.checkpoint.name if request.checkpoint else None, "weights_sha256": weights_digest(base.cpu())},
+        "source": {"model": request.model, "checkpoint": request.checkpoint.name if request.checkpoint else None, "weights_sha256": identity["weights"]},
         "recipe": recipe.to_json(),
         "registers": request.registers, "strength": request.strength, "views": request.views, "seed": request.seed,
         "preprocess": preprocess.to_json(), "image_size": list(base.patch_embed.img_size), "autocast": autocast, "device": device,
@@ -225,22 +238,9 @@ def _prepare(
     return found, left
 
 
-def _work_folder(
-    output: Path,
-    request: Request,
-    weights: str,
-    training: Photographs,
-    recipe: Recipe,
-    autocast: bool,
-    resume: bool,
-    force: bool,
-) -> Path:
+def _work_folder(output: Path, settings: dict[str, Any], resume: bool, force: bool) -> Path:
     """``OUTPUT.partial`` with this run's settings in it; another run's is refused, or replaced with ``force``."""
     work = output.with_name(output.name + ".partial")
-    settings = {
-        "weights": weights, "images": training.digest(), "recipe": recipe.to_json(), "registers": request.registers,
-        "views": request.views, "strength": request.strength, "seed": request.seed, "autocast": autocast,
-    }  # fmt: skip
     kept = work / "settings.json"
     if kept.is_file():
         try:
