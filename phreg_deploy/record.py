@@ -48,3 +48,8 @@ def recorded(record: dict[str, Any], folder: Path, *keys: str) -> Any:
             )
         value = value[key]
     return value
+
+
+def scored(record: dict[str, Any], folder: Path, *keys: str) -> Any:
+    """``record["scores"][key]...``; None for a student that could not be scored."""
+    return None if "missing" in recorded(record, folder, "scores") else recorded(record, folder, "scores", *keys)

@@ -179,6 +179,7 @@ def _inspect_student(path: Path, result: Result) -> None:
 
 def _story(record: dict[str, Any]) -> list[list[str]]:
     scores = record["scores"]
+    models = () if "missing" in scores else ("base", "student")
     return [
         ["source", f"{record['source']['model']}, weights {record['source']['weights_sha256'][:16]}…"],
         [
@@ -197,8 +198,9 @@ def _story(record: dict[str, Any]) -> list[list[str]]:
             "images",
             f"{record['images']['trained']} trained on, {len(record['images']['held_out'])} held out, {record['images']['skipped']} skipped",
         ],
-        *([f"norm-outlier rate, {m}", percent(scores[m]["norm_outliers"]["rate"])] for m in ("base", "student")),
-        *([f"cosine to denoised target, {m}", f"{scores[m]['fidelity']['mean']:.4f}"] for m in ("base", "student")),
+        *([["scores", f"missing: {scores['missing']}"]] if not models else []),
+        *([f"norm-outlier rate, {m}", percent(scores[m]["norm_outliers"]["rate"])] for m in models),
+        *([f"cosine to denoised target, {m}", f"{scores[m]['fidelity']['mean']:.4f}"] for m in models),
     ]
 
 

@@ -87,6 +87,21 @@ def distill(
     chosen = {key: value for key, value in settings.items() if value is not None}
     request = Request(model=model, images=images, image_size=parse_size(image_size) if image_size else None, **chosen)
     record = run(request, output, cache=cache, resume=resume, force=force, progress=result.progress)
+    if "missing" in record["scores"]:  # said with --quiet too: figures that were asked for are not there
+        click.echo(
+            f"Warning: {output} is written but has no scores ({record['scores']['missing']}). Its artifact rates: phreg-deploy artifacts {output} --images {images}",
+            err=True,
+        )
+    else:
+        _show_scores(record, result)
+    result.say(
+        f"Wrote {output} in {record['seconds']['total']:.0f} s. Next: phreg-deploy export {output} -o {output}.bundle --format onnx"
+    )
+    result.json({"output": output, **record})
+
+
+def _show_scores(record: dict[str, Any], result: Result) -> None:
+    """Base and student side by side."""
     scores = record["scores"]
     models = [name for name in ("base", "student", "int8") if name in scores]
     blank = [None] * (len(models) - 2)
@@ -115,10 +130,6 @@ def distill(
         ["", "base", "student", "student, fake INT8"][: 1 + len(models)],
         rows,
     )
-    result.say(
-        f"Wrote {output} in {record['seconds']['total']:.0f} s. Next: phreg-deploy export {output} -o {output}.bundle --format onnx"
-    )
-    result.json({"output": output, **record})
 
 
 @click.command()

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import os
 import platform
 import shutil
@@ -17,7 +16,7 @@ import torch
 
 from phreg_deploy import __version__
 from phreg_deploy.distill.batches import Batches, spread
-from phreg_deploy.distill.checkpoint import write_student
+from phreg_deploy.distill.checkpoint import write_record, write_student
 from phreg_deploy.distill.fake_quantisation import observe, quantised_layers
 from phreg_deploy.distill.hardware import find_autocast, find_device, quickest_attention
 from phreg_deploy.distill.identity import model_identity
@@ -30,6 +29,7 @@ from phreg_deploy.distill.taps import ViT
 from phreg_deploy.distill.teacher import TargetCache, Teacher
 from phreg_deploy.distill.training import train
 from phreg_deploy.distill.transplant import STRENGTH, silence, transplant
+from phreg_deploy.distill.work_folder import work_folder
 from phreg_deploy.errors import PhregError
 from phreg_deploy.photographs import Photographs, read_photographs
 from phreg_deploy.progress import SILENT, Progress
@@ -87,7 +87,8 @@ def distill(
         resume: go on with an interrupted run of the same settings, kept in ``OUTPUT.partial``.
 
     Returns:
-        The student's record (``phreg.json``): recipe, seed, digests, versions, scores before and after.
+        The student's record (``phreg.json``): recipe, seed, digests, versions, scores before and after. The student is
+        written before it is scored; where scoring fails, ``scores`` holds the reason as ``missing``.
 
     Raises:
         PhregError: bad input, an output that exists, another run's leftovers, a loss that is not finite.
@@ -116,7 +117,7 @@ def distill(
         **identity, "preprocess": preprocess.to_json(), "images": training.digest(), "recipe": recipe.to_json(),
         "registers": request.registers, "views": request.views, "strength": request.strength, "seed": request.seed, "autocast": autocast,
     }  # fmt: skip
-    work = _work_folder(output, settings, resume, force)
+    work = work_folder(output, settings, resume, force)
     found, left = _prepare(base, student, request, recipe, training, preprocess, device, progress)
     targets = TargetCache(
         Teacher(
@@ -146,23 +147,38 @@ def distill(
             ranges_on=ranges_on,
         )  # fmt: skip
     grids = observe(student.to(device), ranges_on, Smoothing()) if recipe.int8 else None
-    scores = compare(
-        base, student, held or training, preprocess, device=device, autocast=autocast, progress=progress, grids=grids
-    )
-    record = {
+    record: dict[str, Any] = {
         "source": {"model": request.model, "checkpoint": request.checkpoint.name if request.checkpoint else None, "weights_sha256": identity["weights"]},
         "recipe": recipe.to_json(),
         "registers": request.registers, "strength": request.strength, "views": request.views, "seed": request.seed,
         "preprocess": preprocess.to_json(), "image_size": list(base.patch_embed.img_size), "autocast": autocast, "device": device,
         "images": {"trained": len(training), "digest": training.digest(), "held_out": held.names if held else [], "skipped": len(photographs.skipped)},
         "register_neurons": [{**n.to_json(), "left": left.get(n)} for n in found.neurons] if found else [],
-        "history": history, "scores": scores,
+        "history": history, "scores": {"missing": "the run ended before scoring did"},
         "seconds": {"total": time.perf_counter() - started, "targets": target_seconds, "targets_computed": computed},
         "versions": {"phreg_deploy": __version__, "torch": torch.__version__, "timm": timm.__version__, "python": platform.python_version()},
     }  # fmt: skip
     with whole_folder(output, force) as folder:
         write_student(student, record, folder)
     shutil.rmtree(work, ignore_errors=True)
+    try:
+        record["scores"] = compare(
+            base,
+            student,
+            held or training,
+            preprocess,
+            device=device,
+            autocast=autocast,
+            progress=progress,
+            grids=grids,
+        )
+    except (PhregError, OSError, RuntimeError, MemoryError) as error:  # torch is out of memory in a RuntimeError
+        record["scores"] = {"missing": f"{type(error).__name__}: {error}"}
+    except KeyboardInterrupt:
+        progress.say(f"{output} is whole; only its scores are missing.")
+        raise
+    record["seconds"]["total"] = time.perf_counter() - started
+    write_record(record, output)
     return record
 
 
@@ -236,36 +252,3 @@ def _prepare(
             f"{worst.block}: {left[worst]}."
         )
     return found, left
-
-
-def _work_folder(output: Path, settings: dict[str, Any], resume: bool, force: bool) -> Path:
-    """``OUTPUT.partial`` with this run's settings in it; another run's is refused, or replaced with ``force``."""
-    work = output.with_name(output.name + ".partial")
-    kept = work / "settings.json"
-    if kept.is_file():
-        try:
-            before = json.loads(kept.read_text())
-        except ValueError:
-            if resume:
-                raise PhregError(f"resume: {kept} is damaged; add --force instead of --resume to start over.") from None
-            before = {}
-        changed = sorted(k for k in settings if before.get(k) != json.loads(json.dumps(settings[k])))
-        if resume and changed:
-            raise PhregError(
-                f"resume: {work} was started with other settings ({', '.join(changed)}); give the same ones, or --force to start over."
-            )
-        if not resume and not force:
-            raise PhregError(
-                f"output: an interrupted run is kept in {work}; add --resume to go on with it, or --force to start over."
-            )
-        if resume:
-            return work
-        shutil.rmtree(work)
-    elif resume:
-        raise PhregError(f"resume: there is no interrupted run in {work}; start without --resume.")
-    try:
-        work.mkdir(exist_ok=True)
-        kept.write_text(json.dumps(settings, indent=1))
-    except OSError as error:
-        raise write_error(error, work) from error
-    return work

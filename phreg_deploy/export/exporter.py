@@ -39,7 +39,7 @@ from phreg_deploy.export.graph import DenseViT
 from phreg_deploy.export.trace import OPSET, Traced, check_size, trace
 from phreg_deploy.photographs import fit, list_images, read_image
 from phreg_deploy.progress import SILENT, Progress
-from phreg_deploy.record import model_path, read_record, recorded
+from phreg_deploy.record import model_path, read_record, recorded, scored
 from phreg_deploy.spec import Batches, Preprocess, Sizes
 from phreg_deploy.whole import check_target, whole_folder
 
@@ -184,8 +184,8 @@ def _record(name: str) -> dict[str, Any] | None:
     folder = model_path(name)
     record = read_record(folder)
     if record is not None:  # what the manifest takes from it, before a minute of tracing
-        for keys in (("recipe", "name"), ("scores", "median_norm")):
-            recorded(record, folder, *keys)
+        recorded(record, folder, "recipe", "name")
+        scored(record, folder, "median_norm")
     return record
 
 
@@ -216,7 +216,7 @@ def _manifest(
         inputs=describe(graph.graph.input), outputs=describe(graph.graph.output),
         source={"model": source, "weights_sha256": weights_digest(model), "distilled": None if record is None else record["recipe"]["name"]},
         versions={"phreg_deploy": __version__, "torch": torch.__version__, "timm": timm.__version__, "onnx": onnx.__version__, "python": platform.python_version()},
-        norm_median=None if record is None else record["scores"]["median_norm"],
+        norm_median=None if record is None else scored(record, place, "median_norm"),
         float_parts=kept,
         random_weights=request.random_weights,
     )  # fmt: skip

@@ -11,7 +11,7 @@ from PIL import Image
 from phreg_deploy.photographs import Photographs, read_photographs
 from phreg_deploy.pictures import colours, components, heat
 from phreg_deploy.progress import SILENT, Progress
-from phreg_deploy.record import model_path, read_record, recorded
+from phreg_deploy.record import model_path, read_record, scored
 from phreg_deploy.runtime.features import FeatureExtractor
 from phreg_deploy.runtime.parity import Tally, check_reference, judge, worst
 from phreg_deploy.scores import Run, Scores, score
@@ -123,9 +123,9 @@ def _recorded(reference: str) -> dict[str, Any]:
     """The base model's figures as the student's record has them: other images, so the note says which."""
     folder = model_path(reference)
     record = read_record(folder)
-    if record is None:
+    scores = None if record is None else scored(record, folder)
+    if scores is None:
         return {}
-    scores = recorded(record, folder, "scores")
     return {
         "base": {
             "norm_outliers": scores["base"]["norm_outliers"],

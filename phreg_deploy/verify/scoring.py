@@ -11,7 +11,7 @@ from phreg_deploy.errors import PhregError
 from phreg_deploy.photographs import Photographs, read_photographs
 from phreg_deploy.pictures import colours, components, heat, sheet
 from phreg_deploy.progress import Progress
-from phreg_deploy.record import model_path, read_record, recorded
+from phreg_deploy.record import model_path, read_record, scored
 from phreg_deploy.scores import Scores, score
 from phreg_deploy.spec import parse_size
 
@@ -72,7 +72,7 @@ def score_model(
     record = read_record(folder)
     preprocess, patch = model_preprocess(model), tuple(model.patch_embed.patch_size)
     photographs = read_photographs(images, tuple(model.patch_embed.img_size), preprocess, limit, say=progress.say)
-    centre = median or (recorded(record, folder, "scores", "median_norm") if record else None)
+    centre = median or (scored(record, folder, "median_norm") if record else None)
     scores = score(model_run(model, preprocess, where), photographs, patch, median=centre, progress=progress)
     blocks = block_norms(model, photographs, preprocess, where)
     return {"model": name, "device": where, **scores.to_json(), "blocks": blocks}, _sheet(photographs, scores)
