@@ -59,7 +59,7 @@ def read_features(
         if seen.cls is not None:
             parts["cls"].append(seen.cls.cpu().numpy())
         if classifies(model):
-            parts["logits"].append(model.forward_head(seen.tokens).cpu().numpy())
+            parts["logits"].append(model.forward_head(seen.given).cpu().numpy())
     return {name: np.concatenate(part) for name, part in parts.items() if part}
 
 
