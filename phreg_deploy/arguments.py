@@ -14,7 +14,7 @@ from phreg_deploy.record import model_path
 from phreg_deploy.spec import Batches, Sizes
 from phreg_deploy.whole import write_error
 
-RECIPES = ("transplant", "ph-reg")
+RECIPES = ("transplant", "random-registers", "ph-reg")
 FLOATS, EIGHT_BITS = ("fp32", "fp16", "bf16"), ("int8", "fp8")
 WEIGHTS = (".safetensors", ".pth", ".pt", ".bin")
 LEAST = {"epochs": 0, "batch": 1, "views": 2, "seed": 0}

@@ -82,7 +82,11 @@ def agreement(features: np.ndarray, target: np.ndarray, chosen: np.ndarray | Non
     Args:
         chosen: boolean mask over the tokens; its mean cosine is reported apart (the base model's outlier tokens).
     """
-    values = cosine(features, target)
+    return agreement_of(cosine(features, target), chosen)
+
+
+def agreement_of(values: np.ndarray, chosen: np.ndarray | None = None) -> Agreement:
+    """The same from the cosines themselves, for features that are never in memory all at once."""
     over = float(values[chosen].mean()) if chosen is not None and chosen.any() else None
     return Agreement(float(values.mean()), float(np.quantile(values, 0.01)), float(values.min()), over)
 

@@ -53,9 +53,14 @@ def recorded(record: dict[str, Any], folder: Path, *keys: str) -> Any:
     return value
 
 
+def scored(record: dict[str, Any], folder: Path, *keys: str) -> Any:
+    """``record["scores"][key]...``; None for a student that could not be scored."""
+    return None if "missing" in recorded(record, folder, "scores") else recorded(record, folder, "scores", *keys)
+
+
 def recorded_median(record: dict[str, Any], folder: Path) -> float | None:
     """The base model's median norm, None where nobody measured it."""
-    median = recorded(record, folder, "scores", "median_norm")
+    median = scored(record, folder, "median_norm")
     if median is None or (type(median) in (int, float) and 0 < median < float("inf")):
         return median  # type: ignore[no-any-return]
     raise PhregError(

@@ -6,9 +6,11 @@ Shifts are whole patches, so the way back is an index and never an interpolation
 from __future__ import annotations
 
 import hashlib
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
+
+from phreg_deploy.errors import PhregError
 
 SHIFT = 0.15  # of the side; the paper's table 4 is flat above 0.10
 POOL = 100  # offsets drawn, of which the farthest apart are kept, as in the paper's code
@@ -24,21 +26,52 @@ class View:
     flip: bool
 
 
+def most_views(grid: tuple[int, int]) -> int:
+    """How many views of a grid (Hp, Wp) differ: every shift within reach, as it is and mirrored."""
+    return 2 * int(np.prod(2 * _reach(grid) + 1))
+
+
+def check_views(count: int, grid: tuple[int, int]) -> None:
+    """Raise ``PhregError`` where a grid (Hp, Wp) has fewer than ``count`` different views."""
+    if count > most_views(grid):
+        raise PhregError(
+            f"views: got {count}, but on a grid of {grid[0]} x {grid[1]} patches only {most_views(grid)} views differ; "
+            f"give at most {most_views(grid)}, or use larger images."
+        )
+
+
 def draw_views(count: int, grid: tuple[int, int], seed: int) -> list[View]:
-    """``count`` views: the identity first, then offsets chosen by farthest-point sampling, each flipped with p = 0.5.
+    """``count`` different views: the identity first, then offsets chosen by farthest-point sampling, each flipped with p = 0.5.
+
+    Where there are fewer offsets than views, the list goes on with the same offsets flipped the other way.
 
     Args:
+        count: at most ``most_views(grid)``.
         grid: (Hp, Wp). The largest shift is ``SHIFT`` of each side, rounded to whole patches and at least one.
     """
-    rng = np.random.default_rng(seed)
-    reach = np.maximum(1, np.rint(SHIFT * np.asarray(grid))).astype(int)
+    check_views(count, grid)
+    rng, reach = np.random.default_rng(seed), _reach(grid)
     pool = rng.integers(-reach, reach + 1, size=(POOL, 2))
     chosen = np.zeros((1, 2), dtype=int)
-    while len(chosen) < count:
-        distance = ((pool[:, None] - chosen[None]) ** 2).sum(-1).min(1)
-        chosen = np.vstack([chosen, pool[distance.argmax()]])
+    for offsets in (pool, _lattice(reach)):  # the pool is a sample and may lack some
+        while len(chosen) < count:
+            distance = ((offsets[:, None] - chosen[None]) ** 2).sum(-1).min(1)
+            if distance.max() == 0:
+                break
+            chosen = np.vstack([chosen, offsets[distance.argmax()]])
     flips = rng.random(count) < 0.5
-    return [View(int(y), int(x), bool(f) and i > 0) for i, ((y, x), f) in enumerate(zip(chosen, flips))]
+    views = [View(int(y), int(x), bool(f) and i > 0) for i, ((y, x), f) in enumerate(zip(chosen, flips))]
+    return (views + [replace(view, flip=not view.flip) for view in views])[:count]
+
+
+def _reach(grid: tuple[int, int]) -> np.ndarray:
+    """Largest shift along each axis, in patches."""
+    return np.maximum(1, np.rint(SHIFT * np.asarray(grid))).astype(int)
+
+
+def _lattice(reach: np.ndarray) -> np.ndarray:
+    """Every offset within ``reach``, ``(O, 2)``."""
+    return np.indices(tuple(2 * reach + 1)).reshape(2, -1).T - reach
 
 
 def _spans(offset: int, size: int) -> tuple[slice, slice]:

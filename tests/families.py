@@ -36,13 +36,13 @@ VARIANTS = {
 }  # fmt: skip
 
 
-def small(family: str, *, depth: int = 2, width: int = 48, heads: int = 3, seed: int = 0, side: int = 4):
-    """The family's model, ``side`` x ``side`` patches, with weights large enough that every path matters."""
+def small(family: str, *, depth: int = 2, width: int = 48, heads: int = 3, seed: int = 0, side: int = 4, **more):
+    """The family's model, ``side`` x ``side`` patches, with weights large enough that every path matters; ``more`` options of timm."""
     name, options = {**FAMILIES, **VARIANTS}[family]
     patch = 14 if "patch14" in name else 16
     torch.manual_seed(seed)
     model = timm.create_model(
-        name, depth=depth, embed_dim=width, num_heads=heads, img_size=patch * side, num_classes=7, **options
+        name, depth=depth, embed_dim=width, num_heads=heads, img_size=patch * side, num_classes=7, **{**options, **more}
     )
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():

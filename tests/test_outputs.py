@@ -218,8 +218,8 @@ def test_a_file_on_a_read_only_file_system_is_a_message(tmp_path, monkeypatch):
     from phreg_deploy.errors import PhregError
     from phreg_deploy.whole import write_whole
 
-    for name in ("write_bytes", "unlink"):
-        refuse(monkeypatch, Path, name, errno.EROFS)
+    refuse(monkeypatch, os, "open", errno.EROFS)
+    refuse(monkeypatch, Path, "unlink", errno.EROFS)
     with pytest.raises(PhregError, match=r"cannot be written to \(Read-only file system\)"):
         write_whole(tmp_path / "page.html", b"page")
 

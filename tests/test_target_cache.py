@@ -67,6 +67,49 @@ def test_other_settings_have_another_folder(case):
     assert len(folders | {cache.folder}) == 5
 
 
+def twins(**changes):
+    """Two models with the same weights, of which the second is built with other arguments."""
+    from tests.families import small
+
+    first = small("clip")
+    second = small(changes.pop("family", "clip"), **changes)
+    second.load_state_dict(first.state_dict())
+    return first, second
+
+
+@pytest.mark.parametrize("changes", [{"family": "clip-quickgelu"}, {"heads": 6}, {"act_layer": "quick_gelu"}], ids=str)
+def test_the_same_weights_computed_otherwise_have_another_folder(photos, tmp_path, changes):
+    from phreg_deploy.distill.source import model_preprocess
+    from phreg_deploy.distill.teacher import TargetCache, Teacher
+    from phreg_deploy.distill.weights import weights_digest
+
+    models = twins(**changes)
+    assert weights_digest(models[0]) == weights_digest(models[1])
+    preprocess = model_preprocess(models[0])
+    photographs = read_photographs(photos, tuple(models[0].patch_embed.img_size), preprocess, limit=1)
+    caches = [TargetCache(Teacher(model, preprocess, views=2), tmp_path) for model in models]
+    assert caches[0].fill(photographs) == 1
+    assert caches[1].fill(photographs) == 1  # nothing of the first's is taken
+    first, second = (cache.read(photographs.digests[0])["patches"].astype(np.float32) for cache in caches)
+    assert np.abs(first - second).max() > 0.015
+
+
+def test_another_image_size_has_another_folder(base):
+    from phreg_deploy.distill.source import load_model, model_preprocess
+    from phreg_deploy.distill.teacher import Teacher
+
+    models = [load_model(str(base)), load_model(str(base), image_size=(72, 64))]
+    assert len({Teacher(model, model_preprocess(model)).digest for model in models}) == 2
+
+
+def test_the_same_model_loaded_again_finds_its_targets(base):
+    from phreg_deploy.distill.source import load_model, model_preprocess
+    from phreg_deploy.distill.teacher import Teacher
+
+    models = [load_model(str(base)) for _ in range(2)]
+    assert len({Teacher(model, model_preprocess(model)).digest for model in models}) == 1
+
+
 @pytest.mark.parametrize("damage", [lambda b: b[:300], lambda b: b"", lambda b: b"noise", lambda b: b[:-200]])
 def test_a_damaged_target_is_computed_again(case, damage):
     cache, photographs = case

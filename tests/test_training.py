@@ -1,4 +1,5 @@
 import json
+import shutil
 from dataclasses import replace
 
 import numpy as np
@@ -7,11 +8,12 @@ import timm
 import torch
 from PIL import Image
 
-from phreg_deploy.distill import distillation, training
+from phreg_deploy.distill import distillation, identity, training
 from phreg_deploy.distill.checkpoint import write_student
 from phreg_deploy.distill.distillation import Request, distill, split
-from phreg_deploy.distill.recipes import RECIPES, unlocked
+from phreg_deploy.distill.recipes import RECIPES, default_rate, unlocked
 from phreg_deploy.distill.source import load_model
+from phreg_deploy.distill.student import add_registers
 from phreg_deploy.distill.weights import weights_digest
 from phreg_deploy.errors import PhregError
 from tests.families import plant, small
@@ -70,6 +72,29 @@ def test_an_interrupted_run_resumes_to_the_same_student(world, tmp_path):
     assert not (tmp_path / "halves.partial").exists()
 
 
+@pytest.mark.parametrize(
+    ("changes", "named"),
+    [({"num_heads": 6}, "heads"), ({"act_layer": "quick_gelu"}, "modules"), ({"mean": [0.4, 0.4, 0.4]}, "preprocess")],
+)
+def test_a_run_of_the_same_weights_computed_otherwise_is_not_resumed(world, tmp_path, changes, named):
+    model = shutil.copytree(world / "model", tmp_path / "model")
+    with interrupted(training, "objective", at=5):
+        distill(request(world, model=str(model)), tmp_path / "student", cache=tmp_path / "cache")
+    config = json.loads((model / "config.json").read_text())
+    config["pretrained_cfg" if "mean" in changes else "model_args"].update(changes)
+    (model / "config.json").write_text(json.dumps(config))
+    with pytest.raises(PhregError, match=rf"other settings \(.*{named}"):
+        distill(request(world, model=str(model)), tmp_path / "student", cache=tmp_path / "cache", resume=True)
+
+
+def test_the_weights_are_hashed_once(world, tmp_path, monkeypatch):
+    calls, real = [], identity.weights_digest
+    monkeypatch.setattr(identity, "weights_digest", lambda model: calls.append(1) or real(model))
+    record = distill(request(world, epochs=0), tmp_path / "student", cache=tmp_path / "cache")
+    assert len(calls) == 1
+    assert record["source"]["weights_sha256"] == digest(world / "model")
+
+
 def test_a_loss_that_is_not_finite_stops_with_the_last_good_state_kept(world, tmp_path, monkeypatch):
     real, calls = training.objective, []
 
@@ -86,19 +111,49 @@ def test_a_loss_that_is_not_finite_stops_with_the_last_good_state_kept(world, tm
     assert not (tmp_path / "student").exists()
 
 
-@pytest.mark.parametrize("changes", [{"recipe": "ph-reg"}, {"registers": 0}, {"epochs": 0}])
+@pytest.mark.parametrize(
+    "changes", [{"recipe": "ph-reg"}, {"recipe": "random-registers"}, {"registers": 0}, {"epochs": 0}]
+)
 def test_the_paper_the_control_and_no_training(world, tmp_path, changes):
     record = distill(request(world, **changes), tmp_path / "student", cache=tmp_path / "cache")
     model = timm.create_model(f"local-dir:{tmp_path / 'student'}", pretrained=True)
     assert (0 if model.reg_token is None else model.reg_token.shape[1]) == changes.get("registers", 4)
     assert len(record["history"]["loss"]) == changes.get("epochs", 2)
-    if changes.get("recipe") == "ph-reg":
+    if "recipe" in changes:
         assert record["register_neurons"] == []
     else:
         assert [(n["block"], n["unit"]) for n in record["register_neurons"]] == [(0, 5)]
     assert json.loads((tmp_path / "student" / "phreg.json").read_text())["recipe"]["name"] == changes.get(
         "recipe", "transplant"
     )
+
+
+def test_random_registers_differ_from_the_transplant_in_the_move_alone(world, tmp_path):
+    ours, control = RECIPES["transplant"], RECIPES["random-registers"]
+    assert replace(control, name=ours.name, moves_neurons=True) == ours
+    distill(request(world, recipe="random-registers", epochs=0), tmp_path / "control", cache=tmp_path / "cache")
+    assert digest(tmp_path / "control") == weights_digest(add_registers(load_model(str(world / "model")), 4, seed=0))
+    assert default_rate(control, 768) == default_rate(ours, 768) == ours.lr / 2
+
+
+def test_neurons_are_searched_on_images_from_all_over_the_folder(world, tmp_path, monkeypatch):
+    seen, real = [], distillation.survey
+
+    def watched(model, batches, advance):
+        seen.extend(batches.photographs.names)
+        return real(model, batches, advance)
+
+    monkeypatch.setattr(distillation, "SURVEYED", 4)
+    monkeypatch.setattr(distillation, "survey", watched)
+    distill(request(world, epochs=0, holdout=0), tmp_path / "student", cache=tmp_path / "cache")
+    assert seen == ["00.png", "06.png", "12.png", "18.png"]
+
+
+def test_a_neuron_that_cannot_be_moved_is_refused_before_targets_are_computed(world, tmp_path, monkeypatch):
+    monkeypatch.setattr("phreg_deploy.distill.transplant.LEAST_GAP", 0.99)
+    with pytest.raises(PhregError, match=r"none of the 1 register neurons can be moved; unit 5 of block 0"):
+        distill(request(world), tmp_path / "student", cache=tmp_path / "cache")
+    assert not list(tmp_path.glob("cache/*/*"))
 
 
 def test_the_papers_unlocked_set_is_the_papers():

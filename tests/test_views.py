@@ -1,7 +1,8 @@
 import numpy as np
 import pytest
 
-from phreg_deploy.views import View, draw_views, gather, realign, seed_of, show
+from phreg_deploy.errors import PhregError
+from phreg_deploy.views import View, draw_views, gather, most_views, realign, seed_of, show
 
 
 def coordinates(grid):
@@ -35,6 +36,46 @@ def test_views_start_plain_stay_in_reach_and_follow_the_seed():
     assert views == draw_views(10, (14, 14), seed=3)
     assert views != draw_views(10, (14, 14), seed=4)
     assert len({(v.down, v.right) for v in views}) == 10  # farthest apart: no offset twice
+
+
+A, B = seed_of(0, "a"), seed_of(12345, "b")
+RECORDED = {  # (grid, count, seed): (down, right, flip) of each view; cached targets and published figures rest on them
+    ((14, 14), 10, 0): [(0, 0, 0), (-2, -2, 1), (-2, 2, 0), (2, -2, 0), (2, 2, 1), (0, 2, 0), (0, -2, 1), (-2, 0, 0), (2, 0, 1), (1, 1, 0)],
+    ((14, 14), 10, 3): [(0, 0, 0), (2, -2, 0), (-2, 2, 0), (-2, -2, 1), (2, 2, 1), (2, 0, 0), (0, -2, 1), (0, 2, 0), (-2, 0, 1), (1, 1, 1)],
+    ((14, 14), 10, A): [(0, 0, 0), (-2, 2, 1), (2, -2, 0), (-2, -2, 0), (2, 2, 1), (0, 2, 0), (2, 0, 1), (-2, 0, 1), (0, -2, 0), (-1, -1, 0)],
+    ((14, 14), 20, B): [
+        (0, 0, 0), (2, 2, 1), (2, -2, 0), (-2, -2, 0), (-2, 2, 1), (-2, 0, 1), (0, 2, 0), (2, 0, 0), (0, -2, 1), (-1, -1, 1),
+        (1, 1, 0), (-1, 1, 1), (1, -1, 0), (-1, 2, 1), (2, -1, 0), (-1, -2, 0), (1, 0, 1), (-2, -1, 1), (-1, 0, 0), (0, 1, 1),
+    ],
+    ((37, 37), 10, seed_of(0, "c")): [(0, 0, 0), (-6, 6, 1), (-6, -5, 0), (6, -4, 0), (5, 5, 0), (1, -5, 1), (-5, 1, 0), (-1, 5, 0), (4, 1, 0), (-3, -2, 0)],
+    ((30, 40), 10, 5): [(0, 0, 0), (4, -6, 0), (-4, -6, 1), (4, 6, 0), (-3, 6, 1), (4, 1, 1), (-4, 1, 0), (2, -3, 1), (-1, -4, 0), (0, 5, 1)],
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", RECORDED, ids=str)
+def test_views_are_those_of_earlier_versions(case):
+    grid, count, seed = case
+    assert draw_views(count, grid, seed) == [View(y, x, bool(flip)) for y, x, flip in RECORDED[case]]
+
+
+@pytest.mark.parametrize(
+    ("grid", "count"), [((7, 7), 10), ((7, 7), 18), ((4, 4), 18), ((14, 14), 50), ((7, 14), 30), ((37, 37), 338)]
+)
+def test_views_differ_as_long_as_others_are_left(grid, count):
+    """A grid of 7 x 7 has 9 offsets, each as it is and mirrored."""
+    for seed in range(5):
+        views = draw_views(count, grid, seed)
+        assert len(set(views)) == len(views) == count
+        offsets = {(v.down, v.right) for v in views}
+        assert len(offsets) == min(count, most_views(grid) // 2)  # an offset comes back mirrored, once all are taken
+
+
+def test_more_views_than_differ_are_refused():
+    assert most_views((7, 7)) == 18
+    with pytest.raises(
+        PhregError, match=r"got 19, but on a grid of 7 x 7 patches only 18 views differ; give at most 18"
+    ):
+        draw_views(19, (7, 7), seed=0)
 
 
 def test_gather_counts_the_views_that_cover_each_patch():

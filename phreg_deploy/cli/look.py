@@ -217,6 +217,7 @@ def _origin(source: dict[str, Any]) -> list[list[str]]:
 
 def _story(record: dict[str, Any]) -> list[list[str]]:
     scores = record["scores"]
+    models = () if "missing" in scores else ("base", "student")
     return [
         *_origin(record["source"]),
         [
@@ -225,14 +226,19 @@ def _story(record: dict[str, Any]) -> list[list[str]]:
         ],
         [
             "register neurons",
-            ", ".join(f"block {n['block']} unit {n['unit']}" for n in record["register_neurons"]) or "none",
+            ", ".join(
+                f"block {n['block']} unit {n['unit']}{' (not moved)' if n.get('left') else ''}"
+                for n in record["register_neurons"]
+            )
+            or "none",
         ],
         [
             "images",
             f"{record['images']['trained']} trained on, {len(record['images']['held_out'])} held out, {record['images']['skipped']} skipped",
         ],
-        *([f"norm-outlier rate, {m}", percent(scores[m]["norm_outliers"]["rate"])] for m in ("base", "student")),
-        *([f"cosine to denoised target, {m}", f"{scores[m]['fidelity']['mean']:.4f}"] for m in ("base", "student")),
+        *([["scores", f"missing: {scores['missing']}"]] if not models else []),
+        *([f"norm-outlier rate, {m}", percent(scores[m]["norm_outliers"]["rate"])] for m in models),
+        *([f"cosine to denoised target, {m}", f"{scores[m]['fidelity']['mean']:.4f}"] for m in models),
     ]
 
 

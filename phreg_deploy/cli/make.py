@@ -39,7 +39,7 @@ from phreg_deploy.whole import check_target
     "--recipe",
     default="transplant",
     show_default=True,
-    help="transplant (register neurons moved, then all weights) or ph-reg (the paper).",
+    help="transplant (register neurons moved, then all weights), random-registers (the same without the move, as a control) or ph-reg (the paper).",
 )
 @click.option("--registers", default=4, show_default=True, help="Register tokens to add; 0 is the control without.")
 @click.option("--image-size", help="e.g. 518 or 480x640; by default the model's own.")
@@ -97,6 +97,21 @@ def distill(
 
     request = Request(model=model, images=images, image_size=size, **chosen)
     record = run(request, output, cache=cache, resume=resume, force=force, progress=result.progress)
+    if "missing" in record["scores"]:  # said with --quiet too: figures that were asked for are not there
+        click.echo(
+            f"Warning: {output} is written but has no scores ({record['scores']['missing']}). Its artifact rates: phreg-deploy artifacts {output} --images {images}",
+            err=True,
+        )
+    else:
+        _show_scores(record, result)
+    result.say(
+        f"Wrote {output} in {record['seconds']['total']:.0f} s. Next: phreg-deploy export {output} -o {output}.bundle --format onnx"
+    )
+    result.json({"output": output, **record})
+
+
+def _show_scores(record: dict[str, Any], result: Result) -> None:
+    """Base and student side by side."""
     scores = record["scores"]
     models = [name for name in ("base", "student", "int8") if name in scores]
     blank = [None] * (len(models) - 2)
@@ -125,10 +140,6 @@ def distill(
         ["", "base", "student", "student, fake INT8"][: 1 + len(models)],
         rows,
     )
-    result.say(
-        f"Wrote {output} in {record['seconds']['total']:.0f} s. Next: phreg-deploy export {output} -o {output}.bundle --format onnx"
-    )
-    result.json({"output": output, **record})
 
 
 @click.command()

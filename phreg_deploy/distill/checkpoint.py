@@ -14,8 +14,9 @@ from timm.models import save_for_hf
 from phreg_deploy.distill.source import model_arguments
 from phreg_deploy.distill.taps import ViT
 from phreg_deploy.record import RECORD, RECORD_VERSION, read_record
+from phreg_deploy.whole import write_whole
 
-__all__ = ["read_record", "write_student"]
+__all__ = ["read_record", "write_record", "write_student"]
 
 
 def write_student(student: ViT, record: dict[str, Any], folder: Path) -> None:
@@ -26,7 +27,12 @@ def write_student(student: ViT, record: dict[str, Any], folder: Path) -> None:
     except SafetensorError as error:  # how safetensors says that the system refused: "... (os error 28)"
         number = re.search(r"os error (\d+)", str(error))
         raise OSError(int(number[1]) if number else errno.EIO, str(error)) from error
-    written = folder / RECORD
-    written.write_text(json.dumps({"format": RECORD_VERSION, **record}, indent=1, sort_keys=True) + "\n")
+    write_record(record, folder)
     for path in folder.iterdir():  # safetensors writes 0600 whatever the umask is
-        path.chmod(written.stat().st_mode)
+        path.chmod((folder / RECORD).stat().st_mode)
+
+
+def write_record(record: dict[str, Any], folder: Path) -> None:
+    """Write ``phreg.json`` into a student's folder, or replace it."""
+    text = json.dumps({"format": RECORD_VERSION, **record}, indent=1, sort_keys=True) + "\n"
+    write_whole(folder / RECORD, text.encode())

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import os
 import platform
 import shutil
@@ -16,13 +15,14 @@ import timm
 import torch
 
 from phreg_deploy import __version__
-from phreg_deploy.arguments import check_distillation, check_model, check_resume
-from phreg_deploy.distill import taps
-from phreg_deploy.distill.checkpoint import write_student
+from phreg_deploy.arguments import check_distillation, check_model
+from phreg_deploy.distill.batches import Batches, spread
+from phreg_deploy.distill.checkpoint import write_record, write_student
 from phreg_deploy.distill.fake_quantisation import observe, quantised_layers
 from phreg_deploy.distill.hardware import find_autocast, find_device, quickest_attention
+from phreg_deploy.distill.identity import model_identity
 from phreg_deploy.distill.measure import compare
-from phreg_deploy.distill.neurons import Survey, survey
+from phreg_deploy.distill.neurons import RegisterNeuron, Survey, survey
 from phreg_deploy.distill.origin import find_origin
 from phreg_deploy.distill.recipes import Recipe, default_rate, find_recipe
 from phreg_deploy.distill.source import load_model, model_preprocess
@@ -31,13 +31,14 @@ from phreg_deploy.distill.taps import ViT
 from phreg_deploy.distill.teacher import TargetCache, Teacher
 from phreg_deploy.distill.training import train
 from phreg_deploy.distill.transplant import STRENGTH, silence, transplant
-from phreg_deploy.distill.weights import weights_digest
+from phreg_deploy.distill.work_folder import work_folder
 from phreg_deploy.errors import PhregError
 from phreg_deploy.photographs import Photographs, read_photographs
 from phreg_deploy.progress import SILENT, Progress
 from phreg_deploy.quantisation import Smoothing
 from phreg_deploy.record import model_path
 from phreg_deploy.spec import Preprocess
+from phreg_deploy.views import check_views
 from phreg_deploy.whole import check_target, whole_folder, write_error
 
 SURVEYED = 256  # images that neurons are searched and transplanted on
@@ -88,7 +89,8 @@ def distill(
         resume: go on with an interrupted run of the same settings, kept in ``OUTPUT.partial``.
 
     Returns:
-        The student's record (``phreg.json``): recipe, seed, digests, versions, scores before and after.
+        The student's record (``phreg.json``): recipe, seed, digests, versions, scores before and after. The student is
+        written before it is scored; where scoring fails, ``scores`` holds the reason as ``missing``.
 
     Raises:
         PhregError: bad input, an output that exists, another run's leftovers, a loss that is not finite.
@@ -100,6 +102,7 @@ def distill(
     autocast = find_autocast(request.precision, device)
     base = load_model(request.model, checkpoint=request.checkpoint, image_size=request.image_size)
     origin = find_origin(request.model, check_model(request.model, request.checkpoint), request.checkpoint)
+    check_views(request.views, tuple(base.patch_embed.grid_size))
     recipe = replace(recipe, lr=request.lr if request.lr is not None else default_rate(recipe, base.embed_dim))
     preprocess = model_preprocess(base, "center")
     photographs = read_photographs(request.images, tuple(base.patch_embed.img_size), preprocess, say=progress.say)
@@ -113,20 +116,34 @@ def distill(
         quantised_layers(student)
     for model in (base, student):
         quickest_attention(model, device, autocast)
-    work = _work_folder(output, request, weights_digest(base), training, recipe, autocast, resume, force)
+    identity = model_identity(base)
+    settings = {
+        **identity, "preprocess": preprocess.to_json(), "images": training.digest(), "recipe": recipe.to_json(),
+        "registers": request.registers, "views": request.views, "strength": request.strength, "seed": request.seed, "autocast": autocast,
+    }  # fmt: skip
+    work = work_folder(output, settings, resume, force)
+    found, left = _prepare(base, student, request, recipe, training, preprocess, device, progress)
     targets = TargetCache(
-        Teacher(base, preprocess, views=request.views, seed=request.seed, device=device, autocast=autocast),
+        Teacher(
+            base,
+            preprocess,
+            views=request.views,
+            seed=request.seed,
+            device=device,
+            autocast=autocast,
+            identity=identity,
+        ),
         cache or cache_folder(),
     )
+    before = time.perf_counter()
     try:
         with progress.task("teacher targets", len(training)) as advance:
             computed = targets.fill(training, advance)
     except OSError as error:
         raise write_error(error, targets.folder) from error
-    target_seconds = time.perf_counter() - started
-    found = _prepare(base, student, request, training, preprocess, device, progress)
+    target_seconds = time.perf_counter() - before
     history: dict[str, Any] = {"loss": []}
-    ranges_on = _batches(_spread(training, RANGED), preprocess, device) if recipe.int8 else []
+    ranges_on = list(Batches(spread(training, RANGED), preprocess, device)) if recipe.int8 else []
     if recipe.epochs:
         history = train(
             student, targets, training.digests, preprocess, recipe,
@@ -134,23 +151,38 @@ def distill(
             ranges_on=ranges_on,
         )  # fmt: skip
     grids = observe(student.to(device), ranges_on, Smoothing()) if recipe.int8 else None
-    scores = compare(
-        base, student, held or training, preprocess, device=device, autocast=autocast, progress=progress, grids=grids
-    )
-    record = {
-        "source": {**origin, "checkpoint": request.checkpoint.name if request.checkpoint else None, "weights_sha256": weights_digest(base.cpu())},
+    record: dict[str, Any] = {
+        "source": {**origin, "checkpoint": request.checkpoint.name if request.checkpoint else None, "weights_sha256": identity["weights"]},
         "recipe": recipe.to_json(),
         "registers": request.registers, "strength": request.strength, "views": request.views, "seed": request.seed,
         "preprocess": preprocess.to_json(), "image_size": list(base.patch_embed.img_size), "autocast": autocast, "device": device,
         "images": {"trained": len(training), "digest": training.digest(), "held_out": held.names if held else [], "skipped": len(photographs.skipped)},
-        "register_neurons": [n.to_json() for n in found.neurons] if found else [],
-        "history": history, "scores": scores,
+        "register_neurons": [{**n.to_json(), "left": left.get(n)} for n in found.neurons] if found else [],
+        "history": history, "scores": {"missing": "the run ended before scoring did"},
         "seconds": {"total": time.perf_counter() - started, "targets": target_seconds, "targets_computed": computed},
         "versions": {"phreg_deploy": __version__, "torch": torch.__version__, "timm": timm.__version__, "python": platform.python_version()},
     }  # fmt: skip
     with whole_folder(output, force) as folder:
         write_student(student, record, folder)
     shutil.rmtree(work, ignore_errors=True)
+    try:
+        record["scores"] = compare(
+            base,
+            student,
+            held or training,
+            preprocess,
+            device=device,
+            autocast=autocast,
+            progress=progress,
+            grids=grids,
+        )
+    except (PhregError, OSError, RuntimeError, MemoryError) as error:  # torch is out of memory in a RuntimeError
+        record["scores"] = {"missing": f"{type(error).__name__}: {error}"}
+    except KeyboardInterrupt:
+        progress.say(f"{output} is whole; only its scores are missing.")
+        raise
+    record["seconds"]["total"] = time.perf_counter() - started
+    write_record(record, output)
     return record
 
 
@@ -184,16 +216,21 @@ def _prepare(
     base: ViT,
     student: ViT,
     request: Request,
+    recipe: Recipe,
     training: Photographs,
     preprocess: Preprocess,
     device: str,
     progress: Progress,
-) -> Survey | None:
-    """The training-free part: for ``transplant``, find the register neurons and move them (or silence them without registers)."""
-    if request.recipe != "transplant":
-        return None
-    count = min(SURVEYED, len(training))
-    batches = _batches(training.subset(range(count)), preprocess, device)
+) -> tuple[Survey | None, dict[RegisterNeuron, str]]:
+    """The training-free part: find the register neurons and move them (or silence them without registers).
+
+    Returns what was found, and the neurons that could not be moved, with the reason.
+    """
+    left: dict[RegisterNeuron, str] = {}
+    if not recipe.moves_neurons:
+        return None, left
+    batches = Batches(spread(training, SURVEYED), preprocess, device)
+    count = len(batches.photographs)
     with progress.task("register neurons", 2 * count) as advance:
         found = survey(base.to(device), batches, advance)
     progress.say(found.word)
@@ -202,59 +239,11 @@ def _prepare(
     elif found.neurons:
         student.to(device)
         with progress.task("transplant", count * len({n.block for n in found.neurons})) as advance:
-            transplant(student, found.neurons, batches, strength=request.strength, advance=advance)
-    return found
-
-
-def _spread(photographs: Photographs, most: int) -> Photographs:
-    """Evenly spaced images: neighbours by name are often alike, and ranges must hold for all."""
-    count = min(most, len(photographs))
-    return photographs.subset(i * len(photographs) // count for i in range(count))
-
-
-def _batches(photographs: Photographs, preprocess: Preprocess, device: str) -> list[torch.Tensor]:
-    return [
-        taps.normalise(torch.from_numpy(photographs.batch(i, i + 16)).to(device), preprocess.mean, preprocess.std)
-        for i in range(0, len(photographs), 16)
-    ]
-
-
-def _work_folder(
-    output: Path,
-    request: Request,
-    weights: str,
-    training: Photographs,
-    recipe: Recipe,
-    autocast: bool,
-    resume: bool,
-    force: bool,
-) -> Path:
-    """``OUTPUT.partial`` with this run's settings in it; another run's is refused, or replaced with ``force``."""
-    work = output.with_name(output.name + ".partial")
-    settings = {
-        "weights": weights, "images": training.digest(), "recipe": recipe.to_json(), "registers": request.registers,
-        "views": request.views, "strength": request.strength, "seed": request.seed, "autocast": autocast,
-    }  # fmt: skip
-    kept = work / "settings.json"
-    check_resume(work, resume, force)
-    if kept.is_file():
-        try:
-            before = json.loads(kept.read_text())
-        except ValueError:
-            if resume:
-                raise PhregError(f"resume: {kept} is damaged; add --force instead of --resume to start over.") from None
-            before = {}
-        changed = sorted(k for k in settings if before.get(k) != json.loads(json.dumps(settings[k])))
-        if resume and changed:
-            raise PhregError(
-                f"resume: {work} was started with other settings ({', '.join(changed)}); give the same ones, or --force to start over."
-            )
-        if resume:
-            return work
-        shutil.rmtree(work)
-    try:
-        work.mkdir(exist_ok=True)
-        kept.write_text(json.dumps(settings, indent=1))
-    except OSError as error:
-        raise write_error(error, work) from error
-    return work
+            left = transplant(student, found.neurons, batches, strength=request.strength, advance=advance)
+    if left:
+        worst = max(left, key=lambda n: n.share)
+        progress.say(
+            f"{len(left)} of {len(found.neurons)} register neurons are left as they are, the strongest unit {worst.unit} of block "
+            f"{worst.block}: {left[worst]}."
+        )
+    return found, left

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable
 from dataclasses import asdict
 from typing import Any
@@ -9,8 +10,9 @@ from typing import Any
 import numpy as np
 import torch
 
-from phreg_deploy.artifacts import OUTLIER_FACTOR, agreement, cosine, norm_outliers, outlier_mask
+from phreg_deploy.artifacts import OUTLIER_FACTOR, agreement_of, cosine, norm_outliers, outlier_mask
 from phreg_deploy.distill import taps
+from phreg_deploy.distill.batches import STEP, Batches, spread
 from phreg_deploy.distill.fake_quantisation import quantised
 from phreg_deploy.distill.source import classifies
 from phreg_deploy.distill.taps import ViT
@@ -23,7 +25,7 @@ from phreg_deploy.spec import Preprocess
 
 REFERENCE_VIEWS = 20  # of the denoised target that fidelity is measured against
 REFERENCE_SEED = 12345
-STEP = 16
+SCORED = 256  # photographs that a student is scored on at most; each costs the base model 23 forwards
 
 
 def model_answers(
@@ -62,15 +64,14 @@ def read_features(
     """Of every photograph: ``patches`` ``(M, N, C)``, ``norms`` ``(M, N)``, ``cls`` ``(M, C)`` and ``logits`` where there are any."""
     model = model.to(device).eval()
     parts: dict[str, list[np.ndarray]] = {"patches": [], "norms": [], "cls": [], "logits": []}
-    for start in range(0, len(photographs), STEP):
-        images = torch.from_numpy(photographs.batch(start, start + STEP)).to(device)
-        seen = taps.forward(model, taps.normalise(images, preprocess.mean, preprocess.std))
+    for images in Batches(photographs, preprocess, device):
+        seen = taps.forward(model, images)
         parts["patches"].append(seen.patches.cpu().numpy())
         parts["norms"].append(seen.norms.cpu().numpy())
         if seen.cls is not None:
             parts["cls"].append(seen.cls.cpu().numpy())
         if classifies(model):
-            parts["logits"].append(model.forward_head(seen.tokens).cpu().numpy())
+            parts["logits"].append(model.forward_head(seen.given).cpu().numpy())
     return {name: np.concatenate(part) for name, part in parts.items() if part}
 
 
@@ -83,9 +84,8 @@ def block_norms(
     norms: list[list[np.ndarray]] = [[] for _ in model.blocks]
     prefix = model.num_prefix_tokens
     with taps.block_outputs(model, lambda i, out: norms[i].append(out[:, prefix:].float().norm(dim=-1).cpu().numpy())):
-        for start in range(0, len(photographs), STEP):
-            images = torch.from_numpy(photographs.batch(start, start + STEP)).to(device)
-            taps.forward(model, taps.normalise(images, preprocess.mean, preprocess.std))
+        for images in Batches(photographs, preprocess, device):
+            taps.forward(model, images)
     found = []
     for block in norms:
         values = np.concatenate(block)
@@ -113,49 +113,63 @@ def compare(
 ) -> dict[str, Any]:
     """Base and student side by side on photographs that neither was trained on: norms, fidelity, class drift.
 
-    Fidelity is the cosine to the base model's denoised target (20 views, fixed seed); ``outliers`` is its mean over the
+    Of more than ``SCORED`` photographs, that many are taken, evenly spaced. Features are held for ``STEP`` images at a time.
+
+    Fidelity is the cosine to the base model's denoised target (20 views, or all that differ on a small grid; fixed seed); ``outliers`` is its mean over the
     base model's outlier tokens alone. With ``grids``, "int8" is the student in fake quantisation: its fidelity, its
     norms, and its agreement with its own float features.
     """
     teacher = Teacher(base, preprocess, views=REFERENCE_VIEWS, seed=REFERENCE_SEED, device=device, autocast=autocast)
-    with progress.task("scoring: denoised targets", len(photographs)) as advance:
-        target = np.stack([t.patches.astype(np.float32) for t in teacher.targets(photographs, advance)])
-    target = target.reshape(len(target), -1, target.shape[-1])
-    seen = {
-        "base": read_features(base, photographs, preprocess, device),
-        "student": read_features(student, photographs, preprocess, device),
-    }
-    median = float(np.median(seen["base"]["norms"]))
-    outliers = outlier_mask(seen["base"]["norms"], median)
+    scored = spread(photographs, SCORED)
+    names = ("base", "student", *(["int8"] if grids else []))
+    norms: dict[str, list[np.ndarray]] = {name: [] for name in names}
+    cosines: dict[str, list[np.ndarray]] = {name: [] for name in (*names, "own", "cls", "same")}
+    with progress.task("scoring", len(scored)) as advance:
+        targets = teacher.targets(scored, advance)
+        for start in range(0, len(scored), STEP):
+            part = scored.subset(range(start, min(start + STEP, len(scored))))
+            target = np.stack([t.patches.astype(np.float32) for t in itertools.islice(targets, len(part))])
+            target = target.reshape(len(part), -1, target.shape[-1])
+            seen = {
+                name: read_features(model, part, preprocess, device)
+                for name, model in (("base", base), ("student", student))
+            }
+            if grids:
+                with quantised(student, grids):
+                    seen["int8"] = read_features(student, part, preprocess, device)
+                cosines["own"].append(cosine(seen["int8"]["patches"], seen["student"]["patches"]))
+            for name in names:
+                norms[name].append(seen[name]["norms"])
+                cosines[name].append(cosine(seen[name]["patches"], target))
+            if "cls" in seen["base"]:
+                cosines["cls"].append(cosine(seen["student"]["cls"], seen["base"]["cls"]))
+            if "logits" in seen["base"]:
+                cosines["same"].append(seen["student"]["logits"].argmax(1) == seen["base"]["logits"].argmax(1))
+    all_norms = {name: np.concatenate(parts) for name, parts in norms.items()}
+    values = {name: np.concatenate(parts) for name, parts in cosines.items() if parts}
+    median = float(np.median(all_norms["base"]))
+    outliers = outlier_mask(all_norms["base"], median)
     report: dict[str, Any] = {
-        "images": len(photographs),
-        "views": REFERENCE_VIEWS,
+        "images": len(scored),
+        "out_of": len(photographs),
+        "most": SCORED,
+        "views": teacher.views,
         "seed": REFERENCE_SEED,
         "median_norm": median,
     }
-    for name, model in (("base", base), ("student", student)):
-        fidelity = agreement(seen[name]["patches"], target, outliers)
+    for name in names:
+        fidelity = agreement_of(values[name], outliers)
         report[name] = {
-            "norm_outliers": asdict(norm_outliers(seen[name]["norms"], median)),
+            "norm_outliers": asdict(norm_outliers(all_norms[name], median)),
             "fidelity": {"mean": fidelity.mean, "p1": fidelity.p1, "outliers": fidelity.chosen},
-            "blocks": block_norms(model, photographs, preprocess, device),
         }
+    for name, model in (("base", base), ("student", student)):
+        report[name]["blocks"] = block_norms(model, scored, preprocess, device)
     if grids:
-        with quantised(student, grids):
-            eight = read_features(student, photographs, preprocess, device)
-        fidelity, own = (
-            agreement(eight["patches"], target, outliers),
-            agreement(eight["patches"], seen["student"]["patches"]),
-        )
-        report["int8"] = {
-            "norm_outliers": asdict(norm_outliers(eight["norms"], median)),
-            "fidelity": {"mean": fidelity.mean, "p1": fidelity.p1, "outliers": fidelity.chosen},
-            "own": {"mean": own.mean, "p1": own.p1},
-        }
-    if "cls" in seen["base"]:
-        report["class_cosine"] = float(cosine(seen["student"]["cls"], seen["base"]["cls"]).mean())
-    if "logits" in seen["base"]:
-        report["top1_agreement"] = float(
-            np.mean(seen["student"]["logits"].argmax(1) == seen["base"]["logits"].argmax(1))
-        )
+        own = agreement_of(values["own"])
+        report["int8"]["own"] = {"mean": own.mean, "p1": own.p1}
+    if "cls" in values:
+        report["class_cosine"] = float(values["cls"].mean())
+    if "same" in values:
+        report["top1_agreement"] = float(values["same"].mean())
     return report

@@ -7,7 +7,7 @@ there, and next to nothing on ordinary tokens. No layer, count or threshold has 
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -25,7 +25,10 @@ MOST = 64  # units at most, the strongest first; DINOv2-L has 45 (arXiv 2506.080
 
 @dataclass(frozen=True)
 class RegisterNeuron:
-    """Hidden unit ``unit`` of block ``block``; ``activation`` its signed mean on outlier tokens, ``share`` the norm it writes."""
+    """Hidden unit ``unit`` of block ``block``; ``activation`` its signed mean on outlier tokens, ``elsewhere`` on others.
+
+    ``share``: the norm that it writes on outlier tokens, in median norms of its block's output.
+    """
 
     block: int
     unit: int
@@ -65,11 +68,11 @@ class Survey:
 
 
 @torch.inference_mode()
-def survey(model: ViT, batches: list[torch.Tensor], advance: Callable[[int], None] = lambda _n: None) -> Survey:
+def survey(model: ViT, batches: Iterable[torch.Tensor], advance: Callable[[int], None] = lambda _n: None) -> Survey:
     """Search every block of ``model`` for register neurons.
 
     Args:
-        batches: normalised images, each ``(B, 3, H, W)``; 256 images in all are plenty.
+        batches: normalised images, each ``(B, 3, H, W)``, iterated twice; 256 images in all are plenty.
         advance: called with the number of images done; every image passes twice.
     """
     prefix, depth = model.num_prefix_tokens, len(model.blocks)
@@ -92,7 +95,8 @@ def survey(model: ViT, batches: list[torch.Tensor], advance: Callable[[int], Non
     if count == 0:
         return Survey(0.0, median, largest, [])
 
-    sums = [torch.zeros(3, hidden_width(block.mlp)) for block in model.blocks]  # rows: signed, outliers, others
+    # rows: signed, outliers, others; what ``fc2`` sees on outliers and on others, where a norm stands before it
+    sums = [torch.zeros(5, hidden_width(block.mlp)) for block in model.blocks]
 
     for batch, mask in zip(batches, masks):
         where = torch.from_numpy(mask)
@@ -102,6 +106,11 @@ def survey(model: ViT, batches: list[torch.Tensor], advance: Callable[[int], Non
             sums[i][0] += h[where].sum(0)
             sums[i][1] += h[where].abs().sum(0)
             sums[i][2] += h[~where].abs().sum(0)
+            inner = taps.inner_norm(model.blocks[i].mlp)
+            if inner is not None:
+                n = inner.forward(hidden[:, prefix:]).float().cpu()  # not called: its hook is this one
+                sums[i][3] += n[where].sum(0)
+                sums[i][4] += n[~where].sum(0)
 
         with taps.hidden_units(model, add):
             taps.forward(model, batch)
@@ -110,7 +119,10 @@ def survey(model: ViT, batches: list[torch.Tensor], advance: Callable[[int], Non
     found = []
     for i, block in enumerate(model.blocks):
         signed, on, off = sums[i][0] / count, sums[i][1] / count, sums[i][2] / max(1, total - count)
-        share = on * written_norm(block).cpu() / medians[i]
+        written = on
+        if taps.inner_norm(block.mlp) is not None:  # the norm bounds what a unit writes, and gives every unit an offset
+            written = (sums[i][3] / count - sums[i][4] / max(1, total - count)).abs()
+        share = written * written_norm(block).cpu() / medians[i]
         chosen = (share >= SHARE) & (on >= SELECTIVITY * off)
         found += [
             RegisterNeuron(i, int(u), float(signed[u]), float(off[u]), float(share[u]))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from torch import nn
 
@@ -20,7 +20,8 @@ class Recipe(Stored):
     between the base model's token and its denoised target, so that artifact tokens count for more. ``scale_free``:
     divide squared errors by the targets' variance. ``flips``: mirror image and target at random. ``lr_end`` None: one
     cycle with 10 % warm-up; else exponential from ``lr`` to ``lr_end``. ``clip``: largest gradient norm, 0 for none.
-    ``int8``: train through fake quantisation.
+    ``int8``: train through fake quantisation. ``moves_neurons``: first move register neurons to a register token.
+    ``decays_vectors``: weight decay on biases and norms too. ``rate_by_width``: a smaller ``lr`` for wider models.
     """
 
     name: str
@@ -36,16 +37,24 @@ class Recipe(Stored):
     clip: float
     epochs: int
     int8: bool = False
+    moves_neurons: bool = False
+    decays_vectors: bool = False
+    rate_by_width: bool = False
 
 
+# Ours; the figures that chose these values are in benchmarks/README.md.
+_TRANSPLANT = Recipe(
+    "transplant", "all", 4.0, 2.0, True, True, 1e-4, None, 0.05, 32, 1.0, 16, moves_neurons=True, rate_by_width=True
+)
 RECIPES = {
-    # Ours; the figures that chose these values are in benchmarks/README.md.
-    "transplant": Recipe("transplant", "all", 4.0, 2.0, True, True, 1e-4, None, 0.05, 32, 1.0, 16),
+    "transplant": _TRANSPLANT,
+    # The control that shows what the transplant gives: the same loss, schedule and weights, and registers that start at random.
+    "random-registers": replace(_TRANSPLANT, name="random-registers", moves_neurons=False),
     # arXiv 2505.21501 supplement S.2 (learning rates, batch) and section 3.2 (loss, unlocked weights). The paper trains
     # for 100 epochs and reports epoch 30; here the same decay is laid over the epochs that are asked for.
-    "ph-reg": Recipe("ph-reg", "paper", 0.0, 0.0, False, False, 3e-4, 1e-5, 0.01, 16, 0.0, 16),
+    "ph-reg": Recipe("ph-reg", "paper", 0.0, 0.0, False, False, 3e-4, 1e-5, 0.01, 16, 0.0, 16, decays_vectors=True),
 }
-WIDTH = 192  # the width at which the transplant recipe's learning rate was chosen
+WIDTH = 192  # the width at which our recipes' learning rate was chosen
 
 
 def find_recipe(name: str) -> Recipe:
@@ -55,7 +64,7 @@ def find_recipe(name: str) -> Recipe:
 
 def default_rate(recipe: Recipe, width: int) -> float:
     """The recipe's learning rate; ours falls with the square root of the width, since wider models need smaller steps."""
-    return recipe.lr * min(1.0, (WIDTH / width) ** 0.5) if recipe.name == "transplant" else recipe.lr
+    return recipe.lr * min(1.0, (WIDTH / width) ** 0.5) if recipe.rate_by_width else recipe.lr
 
 
 def unlocked(model: ViT, unlock: str) -> list[nn.Parameter]:

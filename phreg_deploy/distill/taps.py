@@ -20,9 +20,13 @@ ViT = Any  # a timm VisionTransformer or Eva, or a part of one: timm publishes n
 
 @dataclass
 class Features:
-    """``tokens`` after the final norm ``(B, T, C)``; ``norms`` the pre-norm L2 norms of patch tokens ``(B, N)``."""
+    """``tokens`` after the final norm ``(B, T, C)``; ``norms`` the pre-norm L2 norms of patch tokens ``(B, N)``.
+
+    ``given``: timm's ``forward_features``, which its head takes; the same as ``tokens`` unless the final norm is ``fc_norm``.
+    """
 
     tokens: torch.Tensor
+    given: torch.Tensor
     norms: torch.Tensor
     prefix: int
     class_token: bool
@@ -37,15 +41,26 @@ class Features:
 
 
 def forward(model: ViT, images: torch.Tensor) -> Features:
-    """Dense features of normalised ``images`` ``(B, 3, H, W)``: timm's ``forward_features``, and the norms before it."""
+    """Dense features of normalised ``images`` ``(B, 3, H, W)`` after ``final_norm``, and the patch norms before it."""
     kept: list[torch.Tensor] = []
     handle = model.norm.register_forward_pre_hook(lambda _module, inputs: kept.append(inputs[0]))
     try:
-        tokens = model.forward_features(images)
+        given = model.forward_features(images)
     finally:
         handle.remove()
-    prefix = model.num_prefix_tokens
-    return Features(tokens, kept[0][:, prefix:].float().norm(dim=-1), prefix, model.cls_token is not None)
+    prefix, norm = model.num_prefix_tokens, final_norm(model)
+    tokens = given if norm is model.norm else norm(given)
+    return Features(tokens, given, kept[0][:, prefix:].float().norm(dim=-1), prefix, model.cls_token is not None)
+
+
+def final_norm(model: ViT) -> ViT:
+    """The norm between the residual stream and what is served.
+
+    Models that were trained with average pooling (EVA02, EVA-g, timm's ``_gap_`` ViTs) have none on their tokens, only
+    ``fc_norm`` on the pooled one; there it is taken for each token, since the head never sees a raw residual either.
+    """
+    unnormed = isinstance(model.norm, nn.Identity) and not isinstance(model.fc_norm, nn.Identity)
+    return model.fc_norm if unnormed else model.norm
 
 
 @contextmanager
@@ -74,10 +89,15 @@ def hidden_units(model: ViT, see: Callable[[int, torch.Tensor], None]) -> Iterat
             handle.remove()
 
 
+def inner_norm(mlp: ViT) -> ViT | None:
+    """The norm between the activated hidden layer and ``fc2``, as EVA02-B and -L have one; None where there is none."""
+    inner = getattr(mlp, "norm", None)
+    return None if isinstance(inner, nn.Identity) else inner
+
+
 def hidden_tap(mlp: ViT) -> ViT:
     """The module whose input is the activated hidden layer: the MLP's inner norm where it has one, else ``fc2``."""
-    inner = getattr(mlp, "norm", None)
-    return mlp.fc2 if inner is None or isinstance(inner, nn.Identity) else inner
+    return inner_norm(mlp) or mlp.fc2
 
 
 def normalise(images: np.ndarray | torch.Tensor, mean: tuple[float, ...], std: tuple[float, ...]) -> torch.Tensor:

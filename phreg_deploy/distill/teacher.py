@@ -6,25 +6,28 @@ are computed once and kept on disk in float16; later epochs and later runs cost 
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import io
+import json
 import zipfile
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 
 from phreg_deploy.artifacts import cosine
 from phreg_deploy.distill import taps
+from phreg_deploy.distill.identity import model_identity
 from phreg_deploy.distill.taps import ViT
-from phreg_deploy.distill.weights import weights_digest
 from phreg_deploy.photographs import Photographs
 from phreg_deploy.scratch import remove_dead
 from phreg_deploy.spec import Preprocess
-from phreg_deploy.views import View, draw_views, gather, seed_of, show
+from phreg_deploy.views import View, draw_views, gather, most_views, seed_of, show
 from phreg_deploy.whole import write_whole
 
 CACHE_FORMAT = 2  # of the files below: other formats are other folders
@@ -50,9 +53,10 @@ class Teacher:
 
     Args:
         model: the base model, in evaluation mode.
-        views: views per image, the first of them plain; 10 in the paper.
+        views: views per image, the first of them plain; 10 in the paper. At most as many as differ on the model's grid.
         seed: of the views; each image's are drawn from the seed and its own digest, so order does not matter.
         device: where to run. autocast: bfloat16 autocast (halves the time on CPUs and GPUs that have it).
+        identity: ``model_identity(model)`` where it is known already; computing it reads every weight.
     """
 
     def __init__(
@@ -64,27 +68,23 @@ class Teacher:
         seed: int = 0,
         device: str = "cpu",
         autocast: bool = False,
+        identity: dict[str, Any] | None = None,
     ) -> None:
-        self.model, self.preprocess, self.views, self.seed, self.device, self.autocast = (
-            model.to(device),
-            preprocess,
-            views,
-            seed,
-            device,
-            autocast,
-        )
+        self.model, self.preprocess, self.seed = model.to(device), preprocess, seed
+        self.device, self.autocast = device, autocast
         self.patch = tuple(model.patch_embed.patch_size)
         self.grid = tuple(model.patch_embed.grid_size)
+        self.views = min(views, most_views(self.grid))
+        self._identity = identity
+
+    @functools.cached_property
+    def digest(self) -> str:
+        """The identity of every setting that decides a target."""
         settings = {
-            "weights": weights_digest(model),
-            "size": model.patch_embed.img_size,
-            "views": views,
-            "seed": seed,
-            "autocast": autocast,
-            "format": CACHE_FORMAT,
-            **asdict(preprocess),
-        }
-        self.digest = hashlib.sha256(repr(sorted(settings.items())).encode()).hexdigest()
+            "model": self._identity or model_identity(self.model), "preprocess": self.preprocess.to_json(), "views": self.views,
+            "seed": self.seed, "autocast": self.autocast, "format": CACHE_FORMAT,
+        }  # fmt: skip
+        return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()
 
     @torch.inference_mode()
     def denoise(self, photographs: Photographs, start: int, stop: int) -> list[Target]:

@@ -74,8 +74,8 @@ def train(
     student.to(device)
     free = unlocked(student, recipe.unlock)
     groups = [
-        {"params": [p for p in free if p.ndim > 1 or recipe.name == "ph-reg"], "weight_decay": recipe.weight_decay},
-        {"params": [p for p in free if p.ndim <= 1 and recipe.name != "ph-reg"], "weight_decay": 0.0},
+        {"params": [p for p in free if p.ndim > 1 or recipe.decays_vectors], "weight_decay": recipe.weight_decay},
+        {"params": [p for p in free if p.ndim <= 1 and not recipe.decays_vectors], "weight_decay": 0.0},
     ]
     optimizer = torch.optim.AdamW(groups, lr=recipe.lr, betas=(0.9, 0.999))
     steps = max(1, math.ceil(len(digests) / recipe.batch))

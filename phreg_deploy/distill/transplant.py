@@ -8,7 +8,7 @@ their activations at run time instead.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from itertools import groupby
 
 import torch
@@ -16,10 +16,13 @@ import torch
 from phreg_deploy.distill import taps
 from phreg_deploy.distill.neurons import RegisterNeuron
 from phreg_deploy.distill.taps import ViT
+from phreg_deploy.errors import PhregError
 
 RIDGE = 0.05  # of the mean variance
-SILENT = -4.0  # pre-activation at the others' 0.9999 quantile: GELU(-4) = -1.3e-4
-QUANTILE = 0.9999
+QUANTILE = 0.9999  # of the other tokens, put at the activation's zero
+FLAT = 1.5e-4  # an activation counts as zero where it and everything below it is at most this; GELU from -4 down
+DEEPEST = -32.0  # where the search for that ends
+LEAST_GAP = 0.1  # between the others' quantile and the register, in distances between the two means
 STRENGTH = 0.07  # of the outliers' activation: the next norm sees a direction only (benchmarks/README.md)
 SAMPLES = 65536  # rows kept for the quantile
 
@@ -28,28 +31,71 @@ SAMPLES = 65536  # rows kept for the quantile
 def transplant(
     student: ViT,
     neurons: list[RegisterNeuron],
-    batches: list[torch.Tensor],
+    batches: Iterable[torch.Tensor],
     *,
     strength: float = STRENGTH,
     advance: Callable[[int], None] = lambda _n: None,
-) -> None:
+) -> dict[RegisterNeuron, str]:
     """Rewrite ``neurons`` in place so that they fire for the student's first register token only.
 
     Args:
         student: a model with at least one register token.
         neurons: of the base model; rewritten block by block from the shallowest, since each changes what follows.
-        batches: normalised images ``(B, 3, H, W)``; a few hundred images in all.
+        batches: normalised images ``(B, 3, H, W)``, a few hundred in all; iterated once for each block.
         strength: activation at the register, in activations that the outlier tokens had.
+
+    Returns:
+        The neurons that were left as they are, and why.
+
+    Raises:
+        PhregError: none of the neurons can be moved.
     """
     sink = int(student.cls_token is not None)
+    left: dict[RegisterNeuron, str] = {}
     for index, group in groupby(sorted(neurons, key=lambda n: n.block), key=lambda n: n.block):
-        mean, centre, covariance, others = _statistics(student, index, batches, sink, advance)
-        ridge = RIDGE * covariance.diagonal().mean()
-        direction = torch.linalg.solve(covariance + ridge * torch.eye(len(centre), dtype=centre.dtype), mean - centre)
-        direction = direction / (direction @ (mean - centre))  # the register sits at 1 above the others' mean
-        rest = ((others - centre) @ direction).quantile(QUANTILE)
-        for neuron in group:
-            _rewrite(student.blocks[index].mlp, neuron, direction, centre, float(rest), strength)
+        mlp, units = student.blocks[index].mlp, list(group)
+        reason = unmovable(mlp)
+        if reason is None:
+            at_sink, centre, covariance, others = _statistics(student, index, batches, sink, advance)
+            ridge = RIDGE * covariance.diagonal().mean()
+            apart = at_sink - centre
+            direction = torch.linalg.solve(covariance + ridge * torch.eye(len(centre), dtype=centre.dtype), apart)
+            direction = direction / (direction @ apart)  # the register sits at 1 above the others' mean
+            rest = float(((others - centre) @ direction).quantile(QUANTILE))
+            if not rest <= 1 - LEAST_GAP:
+                reason = (
+                    f"its input does not tell the register from other tokens: their {QUANTILE} quantile lies at {rest:.2f} of the way "
+                    f"from their mean to the register, expected at most {1 - LEAST_GAP}"
+                )
+        if reason is not None:
+            left.update((unit, reason) for unit in units)
+            continue
+        for unit in units:
+            _rewrite(mlp, unit, direction, centre, rest, strength)
+    if neurons and len(left) == len(neurons):
+        first = min(left, key=lambda n: n.block)
+        raise PhregError(
+            f"transplant: none of the {len(left)} register neurons can be moved; unit {first.unit} of block {first.block}: {left[first]}. "
+            "Distil with --recipe random-registers."
+        )
+    return left
+
+
+def unmovable(mlp: ViT) -> str | None:
+    """Why units of this MLP cannot be rewritten, or None."""
+    if any(layer.bias is None for layer in (mlp.fc1_g, mlp.fc1_x)) if hasattr(mlp, "fc1_g") else mlp.fc1.bias is None:
+        return "its MLP has no bias, so nothing can hold the unit at zero for the other tokens"
+    if zero_below(mlp.act) is None:
+        return f"its activation {type(mlp.act).__name__} does not go to zero for negative inputs"
+    return None
+
+
+def zero_below(activation: Callable[[torch.Tensor], torch.Tensor]) -> float | None:
+    """The largest input, in steps of 1/8, at and below which the activation is zero to ``FLAT``; None where it is not."""
+    points = torch.arange(0, DEEPEST - 0.125, -0.125, dtype=torch.float64)
+    flat = activation(points.clone()).abs() <= FLAT
+    last = int((~flat).nonzero().max()) if not flat.all() else -1
+    return None if last == len(points) - 1 else float(points[last + 1])
 
 
 @torch.no_grad()
@@ -59,8 +105,25 @@ def silence(student: ViT, neurons: list[RegisterNeuron]) -> None:
         student.blocks[neuron.block].mlp.fc2.weight[:, neuron.unit] = 0
 
 
+class _Sample:
+    """A uniform sample of rows in bounded memory: the rows with the smallest of seeded random keys."""
+
+    def __init__(self, width: int, most: int) -> None:
+        self.rows, self.keys, self.most = torch.empty(0, width), torch.empty(0), most
+        self.generator = torch.Generator().manual_seed(0)
+
+    def add(self, rows: torch.Tensor) -> None:
+        keys = torch.rand(len(rows), generator=self.generator)
+        if len(self.rows) == self.most:
+            rows, keys = rows[keys < self.keys.max()], keys[keys < self.keys.max()]
+        self.rows, self.keys = torch.cat([self.rows, rows]), torch.cat([self.keys, keys])
+        if len(self.rows) > self.most:
+            kept = self.keys.topk(self.most, largest=False).indices
+            self.rows, self.keys = self.rows[kept], self.keys[kept]
+
+
 def _statistics(
-    student: ViT, index: int, batches: list[torch.Tensor], sink: int, advance: Callable[[int], None]
+    student: ViT, index: int, batches: Iterable[torch.Tensor], sink: int, advance: Callable[[int], None]
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     """Of the MLP's inputs in one block: mean at the register; mean, covariance and a sample over the other tokens.
 
@@ -68,17 +131,18 @@ def _statistics(
     """
     width, start = student.embed_dim, student.num_prefix_tokens
     total, square, at_sink = (torch.zeros(s, dtype=torch.float64) for s in ((width,), (width, width), (width,)))
-    count, images, rows = 0, 0, []
+    count, images, sample = 0, 0, _Sample(width, SAMPLES)
 
     def see(_module: ViT, inputs: tuple[torch.Tensor, ...]) -> None:
         nonlocal count, images
-        z = inputs[0].detach().double().cpu()  # (B, T, C)
-        others = torch.cat([z[:, :sink], z[:, start:]], dim=1).reshape(-1, width)
-        at_sink.add_(z[:, sink].sum(0))
+        z = inputs[0].detach().float().cpu()  # (B, T, C)
+        rows = torch.cat([z[:, :sink], z[:, start:]], dim=1).reshape(-1, width)
+        sample.add(rows)
+        others = rows.double()
+        at_sink.add_(z[:, sink].double().sum(0))
         total.add_(others.sum(0))
         square.add_(others.T @ others)
         count, images = count + len(others), images + len(z)
-        rows.append(others)
 
     handle = student.blocks[index].mlp.register_forward_pre_hook(see)
     try:
@@ -88,14 +152,13 @@ def _statistics(
     finally:
         handle.remove()
     centre = total / count
-    every = max(1, count // SAMPLES)
-    return at_sink / images, centre, square / count - torch.outer(centre, centre), torch.cat(rows)[::every]
+    return at_sink / images, centre, square / count - torch.outer(centre, centre), sample.rows.double()
 
 
 def _rewrite(
     mlp: ViT, neuron: RegisterNeuron, direction: torch.Tensor, centre: torch.Tensor, rest: float, strength: float
 ) -> None:
-    """Pre-activation = gain * direction.(z - centre) + offset: ``level`` at the register, ``SILENT`` at the others' quantile."""
+    """Pre-activation = gain * direction.(z - centre) + offset: ``level`` at the register, the activation's zero at ``rest``."""
     wanted = strength * neuron.activation
     gate, value = _rows(mlp, neuron.unit)
     level = wanted if value is None else max(abs(wanted), 4.0)  # a gated unit's gate only has to be open
@@ -104,8 +167,9 @@ def _rewrite(
     ):  # GELU and its kin have no negative side to speak of: write the mirror image instead
         level = abs(wanted)
         mlp.fc2.weight[:, neuron.unit] *= -1
-    gap = 1.0 - rest
-    gain = (level - SILENT) / max(gap, 1e-3)
+    zero = zero_below(mlp.act)
+    assert zero is not None  # ``unmovable`` has looked
+    gain = (level - zero) / (1.0 - rest)
     offset = level - gain
     weight, bias = gate
     weight.copy_((gain * direction).to(weight))
@@ -113,7 +177,7 @@ def _rewrite(
     if value is not None:
         weight, bias = value
         weight.zero_()
-        bias.copy_(torch.as_tensor(wanted / level).to(bias))
+        bias.copy_(torch.as_tensor(wanted / float(mlp.act(torch.tensor(level)))).to(bias))
 
 
 def _rows(mlp: ViT, unit: int) -> tuple[tuple[torch.Tensor, torch.Tensor], tuple[torch.Tensor, torch.Tensor] | None]:

@@ -223,7 +223,7 @@ def _manifest(
         inputs=describe(graph.graph.input), outputs=describe(graph.graph.output),
         source={**origin, "weights_sha256": weights_digest(model), "distilled": None if record is None else record["recipe"]["name"]},
         versions={"phreg_deploy": __version__, "torch": torch.__version__, "timm": timm.__version__, "onnx": onnx.__version__, "python": platform.python_version()},
-        norm_median=None if record is None else record["scores"]["median_norm"],
+        norm_median=None if record is None else recorded_median(record, model_path(request.model)),
         float_parts=kept,
         random_weights=request.random_weights,
     )  # fmt: skip

@@ -12,7 +12,7 @@ import torch
 from timm.layers.pos_embed_sincos import apply_rot_embed_cat
 from torch import nn
 
-from phreg_deploy.distill.taps import ViT
+from phreg_deploy.distill.taps import ViT, final_norm
 from phreg_deploy.export.folding import (
     CENTRE,
     fold_attention_scale,
@@ -55,7 +55,7 @@ class DenseViT(nn.Module):
         self.blocks = nn.ModuleList(
             DenseBlock(block, rope, self.prefix_count) for block, rope in zip(model.blocks, ropes)
         )
-        self.norm = copy.deepcopy(model.norm)
+        self.norm = copy.deepcopy(final_norm(model))
 
     def forward(self, image: torch.Tensor, pos_embed: torch.Tensor | None = None) -> tuple[torch.Tensor, ...]:
         """``image`` uint8 ``(B, H, W, 3)``; returns features ``(B, Hp, Wp, C)``, cls ``(B, C)`` if any, token_norm ``(B, Hp, Wp)``."""

@@ -136,7 +136,7 @@ def _recorded(reference: str) -> dict[str, Any]:
     """The base model's figures as the student's record has them: other images, so the note says which."""
     folder = model_path(reference)
     record = read_record(folder)
-    if record is None:
+    if record is None or "missing" in recorded(record, folder, "scores"):
         return {}
     return {
         "base": {

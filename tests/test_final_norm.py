@@ -1,0 +1,101 @@
+"""Models whose only final norm stands behind the pooling: EVA02, EVA-g, and ViTs of timm that average their patches."""
+
+import numpy as np
+import pytest
+import timm
+import torch
+from torch import nn
+
+from phreg_deploy.distill import taps
+from phreg_deploy.distill.checkpoint import write_student
+from phreg_deploy.distill.distillation import Request, distill
+from phreg_deploy.distill.measure import read_features
+from phreg_deploy.distill.source import load_model, model_preprocess
+from phreg_deploy.distill.student import add_registers
+from phreg_deploy.distill.teacher import Teacher
+from phreg_deploy.export.graph import DenseViT
+from phreg_deploy.photographs import read_photographs
+from tests.families import small
+
+POOLED = ["eva", "eva02", "eva02-base", "mae"]  # families of tests/families.py with fc_norm alone
+NAMES = [  # of timm, one of each kind
+    "eva02_tiny_patch14_224", "eva02_small_patch14_336", "eva02_base_patch14_448", "eva02_large_patch14_224", "eva_giant_patch14_560",
+    "eva_large_patch14_196", "vit_base_patch16_reg4_gap_256", "vit_base_patch16_rope_reg1_gap_256", "vit_so150m2_patch16_reg1_gap_256",
+]  # fmt: skip
+ON_TOKENS = [
+    "vit_tiny_patch16_224",
+    "vit_small_patch14_dinov2",
+    "vit_base_patch16_siglip_gap_224",
+    "eva02_base_patch16_clip_224",
+]
+
+
+@pytest.fixture
+def cases(photos):
+    """Photographs at the size of a model, and its preprocessing."""
+
+    def fitted(model):
+        preprocess = model_preprocess(model)
+        return read_photographs(photos, tuple(model.patch_embed.img_size), preprocess, limit=3), preprocess
+
+    return fitted
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_pooled_models_final_norm_is_fc_norm(name):
+    with torch.device("meta"):
+        model = timm.create_model(name, depth=1)
+    assert taps.final_norm(model) is model.fc_norm
+    assert isinstance(model.fc_norm, nn.LayerNorm)
+
+
+@pytest.mark.parametrize("name", ON_TOKENS)
+def test_other_models_keep_the_norm_on_their_tokens(name):
+    with torch.device("meta"):
+        model = timm.create_model(name, depth=1)
+    assert taps.final_norm(model) is model.norm
+    assert isinstance(model.norm, nn.LayerNorm)
+
+
+@pytest.mark.parametrize("family", POOLED)
+def test_teacher_student_and_graph_apply_it_to_every_token(family, cases):
+    """A raw residual's norm would otherwise decide how much each view of a patch weighs in the target."""
+    model = small(family)
+    photographs, preprocess = cases(model)
+    pixels = photographs.batch(0, 3)
+    images = taps.normalise(pixels, preprocess.mean, preprocess.std)
+    prefix = model.num_prefix_tokens
+    with torch.no_grad():
+        raw = model.forward_features(images)
+        wanted = model.fc_norm(raw)[:, prefix:].numpy()
+        assert np.abs(wanted - raw[:, prefix:].numpy()).max() > 0.1
+        np.testing.assert_allclose(read_features(model, photographs, preprocess)["patches"], wanted, atol=1e-5)
+        plain = np.stack([t.plain for t in Teacher(model, preprocess, views=2).targets(photographs)])
+        np.testing.assert_allclose(plain.reshape(wanted.shape), wanted, atol=1e-4)
+        features, *_, norms = DenseViT(model, preprocess)(torch.from_numpy(pixels))
+        np.testing.assert_allclose(features.reshape(wanted.shape).numpy(), wanted, atol=1e-4)
+        np.testing.assert_allclose(norms.flatten(1).numpy(), raw[:, prefix:].norm(dim=-1).numpy(), rtol=1e-4)
+        student = taps.forward(add_registers(model, 0), images).patches.numpy()
+        np.testing.assert_allclose(student, wanted, atol=1e-4)
+
+
+@pytest.mark.parametrize("family", POOLED)
+def test_the_head_still_gets_what_timm_gives_it(family, cases):
+    """And not a token that is normed twice."""
+    model = small(family)
+    photographs, preprocess = cases(model)
+    with torch.no_grad():
+        wanted = model(taps.normalise(photographs.batch(0, 3), preprocess.mean, preprocess.std)).numpy()
+    np.testing.assert_allclose(read_features(model, photographs, preprocess)["logits"], wanted, atol=1e-5)
+
+
+def test_a_pooled_model_distils_towards_normed_tokens(photos, tmp_path):
+    base = small("eva02-base")
+    (tmp_path / "base").mkdir()
+    write_student(base, {"scores": {}}, tmp_path / "base")
+    asked = Request(str(tmp_path / "base"), photos, epochs=6, batch=8, lr=3e-4, views=2, precision="fp32", device="cpu")
+    record = distill(asked, tmp_path / "student", cache=tmp_path / "cache")
+    student = load_model(str(tmp_path / "student"))
+    assert torch.equal(student.fc_norm.weight, load_model(str(tmp_path / "base")).fc_norm.weight)  # the head's, kept
+    assert record["history"]["loss"][-1] < 0.9 * record["history"]["loss"][0]
+    assert record["scores"]["student"]["fidelity"]["mean"] > 0.5
