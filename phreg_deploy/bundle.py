@@ -15,7 +15,7 @@ import numpy as np
 from phreg_deploy.errors import PhregError
 from phreg_deploy.spec import Batches, ModelSpec, Preprocess, Sizes
 
-FORMAT = 2
+FORMAT = 3
 MANIFEST, GRAPH, REFERENCE, POSITIONS = "manifest.json", "model.onnx", "reference.npz", "pos_embed.npy"
 CALIBRATION = "calibration.json"
 STAMP = (1980, 1, 1, 0, 0, 0)  # the oldest date a zip can hold: the same bundle has the same bytes on any day

@@ -167,7 +167,7 @@ def test_threads_and_mode_reach_the_runtime(bundle, threads):
 
 def test_a_closed_extractor_frees_the_model(bundle):
     extractor = load(bundle)
-    backend = extractor._backend
+    backend = extractor.opened
     extractor.close()
     extractor.close()
     assert backend._model is None
