@@ -34,6 +34,12 @@ class BackendMissing(PhregError):
     exit_code = 4
 
 
+class Interrupted(PhregError):
+    """Ctrl-C where part of the work was kept; the message says what. Exit code 130."""
+
+    exit_code = 130
+
+
 def missing_extra(module: str, extra: str, what: str) -> BackendMissing:
     """The error for an import that fails because an extra was not installed.
 

@@ -49,7 +49,7 @@ def write(w, name, data):
 BUNDLES = {  # id: (bundle, fragments) for every reader
     "no folder": (lambda w: w.tmp / "none", ["none", "there is nothing"]),
     "a file": (lambda w: w.photos / "frame-01.jpg", ["frame-01.jpg", "there is a file"]),
-    "newer format": (lambda w: w.copy("bundle", manifest=edit(format=3)), ["got format 3", "at most 2", "Upgrade phreg-deploy"]),
+    "newer format": (lambda w: w.copy("bundle", manifest=edit(format=4)), ["got format 4", "at most 3", "Upgrade phreg-deploy"]),
     "no format": (lambda w: w.copy("bundle", manifest=edit(format=None)), ["manifest.json", "no format number"]),
     "manifest empty": (lambda w: w.copy("bundle", manifest=b""), ["manifest.json", "not valid JSON"]),
     "manifest truncated": (lambda w: w.copy("bundle", manifest=half), ["manifest.json", "not valid JSON", "export the bundle again"]),
@@ -104,10 +104,9 @@ OTHERS = {
     "extract: size out of range": (lambda w: [*READERS["extract"](w, w.wide_bundle), "--image-size", "48x104"], ["48x104", "48x48 to 96x96"]),
     "extract: size not a multiple": (lambda w: [*READERS["extract"](w, w.wide_bundle), "--image-size", "60"], ["60x60"]),
     "extract: image missing": (lambda w: ["extract", w.bundle, w.tmp / "x.jpg", "-o", w.out], ["there is no file", "x.jpg"]),
-    "extract: image truncated": (
-        lambda w: ["extract", w.bundle, w.photos, w.odd_images / "truncated.jpg", "-o", w.out],
-        ["truncated.jpg", "truncated or damaged"],
-    ),
+    "extract: an address": (lambda w: ["extract", w.bundle, "https://example.org/a.jpg", "-o", w.out], ["It is an address"]),
+    "extract: outputs unknown": (lambda w: [*READERS["extract"](w, w.bundle), "--outputs", "features,depth"], ["'features,depth'", "cls, token_norm"]),
+    "extract: resume and force": (lambda w: [*READERS["extract"](w, w.bundle), "--resume", "--force"], ["--resume and --force", "one of them"]),
     "extract: text for an image": (lambda w: ["extract", w.bundle, w.odd_images / "text.jpg", "-o", w.out], ["text.jpg", "not an image"]),
     "extract: empty folder": (lambda w: ["extract", w.bundle, w.tmp, "-o", w.out], ["holds no image"]),
     "extract: no image named": (lambda w: ["extract", w.bundle, "-o", w.out], ["Missing argument", "IMAGES"]),

@@ -48,7 +48,8 @@ class Group(click.Group):
 
 
 def _interrupted() -> None:
-    message = "Interrupted. Nothing half-written was left; an interrupted `distill` goes on with --resume."
+    hint = "; the same command with --resume goes on" * ("distill" in sys.argv[1:2])
+    message = f"Interrupted. Nothing half-written was left{hint}."
     click.echo(f"Error: {message}", err=True)
     _fail(message, 130)
 

@@ -5,6 +5,7 @@ Without this a call in the child waits for threads that are not there, for insta
 
 from __future__ import annotations
 
+import ctypes
 import os
 import threading
 import weakref
@@ -54,13 +55,12 @@ class Held:
     def forget(self) -> None:
         """Let go of the parent's backend without freeing it, which would wait for its threads."""
         if self.backend is not None:
-            _INHERITED.append(self.backend)
+            ctypes.pythonapi.Py_IncRef(ctypes.py_object(self.backend))  # nothing frees it, the child's exit included
             self._inherited, self.backend = self.backend, None
         self.lock = threading.Lock()  # another thread of the parent may have held it
 
 
 _LIVING: weakref.WeakSet[Held] = weakref.WeakSet()
-_INHERITED: list[Backend] = []  # so that nothing frees them
 
 
 def _after_fork() -> None:
