@@ -80,12 +80,17 @@ def fit(image: Image.Image | np.ndarray, size: tuple[int, int], preprocess: Prep
         )
     left, top = round((new[0] - width) / 2), round((new[1] - height) / 2)
     box = (left, top, left + width, top + height)
-    if preprocess.fast and applies(old, new, preprocess.interpolation):
+    if resizes_fast(old, size, preprocess):
         return shrink(image, new, box, preprocess.interpolation)
     picture = image if isinstance(image, Image.Image) else Image.fromarray(image)
     if old != new:
         picture = picture.resize(new, RESAMPLING[preprocess.interpolation])
     return np.array(picture.crop(box), dtype=np.uint8)  # a copy, since PyTorch warns of arrays that are read-only
+
+
+def resizes_fast(old: tuple[int, int], size: tuple[int, int], preprocess: Preprocess) -> bool:
+    """Whether ``fit`` takes ``resampling.shrink`` for an image of (width, height) pixels, and not Pillow."""
+    return preprocess.fast and applies(old, _resized(old, size, preprocess), preprocess.interpolation)
 
 
 def _resized(old: tuple[int, int], size: tuple[int, int], preprocess: Preprocess) -> tuple[int, int]:

@@ -118,6 +118,8 @@ OTHERS = {
     "artifacts: picture nowhere": (lambda w: [*READERS["artifacts"](w, w.bundle), "--picture", w.tmp / "no" / "p.png"], ["p.png"]),
     "profile: batch not served": (lambda w: [*READERS["profile"](w, w.bundle), "--batch", "2"], ["got 2 images", "--batch 1:1:2"]),
     "profile: batch of words": (lambda w: [*READERS["profile"](w, w.bundle), "--batch", "1,b"], ["'1,b'", "1,4,8"]),
+    "profile: frame of words": (lambda w: [*READERS["profile"](w, w.bundle), "--frame", "1080p"], ["'1080p'", "HEIGHTxWIDTH"]),
+    "profile: frame too large": (lambda w: [*READERS["profile"](w, w.bundle), "--frame", "99999x10"], ["99999x10", "16384"]),
     "profile: no time": (lambda w: ["profile", w.bundle, "--seconds", "0"], ["--seconds"]),
     "profile: baseline missing": (lambda w: [*READERS["profile"](w, w.bundle), "--baseline", w.tmp / "b.json"], ["b.json", "cannot be read"]),
     "profile: baseline a folder": (lambda w: [*READERS["profile"](w, w.bundle), "--baseline", w.tmp], ["cannot be read"]),

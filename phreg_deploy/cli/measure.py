@@ -14,6 +14,7 @@ from phreg_deploy.errors import GateFailed, PhregError
 if TYPE_CHECKING:
     from phreg_deploy.runtime.features import FeatureExtractor
 
+LARGEST = 16_384
 PARTS = ("latency", "h2d", "enqueue", "compute", "d2h")
 
 
@@ -22,6 +23,9 @@ PARTS = ("latency", "h2d", "enqueue", "compute", "d2h")
 @tuning_options
 @click.option("--batch", "batches", help="Batch sizes, e.g. 1,4,8; by default the bundle's best.")
 @click.option("--image-size", help="For bundles with several sizes, e.g. 518 or 480x640.")
+@click.option(
+    "--frame", default="480x640", show_default=True, help="Frame that preprocessing is measured on, HEIGHTxWIDTH."
+)
 @click.option(
     "--seconds",
     default=5.0,
@@ -53,6 +57,7 @@ def profile(
     fps: float | None,
     without: Path | None,
     image_size: str | None,
+    frame: str,
     seconds: float,
     baseline: Path | None,
     tolerance: float,
@@ -66,7 +71,7 @@ def profile(
 
     \b
     Examples:
-      phreg-deploy profile student.bundle --threads 2
+      phreg-deploy profile student.bundle --threads 2 --frame 1080x1920
       phreg-deploy profile student.bundle --batch 1,8 --json > today.json
       phreg-deploy profile student.bundle --batch 1,8 --baseline today.json
       phreg-deploy profile student.bundle --backend tensorrt --fps 30 --without base.bundle
@@ -78,7 +83,9 @@ def profile(
 
     result = Result(as_json, quiet)
     sizes, threads_at_once = _numbers(batches, "batch") if batches else None, _numbers(streams, "streams")
-    before = _read_baseline(baseline) if baseline else {}
+    before, frame_size = _read_baseline(baseline) if baseline else {}, parse_size(frame)
+    if max(frame_size) > LARGEST:
+        raise PhregError(f"frame: got {frame}, expected sides of at most {LARGEST} pixels.")
     with FeatureExtractor.load(
         bundle, backend, threads=threads, compute=compute, mode=mode, device=device
     ) as extractor:
@@ -87,7 +94,13 @@ def profile(
             raise PhregError(f"profile: --fps and --without are for a GPU; this would run on {extractor.backend}.")
         size = parse_size(image_size) if image_size else None
         report = profile_bundle(
-            extractor, batches=sizes, size=size, seconds=seconds, threads=threads, progress=result.progress
+            extractor,
+            batches=sizes,
+            size=size,
+            seconds=seconds,
+            threads=threads,
+            progress=result.progress,
+            frame=frame_size,
         )
         if extractor.backend in GPU:
             asked = {"batches": sizes, "size": size, "seconds": seconds, "streams": threads_at_once, "fps": fps}
@@ -109,7 +122,8 @@ def profile(
     )
     for r in report["results"]:
         result.say(
-            f"batch {r['batch']}: {r['images_per_second']:.1f} images/s; the extractor adds {100 * r['overhead']:.1f} % to the bare graph."
+            f"batch {r['batch']}: {r['images_per_second']:.1f} images/s; the extractor adds {100 * r['overhead']:.1f} % to the bare graph. "
+            f"Preprocessing of {where['photograph']} ({where['resize']} resize) is {100 * r['preprocess_share']:.0f} % of the time from frame to features."
         )
     slower = against_baseline(report, before, tolerance) if baseline else []
     if slower:
