@@ -18,7 +18,7 @@ from phreg_deploy.decoding import read_image, to_rgb, upright
 from phreg_deploy.errors import PhregError
 
 COLORS = ("rgb", "bgr")
-CPU, PINNED = 1, 3  # DLPack's numbers of devices whose memory numpy can read
+CPU, GPU, MANAGED = 1, 2, 13  # kDLCPU, kDLCUDA, kDLCUDAManaged of dlpack.h
 EXPECTED = "a path, encoded bytes, a binary file, a PIL image, or a uint8 array (H, W, 3), (H, W) or (B, H, W, 3)"
 
 
@@ -85,7 +85,7 @@ def host_array(value: Any, what: str = "image") -> np.ndarray | None:
         hasattr(value, "__array__") or hasattr(value, "__dlpack__")
     ):
         return None
-    if on_device(value):
+    if on_gpu(value):
         raise PhregError(
             f"{what}: got an array on a GPU, expected one in the host's memory. Resize it there and hand it to run(), or copy it to the host."
         )
@@ -97,11 +97,13 @@ def host_array(value: Any, what: str = "image") -> np.ndarray | None:
         ) from None
 
 
-def on_device(value: Any) -> bool:
-    """Whether an array lies where numpy cannot read it."""
+def on_gpu(value: Any) -> bool:
+    """Whether a value is an array on a GPU, of whatever library."""
+    if isinstance(value, np.ndarray):
+        return False
     if hasattr(value, "__cuda_array_interface__"):
         return True
-    return hasattr(value, "__dlpack_device__") and int(value.__dlpack_device__()[0]) not in (CPU, PINNED)
+    return hasattr(value, "__dlpack_device__") and int(value.__dlpack_device__()[0]) in (GPU, MANAGED)
 
 
 def _pictures(value: Any, what: str) -> list[Any]:

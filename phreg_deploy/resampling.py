@@ -1,9 +1,9 @@
-"""Pillow's resize as products of matrices, for large images: the same numbers in about half the time.
+"""Pillow's resize as products of matrices, for large images: the same numbers in a third to half of the time.
 
 Both passes of Pillow's resize are linear: each output pixel is a weighted sum of neighbouring input pixels. A block of
 neighbouring outputs reads one window of inputs, so that BLAS computes the block as one small product. The first pass is
 rounded to whole grey levels before the second, as in Pillow. Pillow sums in whole numbers and this module in float32, so
-that about one value in 10,000 differs, by one grey level.
+that about one value in 10,000 differs, by one grey level or two.
 """
 
 from __future__ import annotations

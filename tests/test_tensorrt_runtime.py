@@ -546,7 +546,7 @@ def test_outputs_on_the_gpu_are_freed_with_their_last_reader(load, device):
         (lambda d: double.Array(d, frames()[0]), r"got uint8 \(64, 64, 3\) on the GPU"),
         (lambda d: double.Array(d, frames(0, 2)), "batch"),
         (lambda d: double.Array(d, frames(0, 1, (80, 64))), "80x64"),
-        (lambda d: frames().tolist(), "got list, expected an array on a GPU"),
+        (lambda d: frames().tolist(), "got list, expected a uint8 RGB array"),
     ],
 )
 def test_what_is_no_batch_on_the_gpu_is_refused(load, device, change, words):

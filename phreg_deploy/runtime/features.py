@@ -12,7 +12,7 @@ import numpy as np
 
 from phreg_deploy.bundle import Bundle
 from phreg_deploy.errors import PhregError
-from phreg_deploy.intake import check_color, host_array, on_device, rgb, single_pictures
+from phreg_deploy.intake import check_color, host_array, on_gpu, rgb, single_pictures
 from phreg_deploy.photographs import fit
 from phreg_deploy.runtime.backends import GPU, Backend, open_backend
 from phreg_deploy.runtime.closing import Closing
@@ -186,7 +186,7 @@ class FeatureExtractor(Closing):
         Raises:
             PhregError: a size or batch that is not served, another type, or a backend that does not run on a GPU.
         """
-        if isinstance(batch, np.ndarray) or not on_device(batch):
+        if isinstance(batch, np.ndarray) or not on_gpu(batch):
             if out is not None or stream is not None:
                 raise PhregError("extract: out and stream are for a batch on the GPU; got one on the host.")
             return self._open().run(self.feed(batch))
