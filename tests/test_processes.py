@@ -60,6 +60,28 @@ def test_a_forked_child_opens_the_backend_again(bundle, backend, mode):
     assert done.returncode == 0, done.stderr or "the child hung or gave other features"
 
 
+EXITS = """
+import os, signal, sys
+from phreg_deploy.runtime import FeatureExtractor
+extractor = FeatureExtractor.load(sys.argv[1], "openvino", threads=2)
+child = os.fork()
+if child == 0:
+    signal.alarm(10)
+    sys.exit(0)
+_, status = os.waitpid(child, 0)
+sys.exit(0 if status == 0 else 1)
+"""
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="this system does not fork")
+def test_a_forked_child_ends_without_freeing_the_parents_backend(bundle):
+    pytest.importorskip("openvino")
+    done = subprocess.run(
+        [sys.executable, "-c", EXITS, str(bundle)], capture_output=True, text=True, check=False, cwd=ROOT
+    )
+    assert done.returncode == 0, done.stderr or "the child waited for threads of its parent"
+
+
 class OnGpu:
     name, compute = "tensorrt", "fp32"
 

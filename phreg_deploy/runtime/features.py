@@ -100,7 +100,7 @@ class FeatureExtractor(Closing):
 
     @property
     def opened(self) -> Any:
-        """The backend itself, for who measures it."""
+        """The backend itself, for measurements of it."""
         return self._open()
 
     @property
