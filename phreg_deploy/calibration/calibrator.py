@@ -37,6 +37,7 @@ from phreg_deploy.errors import GateFailed, PhregError
 from phreg_deploy.progress import SILENT, Progress
 from phreg_deploy.quantisation import Smoothing
 from phreg_deploy.runtime.features import FeatureExtractor
+from phreg_deploy.runtime.instructions import advice
 from phreg_deploy.runtime.parity import Parity, judge
 from phreg_deploy.whole import check_target, whole_folder
 
@@ -89,6 +90,9 @@ def calibrate(
         raise PhregError(
             f"calibrate: got a bundle in {manifest.precision}, expected fp32. Export it with --precision fp32 first."
         )
+    note = advice(request.mode) if request.target == "cpu" else None
+    if note:
+        progress.say(f"{note} The bundle will be as exact here as elsewhere.")
     shares = share_out(request.images, manifest, progress.say)
     with FeatureExtractor.load(request.bundle, backend="onnxruntime-cpu", verify=False) as extractor:
         model = onnx.load(bundle.graph)
@@ -97,8 +101,8 @@ def calibrate(
             ranges = observe(model, linears, manifest.model, feeds(extractor, shares.calibrate), advance)
         largest: dict[str, float] = {}
         if request.target == "trt":
-            with progress.task("largest values", len(shares.select)) as advance:
-                largest = watch(model, feeds(extractor, shares.select), advance)
+            with progress.task("largest values", len(shares.calibrate)) as advance:
+                largest = watch(model, feeds(extractor, shares.calibrate), advance)
         rounded_on = list(feeds(extractor, shares.calibrate))
         chosen_on, reported_on = (
             _scene(extractor, part, progress, name)

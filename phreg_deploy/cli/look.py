@@ -132,6 +132,8 @@ def inspect(path: Path, as_json: bool, quiet: bool) -> None:
 
 
 def _eight_bits(facts: dict[str, Any]) -> list[list[str]]:
+    from phreg_deploy.runtime.instructions import advice
+
     fidelity, count = facts["fidelity"], facts["images"]["report"]["count"]
     rows = [
         [
@@ -143,7 +145,8 @@ def _eight_bits(facts: dict[str, Any]) -> list[list[str]]:
             f"patch cosine {fidelity['cosine_mean']:.5f}, 1st percentile {fidelity['cosine_p1']:.5f}, on {count} images that took part in no choice",
         ],
     ]
-    return rows + [["MISSED", line] for line in facts["missed"]]
+    rows += [["MISSED", line] for line in facts["missed"]]
+    return rows + [["note", line] for line in (advice(facts["mode"]),) if line and facts["target"] == "cpu"]
 
 
 def _inspect_student(path: Path, result: Result) -> None:

@@ -23,10 +23,14 @@ GPU = ("tensorrt", "onnxruntime-cuda", "onnxruntime-tensorrt")
 
 
 class Backend(Protocol):
-    """A loaded graph. ``run`` may be called from several threads at once. ``compute``: "fp32" or "bf16", of what is not in 8 bits."""
+    """A loaded graph. ``run`` may be called from several threads at once.
+
+    ``compute``: "fp32" or "bf16", of what is not in 8 bits. ``remark``: what a user should know of how it computes here.
+    """
 
     name: str
     compute: str
+    remark: str
 
     def run(self, feed: dict[str, np.ndarray]) -> dict[str, np.ndarray]: ...
 

@@ -18,6 +18,7 @@ from phreg_deploy.runtime.backends import GPU, Backend, open_backend
 from phreg_deploy.runtime.closing import Closing
 from phreg_deploy.runtime.dense import DenseFeatures
 from phreg_deploy.runtime.forking import Held
+from phreg_deploy.runtime.instructions import advice
 from phreg_deploy.runtime.positions import resample
 from phreg_deploy.runtime.tuning import Tuning
 from phreg_deploy.spec import check_multiple
@@ -75,7 +76,7 @@ class FeatureExtractor(Closing):
         else:
             opened, reason = open_backend(bundle, backend, tuning, device), f"{backend}: as asked"
         extractor = cls(bundle, opened)
-        extractor.choice, extractor.color = reason, color
+        extractor.color = color
         steps = extractor.preprocess
         extractor.preprocess = replace(
             steps, exif=steps.exif if exif is None else exif, fast=steps.fast if fast is None else fast
@@ -86,6 +87,9 @@ class FeatureExtractor(Closing):
             "path": Path(path).absolute(), "backend": opened.name, "threads": threads, "compute": compute, "mode": mode,
             "verify": verify, "examine": examine, "device": device, "color": color, "exif": exif, "fast": fast,
         }  # fmt: skip
+        extractor.choice = "; ".join(
+            part for part in (reason, opened.remark, advice(bundle.manifest.precision)) if part
+        )
         if device and opened.name not in GPU:
             extractor.close()
             raise PhregError(

@@ -16,6 +16,7 @@ from phreg_deploy.engines import FOLDER, profiles_of
 from phreg_deploy.errors import BackendMissing, PhregError
 from phreg_deploy.runtime.cuda import Cuda
 from phreg_deploy.runtime.device_arrays import DeviceArray
+from phreg_deploy.runtime.instructions import EXACT
 from phreg_deploy.runtime.ort_staging import Staging
 from phreg_deploy.runtime.tuning import Tuning
 
@@ -39,6 +40,8 @@ class OrtBackend:
         BackendMissing: ONNX Runtime cannot be imported, is not the GPU build, or dropped the provider silently.
         PhregError: it refuses the graph, or was asked for a precision that the graph is not in.
     """
+
+    remark = ""
 
     def __init__(self, bundle: Bundle, name: str, tuning: Tuning, device: int = 0) -> None:
         manifest = bundle.manifest
@@ -66,6 +69,7 @@ class OrtBackend:
             onnxruntime.preload_dlls()
         options = onnxruntime.SessionOptions()
         options.log_severity_level = 3  # errors only; they also raise
+        options.add_session_config_entry(*EXACT)
         if tuning.threads:
             options.intra_op_num_threads = tuning.threads
         if manifest.quantisation is not None and manifest.quantisation["target"] == "trt":
