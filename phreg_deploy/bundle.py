@@ -26,7 +26,7 @@ from phreg_deploy.validity import check_files, check_manifest
 
 T = TypeVar("T")
 
-FORMAT = 2
+FORMAT = 3
 MANIFEST, GRAPH, REFERENCE, POSITIONS = "manifest.json", "model.onnx", "reference.npz", "pos_embed.npy"
 CALIBRATION = "calibration.json"
 MARK = "phreg."  # before each key of the graph's metadata

@@ -32,3 +32,9 @@ class BackendMissing(PhregError):
     """A backend or dependency is not installed or not usable here. Exit code 4."""
 
     exit_code = 4
+
+
+class Interrupted(PhregError):
+    """Ctrl-C where part of the work was kept; the message says what. Exit code 130."""
+
+    exit_code = 130

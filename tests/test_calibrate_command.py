@@ -271,11 +271,19 @@ def test_unreadable_images_are_skipped_and_said(world, run_cli, quick):
 
 def test_a_manifest_of_the_first_format_is_still_read(world):
     data = json.loads((world.bundle / "manifest.json").read_text())
-    assert data["format"] == FORMAT == 2
+    assert data["format"] == FORMAT == 3
     old = {k: v for k, v in data.items() if k != "quantisation"} | {"format": 1}
     assert Manifest.from_json(old) == Manifest.from_json(data)
     with pytest.raises(PhregError, match=r"missing keys \['quantisation'\]"):
         Manifest.from_json(old | {"format": 2})
     folder = world.copy("bundle", manifest=json.dumps(old).encode())
     calibrate(CalibrationRequest(folder, world.photos, smoothing=GIVEN, float_macs=0), world.out)
-    assert Bundle.read(world.out).manifest.to_json()["format"] == 2
+    assert Bundle.read(world.out).manifest.to_json()["format"] == 3
+
+
+def test_a_manifest_from_before_exif_keeps_its_preprocessing(world):
+    data = json.loads((world.bundle / "manifest.json").read_text())
+    assert (data["preprocess"]["exif"], data["preprocess"]["fast"]) == (True, True)
+    steps = {k: v for k, v in data["preprocess"].items() if k not in ("exif", "fast")}
+    old = Manifest.from_json(data | {"format": 2, "preprocess": steps})
+    assert (old.preprocess.exif, old.preprocess.fast) == (False, False)

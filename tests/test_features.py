@@ -152,6 +152,23 @@ def test_a_latency_report_carries_its_conditions(bundles):
     assert report["conditions"]["threads"] == 1
 
 
+def test_preprocessing_is_measured_on_the_frame_that_was_asked_for(bundles, monkeypatch):
+    prepared = []
+    real = FeatureExtractor.prepare
+    monkeypatch.setattr(
+        FeatureExtractor, "prepare", lambda self, x, size: (prepared.append(x.shape), real(self, x, size))
+    )
+    with FeatureExtractor.load(bundles / "range", "onnxruntime-cpu", threads=1) as extractor:
+        asked = {"batches": [2], "size": None, "seconds": 0.1, "threads": 1, "progress": SILENT}
+        report = profile_bundle(extractor, **asked, frame=(720, 1280))
+    assert set(prepared) == {(720, 1280, 3)}
+    assert report["conditions"]["photograph"] == "1280x720 noise"
+    assert report["conditions"]["resize"] == "fast"
+    (result,) = report["results"]
+    preparing = 2 * result["preprocess"]["p50"]
+    assert result["preprocess_share"] == pytest.approx(preparing / (preparing + result["extractor"]["p50"]))
+
+
 def test_a_drifting_machine_is_called_unstable():
     assert summarise([1.0] * 10).stable
     assert not summarise([1.0] * 5 + [2.0] * 5).stable

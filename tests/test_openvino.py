@@ -185,7 +185,7 @@ def test_throughput_is_refused_where_it_would_be_ignored(bundle, run_cli, monkey
 
 def test_a_closed_extractor_frees_the_model(bundle):
     extractor = load(bundle)
-    backend = extractor._backend
+    backend = extractor.opened
     extractor.close()
     extractor.close()
     assert backend._model is None

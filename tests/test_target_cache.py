@@ -62,9 +62,11 @@ def test_other_settings_have_another_folder(case):
         Teacher(teacher.model, teacher.preprocess, views=4, seed=1),
         Teacher(teacher.model, teacher.preprocess, views=4, autocast=True),
         Teacher(teacher.model, replace(teacher.preprocess, crop_mode="squash"), views=4),
+        Teacher(teacher.model, replace(teacher.preprocess, exif=False), views=4),
+        Teacher(teacher.model, replace(teacher.preprocess, fast=False), views=4),
     ]
     folders = {TargetCache(other, cache.folder.parent).folder for other in others}
-    assert len(folders | {cache.folder}) == 5
+    assert len(folders | {cache.folder}) == 1 + len(others)
 
 
 def twins(**changes):

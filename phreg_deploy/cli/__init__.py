@@ -25,7 +25,6 @@ INTERRUPTED = {  # command: what an interruption leaves
     "export": WHOLE.format("OUTPUT"),
     "calibrate": WHOLE.format("OUTPUT"),
     "build": "No half-built engine was kept; run the command again.",
-    "extract": WHOLE.format("OUTPUT"),
     "demo": WHOLE.format("OUTPUT"),
 }
 

@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from phreg_deploy.runtime.baseline import Baseline
     from phreg_deploy.runtime.features import FeatureExtractor
 
+LARGEST = 16_384
 PARTS = ("latency", "h2d", "enqueue", "compute", "d2h")
 
 
@@ -22,6 +23,9 @@ PARTS = ("latency", "h2d", "enqueue", "compute", "d2h")
 @tuning_options
 @click.option("--batch", "batches", help="Batch sizes, e.g. 1,4,8; by default the bundle's best.")
 @click.option("--image-size", help="For bundles with several sizes, e.g. 518 or 480x640.")
+@click.option(
+    "--frame", default="480x640", show_default=True, help="Frame that preprocessing is measured on, HEIGHTxWIDTH."
+)
 @click.option(
     "--seconds",
     default=5.0,
@@ -63,6 +67,7 @@ def profile(
     fps: float | None,
     without: Path | None,
     image_size: str | None,
+    frame: str,
     seconds: float,
     baseline: Path | None,
     tolerance: float,
@@ -77,7 +82,7 @@ def profile(
 
     \b
     Examples:
-      phreg-deploy profile student.bundle --threads 2
+      phreg-deploy profile student.bundle --threads 2 --frame 1080x1920
       phreg-deploy profile student.bundle --batch 1,8 --json > today.json
       phreg-deploy profile student.bundle --batch 1,8 --baseline today.json
       phreg-deploy profile student.bundle --backend tensorrt --fps 30 --without base.bundle
@@ -92,6 +97,9 @@ def profile(
     result = Result(as_json, quiet)
     sizes, threads_at_once = _numbers(batches, "batch") if batches else None, _numbers(streams, "streams")
     size = parse_size(image_size) if image_size else None
+    frame_size = parse_size(frame)
+    if max(frame_size) > LARGEST:
+        raise PhregError(f"frame: got {frame}, expected sides of at most {LARGEST} pixels.")
     before = None if baseline is None else Baseline.read(baseline)
     cases = measured_cases(Bundle.read(bundle).manifest, sizes, size)
     differences: list[str] = []
@@ -107,7 +115,14 @@ def profile(
             differences = before.differences(conditions(extractor, threads, mode), cases)
             _check_conditions(before, differences, others)
         report = profile_bundle(
-            extractor, batches=sizes, size=size, seconds=seconds, threads=threads, mode=mode, progress=result.progress
+            extractor,
+            batches=sizes,
+            size=size,
+            seconds=seconds,
+            threads=threads,
+            mode=mode,
+            frame=frame_size,
+            progress=result.progress,
         )
         if extractor.backend in GPU:
             asked = {"batches": sizes, "size": size, "seconds": seconds, "streams": threads_at_once, "fps": fps}
@@ -129,7 +144,8 @@ def profile(
     )
     for r in report["results"]:
         result.say(
-            f"batch {r['batch']}: {r['images_per_second']:.1f} images/s; the extractor adds {100 * r['overhead']:.1f} % to the bare graph."
+            f"batch {r['batch']}: {r['images_per_second']:.1f} images/s; the extractor adds {100 * r['overhead']:.1f} % to the bare graph. "
+            f"Preprocessing of {where['photograph']} ({where['resize']} resize) is {100 * r['preprocess_share']:.0f} % of the time from frame to features."
         )
     slower: list[str] = []
     if before is not None:

@@ -95,14 +95,16 @@ def model_spec(model: ViT) -> ModelSpec:
 
 
 def model_preprocess(model: ViT, crop: str = "squash") -> Preprocess:
-    """Mean, standard deviation and interpolation of timm's configuration for these weights.
+    """Mean, standard deviation and interpolation of timm's configuration for these weights; EXIF orientation is applied.
 
     Args:
         crop: "squash" serves the whole image; "center" is timm's own evaluation crop.
     """
     config = resolve_model_data_config(model)
     pct = float(config["crop_pct"]) if crop == "center" else 1.0
-    return Preprocess(tuple(config["mean"]), tuple(config["std"]), config["interpolation"], crop, pct)
+    return Preprocess(
+        tuple(config["mean"]), tuple(config["std"]), config["interpolation"], crop, pct, exif=True, fast=True
+    )
 
 
 def model_arguments(model: ViT) -> dict[str, Any]:

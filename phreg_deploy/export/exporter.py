@@ -39,7 +39,7 @@ from phreg_deploy.errors import PhregError
 from phreg_deploy.export.folding import patch_positions
 from phreg_deploy.export.graph import DenseViT
 from phreg_deploy.export.trace import OPSET, Traced, check_size, trace
-from phreg_deploy.photographs import fit, list_images, read_image
+from phreg_deploy.photographs import list_images, read_fitted
 from phreg_deploy.progress import SILENT, Progress
 from phreg_deploy.record import model_path, read_record, recorded, recorded_median
 from phreg_deploy.spec import Batches, Preprocess, Sizes
@@ -105,7 +105,7 @@ def export_bundle(request: ExportRequest, output: Path, *, force: bool = False, 
         exam = reference(model, preprocess, sizes, batches)
         graph, kept = traced.model, []
         if request.precision != "fp32":
-            _observe(traced, model, exam, [fit(read_image(p), sizes.default, preprocess) for p in photographs], sizes)
+            _observe(traced, model, exam, [read_fitted(p, sizes.default, preprocess) for p in photographs], sizes)
             kept = islands(narrow(graph, request.precision, traced.largest, request.keep), request.precision)
         check_size(graph)
         manifest = _manifest(request, model, graph, preprocess, sizes, batches, record, kept)

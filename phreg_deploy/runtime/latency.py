@@ -12,12 +12,14 @@ from typing import Any
 import numpy as np
 
 from phreg_deploy.bundle import Manifest
+from phreg_deploy.photographs import resizes_fast
 from phreg_deploy.progress import Progress
 from phreg_deploy.runtime.features import FeatureExtractor
 from phreg_deploy.spec import Stored
 
 LEAST = 10  # rounds, however slow
 WARM = 3
+FRAME = (480, 640)  # height, width
 SPREAD = 0.25  # of the median between the halves of a run; beyond it the figures are called unstable
 
 
@@ -77,16 +79,22 @@ def profile_bundle(
     threads: int | None,
     mode: str = "latency",
     progress: Progress,
+    frame: tuple[int, int] = FRAME,
 ) -> dict[str, Any]:
     """Latency and throughput for each batch: the bare graph, the extractor around it, and preprocessing apart.
 
+    Args:
+        frame: (height, width) of the array that preprocessing is measured on, one image a call.
+
     Returns:
         ``conditions`` and ``results``: per batch ``graph``, ``extractor`` and ``preprocess`` latencies, ``overhead``
-        (median extractor over median graph - 1) and ``images_per_second``.
+        (median extractor over median graph - 1), ``images_per_second`` of the extractor, and ``preprocess_share``: of the
+        time from frames to features, preprocessing included.
     """
     cases = measured_cases(extractor.manifest, batches, size)
     rng = np.random.default_rng(0)
-    photograph = rng.integers(0, 256, (480, 640, 3), dtype=np.uint8)
+    photograph = rng.integers(0, 256, (*frame, 3), dtype=np.uint8)
+    resize = "fast" if resizes_fast(frame[::-1], cases[0][1], extractor.preprocess) else "Pillow"
     results = []
     for batch, size in cases:
         images = rng.integers(0, 256, (batch, *size, 3), dtype=np.uint8)
@@ -98,11 +106,20 @@ def profile_bundle(
             },
             seconds, progress,
         )  # fmt: skip
+        preparing = batch * timed["preprocess"].p50
         results.append({
             "batch": batch, "size": list(size), **{name: latency.to_json() for name, latency in timed.items()},
             "overhead": timed["extractor"].p50 / timed["graph"].p50 - 1, "images_per_second": 1e3 * batch / timed["extractor"].p50,
+            "preprocess_share": preparing / (preparing + timed["extractor"].p50),
         })  # fmt: skip
-    return {"conditions": conditions(extractor, threads, mode), "results": results}
+    return {
+        "conditions": {
+            **conditions(extractor, threads, mode),
+            "photograph": f"{frame[1]}x{frame[0]} noise",
+            "resize": resize,
+        },
+        "results": results,
+    }
 
 
 def measured_cases(
@@ -129,7 +146,7 @@ def conditions(extractor: FeatureExtractor, threads: int | None, mode: str = "la
         "load": list(os.getloadavg()) if hasattr(os, "getloadavg") else None, "system": platform.platform(), "python": platform.python_version(),
         "backend": extractor.backend, "compute": extractor.compute, "choice": extractor.choice, "backend_version": backend_version(extractor.backend), "threads": threads, "mode": mode, "gpu": None if cuda is None else cuda.gpu.name,
         "precision": manifest.precision, "model": manifest.model.architecture, "registers": manifest.model.registers,
-        "random_weights": manifest.random_weights, "graph_sha256": manifest.files.get("model.onnx"), "photograph": "640x480 noise",
+        "random_weights": manifest.random_weights, "graph_sha256": manifest.files.get("model.onnx"),
     }  # fmt: skip
 
 
