@@ -119,7 +119,7 @@ def compare(
     base model's outlier tokens alone. With ``grids``, "int8" is the student in fake quantisation: its fidelity, its
     norms, and its agreement with its own float features.
     """
-    teacher = Teacher(base, preprocess, views=REFERENCE_VIEWS, seed=REFERENCE_SEED, device=device, autocast=autocast)
+    teacher = Teacher(base, preprocess, views=REFERENCE_VIEWS, seed=REFERENCE_SEED, device=device)  # in float32
     scored = spread(photographs, SCORED)
     names = ("base", "student", *(["int8"] if grids else []))
     norms: dict[str, list[np.ndarray]] = {name: [] for name in names}

@@ -1,0 +1,87 @@
+"""The worst parity that sound bundles give, by precision: what the bars of ``phreg_deploy/gates.py`` leave a margin to.
+
+    python benchmarks/gates.py --data DIR --bundles DIR --json OUT
+
+``--bundles`` holds MODEL.bundle (fp32), MODEL-fp16, -bf16, -518 (480x640) and -def8.bundle (``calibrate``, defaults) of real
+models. Each is compared with its own reference and with the FP32 bundle on photographs, on every backend that loads it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+from typing import Any
+
+import click
+import numpy as np
+
+from phreg_deploy.errors import PhregError
+from phreg_deploy.gates import AT_LEAST, GATES, exam_bars
+from phreg_deploy.photographs import read_photographs
+from phreg_deploy.runtime.features import FeatureExtractor
+from phreg_deploy.runtime.latency import processor
+from phreg_deploy.runtime.parity import Parity, Tally, check_reference, worst, writes_exams
+
+OPENED = (("onnxruntime-cpu", "auto"), ("openvino", "fp32"), ("openvino", "bf16"))
+COUNTS = {"camvid_train": 48, "distil_imagenet1000": 64}
+
+
+def on_photographs(extractor: FeatureExtractor, full: FeatureExtractor, data: Path) -> Parity:
+    tally, size = Tally(), full.manifest.sizes.default
+    for name, count in COUNTS.items():
+        found = read_photographs(data / name, size, full.manifest.preprocess, count, spread=True)
+        for i in range(len(found)):
+            image = found.batch(i, i + 1)
+            got = {key: value.astype(np.float32) for key, value in extractor.run(image).items()}
+            tally.add(got, full.run(image))
+    return tally.parity()
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    for option in ("--data", "--bundles"):
+        parser.add_argument(option, type=Path, required=True)
+    parser.add_argument("--json", type=Path)
+    asked = parser.parse_args()
+    rows: list[dict[str, Any]] = []
+    for path in sorted(asked.bundles.glob("*-*.bundle")) + sorted(asked.bundles.glob("*[!8].bundle")):
+        for backend, compute in OPENED:
+            try:
+                extractor = FeatureExtractor.load(path, backend, compute=compute, threads=2)
+            except PhregError as error:
+                click.echo(f"{path.name} {backend} {compute}: {error}")
+                continue
+            full = path.parent / f"{path.stem.split('-')[0]}.bundle"
+            with extractor, FeatureExtractor.load(full, "onnxruntime-cpu", threads=2) as other:
+                exam = worst([case["parity"] for case in check_reference(extractor)])
+                found = {"exam, own runtime" if writes_exams(extractor) else "exam": exam}
+                if extractor.manifest.sizes == other.manifest.sizes and path != full:
+                    found["photographs"] = on_photographs(extractor, other, asked.data)
+                for kind, parity in found.items():
+                    row = {
+                        "bundle": path.name,
+                        "backend": backend,
+                        "compute": compute,
+                        "precision": extractor.precision,
+                        "on": kind,
+                    }
+                    rows.append({**row, **parity.to_json()})
+                    click.echo(json.dumps(rows[-1]))
+    worst_of: dict[str, dict[str, dict[str, float]]] = {}
+    bars: dict[str, dict[str, dict[str, float]]] = {}
+    for row in rows:
+        precision, kind = row["precision"], row["on"]
+        own = GATES[precision] if kind == "photographs" else exam_bars(precision, kind.endswith("runtime"))
+        bars.setdefault(precision, {})[kind] = own
+        kept = worst_of.setdefault(precision, {}).setdefault(kind, {})
+        for name in own:
+            pick = min if name in AT_LEAST else max
+            kept[name] = pick(kept.get(name, row[name]), row[name])
+    if asked.json:
+        document = {"processor": processor(), "photographs": COUNTS, "worst": worst_of, "bars": bars, "rows": rows}
+        asked.json.write_text(json.dumps(document, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
