@@ -140,14 +140,27 @@ class Described:
         return self.extractor(np.roll(FRAME, index, axis=0)).features[0]
 
 
-@pytest.mark.parametrize("method", ["fork", "spawn"])
-def test_workers_of_a_data_loader_extract(bundle, torch, method):
-    if method not in multiprocessing.get_all_start_methods():
-        pytest.skip(f"this system does not {method}")
-    from torch.utils.data import DataLoader
-
-    with FeatureExtractor.load(bundle, "onnxruntime-cpu", threads=1) as extractor:
+LOADED = """
+import sys
+import numpy as np
+from torch.utils.data import DataLoader
+from phreg_deploy.runtime import FeatureExtractor
+from tests.test_processes import Described
+if __name__ == "__main__":
+    with FeatureExtractor.load(sys.argv[1], "onnxruntime-cpu", threads=1) as extractor:
         data = Described(extractor)
         expected = np.stack([data[0], data[1]])
-        (batch,) = DataLoader(data, batch_size=2, num_workers=1, multiprocessing_context=method)
+        (batch,) = DataLoader(data, batch_size=2, num_workers=1, multiprocessing_context=sys.argv[2])
     np.testing.assert_allclose(batch.numpy(), expected, rtol=1e-5, atol=1e-6)
+"""
+
+
+@pytest.mark.usefixtures("torch")
+@pytest.mark.parametrize("method", ["fork", "spawn"])
+def test_workers_of_a_data_loader_extract(bundle, method):
+    """In a process of its own: what a DataLoader loads stays out of the other tests."""
+    if method not in multiprocessing.get_all_start_methods():
+        pytest.skip(f"this system does not {method}")
+    asked = [sys.executable, "-c", LOADED, str(bundle), method]
+    done = subprocess.run(asked, capture_output=True, text=True, check=False, cwd=ROOT, timeout=120)
+    assert done.returncode == 0, done.stderr
