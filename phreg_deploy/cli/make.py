@@ -132,7 +132,7 @@ def _show_scores(record: dict[str, Any], result: Result) -> None:
         )
     kind = "held-out" if record["images"]["held_out"] else "training"
     result.table(
-        f"Base and student on {scores['images']} {kind} images",
+        f"Base and student on {scores['images']} of {scores['out_of']} {kind} images",
         ["", "base", "student", "student, fake INT8"][: 1 + len(models)],
         rows,
     )

@@ -47,9 +47,10 @@ RANGED = 128  # images that the ranges of fake quantisation are observed on
 class Request:
     """Everything that decides which student comes out; two equal requests give the same student.
 
-    ``registers``, ``epochs``, ``lr`` and ``batch`` None: the recipe's. ``strength``: of a transplanted neuron, as a share of what it
-    had on outlier tokens. ``holdout``: share of the images, chosen by name, that scores are taken on and that training
-    never sees. ``views``: per image and target. ``int8_aware``: distil through fake quantisation.
+    ``registers``, ``epochs``, ``lr`` and ``batch`` None: the recipe's. ``strength``: of a transplanted neuron, as a share
+    of what it had on outlier tokens; None for ``STRENGTH``. ``holdout``: share of the images, chosen by name, that scores
+    are taken on and that training never sees. ``views``: per image and target. ``int8_aware``: distil through fake
+    quantisation.
     """
 
     model: str
@@ -62,7 +63,7 @@ class Request:
     lr: float | None = None
     batch: int | None = None
     views: int = 10
-    strength: float = STRENGTH
+    strength: float | None = None
     unlock: str | None = None
     holdout: float = 0.1
     seed: int = 0
@@ -113,13 +114,14 @@ def distill(
     for model in (base, student):
         quickest_attention(model, device, autocast)
     identity = model_identity(base)
+    strength = request.strength or STRENGTH if recipe.moves_neurons else None
     settings = {
         **identity, "preprocess": preprocess.to_json(), "images": training.digest(), "recipe": recipe.to_json(),
-        "registers": recipe.registers, "views": request.views, "strength": request.strength, "seed": request.seed, "autocast": autocast,
+        "registers": recipe.registers, "views": request.views, "strength": strength, "seed": request.seed, "autocast": autocast,
     }  # fmt: skip
     work = work_folder(output, settings, resume, force)
     try:
-        found, left = _prepare(base, student, request, recipe, training, preprocess, device, progress)
+        found, left = _prepare(base, student, recipe, strength, training, preprocess, device, progress)
     except PhregError:  # nothing is in it yet that could be gone on with
         if not resume:
             shutil.rmtree(work, ignore_errors=True)
@@ -155,7 +157,7 @@ def distill(
     record: dict[str, Any] = {
         "source": {"model": request.model, "checkpoint": request.checkpoint.name if request.checkpoint else None, "weights_sha256": identity["weights"]},
         "recipe": recipe.to_json(),
-        "registers": recipe.registers, "strength": request.strength, "views": request.views, "seed": request.seed,
+        "registers": recipe.registers, "strength": strength, "views": request.views, "seed": request.seed,
         "preprocess": preprocess.to_json(), "image_size": list(base.patch_embed.img_size), "autocast": autocast, "device": device,
         "images": {"trained": len(training), "digest": training.digest(), "held_out": held.names if held else [], "skipped": len(photographs.skipped)},
         "register_neurons": [{**n.to_json(), "left": left.get(n)} for n in found.neurons] if found else [],
@@ -219,7 +221,11 @@ def _recipe(request: Request) -> Recipe:
         raise PhregError(f"lr: got {request.lr}, expected a number between 0 and 1, e.g. 3e-4.")
     if request.int8_aware:
         changes["int8"] = True
-    if not 0 < request.strength <= 4:
+    if request.strength is not None and not recipe.moves_neurons:
+        raise PhregError(
+            f"strength: got {request.strength} with the recipe {recipe.name}, which moves no neurons; leave it out, or use --recipe transplant."
+        )
+    if request.strength is not None and not 0 < request.strength <= 4:
         raise PhregError(f"strength: got {request.strength}, expected a share above 0 and up to 4, e.g. {STRENGTH}.")
     return replace(recipe, **{k: v for k, v in changes.items() if v is not None})
 
@@ -227,8 +233,8 @@ def _recipe(request: Request) -> Recipe:
 def _prepare(
     base: ViT,
     student: ViT,
-    request: Request,
     recipe: Recipe,
+    strength: float | None,
     training: Photographs,
     preprocess: Preprocess,
     device: str,
@@ -239,7 +245,7 @@ def _prepare(
     Returns what was found, and the neurons that could not be moved, with the reason.
     """
     left: dict[RegisterNeuron, str] = {}
-    if not recipe.moves_neurons:
+    if strength is None:
         return None, left
     batches = Batches(spread(training, SURVEYED), preprocess, device)
     count = len(batches.photographs)
@@ -251,7 +257,7 @@ def _prepare(
     elif found.neurons:
         student.to(device)
         with progress.task("transplant", count * len({n.block for n in found.neurons})) as advance:
-            left = transplant(student, found.neurons, batches, strength=request.strength, advance=advance)
+            left = transplant(student, found.neurons, batches, strength=strength, advance=advance)
     if left:
         worst = max(left, key=lambda n: n.share)
         progress.say(
