@@ -5,32 +5,43 @@ from __future__ import annotations
 import hashlib
 import io
 import json
+import os
+import struct
 import zipfile
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 
+from phreg_deploy.arguments import refuse_url
+from phreg_deploy.documents import check_regular, read_json
 from phreg_deploy.errors import PhregError
+from phreg_deploy.exam import read_cases, read_positions
+from phreg_deploy.gates import GATES
+from phreg_deploy.graph_facts import read_metadata
 from phreg_deploy.spec import Batches, ModelSpec, Preprocess, Sizes
+from phreg_deploy.validity import check_files, check_manifest
 
-FORMAT = 2
+T = TypeVar("T")
+
+FORMAT = 3
 MANIFEST, GRAPH, REFERENCE, POSITIONS = "manifest.json", "model.onnx", "reference.npz", "pos_embed.npy"
 CALIBRATION = "calibration.json"
+MARK = "phreg."  # before each key of the graph's metadata
+UNREADABLE = (
+    OSError,
+    ValueError,
+    EOFError,
+    KeyError,
+    NotImplementedError,
+    RuntimeError,
+    OverflowError,
+    struct.error,
+    zipfile.BadZipFile,
+)  # fmt: skip  (what numpy and zipfile raise on files that others wrote)
 STAMP = (1980, 1, 1, 0, 0, 0)  # the oldest date a zip can hold: the same bundle has the same bytes on any day
-
-# 1st-percentile patch cosine at least; change of the norm-outlier rate at most, in percentage points; share of patches
-# with the same nearest neighbour at least. "exam_p1": between two runtimes on one graph. They round differently, and every
-# rounding moves others: for INT8 .995 was measured in float32, .983 with bfloat16 around the 8-bit layers; for FP8 .967 with
-# FP16 against FP32 around it; for bfloat16 .9980-.9992 on a ViT-Tiny and its student, where PyTorch's own has .9986.
-GATES = {
-    "fp32": {"cosine_p1": 0.99999, "outlier_points": 0.0},
-    "fp16": {"cosine_p1": 0.999, "outlier_points": 0.05},
-    "bf16": {"cosine_p1": 0.999, "outlier_points": 0.05, "exam_p1": 0.997},
-    "int8": {"cosine_p1": 0.99, "outlier_points": 0.1, "neighbours": 0.75, "exam_p1": 0.97},
-    "fp8": {"cosine_p1": 0.99, "outlier_points": 0.1, "neighbours": 0.75, "exam_p1": 0.95},
-}
 
 
 @dataclass(frozen=True)
@@ -65,9 +76,10 @@ class Manifest:
         return {"format": FORMAT, **own, **stored}
 
     @classmethod
-    def from_json(cls, data: dict[str, Any]) -> Manifest:
+    def from_json(cls, data: Any) -> Manifest:
+        """Read a manifest's JSON; an unknown key, a wrong type or an absurd number is a ``PhregError``."""
         version = data.get("format") if isinstance(data, dict) else None
-        if not isinstance(version, int):
+        if type(version) is not int or version < 1:
             raise PhregError("manifest: it has no format number; it is damaged or not ours.")
         if version > FORMAT:
             raise PhregError(
@@ -89,9 +101,16 @@ class Manifest:
         for key in ("inputs", "outputs", "source", "versions", "files"):
             if not isinstance(fields[key], dict):
                 raise PhregError(f"manifest: {key} is no object; it is damaged. Export the bundle again.")
-        if fields["precision"] not in GATES:
-            raise PhregError(f"manifest: got precision {fields['precision']!r}, expected one of {', '.join(GATES)}.")
-        return cls(**fields)
+        manifest = cls(**fields)
+        check_manifest(manifest, GATES)
+        return manifest
+
+    def required(self) -> list[str]:
+        """Names of the files that are read."""
+        return [
+            GRAPH, REFERENCE,
+            *([POSITIONS] if "pos_embed" in self.inputs else []), *([CALIBRATION] if self.quantisation else []),
+        ]  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -108,33 +127,34 @@ class Bundle:
         Raises:
             PhregError: no folder, no manifest, damaged, of a newer format, or a file that is missing.
         """
+        refuse_url(str(folder))
         folder = Path(folder)
         path = folder / MANIFEST
-        if not path.is_file():
+        if not os.path.isfile(path):
             found = (
                 "there is nothing"
-                if not folder.exists()
+                if not os.path.exists(folder)
                 else "there is a file"
-                if folder.is_file()
+                if os.path.isfile(folder)
                 else "the folder holds no manifest.json"
             )
             hint = (
                 " It holds a model: run `phreg-deploy export` on it first."
-                if (folder / "model.safetensors").is_file()
+                if os.path.isfile(folder / "model.safetensors")
                 else ""
             )
             raise PhregError(
                 f"bundle: got {folder}, where {found}; expected a folder written by `phreg-deploy export`.{hint}"
             )
+        check_regular(folder, [MANIFEST])
         try:
-            manifest = Manifest.from_json(json.loads(path.read_text()))
-        except (json.JSONDecodeError, UnicodeDecodeError) as error:
-            raise PhregError(f"bundle: {path} is not valid JSON ({error}); copy or export the bundle again.") from None
+            manifest = Manifest.from_json(read_json(path))
+            check_files(manifest.files, manifest.required())
         except PhregError as error:
             raise PhregError(f"bundle: {path}: {error}") from None
-        missing = [name for name in manifest.files if not (folder / name).is_file()]
-        if missing:
-            raise PhregError(f"bundle: {folder} lacks {', '.join(missing)}; copy or export the bundle again.")
+        except (OSError, ValueError, RecursionError) as error:
+            raise PhregError(f"bundle: {path} is not valid JSON ({error}); copy or export the bundle again.") from None
+        check_regular(folder, list(manifest.files))
         return cls(folder, manifest)
 
     @property
@@ -142,44 +162,50 @@ class Bundle:
         return self.folder / GRAPH
 
     def verify(self) -> None:
-        """Raise ``PhregError`` unless every file has the hash that the manifest gives it."""
+        """Raise ``PhregError`` unless every file has the hash that the manifest gives it, and the graph says what it says."""
+        check_files(self.manifest.files, self.manifest.required())
         for name, expected in self.manifest.files.items():
-            got = file_digest(self.folder / name)
-            if got != expected:
+            if self._load(name, file_digest) != expected:
                 raise PhregError(
-                    f"bundle: {self.folder / name} has sha256 {got[:16]}…, expected {expected[:16]}…: it was changed or damaged. Copy or export the bundle again."
+                    f"bundle: {self.folder / name} has another sha256 than {MANIFEST} says, {expected[:16]}…: it was changed or damaged. Copy or export the bundle again."
                 )
+        self._compare()
+
+    def _compare(self) -> None:
+        """Raise unless the manifest is the one that was written into the graph, of which there is a hash."""
+        written = self._load(GRAPH, read_metadata)
+        try:
+            facts = {k.removeprefix(MARK): json.loads(v) for k, v in written.items() if k.startswith(MARK)}
+            graph = Manifest.from_json({**facts, "files": self.manifest.files})
+        except (PhregError, ValueError, RecursionError) as error:
+            raise PhregError(
+                f"bundle: {self.graph} does not say how it is fed ({error}); copy or export the bundle again."
+            ) from None
+        differing = [key for key in Manifest.__dataclass_fields__ if getattr(graph, key) != getattr(self.manifest, key)]
+        if differing:
+            raise PhregError(
+                f"bundle: {self.folder / MANIFEST} and {GRAPH} disagree on {', '.join(differing)}: one of them was edited, or is another bundle's. Copy or export the bundle again."
+            )
 
     def positions(self) -> np.ndarray:
         """The base position embedding, float32 ``(gh, gw, C)``; only in bundles with several sizes."""
-        return self._load(POSITIONS, lambda p: np.load(p, allow_pickle=False))
-
-    def reference(self) -> dict[str, np.ndarray]:
-        """Seeded inputs and the PyTorch model's outputs, keyed ``{case}/{tensor}``, e.g. ``0/image``, ``0/features``."""
-        return self._load(REFERENCE, _read_npz)
+        model = self.manifest.model
+        return self._load(POSITIONS, lambda path: read_positions(path, (*model.grid, model.width)))
 
     def cases(self) -> list[dict[str, np.ndarray]]:
-        """The reference, one dictionary per case."""
-        flat = self.reference()
-        count = 1 + max(int(key.split("/")[0]) for key in flat)
-        return [
-            {key.split("/", 1)[1]: value for key, value in flat.items() if key.startswith(f"{i}/")}
-            for i in range(count)
-        ]
+        """The reference: seeded inputs and the right answers, one dictionary per case.
 
-    def _load(self, name: str, read: Any) -> Any:
+        Each holds ``image``, ``features``, ``token_norm``, and ``cls`` where the bundle has it, of shapes that the manifest allows.
+        """
+        return self._load(REFERENCE, lambda path: read_cases(path, self.manifest))
+
+    def _load(self, name: str, read: Callable[[Path], T]) -> T:
         path = self.folder / name
-        if not path.is_file():
-            raise PhregError(f"bundle: {self.folder} has no {name}; export the bundle again.")
+        check_regular(self.folder, [name])
         try:
             return read(path)
-        except (OSError, ValueError, EOFError, KeyError, zipfile.BadZipFile) as error:
+        except UNREADABLE as error:
             raise PhregError(f"bundle: {path} cannot be read ({error}); copy or export the bundle again.") from None
-
-
-def _read_npz(path: Path) -> dict[str, np.ndarray]:
-    with open(path, "rb") as file, np.load(file, allow_pickle=False) as data:
-        return dict(data)
 
 
 def file_digest(path: Path) -> str:
@@ -198,13 +224,13 @@ def _digest_3_10(file: Any) -> str:
 
 
 def is_bundle(path: Path | str) -> bool:
-    return (Path(path) / MANIFEST).is_file()
+    return os.path.isfile(Path(path) / MANIFEST)
 
 
 def portrait(manifest: Manifest) -> dict[str, str]:
     """The manifest as the graph carries it, so that ``model.onnx`` says by itself how it wants to be fed."""
     facts = manifest.to_json()
-    return {f"phreg.{key}": json.dumps(facts[key], sort_keys=True) for key in facts if key != "files"}
+    return {f"{MARK}{key}": json.dumps(facts[key], sort_keys=True) for key in facts if key != "files"}
 
 
 def engrave(graph: Any, manifest: Manifest) -> None:

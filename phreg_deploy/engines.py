@@ -14,7 +14,9 @@ from pathlib import Path
 from typing import Any
 
 from phreg_deploy.bundle import GRAPH, Bundle, Manifest, file_digest
+from phreg_deploy.documents import read_json
 from phreg_deploy.errors import BackendMissing, PhregError
+from phreg_deploy.scratch import remove_dead
 from phreg_deploy.spec import Stored
 from phreg_deploy.whole import write_error, write_whole
 
@@ -146,6 +148,7 @@ def write_plan(bundle: Bundle, key: Key, plan: bytes) -> Engine:
         path.with_suffix(".json").unlink(missing_ok=True)
     except OSError as error:
         raise write_error(error, folder) from error
+    remove_dead(folder)  # a killed build's plan is hundreds of megabytes
     write_whole(path, plan)
     return Engine(path, key, hashlib.sha256(plan).hexdigest(), profiles_of(bundle.manifest), {})
 
@@ -198,7 +201,7 @@ def list_engines(bundle: Bundle) -> list[Engine]:
 
 def _read_sidecar(path: Path) -> Engine:
     """Raises ``KeyError``, ``TypeError``, ``ValueError`` or ``PhregError`` unless it is a sidecar of ours, to the last type."""
-    data = json.loads(path.read_text())
+    data = read_json(path)
     if data["format"] != FORMAT:
         raise ValueError(f"{path}: format {data['format']}, expected {FORMAT}")
     key, profiles = Key.from_json(data["key"]), [Shapes.from_json(p) for p in data["profiles"]]

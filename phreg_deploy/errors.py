@@ -34,14 +34,7 @@ class BackendMissing(PhregError):
     exit_code = 4
 
 
-def missing_extra(module: str, extra: str, what: str) -> BackendMissing:
-    """The error for an import that fails because an extra was not installed.
+class Interrupted(PhregError):
+    """Ctrl-C where part of the work was kept; the message says what. Exit code 130."""
 
-    Args:
-        module: the module that could not be imported, e.g. ``"torch"``.
-        extra: the extra that brings it, e.g. ``"distill"``.
-        what: what needed it, e.g. ``"`phreg-deploy distill`"``.
-    """
-    return BackendMissing(
-        f'{what} needs the module {module!r}, which is not installed. Run: pip install "phreg-deploy[{extra}]"'
-    )
+    exit_code = 130

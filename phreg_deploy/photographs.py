@@ -1,7 +1,7 @@
 """Folders of images, and the one way in which an image becomes a model's uint8 input.
 
-Knows nothing of models: it turns files of any mode into RGB and fits them to a size, step for step as timm's
-evaluation transform does (PIL resize, centre crop), so that a runtime without torch sees the same pixels.
+Knows nothing of models: it fits RGB images to a size, step for step as timm's evaluation transform does (PIL resize, centre crop), so that a runtime without torch sees the same pixels. Unlike timm it
+turns photographs upright by their EXIF orientation, where ``Preprocess.exif`` says so.
 """
 
 from __future__ import annotations
@@ -13,12 +13,17 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
 
+from phreg_deploy.decoding import read_image
 from phreg_deploy.errors import PhregError
+from phreg_deploy.resampling import applies, shrink
 from phreg_deploy.spec import Preprocess
 
 KEEP_BYTES = 1 << 31
+LONGEST = (
+    100  # times the input size that one side may have after the resize, so that a hair-thin image takes no gigabytes
+)
 SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".ppm", ".pgm", ".gif"}
 RESAMPLING = {
     "bicubic": Image.Resampling.BICUBIC,
@@ -52,72 +57,52 @@ def list_images(folder: Path | str, limit: int | None = None, spread: bool = Fal
     return paths[:limit]
 
 
-def to_rgb(image: Image.Image) -> Image.Image:
-    """Any PIL image as 8-bit RGB. 16-bit grey is scaled by 1/257, alpha is dropped (as timm does), CMYK converted.
+def read_fitted(path: Path | str, size: tuple[int, int], preprocess: Preprocess) -> np.ndarray:
+    """An image file at the model's input size: uint8 ``(H, W, 3)``. Raises what ``read_image`` and ``fit`` raise."""
+    return fit(read_image(path, preprocess.exif), size, preprocess)
+
+
+def fit(image: Image.Image | np.ndarray, size: tuple[int, int], preprocess: Preprocess) -> np.ndarray:
+    """An RGB image, or uint8 ``(H, W, 3)``, at the model's input size: uint8 ``(H, W, 3)``, values 0-255.
+
+    The same rounding as timm's ``create_transform(..., crop_mode=...)`` on a PIL image: bit for bit, but for large images
+    where ``preprocess.fast``: see ``resampling``.
 
     Raises:
-        PhregError: a mode without a defined scale (32-bit integer or float pixels).
-    """
-    if image.mode.startswith("I;16") or image.mode == "I":
-        grey = np.asarray(image).astype(np.int64)
-        if grey.min() < 0 or grey.max() > 65535:
-            raise PhregError(
-                f"image: got mode {image.mode!r} with values up to {grey.max()}, expected 16-bit grey (0-65535) or 8-bit pixels."
-            )
-        return Image.fromarray((grey / 257 + 0.5).astype(np.uint8)).convert("RGB")
-    if image.mode == "F":
-        raise PhregError(
-            "image: got 32-bit float pixels (mode 'F'), whose scale is unknown; expected 8-bit or 16-bit pixels."
-        )
-    if image.mode == "P" and isinstance(image.info.get("transparency"), bytes):
-        image = image.convert("RGBA")  # Pillow warns of the direct way, which gives the same
-    return image.convert("RGB")
-
-
-def read_image(path: Path | str) -> Image.Image:
-    """The file as an RGB image.
-
-    Raises:
-        PhregError: missing, empty, truncated, or no image.
-    """
-    path = Path(path)
-    try:
-        with Image.open(path) as image:
-            image.load()
-            return to_rgb(image)
-    except FileNotFoundError:
-        raise PhregError(f"image: there is no file {path}.") from None
-    except UnidentifiedImageError:
-        size = path.stat().st_size
-        raise PhregError(
-            f"image: {path} is {'empty' if size == 0 else 'not an image that Pillow can read'}; expected JPEG, PNG, WebP, TIFF or BMP."
-        ) from None
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        raise PhregError(f"image: {path} cannot be read ({error}); it is truncated or damaged. Replace it.") from None
-
-
-def fit(image: Image.Image, size: tuple[int, int], preprocess: Preprocess) -> np.ndarray:
-    """An RGB image at the model's input size: uint8 ``(H, W, 3)``, values 0-255.
-
-    The same rounding as timm's ``create_transform(..., crop_mode=...)`` on a PIL image: bit for bit.
+        PhregError: an image so long and narrow that it would take gigabytes.
     """
     height, width = size
-    resampling = RESAMPLING[preprocess.interpolation]
+    old = image.size if isinstance(image, Image.Image) else (image.shape[1], image.shape[0])
+    new = _resized(old, size, preprocess)
+    if max(new) > LONGEST * max(size):
+        raise PhregError(
+            f"image: got {old[0]}x{old[1]} pixels, too long and narrow for {height}x{width}; cut it into parts."
+        )
+    left, top = round((new[0] - width) / 2), round((new[1] - height) / 2)
+    box = (left, top, left + width, top + height)
+    if resizes_fast(old, size, preprocess):
+        return shrink(image, new, box, preprocess.interpolation)
+    picture = image if isinstance(image, Image.Image) else Image.fromarray(image)
+    if old != new:
+        picture = picture.resize(new, RESAMPLING[preprocess.interpolation])
+    return np.array(picture.crop(box), dtype=np.uint8)  # a copy, since PyTorch warns of arrays that are read-only
+
+
+def resizes_fast(old: tuple[int, int], size: tuple[int, int], preprocess: Preprocess) -> bool:
+    """Whether ``fit`` takes ``resampling.shrink`` for an image of (width, height) pixels, and not Pillow."""
+    return preprocess.fast and applies(old, _resized(old, size, preprocess), preprocess.interpolation)
+
+
+def _resized(old: tuple[int, int], size: tuple[int, int], preprocess: Preprocess) -> tuple[int, int]:
+    """(width, height) of the whole image before the centre is cut out, from its own (width, height)."""
+    full = (math.floor(size[0] / preprocess.crop_pct), math.floor(size[1] / preprocess.crop_pct))
     if preprocess.crop_mode == "squash":
-        full = (math.floor(height / preprocess.crop_pct), math.floor(width / preprocess.crop_pct))
-        image = image.resize((full[1], full[0]), resampling) if image.size != (full[1], full[0]) else image
-    elif height == width:  # torchvision's Resize(int): the short side to the size, the long side cut to whole pixels
-        short = math.floor(height / preprocess.crop_pct)
-        w, h = image.size
-        new = (short, int(short * h / w)) if w <= h else (int(short * w / h), short)
-        image = image.resize(new, resampling) if image.size != new else image
-    else:  # timm's ResizeKeepRatio: scale until both sides cover the input
-        full = (math.floor(height / preprocess.crop_pct), math.floor(width / preprocess.crop_pct))
-        ratio = min(image.size[1] / full[0], image.size[0] / full[1])
-        new = (round(image.size[0] / ratio), round(image.size[1] / ratio))
-        image = image.resize(new, resampling) if image.size != new else image
-    top, left = round((image.size[1] - height) / 2), round((image.size[0] - width) / 2)
-    return np.asarray(image.crop((left, top, left + width, top + height)), dtype=np.uint8)
+        return full[1], full[0]
+    w, h = old
+    if size[0] == size[1]:  # torchvision's Resize(int): the short side to the size, the long side cut to whole pixels
+        return (full[0], int(full[0] * h / w)) if w <= h else (int(full[0] * w / h), full[0])
+    ratio = min(h / full[0], w / full[1])  # timm's ResizeKeepRatio: scale until both sides cover the input
+    return round(w / ratio), round(h / ratio)
 
 
 @dataclass
@@ -142,7 +127,7 @@ class Photographs:
     def array(self, index: int) -> np.ndarray:
         """One image, uint8 ``(H, W, 3)``."""
         array = self.kept.get(self.names[index])
-        return fit(read_image(self.folder / self.names[index]), self.size, self.preprocess) if array is None else array
+        return read_fitted(self.folder / self.names[index], self.size, self.preprocess) if array is None else array
 
     def batch(self, start: int, stop: int) -> np.ndarray:
         """Images ``start`` to ``stop``, uint8 ``(B, H, W, 3)``."""
@@ -178,7 +163,7 @@ def read_photographs(
 
     Args:
         size: (height, width) in pixels. limit, spread: see ``list_images``.
-        say: told, in one line, what was skipped.
+        say: gets, in one line, what was skipped.
 
     Raises:
         PhregError: no folder, no image, or none that can be read.
@@ -188,7 +173,7 @@ def read_photographs(
     for path in list_images(folder, limit, spread):
         name = str(path.relative_to(folder))
         try:
-            array = fit(read_image(path), size, preprocess)
+            array = read_fitted(path, size, preprocess)
         except PhregError as error:
             found.skipped[name] = str(error)
             continue

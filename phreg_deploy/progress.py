@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
@@ -10,7 +11,13 @@ from rich.progress import BarColumn, MofNCompleteColumn, ProgressColumn, Task, T
 from rich.progress import Progress as Bars
 from rich.text import Text
 
+CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
 Advance = Callable[..., None]  # advance(count=1, note="loss 0.12")
+
+
+def printable(text: str) -> str:
+    """``text`` with every control character but the line's end and the tabulator as ``?``: a terminal would obey it."""
+    return CONTROL.sub("?", text)
 
 
 class _Rate(ProgressColumn):
@@ -28,7 +35,7 @@ class Progress:
 
     def say(self, text: str) -> None:
         """A line for people, on stderr."""
-        self.console.print(text, markup=False)
+        self.console.print(printable(text), markup=False)
 
     @contextmanager
     def task(self, name: str, total: int | None) -> Iterator[Advance]:

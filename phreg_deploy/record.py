@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-import json
+import os
 from pathlib import Path
 from typing import Any
 
+from phreg_deploy.documents import read_json
 from phreg_deploy.errors import PhregError
 
 RECORD = "phreg.json"
@@ -24,18 +25,20 @@ def read_record(folder: Path) -> dict[str, Any] | None:
         PhregError: the record is damaged, or of a newer format.
     """
     path = folder / RECORD
-    if not path.is_file():
+    if not os.path.isfile(path):
         return None
     try:
-        record: dict[str, Any] = json.loads(path.read_text())
-        version = int(record["format"])
-    except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError, ValueError):
-        raise PhregError(f"student: {path} is damaged; copy or distil the student again.") from None
+        record = read_json(path)
+    except (OSError, ValueError) as error:
+        raise PhregError(f"student: {path} is damaged ({error}); copy or distil the student again.") from None
+    version = record.get("format") if isinstance(record, dict) else None
+    if type(version) is not int:
+        raise PhregError(f"student: {path} is damaged (no format number); copy or distil the student again.")
     if version > RECORD_VERSION:
         raise PhregError(
             f"student: {path} has format {version}, expected at most {RECORD_VERSION}. Upgrade phreg-deploy."
         )
-    return record
+    return dict(record)
 
 
 def recorded(record: dict[str, Any], folder: Path, *keys: str) -> Any:
@@ -53,3 +56,13 @@ def recorded(record: dict[str, Any], folder: Path, *keys: str) -> Any:
 def scored(record: dict[str, Any], folder: Path, *keys: str) -> Any:
     """``record["scores"][key]...``; None for a student that could not be scored."""
     return None if "missing" in recorded(record, folder, "scores") else recorded(record, folder, "scores", *keys)
+
+
+def recorded_median(record: dict[str, Any], folder: Path) -> float | None:
+    """The base model's median norm, None where nobody measured it."""
+    median = scored(record, folder, "median_norm")
+    if median is None or (type(median) in (int, float) and 0 < median < float("inf")):
+        return median  # type: ignore[no-any-return]
+    raise PhregError(
+        f"student: {folder / RECORD} is damaged (median norm {str(median)[:60]}, expected a number above 0); copy or distil the student again."
+    )

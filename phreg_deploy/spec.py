@@ -60,7 +60,9 @@ class Preprocess(Stored):
     """How an image becomes the uint8 array that a model reads; the same steps as timm's evaluation transform.
 
     ``crop_mode`` "squash" resizes the whole image to the input size; "center" resizes the short side to
-    size / ``crop_pct`` and cuts out the centre. ``mean`` and ``std`` are per RGB channel on a scale of 0-1.
+    size / ``crop_pct`` and cuts out the centre. ``mean`` and ``std`` are per RGB channel on a scale of 0-1. ``exif``:
+    files are turned upright by their EXIF orientation, which timm does not do. ``fast``: large images are resized by
+    ``resampling.shrink``. Both are False in what was stored before they existed.
     """
 
     mean: tuple[float, float, float]
@@ -68,8 +70,17 @@ class Preprocess(Stored):
     interpolation: str
     crop_mode: str
     crop_pct: float
+    exif: bool = False
+    fast: bool = False
+
+    @classmethod
+    def from_json(cls, data: dict[str, Any]) -> Preprocess:
+        return super().from_json({"exif": False, "fast": False, **data} if isinstance(data, dict) else data)
 
     def __post_init__(self) -> None:
+        for name in ("exif", "fast"):
+            if not isinstance(getattr(self, name), bool):
+                raise PhregError(f"{name}: got {getattr(self, name)!r}, expected true or false.")
         if self.crop_mode not in ("squash", "center"):
             raise PhregError(f"crop mode: got {self.crop_mode!r}, expected 'squash' or 'center'.")
         if self.interpolation not in ("bicubic", "bilinear", "lanczos", "nearest"):
@@ -92,10 +103,10 @@ class Sizes(Stored):
     @classmethod
     def from_json(cls, data: dict[str, Any]) -> Sizes:
         raw = Stored.from_json.__func__(cls, data)  # type: ignore[attr-defined]
-        try:
-            return cls(raw.mode, tuple((int(h), int(w)) for h, w in raw.sizes))
-        except (TypeError, ValueError):
-            raise PhregError(f"Sizes: got the sizes {raw.sizes}, expected pairs of height and width.") from None
+        pairs = raw.sizes if isinstance(raw.sizes, tuple) else ()
+        if not pairs or not all(isinstance(p, (list, tuple)) and [type(s) for s in p] == [int, int] for p in pairs):
+            raise PhregError(f"Sizes: got the sizes {raw.sizes}, expected pairs of height and width.")
+        return cls(raw.mode, tuple((h, w) for h, w in pairs))
 
     @classmethod
     def parse(cls, text: str, patch: tuple[int, int]) -> Sizes:

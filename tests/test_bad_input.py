@@ -61,6 +61,12 @@ def tensors(w, name="weights.pth", value=None):
     return path
 
 
+def numbered():
+    import torch
+
+    return {0: torch.zeros(2), 1: torch.zeros(2)}
+
+
 def poisoned(w):
     """The base model with one NaN in it."""
     from safetensors.torch import load_file, save_file
@@ -129,6 +135,11 @@ MODELS = {  # id: (arguments, fragments); all exit with 2
     ),
     "pth with an object": (lambda w: distill(w, TINY, "--checkpoint", pickled(w)), ["weights.pth", "more than tensors", ".safetensors"]),
     "pth without a state dict": (lambda w: export(w, TINY, "--checkpoint", tensors(w, value=[1, 2])), ["no state dict"]),
+    "pth with numbers for names": (
+        lambda w: distill(w, TINY, "--checkpoint", tensors(w, value=numbered())),
+        ["weights.pth", "names a tensor by the int 0", "expected names of weights"],
+    ),
+    "path with nothing": (lambda w: distill(w, w.tmp / "gone"), ["gone", "where there is nothing", "config.json"]),
     "pth of another model": (lambda w: distill(w, TINY, "--checkpoint", tensors(w)), ["weights.pth", f"do not fit {TINY}"]),
 }  # fmt: skip
 IMAGES = {
@@ -153,7 +164,7 @@ OPTIONS = {
     "list with a gap": (lambda w: export(w, w.student, "--image-size", "64,,72"), ["'64,,72'"]),
     "batch zero": (lambda w: export(w, w.student, "--batch", "0"), ["'0'", "from 1"]),
     "batch of words": (lambda w: export(w, w.student, "--batch", "1:x:3"), ["'1:x:3'", "MIN:OPT:MAX"]),
-    "precision unknown": (lambda w: export(w, w.student, "--precision", "int4"), ["'int4'", "fp32, fp16 or bf16"]),
+    "precision unknown": (lambda w: export(w, w.student, "--precision", "int4"), ["'int4'", "fp32, fp16, bf16, int8 or fp8"]),
     "precision of training": (lambda w: distill(w, w.base, "--precision", "fp8"), ["'fp8'", "auto, fp32 or bf16"]),
     "recipe unknown": (lambda w: distill(w, w.base, "--recipe", "magic"), ["'magic'", "transplant, random-registers or ph-reg"]),
     "registers negative": (lambda w: distill(w, w.base, "--registers", "-1"), ["got -1", "0 to 64"]),
@@ -170,6 +181,14 @@ OPTIONS = {
     "device unknown, artifacts": (lambda w: artifacts(w, w.base, "--device", "cuda:x"), ["'cuda:x'", "auto, cpu, cuda"]),
     "median zero": (lambda w: artifacts(w, w.base, "--limit", "1", "--median", "0"), ["median"]),
     "resume of nothing": (lambda w: distill(w, w.base, "--resume"), ["no interrupted run", "without --resume"]),
+    "registers too many": (lambda w: distill(w, w.base, "--registers", "65"), ["got 65", "0 to 64"]),
+    "target unknown": (lambda w: export(w, w.student, "--target", "npu"), ["'npu'", "cpu or trt"]),
+    "backend for PyTorch": (lambda w: artifacts(w, w.base, "--backend", "openvino"), ["--backend goes with a bundle"]),
+    "device for a bundle": (lambda w: artifacts(w, w.bundle, "--device", "cpu"), ["--device goes with a PyTorch model"]),
+    "checkpoint for no reference": (
+        lambda w: ["check", w.bundle, "--images", w.photos, "--reference-checkpoint", w.checkpoint],
+        ["--reference-checkpoint", "give it as --reference"],
+    ),
     "option unknown": (lambda w: distill(w, w.base, "--epoch", "3"), ["No such option", "--epoch"]),
     "option missing": (lambda w: ["distill", w.base, "-o", w.out], ["Missing option", "--images"]),
     "argument missing": (lambda w: ["export", "-o", w.out], ["Missing argument", "MODEL"]),

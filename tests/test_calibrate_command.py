@@ -15,7 +15,7 @@ from phreg_deploy.errors import PhregError
 from phreg_deploy.quantisation import Smoothing
 from phreg_deploy.runtime import FeatureExtractor
 from phreg_deploy.runtime.parity import check_reference, compare_runs, judge
-from tests.test_bad_bundles import edit, rehashed
+from tests.test_bad_bundles import rehashed, rewritten
 from tests.world import leftovers, photograph
 
 pytestmark = pytest.mark.usefixtures("torch", "traced_once")
@@ -173,11 +173,11 @@ def test_the_target_without_zero_points(world, run_cli, quick):
 
 
 MISTAKES = {
-    "a bundle of 16 bits": (lambda w: asked(w, w.copy("bundle", manifest=edit(precision="fp16"))), ["got a bundle in fp16, expected fp32"]),
+    "a bundle of 16 bits": (lambda w: asked(w, rewritten(w.copy("bundle"), precision="fp16")), ["got a bundle in fp16, expected fp32"]),
     "a bundle of 8 bits": (lambda w: asked(w, w.eight), ["got a bundle in int8, expected fp32"]),
     "a student": (lambda w: asked(w, w.student), ["no manifest.json", "run `phreg-deploy export` on it first"]),
     "no bundle": (lambda w: asked(w, w.tmp / "none"), ["there is nothing"]),
-    "a graph that was changed": (lambda w: asked(w, w.copy("bundle", model=lambda b: b[:-1] + b"?")), ["model.onnx", "has sha256"]),
+    "a graph that was changed": (lambda w: asked(w, w.copy("bundle", model=lambda b: b[:-1] + b"?")), ["model.onnx", "another sha256"]),
     "NaN in the weights": (lambda w: asked(w, damaged(w, poison("blocks.1.mlp.fc1.weight"))), ["input of blocks.1.mlp.fc2 is not finite", "damaged"]),
     "a graph of an older version": (lambda w: asked(w, damaged(w, unnamed)), ["names no blocks", "Export it again"]),
     "no images": (lambda w: asked(w, None, "--images", w.tmp / "none"), ["images", "there is nothing"]),
@@ -271,11 +271,19 @@ def test_unreadable_images_are_skipped_and_said(world, run_cli, quick):
 
 def test_a_manifest_of_the_first_format_is_still_read(world):
     data = json.loads((world.bundle / "manifest.json").read_text())
-    assert data["format"] == FORMAT == 2
+    assert data["format"] == FORMAT == 3
     old = {k: v for k, v in data.items() if k != "quantisation"} | {"format": 1}
     assert Manifest.from_json(old) == Manifest.from_json(data)
     with pytest.raises(PhregError, match=r"missing keys \['quantisation'\]"):
         Manifest.from_json(old | {"format": 2})
     folder = world.copy("bundle", manifest=json.dumps(old).encode())
     calibrate(CalibrationRequest(folder, world.photos, smoothing=GIVEN, float_macs=0), world.out)
-    assert Bundle.read(world.out).manifest.to_json()["format"] == 2
+    assert Bundle.read(world.out).manifest.to_json()["format"] == 3
+
+
+def test_a_manifest_from_before_exif_keeps_its_preprocessing(world):
+    data = json.loads((world.bundle / "manifest.json").read_text())
+    assert (data["preprocess"]["exif"], data["preprocess"]["fast"]) == (True, True)
+    steps = {k: v for k, v in data["preprocess"].items() if k not in ("exif", "fast")}
+    old = Manifest.from_json(data | {"format": 2, "preprocess": steps})
+    assert (old.preprocess.exif, old.preprocess.fast) == (False, False)

@@ -1,7 +1,6 @@
 """The command line on a real model, from a timm ViT to features and back: what is printed, where, and with which exit code."""
 
 import json
-import shutil
 import subprocess
 import sys
 from importlib.metadata import entry_points
@@ -12,7 +11,6 @@ from PIL import Image
 
 from phreg_deploy import __version__
 from phreg_deploy.cli import main
-from phreg_deploy.runtime import FeatureExtractor
 from tests.world import ROOT, leftovers
 
 pytestmark = pytest.mark.usefixtures("torch")
@@ -131,32 +129,6 @@ def test_a_student_loads_in_stock_timm(student):
 
     model = timm.create_model(f"local-dir:{student}", pretrained=True)
     assert (model.num_reg_tokens, model.no_embed_class, model.num_classes) == (4, True, 5)
-
-
-def test_extract_writes_what_the_extractor_says(world, run_cli):
-    nested = world.tmp / "in" / "deep"
-    nested.mkdir(parents=True)
-    for source, name in (("frame-00.png", "a.png"), ("frame-02.png", "a-2.png"), ("frame-01.jpg", "deep/a.jpg")):
-        shutil.copy(world.photos / source, world.tmp / "in" / name)
-    (nested / "broken.jpg").write_bytes(b"")
-    report = done(
-        run_cli(
-            "extract", world.wide_bundle, world.tmp / "in", "-o", world.out, "--image-size", "48x64", *HERE, "--json"
-        )
-    )
-    assert [entry["shape"] for entry in report["images"]] == [[6, 8, 48]] * 3
-    assert [name.rsplit("/", 1)[1] for name in report["skipped"]] == ["broken.jpg"]
-    files = {entry["image"]: entry["features"] for entry in report["images"]}
-    assert len(set(files.values())) == 3, f"one image overwrote another: {files}"
-    with FeatureExtractor.load(world.wide_bundle, "onnxruntime-cpu") as extractor:
-        for image, file in files.items():
-            stored = np.load(world.out / file)
-            assert stored.dtype == np.float32
-            assert np.array_equal(stored, extractor(image, (48, 64)).features[0])
-    assert len(list(world.out.glob("*.png"))) == 3
-    bare = done(run_cli("extract", world.bundle, world.photos, "-o", world.tmp / "bare", "--no-pictures", "--json"))
-    assert len(bare["images"]) == 24
-    assert {p.suffix for p in (world.tmp / "bare").iterdir()} == {".npy", ".json"}
 
 
 def test_artifacts_of_model_student_and_bundle_agree(world, run_cli):

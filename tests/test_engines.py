@@ -237,19 +237,20 @@ def test_compatibility(fresh, compatibility, built, here, runs):
 
 
 @pytest.mark.parametrize("number", [errno.EROFS, errno.EACCES, errno.ENOSPC])
-@pytest.mark.parametrize("call", ["mkdir", "write_bytes", "unlink"])
+@pytest.mark.parametrize("call", ["mkdir", "replace", "unlink"])
 def test_a_folder_that_refuses(fresh, monkeypatch, call, number):
     """As the system would: permission bits do not bind root. ``unlink`` is what a read-only disk refuses of a second build."""
     if call == "unlink":
         put(fresh)
-    real = getattr(Path, call)
+    owner = os if call == "replace" else Path
+    real = getattr(owner, call)
 
     def failing(path, *arguments, **named):
-        if (FOLDER in path.parts and ".writing-" not in path.name) or call == "write_bytes":
+        if (FOLDER in path.parts and ".writing-" not in path.name) or call == "replace":
             raise OSError(number, os.strerror(number))
         return real(path, *arguments, **named)
 
-    monkeypatch.setattr(Path, call, failing)
+    monkeypatch.setattr(owner, call, failing)
     with pytest.raises(PhregError, match="disk is full" if number == errno.ENOSPC else "cannot be written to"):
         put(fresh, plan=b"second")
     monkeypatch.undo()

@@ -12,7 +12,7 @@ from phreg_deploy.errors import BackendMissing, PhregError
 from phreg_deploy.export.exporter import ExportRequest, export_bundle
 from phreg_deploy.progress import SILENT
 from phreg_deploy.runtime import FeatureExtractor
-from phreg_deploy.runtime.latency import against_baseline, profile_bundle, summarise
+from phreg_deploy.runtime.latency import profile_bundle, summarise
 from phreg_deploy.runtime.parity import check_reference, judge
 from tests.families import plant, small
 
@@ -150,14 +150,23 @@ def test_a_latency_report_carries_its_conditions(bundles):
         assert graph["minimum"] <= graph["p50"] <= graph["p90"] <= graph["p99"] <= graph["maximum"]
     assert report["conditions"]["backend_version"].startswith("onnxruntime")
     assert report["conditions"]["threads"] == 1
-    assert against_baseline(report, report, 0.1) == []
-    slower = {
-        **report,
-        "results": [
-            {**r, "extractor": {**r["extractor"], "p50": 2 * r["extractor"]["p50"]}} for r in report["results"]
-        ],
-    }
-    assert len(against_baseline(slower, report, 0.1)) == 2
+
+
+def test_preprocessing_is_measured_on_the_frame_that_was_asked_for(bundles, monkeypatch):
+    prepared = []
+    real = FeatureExtractor.prepare
+    monkeypatch.setattr(
+        FeatureExtractor, "prepare", lambda self, x, size: (prepared.append(x.shape), real(self, x, size))
+    )
+    with FeatureExtractor.load(bundles / "range", "onnxruntime-cpu", threads=1) as extractor:
+        asked = {"batches": [2], "size": None, "seconds": 0.1, "threads": 1, "progress": SILENT}
+        report = profile_bundle(extractor, **asked, frame=(720, 1280))
+    assert set(prepared) == {(720, 1280, 3)}
+    assert report["conditions"]["photograph"] == "1280x720 noise"
+    assert report["conditions"]["resize"] == "fast"
+    (result,) = report["results"]
+    preparing = 2 * result["preprocess"]["p50"]
+    assert result["preprocess_share"] == pytest.approx(preparing / (preparing + result["extractor"]["p50"]))
 
 
 def test_a_drifting_machine_is_called_unstable():

@@ -1,40 +1,15 @@
 """What happens where an extra was not installed, or is broken: exit code 4 and the line that mends it, in a process without it."""
 
-import json
-import os
-import subprocess
 import sys
 
 import pytest
 
-from tests.world import ROOT, Outcome
+from tests.world import without
 
 pytestmark = pytest.mark.usefixtures("torch", "traced_once")
 
-RUN = """
-import json, sys
-from dataclasses import asdict
-blocked, commands = json.loads(sys.argv[1])
-sys.modules.update(dict.fromkeys(blocked))
-from tests.world import invoke
-print(json.dumps([asdict(invoke(*command)) for command in commands]))
-"""
 HEAVY = ["torch", "timm", "safetensors", "onnx", "onnxscript", "torchvision"]
 DISTILL, EXPORT = 'pip install "phreg-deploy[distill]"', 'pip install "phreg-deploy[export]"'
-
-
-def without(blocked, commands, path=()):
-    """Outcomes of commands in one process in which ``blocked`` modules cannot be imported; ``path`` comes first."""
-    done = subprocess.run(
-        [sys.executable, "-c", RUN, json.dumps([blocked, [[str(a) for a in command] for command in commands]])],
-        capture_output=True,
-        text=True,
-        check=False,
-        cwd=ROOT,
-        env={**os.environ, "PYTHONPATH": ":".join(str(p) for p in (*path, ROOT))},
-    )
-    assert done.returncode == 0, done.stderr[-1500:]
-    return [Outcome(**outcome) for outcome in json.loads(done.stdout.splitlines()[-1])]
 
 
 def makers(w):
@@ -63,6 +38,28 @@ def test_a_missing_module_is_named_with_the_extra_that_brings_it(world, module, 
     for (name, extra), outcome in zip(extras.items(), outcomes):
         outcome.refused(4, f"'{module}'", extra)
         assert not world.out.exists(), name
+
+
+def test_all_that_is_missing_is_named_at_once_with_one_line(world):
+    """Nobody installs one module, tries again, and is asked for the next."""
+    commands = makers(world)
+    commands["export in INT8"] = [*commands["export"], "--precision", "int8", "--images", world.photos]
+    commands["calibrate"] = ["calibrate", world.bundle, "--images", world.photos, "-o", world.out, "--json"]
+    commands["demo"] = ["demo", "-o", world.out, "--json"]
+    distil = "'safetensors', 'timm', 'torch'"
+    said = {
+        "distill": (distil, "[distill]"),
+        "export": (f"'ml_dtypes', 'onnx', 'onnxscript', {distil}", "[export]"),
+        "artifacts": (distil, "[distill]"),
+        "check": (f"'onnxruntime', {distil}", "[distill,cpu]"),
+        "export in INT8": (f"'ml_dtypes', 'onnx', 'onnxruntime', 'onnxscript', {distil}", "[export,calibration]"),
+        "calibrate": ("'ml_dtypes', 'onnx', 'onnxruntime'", "[calibration]"),
+        "demo": (f"'ml_dtypes', 'onnx', 'onnxruntime', 'onnxscript', {distil}", "[export,calibration]"),
+    }
+    blocked = [*HEAVY, "ml_dtypes", *RUNTIMES, "tensorrt", "tensorrt_lean"]
+    for name, outcome in zip(commands, without(blocked, commands.values())):
+        modules, extras = said[name]
+        outcome.refused(4, f"needs the modules {modules}, which are", f'pip install "phreg-deploy{extras}"')
 
 
 def test_what_serves_needs_no_torch(world):

@@ -228,7 +228,7 @@ def test_the_parts_of_an_inference_are_all_of_it(made, graph):
     from phreg_deploy.runtime.cuda import Event
 
     with FeatureExtractor.load(made("fp16"), "tensorrt") as extractor:
-        plan, feed = extractor._backend, extractor.feed(frames())
+        plan, feed = extractor.opened, extractor.feed(frames())
         for _ in range(20):
             plan.split(feed, graph)
         parts = [plan.split(feed, graph) for _ in range(200)]
@@ -251,7 +251,7 @@ def test_the_parts_of_an_inference_are_all_of_it(made, graph):
 
 def test_layers_add_up(made):
     with FeatureExtractor.load(made("fp16"), "tensorrt") as extractor:
-        times = extractor._backend.layers(extractor.feed(frames()), rounds=20)
+        times = extractor.opened.layers(extractor.feed(frames()), rounds=20)
         assert len(times) >= 3
         assert all(value >= 0 for value in times.values())
         assert sum(times.values()) > 0

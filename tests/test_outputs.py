@@ -130,7 +130,7 @@ WRITES = {  # id: (command, options, bytes at which the disk is full); below it 
     "weights": ("distill", ["--epochs", "0"], 100_000),
     "graph": ("export", [], 100_000),
     "features": ("extract", [], 5_000),
-    "picture": ("extract", [], 13_000),
+    "picture": ("extract", ["--pictures"], 13_000),
 }
 
 
@@ -144,6 +144,7 @@ def test_a_write_that_the_system_refuses(world, run_cli, limited, stage):
     outcome = run_cli(*asked, "--json")
     limited(resource.RLIM_INFINITY)
     outcome.refused(2, "was not written" if "disk is full" in outcome.err else "cannot be written")
+    assert "requested and" not in outcome.err  # numpy's own words
     assert_clean(world, outcome)
 
 
@@ -182,6 +183,46 @@ def test_a_damaged_interrupted_run_is_refused(world, run_cli, monkeypatch, name)
     run_cli(*asked, "--resume").refused(2, "out.partial", "--force")
     started = run_cli(*asked, "--force")
     assert started.code == 0, started.err
+
+
+def test_outputs_follow_the_umask(world, run_cli, tmp_path):
+    """Colleagues and a service's user must be able to read what was written, the weights as well."""
+    before = os.umask(0o026)
+    try:
+        for command in WRITERS:
+            out = tmp_path / command
+            more = ["--epochs", "0"] if command == "distill" else []
+            assert run_cli(*WRITERS[command](world, out, *more)).code == 0
+        page = tmp_path / "page.html"
+        assert run_cli("check", world.bundle, "--report", page).code == 0
+    finally:
+        os.umask(before)
+    for path in tmp_path.rglob("*"):
+        assert oct(path.stat().st_mode & 0o777) == oct(0o751 if path.is_dir() else 0o640), path
+
+
+@pytest.mark.parametrize(("option", "command"), [("--report", "check"), ("--picture", "artifacts")])
+def test_a_page_or_picture_in_a_read_only_folder_is_refused_before_any_work(
+    world, run_cli, monkeypatch, option, command
+):
+    asked = [command, world.bundle, "--images", world.photos, option, world.tmp / "page", "--json"]
+    refuse(monkeypatch, importlib.import_module("tempfile"), "TemporaryFile", errno.EROFS)
+    monkeypatch.setattr(
+        "phreg_deploy.runtime.features.FeatureExtractor.load", lambda *_, **__: pytest.fail("it loaded")
+    )
+    run_cli(*asked).refused(2, "cannot be written to", "Read-only")
+    assert list(world.tmp.iterdir()) == []
+
+
+def test_a_file_on_a_read_only_file_system_is_a_message(tmp_path, monkeypatch):
+    """There even the removal of what was never written is refused."""
+    from phreg_deploy.errors import PhregError
+    from phreg_deploy.whole import write_whole
+
+    refuse(monkeypatch, os, "open", errno.EROFS)
+    refuse(monkeypatch, Path, "unlink", errno.EROFS)
+    with pytest.raises(PhregError, match=r"cannot be written to \(Read-only file system\)"):
+        write_whole(tmp_path / "page.html", b"page")
 
 
 def assert_clean(world, outcome):

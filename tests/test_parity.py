@@ -3,11 +3,11 @@
 import numpy as np
 import pytest
 
-from phreg_deploy.bundle import GATES
 from phreg_deploy.errors import PhregError
-from phreg_deploy.runtime.parity import NEIGHBOURS, Parity, Tally, compare_runs, judge, worst
+from phreg_deploy.gates import AT_LEAST, GATES, SENTENCES, exam_bars
+from phreg_deploy.runtime.parity import NEIGHBOURS, Parity, Tally, compare_runs, gates_of, judge, worst
 
-PASSES = Parity(1.0, 1.0, 1.0, 0.0, 0.0, 1.0, 0.0, 0.0, 1.0, 0)
+PASSES = Parity(1.0, 1.0, 1.0, 0.0, 0.0, 1.0, 0.0, 0.0, 0.0, 1.0, 0)
 
 
 def run(seed, batch=5, grid=(6, 7), noise=0.0, cls=True):
@@ -85,17 +85,25 @@ def test_neighbours_are_looked_for_among_a_sample_of_large_grids():
     assert parity.neighbours == 1.0
 
 
+@pytest.mark.parametrize("exam", [False, True])
 @pytest.mark.parametrize("precision", GATES)
-def test_gates_of_every_precision(precision):
-    gates, change = GATES[precision], {"cosine_p1": "1st-percentile", "outlier_points": "norm-outlier rate"}
-    if "neighbours" in gates:
-        change["neighbours"] = "nearest neighbours of 0."
-    assert judge(PASSES, precision) == []
-    for name, words in change.items():
-        worse = gates[name] + (0.01 if name == "outlier_points" else -0.001)
-        (missed,) = judge(Parity(**{**PASSES.to_json(), name: worse}), precision)
-        assert missed.startswith(words)
-        assert judge(Parity(**{**PASSES.to_json(), name: gates[name]}), precision) == []
+def test_gates_of_every_precision(precision, exam):
+    """Each bar is a gate of its own: just beyond it one sentence is given, at it none."""
+    bars = exam_bars(precision) if exam else GATES[precision]
+    assert judge(PASSES, precision, exam=exam) == []
+    for name, bar in bars.items():
+        worse = bar - 1e-6 if name in AT_LEAST else bar + 1e-6
+        (missed,) = judge(Parity(**{**PASSES.to_json(), name: worse}), precision, exam=exam)
+        assert missed == SENTENCES[name].format(figure=worse, bar=bar)
+        assert judge(Parity(**{**PASSES.to_json(), name: bar}), precision, exam=exam) == []
+
+
+@pytest.mark.parametrize("precision", GATES)
+def test_every_figure_that_can_break_is_gated(precision):
+    wanted = {"cosine_p1", "cosine_min", "cls_cosine", "relative_l2", "norm_bias", "norm_difference", "outlier_points"}
+    assert wanted <= set(GATES[precision])
+    assert wanted <= set(exam_bars(precision))
+    assert wanted <= set(exam_bars(precision, again=True))
 
 
 def test_the_exam_of_eight_bits_has_its_own_bar_and_no_neighbours():
@@ -104,10 +112,25 @@ def test_the_exam_of_eight_bits_has_its_own_bar_and_no_neighbours():
     assert judge(low, "int8", exam=True) == []
     assert len(judge(low, "fp32", exam=True)) == 1, "between runtimes, float is held to the same bar"
     assert len(judge(low, "int8", cosine_p1=0.98, exam=True)) == 1, "a user's own gate is the gate"
+    assert len(judge(low, "int8", exam=True, again=True)) == 1, "the runtime that wrote the answers is held to more"
+    assert judge(low, "fp32", exam=True, again=True) == judge(low, "fp32", exam=True)
+
+
+def test_a_model_without_class_token_has_no_gate_on_it():
+    without = Parity(**{**PASSES.to_json(), "cls_cosine": None})
+    assert judge(without, "fp32") == []
+    assert "cls_cosine" not in {gate.name for gate in gates_of(without, "fp32")}
+
+
+def test_an_output_that_is_lost_is_an_error():
+    got = run(0)
+    del got["cls"]
+    with pytest.raises(PhregError, match="got no cls, which the reference has"):
+        compare_runs(got, run(0))
 
 
 def test_the_worst_of_several_has_the_weakest_figure_of_each_kind():
-    a = Parity(0.9, 0.8, 0.7, 0.1, 3.0, 0.5, 0.0, 0.2, None, 0)
-    b = Parity(0.8, 0.9, 0.6, 0.2, 2.0, 0.6, 0.1, 0.1, 0.4, 0)
-    assert worst([a, b]) == Parity(0.8, 0.8, 0.6, 0.2, 3.0, 0.5, 0.1, 0.2, 0.4, 0)
+    a = Parity(0.9, 0.8, 0.7, 0.1, 3.0, 0.5, 0.0, 0.2, 0.3, None, 0)
+    b = Parity(0.8, 0.9, 0.6, 0.2, 2.0, 0.6, 0.1, 0.1, 0.1, 0.4, 0)
+    assert worst([a, b]) == Parity(0.8, 0.8, 0.6, 0.2, 3.0, 0.5, 0.1, 0.2, 0.3, 0.4, 0)
     assert worst([a]).cls_cosine is None

@@ -1,13 +1,16 @@
 """Files of images of any mode, and pixels that equal timm's evaluation transform bit for bit."""
 
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
 from PIL import Image
 
+from phreg_deploy.decoding import read_image, to_rgb
 from phreg_deploy.errors import PhregError
-from phreg_deploy.photographs import fit, list_images, read_image, read_photographs, to_rgb
+from phreg_deploy.photographs import fit, list_images, read_fitted, read_photographs
+from phreg_deploy.resampling import applies
 from phreg_deploy.spec import Preprocess
 from tests.world import photograph
 
@@ -80,6 +83,7 @@ def test_pixels_without_a_scale_are_refused(array, fragment):
         ("text.jpg", "not an image that Pillow can read"),
         ("truncated.jpg", "truncated or damaged"),
         ("nowhere.jpg", "there is no file"),
+        ("", "is a folder; expected an image file"),
     ],
 )
 def test_an_unreadable_file_says_why(odd_images, name, fragment):
@@ -165,3 +169,79 @@ def test_one_pixel_is_enough():
     found = fit(Image.new("RGB", (1, 1), (9, 8, 7)), (24, 40), PLAIN)
     assert found.reshape(-1, 3).tolist() == [[9, 8, 7]] * (24 * 40)
     assert math.prod(found.shape) == 24 * 40 * 3
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_photographs_are_turned_upright_where_the_preprocessing_says_so(tmp_path, orientation):
+    scene = photograph(5, 40, 24)
+    undo = {2: 0, 3: 3, 4: 1, 5: 5, 6: 2, 7: 6, 8: 4}.get(orientation)  # Pillow's transposes
+    stored, tag = scene if undo is None else scene.transpose(Image.Transpose(undo)), Image.Exif()
+    tag[0x0112] = orientation
+    stored.save(tmp_path / "turned.png", exif=tag)
+    turned = replace(PLAIN, exif=True)
+    assert np.array_equal(read_fitted(tmp_path / "turned.png", (24, 40), turned), np.asarray(scene))
+    assert np.array_equal(read_fitted(tmp_path / "turned.png", (24, 40), PLAIN), fit(stored, (24, 40), PLAIN))
+    found = read_photographs(tmp_path, (24, 40), turned)
+    assert np.array_equal(found.array(0), np.asarray(scene))
+
+
+def test_a_large_jpeg_is_decoded_at_a_smaller_scale(tmp_path, monkeypatch):
+    scene = photograph(6, 400, 320)
+    scene.save(tmp_path / "large.jpg", quality=95)
+    monkeypatch.setattr("phreg_deploy.decoding.GIANT", 400 * 320 // 4)
+    small = read_image(tmp_path / "large.jpg")
+    assert small.size == (200, 160)
+    assert close(np.asarray(small), np.asarray(scene.reduce(2))) < 3
+    monkeypatch.setattr("phreg_deploy.decoding.GIANT", 400 * 320)
+    assert read_image(tmp_path / "large.jpg").size == (400, 320)
+
+
+@pytest.mark.parametrize("limit", [3_999, 1_000])  # the second is so low that Pillow refuses to open the file
+def test_an_image_above_the_limit_is_called_large_and_not_damaged(tmp_path, monkeypatch, limit):
+    photograph(7, 80, 50).save(tmp_path / "large.png")
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", limit)
+    with pytest.raises(PhregError, match=r"too large .* it is not damaged"):
+        read_image(tmp_path / "large.png")
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", None)
+    assert read_image(tmp_path / "large.png").size == (80, 50)
+
+
+def test_an_image_as_thin_as_a_hair_is_refused_before_it_is_enlarged():
+    thin = Image.new("RGB", (2, 4_000))
+    with pytest.raises(PhregError, match="got 2x4000 pixels, too long and narrow for 32x32"):
+        fit(thin, (32, 32), Preprocess(HALF, HALF, "bicubic", "center", 1.0))
+    assert fit(thin, (32, 32), PLAIN).shape == (32, 32, 3)
+
+
+@pytest.mark.parametrize("crop_mode", ["squash", "center"])
+@pytest.mark.parametrize("interpolation", ["bicubic", "lanczos", "bilinear", "nearest"])
+@pytest.mark.parametrize("size", [(224, 224), (160, 240)])
+def test_the_fast_resize_gives_pillows_numbers(crop_mode, interpolation, size):
+    exact = Preprocess(HALF, HALF, interpolation, crop_mode, 0.9 if crop_mode == "center" else 1.0)
+    rng = np.random.default_rng(0)
+    noise = rng.integers(0, 256, (720, 1100, 3), dtype=np.uint8)
+    edges = np.kron(rng.integers(0, 2, (72, 110, 3), dtype=np.uint8) * 255, np.ones((10, 10, 1), np.uint8))
+    for frame in (noise, edges, np.asarray(photograph(8, 1100, 720))):
+        expected = fit(Image.fromarray(frame), size, exact).astype(int)
+        for image in (frame, Image.fromarray(frame)):
+            difference = np.abs(fit(image, size, replace(exact, fast=True)) - expected)
+            assert difference.max() <= 1
+            assert (
+                frame is edges or np.mean(difference > 0) <= 5e-4
+            )  # edges of 0 and 255 give sums that end in one half
+    assert applies((1100, 720), (224, 224), interpolation) == (interpolation in ("bicubic", "lanczos"))
+
+
+def test_small_images_are_left_to_pillow():
+    assert not applies((640, 480), (224, 224), "bicubic")
+    assert not applies((1920, 1080), (1920, 500), "bicubic")
+
+
+def test_preprocessing_that_was_stored_before_exif_keeps_its_behaviour():
+    stored = PLAIN.to_json()
+    assert (stored.pop("exif"), stored.pop("fast")) == (False, False)
+    assert Preprocess.from_json(stored) == PLAIN
+    with pytest.raises(PhregError, match="exif: got 1, expected true or false"):
+        Preprocess.from_json(stored | {"exif": 1})
+    with pytest.raises(PhregError, match="got the keys"):
+        Preprocess.from_json(stored | {"turn": True})

@@ -1,6 +1,7 @@
 """Teacher targets on disk: computed once, never half-written, and read by one thread at a time."""
 
 import ast
+import os
 import threading
 from dataclasses import replace
 
@@ -61,9 +62,11 @@ def test_other_settings_have_another_folder(case):
         Teacher(teacher.model, teacher.preprocess, views=4, seed=1),
         Teacher(teacher.model, teacher.preprocess, views=4, autocast=True),
         Teacher(teacher.model, replace(teacher.preprocess, crop_mode="squash"), views=4),
+        Teacher(teacher.model, replace(teacher.preprocess, exif=False), views=4),
+        Teacher(teacher.model, replace(teacher.preprocess, fast=False), views=4),
     ]
     folders = {TargetCache(other, cache.folder.parent).folder for other in others}
-    assert len(folders | {cache.folder}) == 5
+    assert len(folders | {cache.folder}) == 1 + len(others)
 
 
 def twins(**changes):
@@ -133,6 +136,25 @@ def test_a_write_that_fails_leaves_no_part(case, monkeypatch):
             cache.fill(photographs)
     assert list(cache.folder.iterdir()) == []
     assert cache.fill(photographs) == 6
+
+
+def test_two_distillations_fill_one_cache(case, monkeypatch):
+    """The other one computes and writes every target between this one's write and its rename."""
+    from phreg_deploy.distill.teacher import TargetCache
+
+    cache, photographs = case
+    real, rivals = os.replace, []
+
+    def replace_late(source, target):
+        if not rivals:
+            rivals.append(TargetCache(cache.teacher, cache.folder.parent))
+            assert rivals[0].fill(photographs) == 6
+        real(source, target)
+
+    monkeypatch.setattr(os, "replace", replace_late)
+    assert cache.fill(photographs) == 6
+    assert cache.fill(photographs) == 0
+    assert sorted(p.name for p in cache.folder.iterdir()) == sorted(f"{d[:32]}.npz" for d in photographs.digests)
 
 
 def test_targets_are_parsed_by_one_thread_at_a_time(case, monkeypatch):

@@ -131,7 +131,7 @@ def test_eight_threads_get_their_own_answers_from_a_lane_each(load, expected, wo
     for thread in threads:
         thread.join()
     assert failed == []
-    assert 2 <= extractor._backend.device_memory()["contexts"] <= 8
+    assert 2 <= extractor.opened.device_memory()["contexts"] <= 8
 
 
 def test_every_thread_that_calls_has_chosen_the_device(load, device):
@@ -152,7 +152,7 @@ def test_one_thread_has_one_lane(load):
     extractor = load("wide_bundle")
     for size in ((64, 64), (48, 96)) * 4:
         extractor.run(frames(0, 1, size))
-    assert extractor._backend.device_memory()["contexts"] == 1
+    assert extractor.opened.device_memory()["contexts"] == 1
 
 
 # CUDA graphs
@@ -232,7 +232,7 @@ def test_shapes_outside_every_profile_are_refused_in_words(load, expected):
     extractor = load("wide_bundle")
     feed = {"image": frames(0, 1, (128, 64)), "pos_embed": np.zeros((1, 128, 48), np.float32)}
     with pytest.raises(PhregError, match=r"got inputs of .*\(1, 128, 64, 3\).*Build the bundle again"):
-        extractor._backend.run(feed)
+        extractor.opened.run(feed)
     same(extractor.run(frames(1)), expected("wide_bundle", frames(1)))
     with pytest.raises(PhregError, match="expected"):
         extractor.run(frames(0, 5))
@@ -240,7 +240,7 @@ def test_shapes_outside_every_profile_are_refused_in_words(load, expected):
 
 def test_a_tensor_of_another_type_is_refused_in_words(load):
     with pytest.raises(PhregError, match="got image in float32, expected uint8"):
-        load("bundle")._backend.run({"image": frames().astype(np.float32)})
+        load("bundle").opened.run({"image": frames().astype(np.float32)})
 
 
 def test_a_plan_of_another_graph_is_refused(load, device, workshop):
@@ -248,7 +248,7 @@ def test_a_plan_of_another_graph_is_refused(load, device, workshop):
     from phreg_deploy.runtime.cuda import Cuda
     from phreg_deploy.runtime.tensorrt_backend import Plan
 
-    plan = load("bundle")._backend.found.read()
+    plan = load("bundle").opened.found.read()
     with pytest.raises(PhregError, match="not of this bundle"):
         Plan(workshop.tensorrt, Cuda(), plan, [Shapes({"other": [[1], [1], [1]]})])
 
@@ -273,7 +273,7 @@ def test_closing_frees_everything(load, device):
     extractor = load("wide_bundle")
     for seed in range(3):
         extractor.run(frames(seed))
-    extractor._backend.split(extractor.feed(frames()))
+    extractor.opened.split(extractor.feed(frames()))
     assert device.live()
     extractor.close()
     assert device.live() == {}
@@ -282,7 +282,7 @@ def test_closing_frees_everything(load, device):
 
 def test_after_closing_every_use_is_refused(load, device):
     extractor = load("bundle")
-    backend = extractor._backend
+    backend = extractor.opened
     extractor.close()
     with pytest.raises(PhregError, match="was closed"):
         extractor.run(frames())
@@ -298,7 +298,7 @@ def test_closing_frees_everything_after_an_inference_that_failed(load, expected,
     extractor = load("bundle")
     workshop.fail_enqueue = 1
     with pytest.raises(PhregError, match="could not start the inference; the device may be out of memory"):
-        getattr(extractor._backend, call)({"image": frames()})
+        getattr(extractor.opened, call)({"image": frames()})
     same(extractor.run(frames(1)), expected("bundle", frames(1)))
     extractor.close()
     assert device.live() == {}
@@ -445,7 +445,7 @@ def test_the_next_call_on_the_host_waits_for_the_callers_stream(load, expected, 
     extractor.run(double.Array(device, image), out=out, stream=stream)
     device.calls.clear()
     same(extractor.run(frames(6)), expected("bundle", frames(6)))
-    lane = extractor._backend._lanes[0]
+    lane = extractor.opened._lanes[0]
     assert [words[0] for name, words in device.calls if name == "cudaStreamWaitEvent"] == [lane.stream.handle]
     same({name: value.read() for name, value in out.items()}, expected("bundle", image))
 
@@ -546,7 +546,7 @@ def test_outputs_on_the_gpu_are_freed_with_their_last_reader(load, device):
         (lambda d: double.Array(d, frames()[0]), r"got uint8 \(64, 64, 3\) on the GPU"),
         (lambda d: double.Array(d, frames(0, 2)), "batch"),
         (lambda d: double.Array(d, frames(0, 1, (80, 64))), "80x64"),
-        (lambda d: frames().tolist(), "got list, expected an array on a GPU"),
+        (lambda d: frames().tolist(), "got list, expected a uint8 RGB array"),
     ],
 )
 def test_what_is_no_batch_on_the_gpu_is_refused(load, device, change, words):
@@ -577,7 +577,7 @@ def test_outputs_of_another_kind_are_refused(load, expected, device):
 def test_an_inference_is_taken_apart(load, expected, graph):
     extractor = load("bundle")
     for _ in range(3):
-        parts = extractor._backend.split(extractor.feed(frames()), graph)
+        parts = extractor.opened.split(extractor.feed(frames()), graph)
         assert parts["latency"] == pytest.approx(parts["h2d"] + parts["compute"] + parts["d2h"])
         assert all(value >= 0 for value in parts.values())
         assert parts["compute"] > parts["h2d"]
@@ -588,7 +588,7 @@ def test_layers_are_timed_one_by_one(load, expected):
     extractor = load("bundle")
     for _ in range(3):
         extractor.run(frames())
-    times = extractor._backend.layers(extractor.feed(frames()), rounds=4)
+    times = extractor.opened.layers(extractor.feed(frames()), rounds=4)
     assert len(times) > 10
     assert list(times.values()) == pytest.approx([0.01] * len(times))
     for seed in range(3):

@@ -4,7 +4,10 @@ import contextlib
 import functools
 import io
 import json
+import os
+import subprocess
 import sys
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -60,6 +63,30 @@ def invoke(*arguments: object) -> Outcome:
             except SystemExit as stop:
                 code = stop.code if isinstance(stop.code, int) else 0 if stop.code is None else 1
     return Outcome(code, out.getvalue(), err.getvalue())
+
+
+RUN = """
+import json, sys
+from dataclasses import asdict
+blocked, commands = json.loads(sys.argv[1])
+sys.modules.update(dict.fromkeys(blocked))
+from tests.world import invoke
+print(json.dumps([asdict(invoke(*command)) for command in commands]))
+"""
+
+
+def without(blocked: Sequence[str], commands: Iterable[Sequence[object]], path: Sequence[Path] = ()) -> list[Outcome]:
+    """Outcomes of commands in one process in which ``blocked`` modules cannot be imported; ``path`` comes first."""
+    done = subprocess.run(
+        [sys.executable, "-c", RUN, json.dumps([blocked, [[str(a) for a in command] for command in commands]])],
+        capture_output=True,
+        text=True,
+        check=False,
+        cwd=ROOT,
+        env={**os.environ, "PYTHONPATH": ":".join(str(p) for p in (*path, ROOT))},
+    )
+    assert done.returncode == 0, done.stderr[-1500:]
+    return [Outcome(**outcome) for outcome in json.loads(done.stdout.splitlines()[-1])]
 
 
 @functools.lru_cache

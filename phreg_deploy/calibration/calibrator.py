@@ -13,9 +13,9 @@ import numpy as np
 import onnx
 
 from phreg_deploy import __version__
+from phreg_deploy.arguments import check_cosine, check_pattern
 from phreg_deploy.bundle import (
     CALIBRATION,
-    GATES,
     GRAPH,
     POSITIONS,
     REFERENCE,
@@ -27,17 +27,19 @@ from phreg_deploy.bundle import (
 from phreg_deploy.calibration.census import open_counted
 from phreg_deploy.calibration.images import share_out
 from phreg_deploy.calibration.linears import Linear, Wiring, find_linears
-from phreg_deploy.calibration.narrowing import narrow, pattern
+from phreg_deploy.calibration.narrowing import narrow
 from phreg_deploy.calibration.parting import part_projections
 from phreg_deploy.calibration.qdq import TARGETS
 from phreg_deploy.calibration.ranges import observe, watch
 from phreg_deploy.calibration.search import CANDIDATES, MARGIN, Scene, Search, answer, compare
 from phreg_deploy.calibration.session import VERSION, feeds, open_session
 from phreg_deploy.errors import GateFailed, PhregError
+from phreg_deploy.gates import GATES
 from phreg_deploy.progress import SILENT, Progress
 from phreg_deploy.quantisation import Smoothing
 from phreg_deploy.runtime.features import FeatureExtractor
-from phreg_deploy.runtime.parity import Parity, judge
+from phreg_deploy.runtime.instructions import advice
+from phreg_deploy.runtime.parity import Parity, gates_of, judge
 from phreg_deploy.whole import check_target, whole_folder
 
 FP8_SMOOTHING = Smoothing(norm=0.5, value=None, hidden=None)  # see float8.py
@@ -89,6 +91,9 @@ def calibrate(
         raise PhregError(
             f"calibrate: got a bundle in {manifest.precision}, expected fp32. Export it with --precision fp32 first."
         )
+    note = advice(request.mode) if request.target == "cpu" else None
+    if note:
+        progress.say(f"{note} The bundle will be as exact here as elsewhere.")
     shares = share_out(request.images, manifest, progress.say)
     with FeatureExtractor.load(request.bundle, backend="onnxruntime-cpu", verify=False) as extractor:
         model = onnx.load(bundle.graph)
@@ -97,8 +102,8 @@ def calibrate(
             ranges = observe(model, linears, manifest.model, feeds(extractor, shares.calibrate), advance)
         largest: dict[str, float] = {}
         if request.target == "trt":
-            with progress.task("largest values", len(shares.select)) as advance:
-                largest = watch(model, feeds(extractor, shares.select), advance)
+            with progress.task("largest values", len(shares.calibrate)) as advance:
+                largest = watch(model, feeds(extractor, shares.calibrate), advance)
         rounded_on = list(feeds(extractor, shares.calibrate))
         chosen_on, reported_on = (
             _scene(extractor, part, progress, name)
@@ -139,13 +144,14 @@ def calibrate(
         session, _ = open_counted(graph, eight)
     onnx.checker.check_model(graph)
     fidelity = compare(session, reported_on, manifest.norm_median)
-    missed = _missed(fidelity, request)
+    gates = gates_of(fidelity, request.mode, request.cosine_p1)
+    missed = [str(gate) for gate in gates if not gate.passed]
     share = sum(n.size for n in linears if n.name in keep) / sum(n.size for n in linears)
     report = {
         "format": 1, "mode": request.mode, "target": request.target, "smoothing": smoothing.to_json(), "candidates": tried,
         "images": shares.to_json(), "layers": _layers(search, smoothing, gains, keep, ranges), "fallback": steps,
         "float_layers": keep, "float_macs": share, "integer_layers": len(eight), "islands": islands, "bar": _bar(request),
-        "fidelity": fidelity.to_json(), "missed": missed, "seconds": time.perf_counter() - started,
+        "fidelity": fidelity.to_json(), "gates": [gate.to_json() for gate in gates], "missed": missed, "passed": not missed, "seconds": time.perf_counter() - started,
         "versions": {"phreg_deploy": __version__, "onnx": onnx.__version__, "onnxruntime": VERSION},
     }  # fmt: skip
     if missed and not force:
@@ -167,23 +173,22 @@ def check_request(request: CalibrationRequest) -> None:
     if request.mode == "fp8" and request.target != "trt":
         raise PhregError("target: got cpu, but no processor computes in FP8; use --target trt, or --mode int8.")
     for expression in request.keep:
-        pattern(expression)
+        check_pattern(expression)
     if request.keep and request.target != "trt":
         raise PhregError("keep in FP32: with --target cpu everything around the 8 bits is FP32 already.")
     if not 0 <= request.float_macs <= 1:
         raise PhregError(f"float MACs: got {request.float_macs}, expected a share from 0 to 1, e.g. 0.1.")
-    if request.cosine_p1 is not None and not 0 < request.cosine_p1 <= 1:
-        raise PhregError(f"cosine: got {request.cosine_p1}, expected a bar above 0 and up to 1, e.g. 0.99.")
+    check_cosine(request.cosine_p1)
 
 
-def _missed(parity: Parity, request: CalibrationRequest, margin: float = 1.0) -> list[str]:
-    """The bar in words where it is missed; with a margin below 1, a tighter bar."""
+def _missed(parity: Parity, request: CalibrationRequest, margin: float) -> list[str]:
+    """The gates that are missed when the 1st-percentile bar is tighter by ``margin``."""
     return judge(parity, request.mode, 1 - margin * (1 - _bar(request)["cosine_p1"]))
 
 
 def _bar(request: CalibrationRequest) -> dict[str, float]:
     own = {} if request.cosine_p1 is None else {"cosine_p1": request.cosine_p1}
-    return {name: value for name, value in {**GATES[request.mode], **own}.items() if name != "exam_p1"}
+    return {**GATES[request.mode], **own}
 
 
 def _tried(keep: list[str], share: float) -> str:

@@ -14,6 +14,9 @@ from phreg_deploy.calibration.linears import Wiring
 from phreg_deploy.calibration.session import open_session
 from phreg_deploy.errors import PhregError
 
+UNSIGNED = (
+    "_s8_2_u8"  # what ONNX Runtime appends to the name of weights that it made unsigned, see ``instructions.EXACT``
+)
 INTEGER = ("MatMulIntegerToFloat", "MatMulInteger", "QLinearMatMul", "QGemm", "DynamicQuantizeMatMul")
 
 
@@ -44,11 +47,14 @@ def open_counted(model: ModelProto, meant: list[str]) -> tuple[Any, Census]:
 
 
 def count(optimized: ModelProto, meant: list[str]) -> Census:
-    """The census of an optimized graph. ``meant``: names of the layers whose weights are ``NAME.int8``."""
+    """The census of an optimized graph. ``meant``: names of the layers whose weights are ``NAME.int8``.
+
+    On x86 without VNNI their name is ``NAME.int8_s8_2_u8`` once they have been made unsigned.
+    """
     wiring = Wiring(optimized)
     integer, floats = [], {}
     for name in meant:
-        readers = wiring.readers.get(f"{name}.int8", [])
+        readers = wiring.readers.get(f"{name}.int8", wiring.readers.get(f"{name}.int8{UNSIGNED}", []))
         if any(r.op_type in INTEGER for r in readers):
             integer.append(name)
         elif not readers:

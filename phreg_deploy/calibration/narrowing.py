@@ -5,7 +5,6 @@ TensorRT 11 has no switch for precision left: a layer runs in the type of its in
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
@@ -13,6 +12,7 @@ import ml_dtypes
 import numpy as np
 from onnx import ModelProto, NodeProto, TensorProto, helper, numpy_helper
 
+from phreg_deploy.arguments import check_pattern
 from phreg_deploy.calibration.linears import Wiring, put_nodes
 from phreg_deploy.errors import PhregError
 
@@ -77,14 +77,6 @@ def islands(narrowed: Narrowed, precision: str) -> list[str]:
     return rules + narrowed.reasons()
 
 
-def pattern(expression: str) -> re.Pattern[str]:
-    """A regular expression of a user's. Raises ``PhregError`` where it is none."""
-    try:
-        return re.compile(expression)
-    except re.error as error:
-        raise PhregError(f"keep in FP32: {expression!r} is no regular expression ({error}).") from None
-
-
 class _Narrowing:
     def __init__(self, model: ModelProto, precision: str, largest: Mapping[str, float]) -> None:
         if precision not in TYPES:
@@ -132,7 +124,7 @@ class _Narrowing:
             if reach[name] > limit:
                 self.wide[node.name] = f"{name} reaches {reach[name]:.3g}"
         for expression in keep:
-            fits = [n.name for n in floats if pattern(expression).search(n.name)]
+            fits = [n.name for n in floats if check_pattern(expression).search(n.name)]
             if not fits:
                 raise PhregError(
                     f"keep in FP32: {expression!r} fits no node; they are named like blocks.11.mlp.fc2/MatMul."

@@ -9,20 +9,25 @@ from typing import Any
 import numpy as np
 from onnx import ModelProto
 
-from phreg_deploy.errors import PhregError, missing_extra
+from phreg_deploy.errors import BackendMissing, PhregError
+from phreg_deploy.extras import CALIBRATION, require
 from phreg_deploy.photographs import Photographs
 from phreg_deploy.runtime.features import FeatureExtractor
+from phreg_deploy.runtime.instructions import EXACT
 
+require("phreg_deploy.calibration", calibration=CALIBRATION)
 try:
     import onnxruntime
-except ImportError:
-    raise missing_extra("onnxruntime", "cpu", "phreg_deploy.calibration") from None
+except ImportError as error:
+    raise BackendMissing(
+        f"phreg_deploy.calibration: onnxruntime cannot be imported ({error}). Reinstall it: pip install --force-reinstall onnxruntime"
+    ) from None
 
 VERSION: str = onnxruntime.__version__
 
 
 def open_session(model: ModelProto, optimized: Path | None = None, literal: bool = False) -> Any:
-    """A CPU session of ``model``; its optimized graph is written to ``optimized`` where asked.
+    """A CPU session of ``model``, exact on every processor; its optimized graph is written to ``optimized`` where asked.
 
     Args:
         literal: compute every Q/DQ where it stands. It is how graphs for TensorRT are emulated: ONNX Runtime would move
@@ -33,6 +38,7 @@ def open_session(model: ModelProto, optimized: Path | None = None, literal: bool
     """
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 3
+    options.add_session_config_entry(*EXACT)
     options.enable_cpu_mem_arena = (
         False  # it keeps what it once took, and grows by doubling: a gigabyte for ViT-B at 518 px
     )

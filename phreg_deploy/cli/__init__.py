@@ -3,16 +3,30 @@
 from __future__ import annotations
 
 import difflib
+import io
 import json
 import sys
+from contextlib import suppress
 from typing import Any
 
 import click
 
 from phreg_deploy import __version__
+from phreg_deploy.arguments import refuse_url
 from phreg_deploy.cli import build, eight, look, make, measure, serve, show
-from phreg_deploy.cli.options import plain
+from phreg_deploy.cli.options import echo, output, plain
 from phreg_deploy.errors import PhregError
+
+NOTHING = "Nothing was written."
+WHOLE = "An output appears only when it is whole: where {} is missing, nothing of it was kept; run the command again."
+INTERRUPTED = {  # command: what an interruption leaves
+    "distill": "No student was written. Teacher targets stay in the cache; where OUTPUT.partial is there, the same command "
+    "with --resume goes on from it, and with --force starts over.",
+    "export": WHOLE.format("OUTPUT"),
+    "calibrate": WHOLE.format("OUTPUT"),
+    "build": "No half-built engine was kept; run the command again.",
+    "demo": WHOLE.format("OUTPUT"),
+}
 
 
 class Group(click.Group):
@@ -23,39 +37,48 @@ class Group(click.Group):
             close = difflib.get_close_matches(args[0], self.commands, n=1)
             hint = f" Did you mean {close[0]!r}?" if close else f" The commands are {', '.join(self.commands)}."
             raise click.UsageError(f"There is no command {args[0]!r}.{hint}", ctx)
+        for argument in args[1:]:
+            refuse_url(argument)
         return super().resolve_command(ctx, args)
 
     def main(self, *args: Any, **kwargs: Any) -> Any:
+        for stream in (sys.stdout, sys.stderr):  # a terminal without Unicode gets question marks, not a traceback
+            if isinstance(stream, io.TextIOWrapper):
+                stream.reconfigure(errors="replace")
         try:
             code = super().main(*args, **{**kwargs, "standalone_mode": False})
+            with output() as stream:
+                if stream is not None:
+                    stream.flush()
             sys.exit(code if isinstance(code, int) else 0)
         except PhregError as error:
-            click.echo(f"Error: {error}", err=True)
+            echo(f"Error: {error}", err=True)
             _fail(str(error), error.exit_code, error.report)
         except click.ClickException as error:  # unknown options and the like: click's words, and ours for machines
             error.show()
             _fail(error.format_message(), error.exit_code)
         except (KeyboardInterrupt, click.Abort):
-            _interrupted()
-        except BrokenPipeError:
+            _interrupted(None)
+        except BrokenPipeError:  # stderr's reader is gone, and progress cannot be shown
             sys.exit(0)
 
     def invoke(self, ctx: click.Context) -> Any:
         try:
             return super().invoke(ctx)
         except KeyboardInterrupt:  # click would print "Aborted!" and exit 1
-            _interrupted()
+            _interrupted(ctx.invoked_subcommand)
 
 
-def _interrupted() -> None:
-    message = "Interrupted. Nothing half-written was left; an interrupted `distill` goes on with --resume."
-    click.echo(f"Error: {message}", err=True)
+def _interrupted(command: str | None) -> None:
+    message = f"Interrupted: {command or 'phreg-deploy'}. {INTERRUPTED.get(command or '', NOTHING)}"
+    echo(f"Error: {message}", err=True)
     _fail(message, 130)
 
 
 def _fail(message: str, code: int, report: dict[str, Any] | None = None) -> None:
     if "--json" in sys.argv:
-        click.echo(json.dumps(plain({**(report or {}), "error": message, "exit_code": code}), sort_keys=True))
+        with suppress(PhregError):  # stdout cannot be written: the error on stderr and the exit code remain
+            echo(json.dumps(plain({**(report or {}), "error": message, "exit_code": code}), sort_keys=True))
     sys.exit(code)
 
 

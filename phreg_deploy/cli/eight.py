@@ -7,7 +7,11 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from phreg_deploy.arguments import check_cosine
 from phreg_deploy.cli.options import Result, figure, force_option, images_option, output_options, percent
+from phreg_deploy.extras import CALIBRATION, require
+from phreg_deploy.photographs import list_images
+from phreg_deploy.whole import check_target
 
 if TYPE_CHECKING:
     from phreg_deploy.calibration.calibrator import CalibrationRequest
@@ -66,6 +70,10 @@ def calibrate(
       phreg-deploy calibrate student.bundle --images photos/ -o student-int8.bundle --float-macs 0 --cosine 0.98
     """
     result = Result(as_json, quiet)
+    check_cosine(cosine)
+    list_images(images)
+    check_target(output, force, [bundle, images])
+    require("`phreg-deploy calibrate`", calibration=CALIBRATION)
     from phreg_deploy.calibration.calibrator import CalibrationRequest
 
     target = target or ("trt" if mode == "fp8" else "cpu")

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import io
 import json
+import os
 from pathlib import Path
 from typing import Any
 
 import click
 
+from phreg_deploy.arguments import check_device, check_file, check_model
 from phreg_deploy.cli.options import (
+    Number,
     Result,
     backend_option,
     checkpoint_option,
@@ -18,8 +21,12 @@ from phreg_deploy.cli.options import (
     output_options,
     percent,
 )
+from phreg_deploy.documents import read_json
 from phreg_deploy.errors import PhregError
+from phreg_deploy.extras import DISTILL, require
+from phreg_deploy.photographs import list_images
 from phreg_deploy.record import read_record
+from phreg_deploy.spec import parse_size
 
 
 @click.command()
@@ -36,7 +43,7 @@ from phreg_deploy.record import read_record
 )
 @click.option(
     "--median",
-    type=click.FloatRange(0, min_open=True),
+    type=Number(0, min_open=True),
     help="The base model's median norm; by default a student's or bundle's record, else the model's own.",
 )
 @click.option("--picture", type=click.Path(path_type=Path), help="Write a PNG of the first image's features and norms.")
@@ -56,6 +63,23 @@ def artifacts(model: str, images: Path, picture: Path | None, as_json: bool, qui
     from phreg_deploy.verify.scoring import score_bundle, score_model
 
     result = Result(as_json, quiet)
+    if asked["image_size"]:
+        parse_size(asked["image_size"])
+    check_device(asked["device"])
+    if picture is not None:
+        check_file(picture, "picture")
+    if is_bundle(model):
+        if asked["checkpoint"] is not None:
+            raise PhregError(f"artifacts: --checkpoint goes with a timm name, but {model} is a bundle.")
+        if asked["device"] != "auto":
+            raise PhregError("artifacts: --device goes with a PyTorch model; a bundle runs where --backend says.")
+    else:
+        check_model(model, asked["checkpoint"])
+        if asked["backend"] != "auto":
+            raise PhregError(f"artifacts: --backend goes with a bundle, but {model} is none; it runs in PyTorch.")
+    list_images(images)
+    if not is_bundle(model):
+        require("`phreg-deploy artifacts` of a PyTorch model", distill=DISTILL)
     document, sheet = (score_bundle if is_bundle(model) else score_model)(
         model, images=images, progress=result.progress, **asked
     )
@@ -117,7 +141,7 @@ def inspect(path: Path, as_json: bool, quiet: bool) -> None:
             ["inputs", ", ".join(f"{k} {v['dtype']} {v['shape']}" for k, v in facts["inputs"].items())],
             ["outputs", ", ".join(f"{k} {v['dtype']} {v['shape']}" for k, v in facts["outputs"].items())],
             ["preprocessing", ", ".join(f"{k} {v}" for k, v in facts["preprocess"].items())],
-            ["source", f"{facts['source']['model']}, weights {facts['source']['weights_sha256'][:16]}…"],
+            *_origin(facts["source"]),
             ["stayed in float32", ", ".join(facts["float_parts"]) or "everything"],
             ["files, hashes verified", ", ".join(f"{k} {v}" for k, v in size.items())],
         ]
@@ -132,6 +156,8 @@ def inspect(path: Path, as_json: bool, quiet: bool) -> None:
 
 
 def _eight_bits(facts: dict[str, Any]) -> list[list[str]]:
+    from phreg_deploy.runtime.instructions import advice
+
     fidelity, count = facts["fidelity"], facts["images"]["report"]["count"]
     rows = [
         [
@@ -143,22 +169,23 @@ def _eight_bits(facts: dict[str, Any]) -> list[list[str]]:
             f"patch cosine {fidelity['cosine_mean']:.5f}, 1st percentile {fidelity['cosine_p1']:.5f}, on {count} images that took part in no choice",
         ],
     ]
-    return rows + [["MISSED", line] for line in facts["missed"]]
+    rows += [["MISSED", line] for line in facts["missed"]]
+    return rows + [["note", line] for line in (advice(facts["mode"]),) if line and facts["target"] == "cpu"]
 
 
 def _inspect_student(path: Path, result: Result) -> None:
-    if not (path / "config.json").is_file():
+    if not os.path.isfile(path / "config.json"):
         found = (
             "nothing"
-            if not path.exists()
+            if not os.path.exists(path)
             else "a file"
-            if path.is_file()
+            if os.path.isfile(path)
             else "a folder with neither manifest.json nor config.json"
         )
         raise PhregError(f"inspect: got {path}, where there is {found}; expected a student's folder or a bundle.")
     try:
-        config = json.loads((path / "config.json").read_text())
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        config = read_json(path / "config.json")
+    except (OSError, ValueError) as error:
         raise PhregError(
             f"inspect: {path / 'config.json'} is damaged ({error}); copy or distil the student again."
         ) from None
@@ -169,19 +196,30 @@ def _inspect_student(path: Path, result: Result) -> None:
     if record:
         try:
             rows += _story(record)
-        except (KeyError, TypeError) as error:
+        except (KeyError, TypeError, ValueError, AttributeError, IndexError, OverflowError) as error:
             raise PhregError(
-                f"inspect: {path / 'phreg.json'} is damaged (no {error}); copy or distil the student again."
+                f"inspect: {path / 'phreg.json'} is damaged ({type(error).__name__}: {error}); copy or distil the student again."
             ) from None
     result.table(f"Student {path}" if record else f"timm model {path}", ["", ""], rows)
     result.json({"kind": "student" if record else "timm", "config": config, "record": record})
+
+
+def _origin(source: dict[str, Any]) -> list[list[str]]:
+    """The base model, the licence of its weights, and where they are published."""
+    license_ = (source["license"] or "not stated by timm") if "license" in source else "not recorded"
+    places = [source.get("hf_hub_id") and f"Hugging Face hub {source['hf_hub_id']}", source.get("url")]
+    return [
+        ["base model", f"{source['model']}, weights {source['weights_sha256'][:16]}…"],
+        ["license of its weights", license_],
+        ["published at", ", ".join(place for place in places if place) or "not stated by timm"],
+    ]
 
 
 def _story(record: dict[str, Any]) -> list[list[str]]:
     scores = record["scores"]
     models = () if "missing" in scores else ("base", "student")
     return [
-        ["source", f"{record['source']['model']}, weights {record['source']['weights_sha256'][:16]}…"],
+        *_origin(record["source"]),
         [
             "recipe",
             f"{record['recipe']['name']}, {record['recipe']['epochs']} epochs, {record['registers']} registers, seed {record['seed']}",

@@ -9,6 +9,7 @@ from typing import Any
 
 import click
 
+from phreg_deploy.arguments import EIGHT_BITS, check_distillation, check_export, check_model, check_resume
 from phreg_deploy.bundle import Bundle
 from phreg_deploy.cli.eight import run_calibration
 from phreg_deploy.cli.options import (
@@ -19,10 +20,13 @@ from phreg_deploy.cli.options import (
     force_option,
     images_option,
     output_options,
-    percent,
 )
+from phreg_deploy.cli.scores import show_scores
 from phreg_deploy.errors import BackendMissing, GateFailed, PhregError
+from phreg_deploy.extras import CALIBRATION, DISTILL, EXPORT, require
 from phreg_deploy.photographs import list_images
+from phreg_deploy.record import model_path
+from phreg_deploy.spec import parse_size
 from phreg_deploy.whole import check_target
 
 
@@ -85,13 +89,19 @@ def distill(
     Example:
       phreg-deploy distill vit_tiny_patch16_224.augreg_in21k_ft_in1k --checkpoint vit.safetensors --images photos/ -o student
     """
-    from phreg_deploy.distill.distillation import Request
-    from phreg_deploy.distill.distillation import distill as run
-    from phreg_deploy.spec import parse_size
-
     result = Result(as_json, quiet)
     chosen = {key: value for key, value in settings.items() if value is not None}
-    request = Request(model=model, images=images, image_size=parse_size(image_size) if image_size else None, **chosen)
+    size = parse_size(image_size) if image_size else None
+    check_distillation(chosen)
+    check_model(model, settings["checkpoint"])
+    list_images(images)
+    check_target(output, force, [model_path(model), images, settings["checkpoint"]])
+    check_resume(output.with_name(output.name + ".partial"), resume, force)
+    require("`phreg-deploy distill`", distill=DISTILL)
+    from phreg_deploy.distill.distillation import Request
+    from phreg_deploy.distill.distillation import distill as run
+
+    request = Request(model=model, images=images, image_size=size, **chosen)
     record = run(request, output, cache=cache, resume=resume, force=force, progress=result.progress)
     if "missing" in record["scores"]:  # said with --quiet too: figures that were asked for are not there
         click.echo(
@@ -99,43 +109,11 @@ def distill(
             err=True,
         )
     else:
-        _show_scores(record, result)
+        show_scores(record, result)
     result.say(
         f"Wrote {output} in {record['seconds']['total']:.0f} s. Next: phreg-deploy export {output} -o {output}.bundle --format onnx"
     )
     result.json({"output": output, **record})
-
-
-def _show_scores(record: dict[str, Any], result: Result) -> None:
-    """Base and student side by side."""
-    scores = record["scores"]
-    models = [name for name in ("base", "student", "int8") if name in scores]
-    blank = [None] * (len(models) - 2)
-    rows = [
-        ["norm-outlier rate", *(percent(scores[m]["norm_outliers"]["rate"]) for m in models)],
-        ["largest norm / median", *(scores[m]["norm_outliers"]["largest"] for m in models)],
-        [
-            "worst block's largest norm / median",
-            *(max(b["largest"] for b in scores[m]["blocks"]) for m in models[:2]),
-            *blank,
-        ],
-        ["cosine to denoised target, mean", *(scores[m]["fidelity"]["mean"] for m in models)],
-        ["    1st percentile", *(scores[m]["fidelity"]["p1"] for m in models)],
-        ["    over the base's outlier tokens", *(scores[m]["fidelity"]["outliers"] for m in models)],
-        ["class token cosine", "1", scores.get("class_cosine"), *blank],
-        ["top-1 agreement", "1", scores.get("top1_agreement"), *blank],
-    ]
-    if "int8" in scores:
-        own = scores["int8"]["own"]
-        rows.append(
-            ["cosine to the student's own FP32", None, "1", f"{own['mean']:.4f}, 1st percentile {own['p1']:.4f}"]
-        )
-    kind = "held-out" if record["images"]["held_out"] else "training"
-    result.table(
-        f"Base and student on {scores['images']} of {scores['out_of']} {kind} images",
-        ["", "base", "student", "student, fake INT8"][: 1 + len(models)],
-        rows,
-    )
 
 
 @click.command()
@@ -212,11 +190,19 @@ def export(
       phreg-deploy export student -o student.bundle --format onnx --image-size 480x640 --batch 1:4:8
       phreg-deploy export vit_base_patch14_dinov2.lvd142m -o dino.bundle --image-size 224:518:1036 --precision fp16
     """
+    result = Result(as_json, quiet)
+    eight = settings["precision"] in EIGHT_BITS
+    check_export(settings["precision"], keep, images, settings["image_size"], settings["batch"], target)
+    check_model(settings["model"], settings["checkpoint"], settings["random_weights"])
+    if images is not None:
+        list_images(images)
+    check_target(output, force, [model_path(settings["model"]), settings["checkpoint"], images])
+    require("`phreg-deploy export`", export=EXPORT, **({"calibration": CALIBRATION} if eight else {}))
     from phreg_deploy.export.exporter import ExportRequest, export_bundle
 
-    result = Result(as_json, quiet)
     document: dict[str, Any] = {"output": output}
-    if settings["precision"] in ("int8", "fp8"):
+    if eight:
+        assert images is not None  # check_export refused it
         target = "trt" if "trt" in formats or settings["precision"] == "fp8" else target
         document["calibration"] = _in_eight_bits(settings, images, output, target, keep, force, result)
         bundle = Bundle.read(output)
@@ -243,7 +229,7 @@ def export(
 
 def _in_eight_bits(
     settings: dict[str, Any],
-    images: Path | None,
+    images: Path,
     output: Path,
     target: str,
     keep: tuple[str, ...],
@@ -254,16 +240,10 @@ def _in_eight_bits(
     from phreg_deploy.calibration.calibrator import CalibrationRequest, check_request
     from phreg_deploy.export.exporter import ExportRequest, export_bundle
 
-    if images is None:
-        raise PhregError(
-            f"export: --precision {settings['precision']} needs --images DIR, photographs like those of the deployment, to calibrate on."
-        )
-    check_target(output, force, [images])
     asked = CalibrationRequest(
         output, images, mode=settings["precision"], target=target, keep=keep
     )  # checked before a minute of tracing
     check_request(asked)
-    list_images(images)
     with tempfile.TemporaryDirectory(dir=output.parent, prefix=f".{output.name}.") as folder:
         full = Path(folder) / "fp32.bundle"
         export_bundle(ExportRequest(**{**settings, "precision": "fp32"}), full, progress=result.progress)
@@ -273,7 +253,7 @@ def _in_eight_bits(
 def _examine(output: Path, result: Result) -> dict[str, Any]:
     """The written bundle against its own reference, where a runtime is installed."""
     from phreg_deploy.runtime.features import FeatureExtractor
-    from phreg_deploy.runtime.parity import check_reference, judge, worst
+    from phreg_deploy.runtime.parity import check_reference, gates_of, verdict, worst, writes_exams
 
     try:
         extractor = FeatureExtractor.load(output, examine=False)
@@ -288,8 +268,5 @@ def _examine(output: Path, result: Result) -> dict[str, Any]:
         result.say(
             f"Parity with {other} on {extractor.backend}: 1st-percentile patch cosine {parity.cosine_p1:.8f}, relative L2 {parity.relative_l2:.2e}."
         )
-        return {
-            "backend": extractor.backend,
-            "parity": parity.to_json(),
-            "missed": judge(parity, extractor.precision, exam=True),
-        }
+        gates = gates_of(parity, extractor.precision, exam=True, again=writes_exams(extractor))
+        return {"backend": extractor.backend, **verdict(parity, gates)}

@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
-from phreg_deploy.cli.options import Result, figure, output_options, tuning_options
+from phreg_deploy.cli.options import Number, Result, figure, output_options, tuning_options
 from phreg_deploy.errors import GateFailed, PhregError
 
 if TYPE_CHECKING:
+    from phreg_deploy.runtime.baseline import Baseline
     from phreg_deploy.runtime.features import FeatureExtractor
 
+LARGEST = 16_384
 PARTS = ("latency", "h2d", "enqueue", "compute", "d2h")
 
 
@@ -23,23 +24,36 @@ PARTS = ("latency", "h2d", "enqueue", "compute", "d2h")
 @click.option("--batch", "batches", help="Batch sizes, e.g. 1,4,8; by default the bundle's best.")
 @click.option("--image-size", help="For bundles with several sizes, e.g. 518 or 480x640.")
 @click.option(
+    "--frame", default="480x640", show_default=True, help="Frame that preprocessing is measured on, HEIGHTxWIDTH."
+)
+@click.option(
     "--seconds",
     default=5.0,
     show_default=True,
-    type=click.FloatRange(0.1),
+    type=Number(0.1),
     help="Of measuring per batch, after the warm-up.",
 )
 @click.option(
     "--baseline", type=click.Path(path_type=Path), help="An earlier --json report; exit code 3 when the median grew."
 )
 @click.option("--streams", default="1,2,4", show_default=True, help="On a GPU: numbers of threads that call at once.")
-@click.option(
-    "--fps", type=click.FloatRange(0.1), help="On a GPU: feed images at this rate; jitter and missed deadlines."
-)
+@click.option("--fps", type=Number(0.1), help="On a GPU: feed images at this rate; jitter and missed deadlines.")
 @click.option(
     "--without", type=click.Path(path_type=Path), help="On a GPU: the same model without registers, for what they cost."
 )
-@click.option("--tolerance", default=0.1, show_default=True, help="Growth allowed over the baseline.")
+@click.option(
+    "--tolerance",
+    default=0.1,
+    show_default=True,
+    type=Number(0),
+    help="Growth allowed over the baseline; 0.1 is 10 %.",
+)
+@click.option(
+    "--allow-other-conditions",
+    "others",
+    is_flag=True,
+    help="Compare with a baseline of another processor, graph, backend, version or thread count; the report names each.",
+)
 @output_options
 def profile(
     bundle: Path,
@@ -53,9 +67,11 @@ def profile(
     fps: float | None,
     without: Path | None,
     image_size: str | None,
+    frame: str,
     seconds: float,
     baseline: Path | None,
     tolerance: float,
+    others: bool,
     as_json: bool,
     quiet: bool,
 ) -> None:
@@ -66,28 +82,47 @@ def profile(
 
     \b
     Examples:
-      phreg-deploy profile student.bundle --threads 2
+      phreg-deploy profile student.bundle --threads 2 --frame 1080x1920
       phreg-deploy profile student.bundle --batch 1,8 --json > today.json
       phreg-deploy profile student.bundle --batch 1,8 --baseline today.json
       phreg-deploy profile student.bundle --backend tensorrt --fps 30 --without base.bundle
     """
+    from phreg_deploy.bundle import Bundle
     from phreg_deploy.runtime.backends import GPU
+    from phreg_deploy.runtime.baseline import Baseline, slower_rows
     from phreg_deploy.runtime.features import FeatureExtractor
-    from phreg_deploy.runtime.latency import against_baseline, profile_bundle
+    from phreg_deploy.runtime.latency import conditions, measured_cases, profile_bundle
     from phreg_deploy.spec import parse_size
 
     result = Result(as_json, quiet)
     sizes, threads_at_once = _numbers(batches, "batch") if batches else None, _numbers(streams, "streams")
-    before = _read_baseline(baseline) if baseline else {}
+    size = parse_size(image_size) if image_size else None
+    frame_size = parse_size(frame)
+    if max(frame_size) > LARGEST:
+        raise PhregError(f"frame: got {frame}, expected sides of at most {LARGEST} pixels.")
+    before = None if baseline is None else Baseline.read(baseline)
+    cases = measured_cases(Bundle.read(bundle).manifest, sizes, size)
+    differences: list[str] = []
     with FeatureExtractor.load(
         bundle, backend, threads=threads, compute=compute, mode=mode, device=device
     ) as extractor:
         result.chosen(extractor.choice, backend)
         if (fps or without) and extractor.backend not in GPU:
             raise PhregError(f"profile: --fps and --without are for a GPU; this would run on {extractor.backend}.")
-        size = parse_size(image_size) if image_size else None
+        if without is not None:
+            measured_cases(Bundle.read(without).manifest, sizes, size)
+        if before is not None:  # before anything is measured
+            differences = before.differences(conditions(extractor, threads, mode), cases)
+            _check_conditions(before, differences, others)
         report = profile_bundle(
-            extractor, batches=sizes, size=size, seconds=seconds, threads=threads, progress=result.progress
+            extractor,
+            batches=sizes,
+            size=size,
+            seconds=seconds,
+            threads=threads,
+            mode=mode,
+            frame=frame_size,
+            progress=result.progress,
         )
         if extractor.backend in GPU:
             asked = {"batches": sizes, "size": size, "seconds": seconds, "streams": threads_at_once, "fps": fps}
@@ -109,12 +144,46 @@ def profile(
     )
     for r in report["results"]:
         result.say(
-            f"batch {r['batch']}: {r['images_per_second']:.1f} images/s; the extractor adds {100 * r['overhead']:.1f} % to the bare graph."
+            f"batch {r['batch']}: {r['images_per_second']:.1f} images/s; the extractor adds {100 * r['overhead']:.1f} % to the bare graph. "
+            f"Preprocessing of {where['photograph']} ({where['resize']} resize) is {100 * r['preprocess_share']:.0f} % of the time from frame to features."
         )
-    slower = against_baseline(report, before, tolerance) if baseline else []
+    slower: list[str] = []
+    if before is not None:
+        compared = before.rows(report["results"])
+        slower = slower_rows(compared, tolerance)
+        report["baseline"] = {
+            "path": str(baseline),
+            "differences": differences,
+            "tolerance": tolerance,
+            "rows": compared,
+        }
+        _show_baseline(report["baseline"], result)
     if slower:
         raise GateFailed(f"profile: {'; '.join(slower)}.", {**report, "slower": slower})
     result.json({**report, "slower": slower})
+
+
+def _check_conditions(before: Baseline, differences: list[str], others: bool) -> None:
+    if differences and not others:
+        raise PhregError(
+            f"baseline: {before.path} was measured under other conditions: {'; '.join(differences)}. Measure the baseline again under "
+            "these, or add --allow-other-conditions to compare all the same.",
+            {"differences": differences},
+        )
+
+
+def _show_baseline(compared: dict[str, Any], result: Result) -> None:
+    other = "; OTHER CONDITIONS" if compared["differences"] else ""
+    result.table(
+        f"Median milliseconds against {compared['path']}{other}",
+        ["batch", "size", "before", "now", "ratio", "at most"],
+        [
+            [str(r["batch"]), f"{r['size'][0]}x{r['size'][1]}", f"{r['before']:.2f}", f"{r['now']:.2f}", f"{r['ratio']:.2f}", f"{1 + compared['tolerance']:.2f}"]
+            for r in compared["rows"]
+        ],
+    )  # fmt: skip
+    for line in compared["differences"]:
+        result.say(f"Other condition: {line}.")
 
 
 def _on_gpu(extractor: FeatureExtractor, asked: dict[str, Any], result: Result) -> dict[str, Any]:
@@ -197,15 +266,3 @@ def _numbers(text: str, name: str) -> list[int]:
     if not all(part.strip().isascii() and part.strip().isdigit() and int(part) > 0 for part in text.split(",")):
         raise PhregError(f"{name}: got {text!r}, expected numbers above 0, e.g. 1,4,8.")
     return [int(part) for part in text.split(",")]
-
-
-def _read_baseline(path: Path) -> dict[str, Any]:
-    try:
-        document: dict[str, Any] = json.loads(path.read_text().strip().splitlines()[-1])
-        return document
-    except OSError as error:
-        raise PhregError(f"baseline: {path} cannot be read ({error.strerror}).") from None
-    except (json.JSONDecodeError, IndexError, UnicodeDecodeError):
-        raise PhregError(
-            f"baseline: {path} is not JSON; expected what `phreg-deploy profile --json` printed."
-        ) from None

@@ -7,15 +7,21 @@ from typing import Any
 
 import click
 
+from phreg_deploy.arguments import check_cosine, check_file, check_model
 from phreg_deploy.cli.options import (
+    Number,
     Result,
+    figure,
     force_option,
     images_option,
     output_options,
     percent,
+    runtime_extra,
     tuning_options,
 )
 from phreg_deploy.errors import GateFailed, PhregError
+from phreg_deploy.extras import DISTILL, require
+from phreg_deploy.photographs import list_images
 from phreg_deploy.whole import check_target
 
 
@@ -30,8 +36,8 @@ from phreg_deploy.whole import check_target
 @images_option(False, "Folder of images to compare and to take artifact rates on.")
 @click.option("--limit", default=64, show_default=True, type=click.IntRange(1), help="Images at most.")
 @tuning_options
-@click.option("--cosine", type=float, help="Gate on the 1st-percentile patch cosine; by default the precision's.")
-@click.option("--outlier-points", type=float, help="Gate on the change of the norm-outlier rate, percentage points.")
+@click.option("--cosine", type=Number(), help="Gate on the 1st-percentile patch cosine; by default the precision's.")
+@click.option("--outlier-points", type=Number(), help="Gate on the change of the norm-outlier rate, percentage points.")
 @click.option("--report", type=click.Path(path_type=Path), help="Write an HTML page with pictures.")
 @click.option(
     "--bisect", is_flag=True, help="Find the first block that diverges from FP32; needs onnx and onnxruntime."
@@ -61,15 +67,26 @@ def check(
       phreg-deploy check student.bundle
       phreg-deploy check student.bundle --reference student --images photos/ --report report.html
     """
+    from phreg_deploy.bundle import Bundle
     from phreg_deploy.runtime.features import FeatureExtractor
     from phreg_deploy.verify.checking import run_check
 
     result = Result(as_json, quiet)
+    check_cosine(cosine)
     for option in ("reference", "base"):
+        if asked[f"{option}_checkpoint"] and not asked[option]:
+            raise PhregError(f"check: --{option}-checkpoint holds the weights of a timm name; give it as --{option}.")
         if asked[option] and not asked["images"]:
             raise PhregError(f"check: --{option} needs --images DIR to compare on.")
-    if report is not None and not report.absolute().parent.is_dir():
-        raise PhregError(f"report: there is no folder {report.absolute().parent}; create it first.")
+        if asked[option]:
+            check_model(asked[option], asked[f"{option}_checkpoint"])
+    if asked["images"] is not None:
+        list_images(asked["images"])
+    if report is not None:
+        check_file(report, "report")
+    Bundle.read(bundle)
+    if asked["reference"] or asked["base"]:
+        require("`phreg-deploy check --reference` or --base", distill=DISTILL, **runtime_extra(backend))
     with FeatureExtractor.load(
         bundle, backend, threads=threads, compute=compute, mode=mode, examine=False, device=device
     ) as extractor:
@@ -91,6 +108,20 @@ def check(
         for c in document["comparisons"]
     ]  # fmt: skip
     result.table(f"Parity of {bundle} on {document['backend']} ({document['precision']})", columns, rows)
+    result.table(
+        "Gates",
+        ["compared with", "figure", "measured", "bar", ""],
+        [
+            [g["with"], g["name"], figure(g["figure"]), figure(g["bar"]), "passed" if g["passed"] else "MISSED"]
+            for g in document["gates"]
+        ],
+    )
+    fidelity = document["quantised_fidelity"]
+    if fidelity:
+        result.say(
+            f"The own reference holds the {document['precision'].upper()} graph's answers in ONNX Runtime, not those of FP32. Agreement with "
+            f"FP32 when it was calibrated: patch cosine {fidelity['cosine_mean']:.5f}, 1st percentile {fidelity['cosine_p1']:.5f}."
+        )
     if document["artifacts"]:
         rows = [
             [
@@ -111,7 +142,7 @@ def check(
         from phreg_deploy.runtime.report import render
         from phreg_deploy.whole import write_whole
 
-        write_whole(report, render(document, pictures).encode())
+        write_whole(report, render(document, pictures).encode(errors="replace"))
         result.say(f"Wrote {report}.")
     if bisect:
         from phreg_deploy.cli.build import show_bisection, tried_bisection
@@ -134,7 +165,28 @@ def check(
 @click.option("-o", "--output", type=click.Path(path_type=Path), required=True, help="Folder to write into.")
 @tuning_options
 @click.option("--image-size", help="For bundles with several sizes, e.g. 518 or 480x640.")
-@click.option("--pictures/--no-pictures", default=True, show_default=True, help="Write feature and norm pictures too.")
+@click.option(
+    "--outputs",
+    default="features",
+    show_default=True,
+    help="What to write: features, cls, token_norm; with commas between.",
+)
+@click.option(
+    "--dtype",
+    type=click.Choice(["float32", "float16"]),
+    default="float32",
+    show_default=True,
+    help="Of features and cls.",
+)
+@click.option(
+    "--pictures/--no-pictures",
+    default=False,
+    show_default=True,
+    help="Write feature and norm pictures too; takes as long again.",
+)
+@click.option("--exif/--no-exif", default=None, help="Turn photographs upright by EXIF; by default as the bundle says.")
+@click.option("--skip-bad", is_flag=True, help="Exit with 0 although files could not be read.")
+@click.option("--resume", is_flag=True, help="Keep what an interrupted run wrote, and extract the rest.")
 @force_option
 @output_options
 def extract(
@@ -147,42 +199,57 @@ def extract(
     mode: str,
     device: int,
     image_size: str | None,
+    outputs: str,
+    dtype: str,
     pictures: bool,
+    exif: bool | None,
+    skip_bad: bool,
+    resume: bool,
     force: bool,
     as_json: bool,
     quiet: bool,
 ) -> None:
-    """Write the dense features (.npy) of IMAGES, files or folders, and pictures of them (.png).
+    """Write the dense features of IMAGES, files or folders, as NAME.npy, and an index of them, features.json.
+
+    Sub-folders keep their paths. A file that cannot be read is left out, whether it was named or found in a folder; all
+    others are written, each such file is listed, and the exit code is 2, or 0 with --skip-bad.
 
     \b
-    Example:
+    Examples:
       phreg-deploy extract student.bundle photo.jpg more-photos/ -o features/
+      phreg-deploy extract student.bundle photos/ -o features/ --outputs features,cls,token_norm --dtype float16
     """
-    from phreg_deploy.runtime.extraction import extract_images
+    from phreg_deploy.runtime.extraction import extract_images, find_images, parse_outputs
     from phreg_deploy.runtime.features import FeatureExtractor
     from phreg_deploy.spec import parse_size
 
     result = Result(as_json, quiet)
-    check_target(output, force, [bundle, *images])  # before seconds of loading
+    if resume and force:
+        raise PhregError("extract: got --resume and --force; expected one of them. --force starts over.")
+    check_target(output, force or resume, [bundle, *images])  # before seconds of loading
+    size = parse_size(image_size) if image_size else None
+    wanted, found = parse_outputs(outputs), find_images(images)
     with FeatureExtractor.load(
-        bundle, backend, threads=threads, compute=compute, mode=mode, device=device
+        bundle, backend, threads=threads, compute=compute, mode=mode, device=device, exif=exif
     ) as extractor:
         result.chosen(extractor.choice, backend)
         report = extract_images(
-            extractor,
-            list(images),
-            output,
-            size=parse_size(image_size) if image_size else None,
-            pictures=pictures,
-            force=force,
-            progress=result.progress,
-        )
+            extractor, found, output, size=size, outputs=wanted, dtype=dtype, pictures=pictures, force=force,
+            resume=resume, progress=result.progress,
+        )  # fmt: skip
     rows = [
         [entry["image"], "x".join(str(s) for s in entry["shape"]), percent(entry["artifact_rate"])]
         for entry in report["images"][:20]
     ]
     result.table(f"Features in {output}", ["image", "features", "artifact rate"], rows)
-    if report["skipped"]:
-        name, reason = next(iter(report["skipped"].items()))
-        result.say(f"Skipped {len(report['skipped'])}: {name}: {reason}")
+    for reason in report["skipped"].values():
+        result.say(f"Left out: {reason}")
+    if report["skipped"] and not skip_bad:
+        names = list(report["skipped"])
+        more = f" and {len(names) - 5} more" if len(names) > 5 else ""
+        raise PhregError(
+            f"extract: {len(names)} of {len(found)} files cannot be read: {', '.join(names[:5])}{more}. {output} holds the features "
+            "of the others. Mend or remove these files, or add --skip-bad.",
+            report,
+        )
     result.json(report)

@@ -7,6 +7,8 @@ from pathlib import Path
 import click
 
 from phreg_deploy.cli.options import Result, force_option, output_options
+from phreg_deploy.extras import CALIBRATION, EXPORT, require
+from phreg_deploy.whole import check_target
 
 
 @click.command()
@@ -29,6 +31,8 @@ def demo(output: Path, force: bool, as_json: bool, quiet: bool) -> None:
     Example:
       phreg-deploy demo -o demo-output
     """
+    check_target(output, force)
+    require("`phreg-deploy demo`", export=EXPORT, calibration=CALIBRATION)
     from phreg_deploy.demo.pipeline import run_demo
 
     result = Result(as_json, quiet)

@@ -28,6 +28,8 @@ def write_student(student: ViT, record: dict[str, Any], folder: Path) -> None:
         number = re.search(r"os error (\d+)", str(error))
         raise OSError(int(number[1]) if number else errno.EIO, str(error)) from error
     write_record(record, folder)
+    for path in folder.iterdir():  # safetensors writes 0600 whatever the umask is
+        path.chmod((folder / RECORD).stat().st_mode)
 
 
 def write_record(record: dict[str, Any], folder: Path) -> None:

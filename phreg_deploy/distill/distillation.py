@@ -15,6 +15,7 @@ import timm
 import torch
 
 from phreg_deploy import __version__
+from phreg_deploy.arguments import check_distillation, check_model
 from phreg_deploy.distill.batches import Batches, spread
 from phreg_deploy.distill.checkpoint import write_record, write_student
 from phreg_deploy.distill.fake_quantisation import observe, quantised_layers
@@ -22,6 +23,7 @@ from phreg_deploy.distill.hardware import find_autocast, find_device, quickest_a
 from phreg_deploy.distill.identity import model_identity
 from phreg_deploy.distill.measure import compare
 from phreg_deploy.distill.neurons import RegisterNeuron, Survey, survey
+from phreg_deploy.distill.origin import find_origin
 from phreg_deploy.distill.recipes import Recipe, default_rate, find_recipe
 from phreg_deploy.distill.source import load_model, model_preprocess
 from phreg_deploy.distill.student import add_registers
@@ -95,10 +97,12 @@ def distill(
         PhregError: bad input, an output that exists, another run's leftovers, a loss that is not finite.
     """
     started = time.perf_counter()
+    check_distillation(vars(request))
     check_target(output, force, [model_path(request.model), request.images, request.checkpoint])
     recipe, device = _recipe(request), find_device(request.device)
     autocast = find_autocast(request.precision, device)
     base = load_model(request.model, checkpoint=request.checkpoint, image_size=request.image_size)
+    origin = find_origin(request.model, check_model(request.model, request.checkpoint), request.checkpoint)
     check_views(request.views, tuple(base.patch_embed.grid_size))
     recipe = replace(recipe, lr=request.lr if request.lr is not None else default_rate(recipe, base.embed_dim))
     preprocess = model_preprocess(base, "center")
@@ -155,7 +159,7 @@ def distill(
         )  # fmt: skip
     grids = observe(student.to(device), ranges_on, Smoothing()) if recipe.int8 else None
     record: dict[str, Any] = {
-        "source": {"model": request.model, "checkpoint": request.checkpoint.name if request.checkpoint else None, "weights_sha256": identity["weights"]},
+        "source": {**origin, "checkpoint": request.checkpoint.name if request.checkpoint else None, "weights_sha256": identity["weights"]},
         "recipe": recipe.to_json(),
         "registers": recipe.registers, "strength": strength, "views": request.views, "seed": request.seed,
         "preprocess": preprocess.to_json(), "image_size": list(base.patch_embed.img_size), "autocast": autocast, "device": device,
@@ -194,8 +198,7 @@ def split(photographs: Photographs, share: float) -> tuple[Photographs, Photogra
 
     With fewer than 20 images nothing is held out.
     """
-    if not 0 <= share < 1:
-        raise PhregError(f"holdout: got {share}, expected a share from 0 to below 1.")
+    check_distillation({"holdout": share})
     place = [int(hashlib.sha256(name.encode()).hexdigest()[:8], 16) / 2**32 for name in photographs.names]
     held = [i for i, p in enumerate(place) if p < share]
     if len(photographs) < 20 or not held or len(held) == len(photographs):
@@ -213,20 +216,8 @@ def _recipe(request: Request) -> Recipe:
     changes: dict[str, Any] = {
         "registers": request.registers, "epochs": request.epochs, "batch": request.batch, "unlock": request.unlock
     }  # fmt: skip
-    for name, least in (("epochs", 0), ("batch", 1), ("views", 2), ("seed", 0)):
-        value = getattr(request, name)
-        if value is not None and value < least:
-            raise PhregError(f"{name}: got {value}, expected at least {least}.")
-    if request.lr is not None and not 0 < request.lr < 1:
-        raise PhregError(f"lr: got {request.lr}, expected a number between 0 and 1, e.g. 3e-4.")
     if request.int8_aware:
         changes["int8"] = True
-    if request.strength is not None and not recipe.moves_neurons:
-        raise PhregError(
-            f"strength: got {request.strength} with the recipe {recipe.name}, which moves no neurons; leave it out, or use --recipe transplant."
-        )
-    if request.strength is not None and not 0 < request.strength <= 4:
-        raise PhregError(f"strength: got {request.strength}, expected a share above 0 and up to 4, e.g. {STRENGTH}.")
     return replace(recipe, **{k: v for k, v in changes.items() if v is not None})
 
 

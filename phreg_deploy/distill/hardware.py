@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import torch
 
+from phreg_deploy.arguments import check_device
 from phreg_deploy.distill.taps import ViT
-from phreg_deploy.errors import BackendMissing, PhregError
+from phreg_deploy.errors import BackendMissing
 
 
 def find_device(asked: str) -> str:
@@ -14,27 +15,22 @@ def find_device(asked: str) -> str:
     Raises:
         BackendMissing: CUDA was asked for and this torch cannot use it. PhregError: another word.
     """
+    check_device(asked)
     if asked == "auto":
         return "cuda" if torch.cuda.is_available() else "cpu"
     if asked == "cpu":
         return asked
-    if asked == "cuda" or (asked.startswith("cuda:") and asked[5:].isdigit()):
-        if not torch.cuda.is_available():
-            raise BackendMissing(
-                f"device: got {asked!r}, but torch {torch.__version__} sees no usable GPU. Check nvidia-smi and the driver, or use --device cpu."
-            )
-        if asked != "cuda" and int(asked[5:]) >= torch.cuda.device_count():
-            raise BackendMissing(
-                f"device: got {asked!r}, but there are {torch.cuda.device_count()} GPUs, numbered from 0."
-            )
-        return asked
-    raise PhregError(f"device: got {asked!r}, expected auto, cpu, cuda or cuda:N.")
+    if not torch.cuda.is_available():
+        raise BackendMissing(
+            f"device: got {asked!r}, but torch {torch.__version__} sees no usable GPU. Check nvidia-smi and the driver, or use --device cpu."
+        )
+    if asked != "cuda" and int(asked[5:]) >= torch.cuda.device_count():
+        raise BackendMissing(f"device: got {asked!r}, but there are {torch.cuda.device_count()} GPUs, numbered from 0.")
+    return asked
 
 
 def find_autocast(asked: str, device: str) -> bool:
     """Whether to run under bfloat16 autocast. ``auto``: where the device computes bfloat16 natively (twice as fast)."""
-    if asked not in ("auto", "fp32", "bf16"):
-        raise PhregError(f"precision: got {asked!r}, expected auto, fp32 or bf16.")
     if asked != "auto":
         return asked == "bf16"
     if device.startswith("cuda"):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from collections.abc import Callable
 from dataclasses import asdict
 from typing import Any
 
@@ -27,20 +28,31 @@ REFERENCE_SEED = 12345
 SCORED = 256  # photographs that a student is scored on at most; each costs the base model 23 forwards
 
 
-def model_run(model: ViT, preprocess: Preprocess, device: str = "cpu") -> Run:
-    """The model as ``scores.score`` calls it: uint8 images in, float32 features and norms out."""
+def model_answers(
+    model: ViT, preprocess: Preprocess, device: str = "cpu"
+) -> Callable[[np.ndarray], dict[str, np.ndarray]]:
+    """The model as a bundle answers: uint8 images in, float32 ``features``, ``token_norm`` and, where there is one, ``cls``."""
     model = model.to(device).eval()
     grid = tuple(model.patch_embed.grid_size)
 
     @torch.inference_mode()
+    def answer(images: np.ndarray) -> dict[str, np.ndarray]:
+        batch = torch.from_numpy(np.ascontiguousarray(images)).to(device)
+        seen = taps.forward(model, taps.normalise(batch, preprocess.mean, preprocess.std))
+        found = {"features": seen.patches.cpu().numpy().reshape(len(images), *grid, -1)}
+        found["token_norm"] = seen.norms.cpu().numpy().reshape(len(images), *grid)
+        return found if seen.cls is None else {**found, "cls": seen.cls.cpu().numpy()}
+
+    return answer
+
+
+def model_run(model: ViT, preprocess: Preprocess, device: str = "cpu") -> Run:
+    """The model as ``scores.score`` calls it: uint8 images in, float32 features and norms out."""
+    answer = model_answers(model, preprocess, device)
+
     def run(images: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        seen = taps.forward(
-            model,
-            taps.normalise(torch.from_numpy(np.ascontiguousarray(images)).to(device), preprocess.mean, preprocess.std),
-        )
-        return seen.patches.cpu().numpy().reshape(len(images), *grid, -1), seen.norms.cpu().numpy().reshape(
-            len(images), *grid
-        )
+        found = answer(images)
+        return found["features"], found["token_norm"]
 
     return run
 

@@ -6,8 +6,8 @@ from dataclasses import dataclass, replace
 
 from torch import nn
 
+from phreg_deploy.arguments import check_distillation
 from phreg_deploy.distill.taps import ViT
-from phreg_deploy.errors import PhregError
 from phreg_deploy.spec import Stored
 
 
@@ -63,8 +63,7 @@ WIDTH = 192  # the width at which our recipes' learning rate was chosen
 
 
 def find_recipe(name: str) -> Recipe:
-    if name not in RECIPES:
-        raise PhregError(f"recipe: got {name!r}, expected {', '.join(list(RECIPES)[:-1])} or {list(RECIPES)[-1]}.")
+    check_distillation({"recipe": name})
     return RECIPES[name]
 
 

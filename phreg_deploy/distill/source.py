@@ -6,7 +6,6 @@ Decides what is supported, and refuses the rest by name with the reason.
 from __future__ import annotations
 
 import difflib
-import json
 import logging
 from pathlib import Path
 from typing import Any
@@ -20,6 +19,7 @@ from timm.models.eva import Eva, EvaBlock
 from timm.models.vision_transformer import Block, VisionTransformer
 from torch import nn
 
+from phreg_deploy.arguments import check_model
 from phreg_deploy.distill.taps import ViT
 from phreg_deploy.distill.weights import read_weights
 from phreg_deploy.errors import PhregError
@@ -55,13 +55,7 @@ def load_model(
     Raises:
         PhregError: unknown name (the closest are named), unsupported family, missing, corrupt or NaN weights.
     """
-    folder = _folder(name)
-    if random_weights and (folder is not None or checkpoint is not None):
-        raise PhregError(
-            f"model: --random-weights goes with a timm name alone; got {f'the folder {folder}' if folder else f'--checkpoint {checkpoint}'} as well."
-        )
-    if folder is not None and checkpoint is not None:
-        raise PhregError(f"model: got both the folder {folder} and --checkpoint {checkpoint}; give one of them.")
+    folder = check_model(name, checkpoint, random_weights)
     logging.getLogger("timm").setLevel(logging.WARNING)
     if folder is not None:
         model = _from_folder(folder)
@@ -101,14 +95,16 @@ def model_spec(model: ViT) -> ModelSpec:
 
 
 def model_preprocess(model: ViT, crop: str = "squash") -> Preprocess:
-    """Mean, standard deviation and interpolation of timm's configuration for these weights.
+    """Mean, standard deviation and interpolation of timm's configuration for these weights; EXIF orientation is applied.
 
     Args:
         crop: "squash" serves the whole image; "center" is timm's own evaluation crop.
     """
     config = resolve_model_data_config(model)
     pct = float(config["crop_pct"]) if crop == "center" else 1.0
-    return Preprocess(tuple(config["mean"]), tuple(config["std"]), config["interpolation"], crop, pct)
+    return Preprocess(
+        tuple(config["mean"]), tuple(config["std"]), config["interpolation"], crop, pct, exif=True, fast=True
+    )
 
 
 def model_arguments(model: ViT) -> dict[str, Any]:
@@ -159,24 +155,6 @@ def _unsupported(model: ViT) -> str | None:
     return None
 
 
-def _folder(name: str) -> Path | None:
-    if name.startswith("local-dir:"):
-        folder = Path(name.removeprefix("local-dir:"))
-        if not folder.is_dir():
-            raise PhregError(
-                f"model: {name} names no folder; expected a folder with config.json and model.safetensors."
-            )
-        return folder
-    path = Path(name)
-    if path.is_dir():
-        return path
-    if path.is_file():
-        raise PhregError(
-            f"model: got the file {path}; expected a timm name (weights go in --checkpoint FILE) or a student's folder."
-        )
-    return None
-
-
 def _check_name(name: str) -> None:
     base = name.split(".")[0]
     if not timm.is_model(base):
@@ -196,7 +174,16 @@ def _check_name(name: str) -> None:
 def _create(name: str, **arguments: Any) -> ViT:
     try:
         return timm.create_model(name, **arguments)
-    except (RuntimeError, ValueError, TypeError, KeyError, AssertionError) as error:
+    except (
+        RuntimeError,
+        ValueError,
+        TypeError,
+        KeyError,
+        AssertionError,
+        AttributeError,
+        ArithmeticError,
+        LookupError,
+    ) as error:
         raise PhregError(f"model: timm cannot build {name}: {' '.join(str(error).split())[:400]}") from error
 
 
@@ -227,29 +214,12 @@ def _from_name(name: str, random_weights: bool) -> ViT:
 
 
 def _from_folder(folder: Path) -> ViT:
-    missing = [f for f in ("config.json", "model.safetensors") if not (folder / f).is_file()]
-    if missing:
-        hint = (
-            " This looks like a bundle: use check, extract, profile or inspect on it."
-            if (folder / "manifest.json").is_file()
-            else ""
-        )
-        raise PhregError(
-            f"model: {folder} holds no {' and no '.join(missing)}; expected a folder written by `phreg-deploy distill`.{hint}"
-        )
     try:
-        config = json.loads((folder / "config.json").read_text())
         load_file(folder / "model.safetensors")
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise PhregError(
-            f"model: {folder / 'config.json'} is not valid JSON ({error}); copy or distil the student again."
-        ) from None
     except SafetensorError as error:
         raise PhregError(
             f"model: {folder / 'model.safetensors'} is corrupt or truncated ({error}); copy or distil the student again."
         ) from None
-    if not isinstance(config, dict) or not isinstance(config.get("architecture"), str):
-        raise PhregError(f"model: {folder / 'config.json'} names no architecture; copy or distil the student again.")
     return _create(f"local-dir:{folder}", pretrained=True)
 
 

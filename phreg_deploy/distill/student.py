@@ -7,6 +7,7 @@ from typing import Any
 import timm
 import torch
 
+from phreg_deploy.arguments import check_distillation
 from phreg_deploy.distill.source import model_arguments, model_spec
 from phreg_deploy.distill.taps import ViT
 from phreg_deploy.errors import PhregError
@@ -26,8 +27,7 @@ def add_registers(model: ViT, registers: int, seed: int = 0) -> ViT:
         raise PhregError(
             f"model: {spec.architecture} already has {spec.registers} register tokens; distil the variant without, or export this one as it is."
         )
-    if registers < 0 or registers > 64:
-        raise PhregError(f"registers: got {registers}, expected 0 to 64.")
+    check_distillation({"registers": registers})
     state = dict(model.state_dict())
     embedded = state.get("pos_embed")
     if embedded is not None and embedded.shape[1] == model.patch_embed.num_patches + 1:

@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import functools
 import hashlib
+import io
 import json
-import os
 import zipfile
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
@@ -25,8 +25,10 @@ from phreg_deploy.distill import taps
 from phreg_deploy.distill.identity import model_identity
 from phreg_deploy.distill.taps import ViT
 from phreg_deploy.photographs import Photographs
+from phreg_deploy.scratch import remove_dead
 from phreg_deploy.spec import Preprocess
 from phreg_deploy.views import View, draw_views, gather, most_views, seed_of, show
+from phreg_deploy.whole import write_whole
 
 CACHE_FORMAT = 2  # of the files below: other formats are other folders
 CHUNK = 40  # views per forward; about 1 GB of activations for a ViT-B at 224 px
@@ -137,6 +139,7 @@ class TargetCache:
     def fill(self, photographs: Photographs, advance: Callable[[int], None] = lambda _n: None) -> int:
         """Compute what is missing; an interrupted call goes on where it stopped. Returns how many were computed."""
         self.folder.mkdir(parents=True, exist_ok=True)
+        remove_dead(self.folder)
         missing = [i for i, digest in enumerate(photographs.digests) if not self._whole(digest)]
         advance(len(photographs) - len(missing))
         todo = photographs.subset(missing)
@@ -144,17 +147,12 @@ class TargetCache:
             flat = target.patches.reshape(-1, target.patches.shape[-1])
             drift = 1 - cosine(target.plain, target.patches).reshape(-1)
             cls = np.zeros(0) if target.cls is None else target.cls
-            place = self.path(todo.digests[i])
-            partial = place.with_suffix(".partial")
-            try:
-                with open(partial, "wb") as file:
-                    np.savez(
-                        file, image=todo.array(i), patches=flat.astype(np.float16), cls=cls.astype(np.float16),
-                        norms=target.norms.reshape(-1), drift=drift.astype(np.float16),
-                    )  # fmt: skip
-                os.replace(partial, place)
-            finally:
-                partial.unlink(missing_ok=True)
+            data = io.BytesIO()
+            np.savez(
+                data, image=todo.array(i), patches=flat.astype(np.float16), cls=cls.astype(np.float16),
+                norms=target.norms.reshape(-1), drift=drift.astype(np.float16),
+            )  # fmt: skip
+            write_whole(self.path(todo.digests[i]), data.getvalue())
         return len(missing)
 
     def read(self, digest: str) -> dict[str, np.ndarray]:

@@ -9,6 +9,7 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 
+from phreg_deploy.arguments import check_checkpoint
 from phreg_deploy.distill.taps import ViT
 from phreg_deploy.errors import PhregError
 
@@ -28,15 +29,12 @@ def read_weights(path: Path) -> dict[str, torch.Tensor]:
     Raises:
         PhregError: missing, of another suffix, corrupt, or holding something other than tensors.
     """
-    if not path.is_file():
-        raise PhregError(f"checkpoint: there is no file {path}.")
+    check_checkpoint(path)
     if path.suffix == ".safetensors":
         try:
             return load_file(path)
         except SafetensorError as error:
             raise PhregError(f"checkpoint: {path} is corrupt or truncated ({error}).") from None
-    if path.suffix not in (".pth", ".pt", ".bin"):
-        raise PhregError(f"checkpoint: got {path.name}, expected .safetensors, .pth, .pt or .bin.")
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # torch raises pickle, zip, EOF and runtime errors for damaged files
@@ -48,4 +46,9 @@ def read_weights(path: Path) -> dict[str, torch.Tensor]:
             state = state[key]
     if not isinstance(state, dict) or not state or not all(isinstance(v, torch.Tensor) for v in state.values()):
         raise PhregError(f"checkpoint: {path} holds no state dict; expected a mapping from names to tensors.")
+    odd = next((key for key in state if not isinstance(key, str)), None)
+    if odd is not None:
+        raise PhregError(
+            f"checkpoint: {path} names a tensor by the {type(odd).__name__} {odd!r}; expected names of weights, such as 'blocks.0.attn.qkv.weight'."
+        )
     return state

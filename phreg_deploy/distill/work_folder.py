@@ -7,6 +7,8 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+from phreg_deploy.arguments import check_resume
+from phreg_deploy.documents import read_json
 from phreg_deploy.errors import PhregError
 from phreg_deploy.whole import write_error
 
@@ -15,9 +17,12 @@ def work_folder(output: Path, settings: dict[str, Any], resume: bool, force: boo
     """``OUTPUT.partial`` with this run's settings in it; another run's is refused, or replaced with ``force``."""
     work = output.with_name(output.name + ".partial")
     kept = work / "settings.json"
+    check_resume(work, resume, force)
     if kept.is_file():
         try:
-            before = json.loads(kept.read_text())
+            before = read_json(kept)
+            if not isinstance(before, dict):
+                raise ValueError("no object")
         except ValueError:
             if resume:
                 raise PhregError(f"resume: {kept} is damaged; add --force instead of --resume to start over.") from None
@@ -27,15 +32,9 @@ def work_folder(output: Path, settings: dict[str, Any], resume: bool, force: boo
             raise PhregError(
                 f"resume: {work} was started with other settings ({', '.join(changed)}); give the same ones, or --force to start over."
             )
-        if not resume and not force:
-            raise PhregError(
-                f"output: an interrupted run is kept in {work}; add --resume to go on with it, or --force to start over."
-            )
         if resume:
             return work
         shutil.rmtree(work)
-    elif resume:
-        raise PhregError(f"resume: there is no interrupted run in {work}; start without --resume.")
     try:
         work.mkdir(exist_ok=True)
         kept.write_text(json.dumps(settings, indent=1))

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import json
-import os
 import re
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from phreg_deploy.bundle import CALIBRATION, Bundle
+from phreg_deploy.documents import read_json
 from phreg_deploy.engines import (
     FOLDER,
     Engine,
@@ -28,10 +27,11 @@ from phreg_deploy.export.inspection import Census, read_layers, shortfalls, take
 from phreg_deploy.progress import SILENT, Progress
 from phreg_deploy.runtime.cuda import Cuda, Gpu
 from phreg_deploy.runtime.features import FeatureExtractor
-from phreg_deploy.runtime.parity import check_reference, judge, worst
+from phreg_deploy.runtime.parity import check_reference, gates_of, verdict, worst
 from phreg_deploy.runtime.tensorrt_backend import TensorRtBackend
 from phreg_deploy.runtime.tensorrt_library import deserialise, load_tensorrt, make_diary
 from phreg_deploy.runtime.tuning import Tuning
+from phreg_deploy.scratch import temporary
 from phreg_deploy.whole import write_error, write_whole
 
 ARITHMETIC = {"bf16": 80, "fp8": 89}  # compute capability times ten from which on a GPU has it
@@ -108,7 +108,7 @@ def build_engine(request: BuildRequest, *, force: bool = False, progress: Progre
     del built
     try:
         if request.check:
-            report["parity"], report["missed"] = examine(bundle, engine, request.device)
+            report.update(examine(bundle, engine, request.device))
         if report.get("missed") and not force:
             raise GateFailed(
                 f"parity: {bundle.folder} on TensorRT {trt.__version__}: {'; '.join(report['missed'])}. The engine was not kept. See where it "
@@ -147,7 +147,7 @@ def _timing_cache(request: BuildRequest, bundle: Bundle, key: Key) -> Path:
     chosen = request.timing_cache
     if chosen is not None and (chosen.is_dir() or not chosen.absolute().parent.is_dir()):
         raise PhregError(f"timing cache: got {chosen}, expected a file in a folder that exists.")
-    probe = bundle.folder / FOLDER / f".probe-{os.getpid()}"
+    probe = temporary(bundle.folder / FOLDER / "engine", "probe")
     try:
         probe.parent.mkdir(exist_ok=True)
         probe.touch()
@@ -168,11 +168,11 @@ def _keep(cache: Path, timings: bytes) -> list[str]:
     return []
 
 
-def examine(bundle: Bundle, engine: Engine, device: int = 0) -> tuple[dict[str, Any], list[str]]:
-    """Parity of a saved plan with the bundle's reference, and the gates that it misses."""
+def examine(bundle: Bundle, engine: Engine, device: int = 0) -> dict[str, Any]:
+    """``parity`` of a saved plan with the bundle's reference, ``gates``, ``missed`` as sentences, and ``passed``."""
     with FeatureExtractor(bundle, TensorRtBackend(bundle, Tuning(), device, engine)) as extractor:
         parity = worst([case["parity"] for case in check_reference(extractor)])
-        return parity.to_json(), judge(parity, extractor.precision, exam=True)
+        return verdict(parity, gates_of(parity, extractor.precision, exam=True))
 
 
 def eight_bit_layers(bundle: Bundle) -> list[str]:
@@ -190,7 +190,7 @@ def eight_bit_layers(bundle: Bundle) -> list[str]:
             "Run: phreg-deploy calibrate FP32-BUNDLE --target trt --images DIR -o OUTPUT"
         )
     try:
-        layers = json.loads((bundle.folder / CALIBRATION).read_text())["layers"]
+        layers = read_json(bundle.folder / CALIBRATION)["layers"]
         return [layer["name"] for layer in layers if layer["precision"] != "float"]
     except (OSError, ValueError, KeyError, TypeError):
         raise PhregError(

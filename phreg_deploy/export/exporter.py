@@ -18,6 +18,7 @@ import torch
 import numpy as np
 
 from phreg_deploy import __version__
+from phreg_deploy.arguments import EIGHT_BITS, FLOATS, check_export, check_model
 from phreg_deploy.bundle import (
     GRAPH,
     POSITIONS,
@@ -30,6 +31,7 @@ from phreg_deploy.bundle import (
 )
 from phreg_deploy.calibration.narrowing import islands, narrow
 from phreg_deploy.distill import taps
+from phreg_deploy.distill.origin import find_origin, unknown_origin
 from phreg_deploy.distill.source import load_model, model_preprocess, model_spec
 from phreg_deploy.distill.taps import ViT
 from phreg_deploy.distill.weights import weights_digest
@@ -37,10 +39,11 @@ from phreg_deploy.errors import PhregError
 from phreg_deploy.export.folding import patch_positions
 from phreg_deploy.export.graph import DenseViT
 from phreg_deploy.export.trace import OPSET, Traced, check_size, trace
-from phreg_deploy.photographs import fit, list_images, read_image
+from phreg_deploy.photographs import list_images, read_fitted
 from phreg_deploy.progress import SILENT, Progress
-from phreg_deploy.record import model_path, read_record, recorded, scored
+from phreg_deploy.record import model_path, read_record, recorded, recorded_median
 from phreg_deploy.spec import Batches, Preprocess, Sizes
+from phreg_deploy.validity import check_extent
 from phreg_deploy.whole import check_target, whole_folder
 
 SEED = 417  # of the reference's inputs
@@ -73,12 +76,11 @@ def export_bundle(request: ExportRequest, output: Path, *, force: bool = False, 
         PhregError: bad input, an output that exists, a size that is not a multiple of the patch, or a range of sizes
             for a model whose rotary embedding cannot be an input.
     """
-    if request.precision not in ("fp32", "fp16", "bf16"):
-        raise PhregError(f"precision: got {request.precision!r}, expected fp32, fp16 or bf16.")
-    if request.precision == "fp32" and (request.keep or request.images):
+    if request.precision in EIGHT_BITS:
         raise PhregError(
-            "export: --keep-fp32 and --images say what stays in FP32; with --precision fp32 everything does."
+            f"precision: got {request.precision}, which `phreg-deploy calibrate` makes of an fp32 bundle; expected {', '.join(FLOATS)}."
         )
+    check_export(request.precision, request.keep, request.images, request.image_size, request.batch)
     check_target(output, force, [model_path(request.model), request.checkpoint])
     photographs = [] if request.images is None else list_images(request.images, WATCHED, spread=True)
     batches = Batches.parse(request.batch)
@@ -90,6 +92,7 @@ def export_bundle(request: ExportRequest, output: Path, *, force: bool = False, 
             raise PhregError(
                 f"image size: got {request.image_size!r}, but {request.model} has a rotary position embedding, which is baked for one size. Export one bundle per size."
             )
+        check_extent(sizes, batches)
         preprocess = model_preprocess(model, request.crop)
         record = None if request.random_weights else _record(request.model)
         base_positions = _grid(model)
@@ -102,7 +105,7 @@ def export_bundle(request: ExportRequest, output: Path, *, force: bool = False, 
         exam = reference(model, preprocess, sizes, batches)
         graph, kept = traced.model, []
         if request.precision != "fp32":
-            _observe(traced, model, exam, [fit(read_image(p), sizes.default, preprocess) for p in photographs], sizes)
+            _observe(traced, model, exam, [read_fitted(p, sizes.default, preprocess) for p in photographs], sizes)
             kept = islands(narrow(graph, request.precision, traced.largest, request.keep), request.precision)
         check_size(graph)
         manifest = _manifest(request, model, graph, preprocess, sizes, batches, record, kept)
@@ -185,7 +188,7 @@ def _record(name: str) -> dict[str, Any] | None:
     record = read_record(folder)
     if record is not None:  # what the manifest takes from it, before a minute of tracing
         recorded(record, folder, "recipe", "name")
-        scored(record, folder, "median_norm")
+        recorded_median(record, folder)
     return record
 
 
@@ -209,14 +212,18 @@ def _manifest(
             for v in values
         }
 
-    place = model_path(request.model)
-    source = place.name if place.is_dir() else request.model
+    folder = check_model(request.model, request.checkpoint, request.random_weights)
+    origin = (
+        unknown_origin(request.model)
+        if request.random_weights
+        else find_origin(request.model, folder, request.checkpoint)
+    )
     return Manifest(
         model=model_spec(model), preprocess=preprocess, sizes=sizes, batches=batches, precision=request.precision, opset=OPSET,
         inputs=describe(graph.graph.input), outputs=describe(graph.graph.output),
-        source={"model": source, "weights_sha256": weights_digest(model), "distilled": None if record is None else record["recipe"]["name"]},
+        source={**origin, "weights_sha256": weights_digest(model), "distilled": None if record is None else record["recipe"]["name"]},
         versions={"phreg_deploy": __version__, "torch": torch.__version__, "timm": timm.__version__, "onnx": onnx.__version__, "python": platform.python_version()},
-        norm_median=None if record is None else scored(record, place, "median_norm"),
+        norm_median=None if record is None else recorded_median(record, model_path(request.model)),
         float_parts=kept,
         random_weights=request.random_weights,
     )  # fmt: skip

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from typing import Protocol
 
 import numpy as np
@@ -23,10 +24,14 @@ GPU = ("tensorrt", "onnxruntime-cuda", "onnxruntime-tensorrt")
 
 
 class Backend(Protocol):
-    """A loaded graph. ``run`` may be called from several threads at once. ``compute``: "fp32" or "bf16", of what is not in 8 bits."""
+    """A loaded graph. ``run`` may be called from several threads at once.
+
+    ``compute``: "fp32" or "bf16", of what is not in 8 bits. ``remark``: what a user should know of how it computes here.
+    """
 
     name: str
     compute: str
+    remark: str
 
     def run(self, feed: dict[str, np.ndarray]) -> dict[str, np.ndarray]: ...
 
@@ -39,8 +44,12 @@ def open_backend(bundle: Bundle, name: str, tuning: Tuning, device: int = 0) -> 
     Raises:
         PhregError: an unknown name, or a graph that the runtime refuses. BackendMissing: not installed, or not usable.
     """
-    if name not in BACKENDS:
-        raise PhregError(f"backend: got {name!r}, expected auto, {', '.join(BACKENDS)}.")
+    check_name(name)
+    if tuning.mode == "throughput" and name != "openvino":
+        raise PhregError(
+            f"mode: got throughput, which {name} does not have; only openvino splits the processor between calls. "
+            'Use --backend openvino (pip install "phreg-deploy[openvino]"), or --mode latency.'
+        )
     module, extra = BACKENDS[name]
     if not there(name):
         raise BackendMissing(
@@ -57,6 +66,29 @@ def open_backend(bundle: Bundle, name: str, tuning: Tuning, device: int = 0) -> 
     from phreg_deploy.runtime.ort_backend import OrtBackend
 
     return OrtBackend(bundle, name, tuning, device)
+
+
+def check_outputs(bundle: Bundle, names: Collection[str]) -> None:
+    """Raise ``PhregError`` unless a loaded graph has every output that the manifest names."""
+    missing = [name for name in bundle.manifest.outputs if name not in names]
+    if missing:
+        raise PhregError(
+            f"backend: {bundle.graph} has the outputs {', '.join(sorted(names))}, expected {', '.join(missing)} as well; copy or export the bundle again."
+        )
+
+
+def run_error(name: str, bundle: Bundle, error: Exception) -> PhregError:
+    """What a runtime raised when it ran, in one line."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return PhregError(
+        f"backend: {name} cannot run {bundle.graph}: {lines[-1] if lines else type(error).__name__}. Copy or export the bundle again."
+    )
+
+
+def check_name(name: str) -> None:
+    """Raise ``PhregError`` unless ``name`` is a backend's."""
+    if name not in BACKENDS:
+        raise PhregError(f"backend: got {name!r}, expected auto, {', '.join(BACKENDS)}.")
 
 
 def there(name: str) -> bool:

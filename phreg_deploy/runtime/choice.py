@@ -11,7 +11,7 @@ from phreg_deploy.bundle import Bundle
 from phreg_deploy.errors import BackendMissing, PhregError
 from phreg_deploy.runtime.backends import Backend, installed, open_backend
 from phreg_deploy.runtime.features import FeatureExtractor
-from phreg_deploy.runtime.parity import compare_runs, judge, worst
+from phreg_deploy.runtime.parity import compare_runs, judge, worst, writes_exams
 from phreg_deploy.runtime.tuning import Tuning
 
 ROUNDS, LONGEST = 7, 1.0  # timed calls per backend, and seconds after which fewer will do
@@ -80,7 +80,7 @@ def _try(bundle: Bundle, name: str, tuning: Tuning, cases: list[dict[str, np.nda
     except Exception as error:  # what a runtime raises when it runs, whatever it is
         backend.close()
         return Candidate(name, refused=f"fails when it runs ({error})")
-    missed = judge(worst(found), extractor.precision, exam=True)
+    missed = judge(worst(found), extractor.precision, exam=True, again=writes_exams(extractor))
     if missed:
         return Candidate(name, backend, refused=f"fails the exam ({'; '.join(missed)})", failed=True)
     return Candidate(name, backend)

@@ -9,9 +9,9 @@ from typing import Any
 import numpy as np
 
 from phreg_deploy.errors import PhregError
+from phreg_deploy.intake import CPU, GPU, MANAGED, on_gpu
 from phreg_deploy.runtime.cuda import Cuda, DeviceBuffer
 
-CPU, GPU, MANAGED = 1, 2, 13  # kDLCPU, kDLCUDA, kDLCUDAManaged of dlpack.h
 CODES = {"i": 0, "u": 1, "f": 2}  # kDLInt, kDLUInt, kDLFloat
 
 
@@ -94,15 +94,6 @@ class _Owned(DeviceBuffer):
     def __del__(self) -> None:
         with contextlib.suppress(Exception):  # the interpreter or the driver may be going down, and the memory with it
             self.close()
-
-
-def on_gpu(value: Any) -> bool:
-    """Whether a value is an array on a GPU, of whatever library."""
-    if isinstance(value, np.ndarray):
-        return False
-    if hasattr(value, "__cuda_array_interface__"):
-        return True
-    return hasattr(value, "__dlpack_device__") and int(value.__dlpack_device__()[0]) in (GPU, MANAGED)
 
 
 def as_device(value: Any, stream: int | None = None) -> DeviceArray:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import platform
 
 from phreg_deploy.runtime.gpu_diagnosis import find_gpu_parts
+from phreg_deploy.runtime.instructions import eight_bits
 from phreg_deploy.runtime.surroundings import Finding, attempt, installed
 
 
@@ -17,12 +18,17 @@ def diagnose() -> list[Finding]:
         _plain("onnxscript", "export", "export"),
         _onnxruntime(),
         _openvino(),
+        _eight_bits(),
         *find_gpu_parts(),
     ]
 
 
 def _python() -> Finding:
     return Finding("python", f"{platform.python_version()} on {platform.machine()}", True, "everything")
+
+
+def _eight_bits() -> Finding:
+    return Finding("8-bit instructions", str(eight_bits()), True, "INT8 on the processor")
 
 
 def _plain(package: str, extra: str, purpose: str) -> Finding:
@@ -89,11 +95,16 @@ def _openvino() -> Finding:
     try:
         import openvino
 
+        from phreg_deploy.runtime.openvino_exact import saturates
+
         able = openvino.Core().get_property("CPU", "OPTIMIZATION_CAPABILITIES")
+        clipped = saturates()
     except (ImportError, RuntimeError) as error:
         first = str(error).strip().splitlines()[:1]
         return Finding(
             "openvino", f"fails: {''.join(first)[:120]}", False, purpose, "pip install --force-reinstall openvino"
         )
     kinds = ", ".join(kind for kind in ("FP32", "BF16", "INT8") if kind in able)
+    if clipped:
+        kinds += " (INT8 in float32: its 8-bit kernels saturate on this processor)"
     return Finding("openvino", f"openvino {installed('openvino')}; CPU usable in {kinds}", True, purpose)

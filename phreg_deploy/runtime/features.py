@@ -2,73 +2,52 @@
 
 from __future__ import annotations
 
-import threading
 from collections import OrderedDict
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from PIL import Image
 
-from phreg_deploy.artifacts import OUTLIER_FACTOR
 from phreg_deploy.bundle import Bundle
 from phreg_deploy.errors import PhregError
-from phreg_deploy.photographs import fit, read_image, to_rgb
+from phreg_deploy.exam import check_shapes
+from phreg_deploy.intake import check_color, host_array, on_gpu, rgb, single_pictures
+from phreg_deploy.photographs import fit
 from phreg_deploy.runtime.backends import GPU, Backend, open_backend
 from phreg_deploy.runtime.closing import Closing
+from phreg_deploy.runtime.dense import DenseFeatures
+from phreg_deploy.runtime.forking import Held
+from phreg_deploy.runtime.instructions import advice
 from phreg_deploy.runtime.positions import resample
 from phreg_deploy.runtime.tuning import Tuning
 from phreg_deploy.spec import check_multiple
 
-Picture = Image.Image | np.ndarray | str | Path
 GRIDS_KEPT = 16  # resampled position embeddings kept, the least recently used dropped first
-
-
-@dataclass(frozen=True)
-class DenseFeatures:
-    """What a bundle says of a batch of images.
-
-    ``features`` float32 ``(B, Hp, Wp, C)`` after the final norm, registers dropped; ``cls`` float32 ``(B, C)`` or None;
-    ``token_norm`` float32 ``(B, Hp, Wp)``: L2 norms of the last block's output before the final norm.
-    ``norm_median``: the base model's median norm, where the bundle knows it.
-    """
-
-    features: np.ndarray
-    cls: np.ndarray | None
-    token_norm: np.ndarray
-    norm_median: float | None = None
-
-    @property
-    def artifact_rate(self) -> np.ndarray:
-        """Share of high-norm or low-norm patch tokens per image, ``(B,)``, 0-1: watched on every frame at no extra pass.
-
-        Measured against ``norm_median``; in a bundle that does not know it, against each image's own median.
-        """
-        flat = self.token_norm.reshape(len(self.token_norm), -1)
-        median = np.median(flat, axis=1, keepdims=True) if self.norm_median is None else self.norm_median
-        return ((flat > OUTLIER_FACTOR * median) | (flat < median / OUTLIER_FACTOR)).mean(axis=1)  # type: ignore[no-any-return]
 
 
 class FeatureExtractor(Closing):
     """A bundle, loaded. One extractor may be called from several threads.
 
-    Use ``load``; then call it with images, or ``run`` it with arrays that are already resized.
+    Use ``load``; then call it with images, or ``run`` it with arrays that are already resized. A pickled extractor is
+    loaded again from its path, by the backend that it had. In a forked child the backend is opened again on first use.
     """
 
     def __init__(self, bundle: Bundle, backend: Backend) -> None:
         self.bundle, self.manifest, self.spec = bundle, bundle.manifest, bundle.manifest.model
-        self._backend: Backend | None = backend
+        self.preprocess, self.color = self.manifest.preprocess, "rgb"
+        self._held = Held(backend)
+        self._asked: dict[str, Any] | None = None  # what ``load`` was called with
         self._base = bundle.positions() if "pos_embed" in self.manifest.inputs else None
         self._grids: OrderedDict[tuple[int, int], np.ndarray] = OrderedDict()
-        self._lock = threading.Lock()
         self.choice = f"{backend.name}: as given"
 
     @classmethod
     def load(
         cls, path: Path | str, backend: str = "auto", *, threads: int | None = None, compute: str = "auto",
         mode: str = "latency", verify: bool = True, examine: bool = True, device: int = 0,
+        color: str = "rgb", exif: bool | None = None, fast: bool | None = None,
     ) -> FeatureExtractor:  # fmt: skip
         """Open a bundle.
 
@@ -77,14 +56,19 @@ class FeatureExtractor(Closing):
                 exam, which takes a second where there are several.
             device: the GPU, where the backend runs on one.
             threads, compute, mode: see ``tuning.Tuning``.
-            examine: with "auto", refuse a bundle that fails its exam on every backend; False for who judges it himself.
+            examine: with "auto", refuse a bundle that fails its exam on every backend; False for callers that judge it.
             verify: compare every file with its hash in the manifest first.
+            color: "rgb" or "bgr" (OpenCV's order): the channels of arrays that are called with or prepared. Files and PIL
+                images know their own; ``dense`` and ``run`` always take RGB.
+            exif: turn files and PIL images upright by their EXIF orientation; by default as the manifest says.
+            fast: resize large images by ``resampling.shrink``, else by Pillow; by default as the manifest says.
 
         Raises:
             PhregError: no bundle, a damaged one, one of a newer format. BackendMissing: the backend is not usable.
         """
         from phreg_deploy.runtime.choice import choose
 
+        check_color(color)
         tuning, bundle = Tuning(threads, compute, mode), Bundle.read(path)
         if verify:
             bundle.verify()
@@ -93,7 +77,20 @@ class FeatureExtractor(Closing):
         else:
             opened, reason = open_backend(bundle, backend, tuning, device), f"{backend}: as asked"
         extractor = cls(bundle, opened)
-        extractor.choice = reason
+        extractor.color = color
+        steps = extractor.preprocess
+        extractor.preprocess = replace(
+            steps, exif=steps.exif if exif is None else exif, fast=steps.fast if fast is None else fast
+        )
+        if opened.name not in GPU:
+            extractor._held.again = lambda: open_backend(bundle, opened.name, tuning)
+        extractor._asked = {
+            "path": Path(path).absolute(), "backend": opened.name, "threads": threads, "compute": compute, "mode": mode,
+            "verify": verify, "examine": examine, "device": device, "color": color, "exif": exif, "fast": fast,
+        }  # fmt: skip
+        extractor.choice = "; ".join(
+            part for part in (reason, opened.remark, advice(bundle.manifest.precision)) if part
+        )
         if device and opened.name not in GPU:
             extractor.close()
             raise PhregError(
@@ -108,7 +105,7 @@ class FeatureExtractor(Closing):
 
     @property
     def opened(self) -> Any:
-        """The backend itself, for who measures it."""
+        """The backend itself, for measurements of it."""
         return self._open()
 
     @property
@@ -121,41 +118,62 @@ class FeatureExtractor(Closing):
         """The precision whose gates hold: the bundle's, or bfloat16 where a float32 bundle is computed in it."""
         return "bf16" if self.manifest.precision == "fp32" and self.compute == "bf16" else self.manifest.precision
 
-    def __call__(self, images: Picture | Sequence[Picture], size: tuple[int, int] | None = None) -> DenseFeatures:
-        """Features of one image or a list: paths, PIL images, or uint8 RGB arrays ``(H, W, 3)`` of any size.
+    def __call__(
+        self, images: Any, size: tuple[int, int] | None = None, *, color: str | None = None, exif: bool | None = None
+    ) -> DenseFeatures:
+        """Features of one image, of an array of several, or of a list of these.
 
         Args:
+            images: paths, encoded bytes, binary files, PIL images, or uint8 arrays ``(H, W, 3)``, ``(H, W)`` (grey) or
+                ``(B, H, W, 3)`` of any size: numpy's, PyTorch's CPU tensors, and others that numpy can read.
             size: (height, width) to serve them at; by default the bundle's own, or its preferred one.
+            color, exif: as in ``load``, for this call.
 
         A batch larger than the bundle serves is run in parts.
+
+        Raises:
+            PhregError: something that is no image, an array without pixels or of another type, a file that cannot be read.
         """
-        pictures = [images] if isinstance(images, (str, Path, Image.Image, np.ndarray)) else list(images)
-        if not pictures:
-            raise PhregError("extract: got an empty list, expected at least one image.")
         size = size or self.manifest.sizes.default
-        return self.dense(np.stack([self.prepare(picture, size) for picture in pictures]))
+        pictures = single_pictures(images)
+        return self.dense(np.stack([self._fitted(picture, size, color, exif) for picture in pictures]))
 
-    def prepare(self, picture: Picture, size: tuple[int, int] | None = None) -> np.ndarray:
-        """One image at the input size, by the bundle's own preprocessing: uint8 ``(H, W, 3)``."""
-        if isinstance(picture, np.ndarray):
-            if picture.dtype != np.uint8 or picture.ndim != 3 or picture.shape[2] != 3:
-                raise PhregError(
-                    f"image: got an array of {picture.dtype} {picture.shape}, expected uint8 RGB (H, W, 3) with values 0-255."
-                )
-            picture = Image.fromarray(picture)
-        image = to_rgb(picture) if isinstance(picture, Image.Image) else read_image(picture)
-        return fit(image, size or self.manifest.sizes.default, self.manifest.preprocess)
+    def prepare(
+        self,
+        picture: Any,
+        size: tuple[int, int] | None = None,
+        *,
+        color: str | None = None,
+        exif: bool | None = None,
+    ) -> np.ndarray:
+        """One image at the input size, by the bundle's own preprocessing: uint8 RGB ``(H, W, 3)``; arguments as of a call."""
+        pictures = single_pictures(picture)
+        if len(pictures) != 1:
+            raise PhregError(f"prepare: got {len(pictures)} images, expected one. Call the extractor with several.")
+        return self._fitted(pictures[0], size or self.manifest.sizes.default, color, exif)
 
-    def dense(self, batch: np.ndarray) -> DenseFeatures:
+    def _fitted(self, picture: Any, size: tuple[int, int], color: str | None, exif: bool | None) -> np.ndarray:
+        order = self.color if color is None else check_color(color)
+        image = rgb(picture, self.preprocess.exif if exif is None else exif)
+        array = fit(image, size, self.preprocess)
+        if order == "bgr" and isinstance(
+            image, np.ndarray
+        ):  # every channel is resized alike: turned where they are few
+            return np.ascontiguousarray(array[..., ::-1])
+        return array
+
+    def dense(self, batch: Any) -> DenseFeatures:
         """Features of uint8 RGB images ``(B, H, W, 3)`` that are already at a size the bundle serves; any B."""
-        _check_images(batch)
+        batch = _checked(batch)
         lowest, highest = self.manifest.batches.lowest, self.manifest.batches.highest
         parts = []
         for start in range(0, len(batch), highest):
             part = batch[start : start + highest]
             missing = max(0, lowest - len(part))
             padded = np.concatenate([part, np.repeat(part[-1:], missing, axis=0)]) if missing else part
-            parts.append({name: value[: len(part)] for name, value in self.run(padded).items()})
+            answers = self.run(padded)
+            check_shapes(self.manifest, answers, padded.shape)
+            parts.append({name: value[: len(part)] for name, value in answers.items()})
         whole = {
             name: np.concatenate([p[name] for p in parts]) if len(parts) > 1 else parts[0][name] for name in parts[0]
         }
@@ -175,7 +193,7 @@ class FeatureExtractor(Closing):
         Raises:
             PhregError: a size or batch that is not served, another type, or a backend that does not run on a GPU.
         """
-        if isinstance(batch, np.ndarray):
+        if isinstance(batch, np.ndarray) or not on_gpu(batch):
             if out is not None or stream is not None:
                 raise PhregError("extract: out and stream are for a batch on the GPU; got one on the host.")
             return self._open().run(self.feed(batch))
@@ -208,33 +226,34 @@ class FeatureExtractor(Closing):
         found: dict[str, Any] = backend.run_device(image, others, stream, written)
         return found
 
-    def feed(self, batch: np.ndarray) -> dict[str, np.ndarray]:
+    def feed(self, batch: Any) -> dict[str, np.ndarray]:
         """What the graph is fed for a batch: the images, and their position embedding where the bundle serves several sizes."""
-        if batch.dtype != np.uint8 or batch.ndim != 4 or batch.shape[3] != 3:
-            _check_images(batch)
+        batch = _checked(batch)
         size = (batch.shape[1], batch.shape[2])
         self.manifest.sizes.check(size, self.spec.patch)
         self.manifest.batches.check(len(batch))
         return {"image": batch} if self._base is None else {"image": batch, "pos_embed": self._positions(size)}
 
-    def bare(self, batch: np.ndarray) -> Callable[[], object]:
+    def bare(self, batch: Any) -> Callable[[], object]:
         """The graph on this batch and nothing around it: what the extractor's own cost is measured against."""
         backend, feed = self._open(), self.feed(batch)
         return lambda: backend.run(feed)
 
     def close(self) -> None:
         """Free the session and the device. Calling the extractor afterwards is an error."""
-        if self._backend is not None:
-            self._backend.close()
-            self._backend = None
+        self._held.close()
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        if self._asked is None:
+            raise PhregError("extract: only a FeatureExtractor from FeatureExtractor.load can be pickled.")
+        self._open()
+        return _load, (self._asked,)
 
     def _open(self) -> Backend:
-        if self._backend is None:
-            raise PhregError("extract: this FeatureExtractor was closed; load the bundle again.")
-        return self._backend
+        return self._held.backend or self._held.reopened()
 
     def _positions(self, size: tuple[int, int]) -> np.ndarray:
-        with self._lock:
+        with self._held.lock:
             found = self._grids.get(size)
             if found is None:
                 check_multiple(size, self.spec.patch)
@@ -247,13 +266,13 @@ class FeatureExtractor(Closing):
             return found
 
 
-def _check_images(batch: Any) -> None:
-    if (
-        not isinstance(batch, np.ndarray)
-        or batch.dtype != np.uint8
-        or batch.ndim != 4
-        or batch.shape[3] != 3
-        or not len(batch)
-    ):
-        got = f"{batch.dtype} {batch.shape}" if isinstance(batch, np.ndarray) else type(batch).__name__
+def _checked(batch: Any) -> np.ndarray:
+    array = host_array(batch, "extract")
+    if array is None or array.dtype != np.uint8 or array.ndim != 4 or array.shape[3] != 3 or 0 in array.shape:
+        got = type(batch).__name__ if array is None else f"{array.dtype} {array.shape}"
         raise PhregError(f"extract: got {got}, expected a uint8 RGB array (B, H, W, 3) with B at least 1.")
+    return array
+
+
+def _load(asked: dict[str, Any]) -> FeatureExtractor:
+    return FeatureExtractor.load(**asked)

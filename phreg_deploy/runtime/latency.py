@@ -11,13 +11,15 @@ from typing import Any
 
 import numpy as np
 
-from phreg_deploy.errors import PhregError
+from phreg_deploy.bundle import Manifest
+from phreg_deploy.photographs import resizes_fast
 from phreg_deploy.progress import Progress
 from phreg_deploy.runtime.features import FeatureExtractor
 from phreg_deploy.spec import Stored
 
 LEAST = 10  # rounds, however slow
 WARM = 3
+FRAME = (480, 640)  # height, width
 SPREAD = 0.25  # of the median between the halves of a run; beyond it the figures are called unstable
 
 
@@ -75,47 +77,76 @@ def profile_bundle(
     size: tuple[int, int] | None,
     seconds: float,
     threads: int | None,
+    mode: str = "latency",
     progress: Progress,
+    frame: tuple[int, int] = FRAME,
 ) -> dict[str, Any]:
     """Latency and throughput for each batch: the bare graph, the extractor around it, and preprocessing apart.
 
+    Args:
+        frame: (height, width) of the array that preprocessing is measured on, one image a call.
+
     Returns:
         ``conditions`` and ``results``: per batch ``graph``, ``extractor`` and ``preprocess`` latencies, ``overhead``
-        (median extractor over median graph - 1) and ``images_per_second``.
+        (median extractor over median graph - 1), ``images_per_second`` of the extractor, and ``preprocess_share``: of the
+        time from frames to features, preprocessing included.
     """
-    manifest = extractor.manifest
-    size = size or manifest.sizes.default
-    manifest.sizes.check(size, manifest.model.patch)
+    cases = measured_cases(extractor.manifest, batches, size)
     rng = np.random.default_rng(0)
-    photograph = rng.integers(0, 256, (480, 640, 3), dtype=np.uint8)
+    photograph = rng.integers(0, 256, (*frame, 3), dtype=np.uint8)
+    resize = "fast" if resizes_fast(frame[::-1], cases[0][1], extractor.preprocess) else "Pillow"
     results = []
-    for batch in batches or [manifest.batches.best]:
-        manifest.batches.check(batch)
+    for batch, size in cases:
         images = rng.integers(0, 256, (batch, *size, 3), dtype=np.uint8)
         timed = measure(
             {
                 "graph": extractor.bare(images),
                 "extractor": lambda images=images: extractor.dense(images),  # type: ignore[misc]
-                "preprocess": lambda: extractor.prepare(photograph, size),
+                "preprocess": lambda size=size: extractor.prepare(photograph, size),  # type: ignore[misc]
             },
             seconds, progress,
         )  # fmt: skip
+        preparing = batch * timed["preprocess"].p50
         results.append({
             "batch": batch, "size": list(size), **{name: latency.to_json() for name, latency in timed.items()},
             "overhead": timed["extractor"].p50 / timed["graph"].p50 - 1, "images_per_second": 1e3 * batch / timed["extractor"].p50,
+            "preprocess_share": preparing / (preparing + timed["extractor"].p50),
         })  # fmt: skip
-    return {"conditions": conditions(extractor, threads), "results": results}
+    return {
+        "conditions": {
+            **conditions(extractor, threads, mode),
+            "photograph": f"{frame[1]}x{frame[0]} noise",
+            "resize": resize,
+        },
+        "results": results,
+    }
 
 
-def conditions(extractor: FeatureExtractor, threads: int | None) -> dict[str, Any]:
+def measured_cases(
+    manifest: Manifest, batches: list[int] | None, size: tuple[int, int] | None
+) -> list[tuple[int, tuple[int, int]]]:
+    """The batches and (height, width) that are to be measured; by default the bundle's best batch at its default size.
+
+    Raises:
+        PhregError: one of them is not served; nothing was measured yet.
+    """
+    size = size or manifest.sizes.default
+    manifest.sizes.check(size, manifest.model.patch)
+    batches = list(dict.fromkeys(batches or [manifest.batches.best]))
+    for batch in batches:
+        manifest.batches.check(batch)
+    return [(batch, size) for batch in batches]
+
+
+def conditions(extractor: FeatureExtractor, threads: int | None, mode: str = "latency") -> dict[str, Any]:
     """What the figures depend on: the machine, its load, the versions, the bundle."""
-    manifest = extractor.manifest
+    manifest, cuda = extractor.manifest, getattr(extractor.opened, "cuda", None)
     return {
         "processor": processor(), "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
         "load": list(os.getloadavg()) if hasattr(os, "getloadavg") else None, "system": platform.platform(), "python": platform.python_version(),
-        "backend": extractor.backend, "compute": extractor.compute, "choice": extractor.choice, "backend_version": backend_version(extractor.backend), "threads": threads,
+        "backend": extractor.backend, "compute": extractor.compute, "choice": extractor.choice, "backend_version": backend_version(extractor.backend), "threads": threads, "mode": mode, "gpu": None if cuda is None else cuda.gpu.name,
         "precision": manifest.precision, "model": manifest.model.architecture, "registers": manifest.model.registers,
-        "random_weights": manifest.random_weights, "graph_sha256": manifest.files.get("model.onnx"), "photograph": "640x480 noise",
+        "random_weights": manifest.random_weights, "graph_sha256": manifest.files.get("model.onnx"),
     }  # fmt: skip
 
 
@@ -138,28 +169,3 @@ def processor() -> str:
             return next(line.split(":", 1)[1].strip() for line in file if line.startswith("model name"))
     except (OSError, StopIteration):
         return platform.processor() or platform.machine()
-
-
-def against_baseline(report: dict[str, Any], baseline: dict[str, Any], tolerance: float) -> list[str]:
-    """Batches whose median grew by more than ``tolerance`` (0.1 is 10 %) over an earlier report's, in words.
-
-    Raises:
-        PhregError: the baseline is no report, or has no batch and size in common.
-    """
-    try:
-        before = {(r["batch"], tuple(r["size"])): float(r["extractor"]["p50"]) for r in baseline["results"]}
-    except (KeyError, TypeError, ValueError):
-        raise PhregError("baseline: the file is not a report of `phreg-deploy profile --json`.") from None
-    slower, shared = [], 0
-    for result in report["results"]:
-        key = (result["batch"], tuple(result["size"]))
-        if key in before:
-            shared += 1
-            ratio = result["extractor"]["p50"] / max(before[key], 1e-9)
-            if ratio > 1 + tolerance:
-                slower.append(
-                    f"batch {key[0]} at {key[1][0]}x{key[1][1]}: {result['extractor']['p50']:.2f} ms, {ratio:.2f}x the baseline's {before[key]:.2f} ms"
-                )
-    if not shared:
-        raise PhregError(f"baseline: it has no batch and size in common with this run; it holds {sorted(before)}.")
-    return slower

@@ -14,8 +14,10 @@ import numpy as np
 from phreg_deploy.bundle import Bundle
 from phreg_deploy.engines import FOLDER, profiles_of
 from phreg_deploy.errors import BackendMissing, PhregError
+from phreg_deploy.runtime.backends import check_outputs, run_error
 from phreg_deploy.runtime.cuda import Cuda
 from phreg_deploy.runtime.device_arrays import DeviceArray
+from phreg_deploy.runtime.instructions import EXACT
 from phreg_deploy.runtime.ort_staging import Staging
 from phreg_deploy.runtime.tuning import Tuning
 
@@ -39,6 +41,8 @@ class OrtBackend:
         BackendMissing: ONNX Runtime cannot be imported, is not the GPU build, or dropped the provider silently.
         PhregError: it refuses the graph, or was asked for a precision that the graph is not in.
     """
+
+    remark = ""
 
     def __init__(self, bundle: Bundle, name: str, tuning: Tuning, device: int = 0) -> None:
         manifest = bundle.manifest
@@ -66,6 +70,7 @@ class OrtBackend:
             onnxruntime.preload_dlls()
         options = onnxruntime.SessionOptions()
         options.log_severity_level = 3  # errors only; they also raise
+        options.add_session_config_entry(*EXACT)
         if tuning.threads:
             options.intra_op_num_threads = tuning.threads
         if manifest.quantisation is not None and manifest.quantisation["target"] == "trt":
@@ -95,7 +100,8 @@ class OrtBackend:
         if self._gpu:
             _check_assignment(self._session, name)
         self._types = {o.name: o.type for o in (*self._session.get_inputs(), *self._session.get_outputs())}
-        self._names = [output.name for output in self._session.get_outputs()]
+        self._bundle, self._names = bundle, [output.name for output in self._session.get_outputs()]
+        check_outputs(bundle, self._names)
         self._staging: Staging | None = None
         if self.cuda is not None and replayable(bundle, name):
             layouts = [
@@ -113,7 +119,12 @@ class OrtBackend:
     def run(self, feed: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
         if self._staging is not None:
             return self._staging.run(feed)
-        return dict(zip(self._names, self._session.run(None, feed)))
+        try:
+            return dict(zip(self._names, self._session.run(None, feed)))
+        except Exception as error:  # the binding's exceptions share no base but Exception
+            if self._session is None:  # closed meanwhile
+                raise
+            raise run_error(self.name, self._bundle, error) from error
 
     def run_device(
         self,

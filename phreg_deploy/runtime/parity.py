@@ -8,8 +8,8 @@ from typing import Any
 import numpy as np
 
 from phreg_deploy.artifacts import cosine, norm_outliers
-from phreg_deploy.bundle import GATES
 from phreg_deploy.errors import PhregError
+from phreg_deploy.gates import AT_LEAST, GATES, SENTENCES, exam_bars
 from phreg_deploy.runtime.features import FeatureExtractor
 from phreg_deploy.spec import Stored
 
@@ -22,7 +22,8 @@ class Parity(Stored):
 
     ``cosine_*`` per patch token; ``relative_l2`` and ``largest_difference`` over all values; ``neighbours``: share of
     patches whose nearest other patch is the same; ``outlier_points``: change of the norm-outlier rate in percentage
-    points; ``norm_difference``: largest relative difference of pre-norm norms; ``bad_values``: NaN or infinite.
+    points; ``norm_difference``: largest relative difference of pre-norm norms; ``norm_bias``: how far the median of
+    their ratios is from 1; ``cls_cosine``: of the worst image; ``bad_values``: NaN or infinite.
     """
 
     cosine_mean: float
@@ -33,6 +34,7 @@ class Parity(Stored):
     neighbours: float
     outlier_points: float
     norm_difference: float
+    norm_bias: float
     cls_cosine: float | None
     bad_values: int
 
@@ -63,6 +65,11 @@ class Tally:
         a, b = got["features"].astype(np.float64), expected["features"].astype(np.float64)
         if a.shape != b.shape:
             raise PhregError(f"parity: got features of shape {a.shape}, expected {b.shape}.")
+        lost = sorted(set(expected) & {"cls", "token_norm"} - set(got))
+        if lost:
+            raise PhregError(
+                f"parity: got no {' and no '.join(lost)}, which the reference has; export the bundle again."
+            )
         bad = int(sum((~np.isfinite(v)).sum() for v in got.values()))
         self._bad += bad
         if bad:
@@ -79,16 +86,18 @@ class Tally:
 
     def parity(self) -> Parity:
         if self._bad or not self._cosines:
-            return Parity(0.0, 0.0, 0.0, float("inf"), float("inf"), 0.0, 100.0, float("inf"), None, self._bad)
+            worst = float("inf")
+            return Parity(0.0, 0.0, 0.0, worst, worst, 0.0, 100.0, worst, worst, None, self._bad)
         values = np.concatenate(self._cosines)
         norms, wanted = (np.concatenate([pair[i].reshape(-1) for pair in self._norms]) for i in (0, 1))
+        ratios = norms / np.maximum(wanted, 1e-12)
         centre = float(np.median(wanted)) if self.median is None else self.median
         shift = abs(norm_outliers(norms, centre).rate - norm_outliers(wanted, centre).rate)
         return Parity(
             cosine_mean=float(values.mean()), cosine_p1=float(np.quantile(values, 0.01)), cosine_min=float(values.min()),
             relative_l2=float((self._squares[0] / max(self._squares[1], 1e-24)) ** 0.5), largest_difference=self._largest,
             neighbours=float(np.concatenate(self._same).mean()), outlier_points=100 * shift,
-            norm_difference=float(np.abs(norms / wanted - 1).max()), cls_cosine=min(self._cls) if self._cls else None, bad_values=0,
+            norm_difference=float(np.abs(ratios - 1).max()), norm_bias=float(abs(np.median(ratios) - 1)), cls_cosine=min(self._cls) if self._cls else None, bad_values=0,
         )  # fmt: skip
 
 
@@ -99,6 +108,45 @@ def compare_runs(got: dict[str, np.ndarray], expected: dict[str, np.ndarray], me
     return tally.parity()
 
 
+@dataclass(frozen=True)
+class Gate(Stored):
+    """One figure of a parity beside its bar. ``name``: the field of ``Parity``."""
+
+    name: str
+    bar: float
+    figure: float
+    passed: bool
+
+    def __str__(self) -> str:
+        return SENTENCES[self.name].format(figure=self.figure, bar=self.bar)
+
+
+def gates_of(
+    parity: Parity,
+    precision: str,
+    cosine_p1: float | None = None,
+    outlier_points: float | None = None,
+    *,
+    exam: bool = False,
+    again: bool = False,
+) -> list[Gate]:
+    """Every gate of a precision with its verdict. A user's own bars replace the precision's.
+
+    Args:
+        exam: against the bundle's own answers, which for 8 bits are 8-bit answers of ONNX Runtime.
+        again: and the runtime that wrote them gives them again, see ``writes_exams``.
+    """
+    bars = exam_bars(precision, again) if exam else GATES[precision]
+    own = {"cosine_p1": cosine_p1, "outlier_points": outlier_points}
+    bars = {"bad_values": 0, **bars, **{name: bar for name, bar in own.items() if bar is not None}}
+    found = []
+    for name, bar in bars.items():
+        figure = getattr(parity, name)
+        if figure is not None:  # a model without class token
+            found.append(Gate(name, bar, figure, bool(figure >= bar if name in AT_LEAST else figure <= bar)))
+    return found
+
+
 def judge(
     parity: Parity,
     precision: str,
@@ -106,28 +154,24 @@ def judge(
     outlier_points: float | None = None,
     *,
     exam: bool = False,
+    again: bool = False,
 ) -> list[str]:
-    """The gates that ``parity`` misses, in words; empty when it passes. A user's own gates replace the precision's.
+    """The gates that ``parity`` misses, as sentences; empty when it passes. See ``gates_of``."""
+    gates = gates_of(parity, precision, cosine_p1, outlier_points, exam=exam, again=again)
+    return [str(gate) for gate in gates if not gate.passed]
 
-    Args:
-        exam: against the bundle's own answers, which for 8 bits are 8-bit answers of another runtime.
-    """
-    gates = GATES[precision]
-    exam = exam and "exam_p1" in gates
-    least = gates["exam_p1" if exam else "cosine_p1"] if cosine_p1 is None else cosine_p1
-    most = gates["outlier_points"] if outlier_points is None else outlier_points
-    missed = []
-    if parity.bad_values:
-        missed.append(f"{parity.bad_values} NaN or infinite values, expected none")
-    if not parity.cosine_p1 >= least:
-        missed.append(f"1st-percentile patch cosine {parity.cosine_p1:.7f}, expected at least {least}")
-    if not parity.outlier_points <= most:
-        missed.append(f"norm-outlier rate changed by {parity.outlier_points:.4f} points, expected at most {most}")
-    if not exam and not parity.neighbours >= gates.get("neighbours", 0.0):
-        missed.append(
-            f"nearest neighbours of {parity.neighbours:.4f} of the patches agree, expected at least {gates['neighbours']}"
-        )
-    return missed
+
+def verdict(parity: Parity, gates: list[Gate]) -> dict[str, Any]:
+    """A parity and its gates as reports hold them: ``parity``, ``gates``, ``missed`` as sentences, ``passed``."""
+    missed = [str(gate) for gate in gates if not gate.passed]
+    return {
+        "parity": parity.to_json(), "gates": [gate.to_json() for gate in gates], "missed": missed, "passed": not missed,
+    }  # fmt: skip
+
+
+def writes_exams(extractor: FeatureExtractor) -> bool:
+    """Whether this runtime wrote the bundle's own answers: ONNX Runtime those of bundles in 8 bits."""
+    return extractor.backend == "onnxruntime-cpu" and extractor.manifest.quantisation is not None
 
 
 def check_reference(extractor: FeatureExtractor) -> list[dict[str, Any]]:
@@ -142,7 +186,7 @@ def check_reference(extractor: FeatureExtractor) -> list[dict[str, Any]]:
 def worst(parities: list[Parity]) -> Parity:
     """The weakest figure of each kind over several comparisons."""
     pick = {
-        name: (min if name.startswith(("cosine", "neighbours", "cls")) else max)(values)
+        name: (min if name.startswith("cosine") or name in AT_LEAST else max)(values)
         for name in Parity.__dataclass_fields__
         if (values := [getattr(p, name) for p in parities if getattr(p, name) is not None])
     }

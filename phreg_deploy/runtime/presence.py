@@ -3,14 +3,11 @@
 from __future__ import annotations
 
 import ctypes
-import importlib.util
 import sys
 
+from phreg_deploy.extras import found
 
-def found(module: str) -> bool:
-    if module in sys.modules:  # which find_spec would ask for its origin; None stands for "blocked"
-        return sys.modules[module] is not None
-    return importlib.util.find_spec(module) is not None
+__all__ = ["driver_present", "found"]
 
 
 def driver_present() -> bool:

@@ -114,6 +114,7 @@ class TensorRtBackend(Plan):
     """
 
     name = "tensorrt"
+    remark = ""
 
     def __init__(self, bundle: Bundle, tuning: Tuning, device: int = 0, engine: Engine | None = None) -> None:
         manifest = bundle.manifest

@@ -13,9 +13,10 @@ from typing import Any
 import numpy as np
 
 from phreg_deploy.artifacts import cosine
-from phreg_deploy.bundle import GATES, GRAPH, Bundle
+from phreg_deploy.bundle import GRAPH, Bundle
 from phreg_deploy.engines import Settings, profiles_of
 from phreg_deploy.errors import PhregError
+from phreg_deploy.gates import exam_bars
 from phreg_deploy.runtime.backends import open_backend
 from phreg_deploy.runtime.features import FeatureExtractor
 from phreg_deploy.runtime.tuning import Tuning
@@ -95,7 +96,7 @@ def _worst(steps: list[Step]) -> Step:
 
 
 def _first(steps: list[Step], precision: str) -> Step | None:
-    allowed, before = 1 - GATES[precision].get("exam_p1", GATES[precision]["cosine_p1"]), 0.0
+    allowed, before = 1 - exam_bars(precision)["cosine_p1"], 0.0
     for step in steps:
         error = 1 - step.cosine_p1
         if step.bad_values or not error <= allowed or (before > 0 and error > max(JUMP * before, LEAST)):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -11,12 +12,13 @@ from PIL import Image
 from phreg_deploy.photographs import Photographs, read_photographs
 from phreg_deploy.pictures import colours, components, heat
 from phreg_deploy.progress import SILENT, Progress
-from phreg_deploy.record import model_path, read_record, scored
+from phreg_deploy.record import model_path, read_record, recorded
 from phreg_deploy.runtime.features import FeatureExtractor
-from phreg_deploy.runtime.parity import Tally, check_reference, judge, worst
+from phreg_deploy.runtime.parity import Tally, check_reference, gates_of, worst, writes_exams
 from phreg_deploy.scores import Run, Scores, score
 
 OWN = "own reference"
+Answers = Callable[[np.ndarray], dict[str, np.ndarray]]  # uint8 images -> what a bundle gives of them, by name
 Pictures = list[list[tuple[str, Image.Image]]]
 
 
@@ -49,7 +51,7 @@ def run_check(
         gates: 1st-percentile cosine and change of the norm-outlier rate in points; None for the precision's own.
 
     Returns:
-        The report, with ``missed`` gates in words, and pictures of the first image where there are images.
+        The report, with all ``gates``, ``missed`` as sentences and ``passed``, and pictures of the first image where there are images.
     """
     manifest, size = extractor.manifest, extractor.manifest.sizes.default
     comparisons = [
@@ -85,7 +87,7 @@ def run_check(
             f"{extractor.backend}, these images",
         )
         if "student" in models:
-            parity = _on_photographs(extractor, _model_run(models["student"], extractor), photographs, median, progress)
+            parity = _on_photographs(extractor, _answers(models["student"], extractor), photographs, median, progress)
             comparisons.append(
                 {
                     "with": f"PyTorch {reference}",
@@ -93,14 +95,19 @@ def run_check(
                     "parity": parity,
                 }
             )
-    exam = [c["parity"] for c in comparisons if c["with"] == OWN]
-    others = [c["parity"] for c in comparisons if c["with"] != OWN]
-    missed = judge(worst(exam), extractor.precision, *gates, exam=True)
-    missed += judge(worst(others), extractor.precision, *gates) if others else []
+    judged = {
+        name: gates_of(worst(found), extractor.precision, *gates, exam=name == OWN, again=writes_exams(extractor))
+        for name in dict.fromkeys(c["with"] for c in comparisons)
+        if (found := [c["parity"] for c in comparisons if c["with"] == name])
+    }
+    missed = [str(gate) for found in judged.values() for gate in found if not gate.passed]
     document: dict[str, Any] = {
         "bundle": str(extractor.bundle.folder), "backend": extractor.backend, "compute": extractor.compute, "choice": extractor.choice, "precision": manifest.precision, "images": len(photographs) if photographs else 0,
         "comparisons": [{**c, "parity": c["parity"].to_json()} for c in comparisons],
-        "artifacts": {name: {**s.to_json(), "note": note} for name, (s, note) in scored.items()}, "missed": missed,
+        "artifacts": {name: {**s.to_json(), "note": note} for name, (s, note) in scored.items()},
+        "gates": [{"with": name, **gate.to_json()} for name, found in judged.items() for gate in found],
+        "missed": missed, "passed": not missed,
+        "quantised_fidelity": manifest.quantisation["fidelity"] if manifest.quantisation else None,
     }  # fmt: skip
     if photographs is not None and "base" not in scored and reference:
         document["artifacts"] = {**_recorded(reference), **document["artifacts"]}
@@ -119,24 +126,29 @@ def _model_run(model: Any, extractor: FeatureExtractor) -> Run:
     return model_run(model, extractor.manifest.preprocess)
 
 
+def _answers(model: Any, extractor: FeatureExtractor) -> Answers:
+    from phreg_deploy.distill.measure import model_answers
+
+    return model_answers(model, extractor.manifest.preprocess)
+
+
 def _recorded(reference: str) -> dict[str, Any]:
     """The base model's figures as the student's record has them: other images, so the note says which."""
     folder = model_path(reference)
     record = read_record(folder)
-    scores = None if record is None else scored(record, folder)
-    if scores is None:
+    if record is None or "missing" in recorded(record, folder, "scores"):
         return {}
     return {
         "base": {
-            "norm_outliers": scores["base"]["norm_outliers"],
+            "norm_outliers": recorded(record, folder, "scores", "base", "norm_outliers"),
             "shift_incoherence": {"rate": None},
-            "note": f"recorded at distillation, {scores['images']} other images",
+            "note": f"recorded at distillation, {recorded(record, folder, 'scores', 'images')} other images",
         }
     }
 
 
 def _on_photographs(
-    extractor: FeatureExtractor, run: Run, photographs: Photographs, median: float | None, progress: Progress
+    extractor: FeatureExtractor, answers: Answers, photographs: Photographs, median: float | None, progress: Progress
 ) -> Any:
     """Parity on real images, in batches that the bundle serves."""
     step, tally = extractor.manifest.batches.highest, Tally(median)
@@ -144,11 +156,8 @@ def _on_photographs(
         for start in range(0, len(photographs), step):
             batch = photographs.batch(start, start + step)
             dense = extractor.dense(batch)
-            features, norms = run(batch)
-            tally.add(
-                {"features": dense.features, "token_norm": dense.token_norm},
-                {"features": features, "token_norm": norms},
-            )
+            got = {"features": dense.features, "token_norm": dense.token_norm, "cls": dense.cls}
+            tally.add({name: value for name, value in got.items() if value is not None}, answers(batch))
             advance(len(batch))
     return tally.parity()
 

@@ -7,11 +7,10 @@ from typing import Any
 
 from PIL import Image
 
-from phreg_deploy.errors import PhregError
 from phreg_deploy.photographs import Photographs, read_photographs
 from phreg_deploy.pictures import colours, components, heat, sheet
 from phreg_deploy.progress import Progress
-from phreg_deploy.record import model_path, read_record, scored
+from phreg_deploy.record import model_path, read_record, recorded_median
 from phreg_deploy.scores import Scores, score
 from phreg_deploy.spec import parse_size
 
@@ -32,8 +31,6 @@ def score_bundle(
     from phreg_deploy.runtime.features import FeatureExtractor
     from phreg_deploy.verify.checking import bundle_run
 
-    if checkpoint is not None:
-        raise PhregError(f"artifacts: --checkpoint goes with a timm name, but {path} is a bundle.")
     with FeatureExtractor.load(path, backend) as extractor:
         manifest = extractor.manifest
         size = parse_size(image_size) if image_size else manifest.sizes.default
@@ -72,7 +69,7 @@ def score_model(
     record = read_record(folder)
     preprocess, patch = model_preprocess(model), tuple(model.patch_embed.patch_size)
     photographs = read_photographs(images, tuple(model.patch_embed.img_size), preprocess, limit, say=progress.say)
-    centre = median or (scored(record, folder, "median_norm") if record else None)
+    centre = median or (recorded_median(record, folder) if record else None)
     scores = score(model_run(model, preprocess, where), photographs, patch, median=centre, progress=progress)
     blocks = block_norms(model, photographs, preprocess, where)
     return {"model": name, "device": where, **scores.to_json(), "blocks": blocks}, _sheet(photographs, scores)

@@ -1,0 +1,209 @@
+"""What a user asks for, checked before anything slow is imported or read. Needs neither weights nor PyTorch."""
+
+from __future__ import annotations
+
+import re
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from phreg_deploy.documents import read_json
+from phreg_deploy.errors import PhregError
+from phreg_deploy.record import model_path
+from phreg_deploy.spec import Batches, Sizes
+from phreg_deploy.whole import write_error
+
+RECIPES = ("transplant", "random-registers", "ph-reg")  # only the first moves neurons
+FLOATS, EIGHT_BITS = ("fp32", "fp16", "bf16"), ("int8", "fp8")
+WEIGHTS = (".safetensors", ".pth", ".pt", ".bin")
+LEAST = {"epochs": 0, "batch": 1, "views": 2, "seed": 0}
+MOST_REGISTERS = 64
+TIMM_NAME = re.compile(r"\w+(\.[\w-]+)?")  # an architecture, and the tag of its weights
+
+
+def refuse_url(text: str) -> None:
+    """Raise for a URL: every command reads files of this machine."""
+    found = re.search(r"(?:^|=)([A-Za-z][A-Za-z0-9+.-]*://\S*)", text)
+    if found:
+        raise PhregError(
+            f"got the URL {found[1]}, expected a file or a folder on this machine. Download it first and give its path; "
+            "weights on the Hugging Face hub that timm knows are given by their timm name."
+        )
+
+
+def check_model(name: str, checkpoint: Path | None = None, random_weights: bool = False) -> Path | None:
+    """The folder that a model's name points to, complete, or None where it can only be a timm name.
+
+    Raises:
+        PhregError: a path where there is nothing, a file, an incomplete folder, or weights given twice.
+    """
+    refuse_url(name)
+    folder = _folder(name)
+    if random_weights and (folder is not None or checkpoint is not None):
+        raise PhregError(
+            f"model: --random-weights goes with a timm name alone; got {f'the folder {folder}' if folder else f'--checkpoint {checkpoint}'} as well."
+        )
+    if folder is not None and checkpoint is not None:
+        raise PhregError(f"model: got both the folder {folder} and --checkpoint {checkpoint}; give one of them.")
+    if folder is not None:
+        _check_folder(folder)
+    elif not TIMM_NAME.fullmatch(name):
+        raise PhregError(
+            f"model: got {name!r}, where there is nothing; expected a folder with config.json and model.safetensors, or a timm name."
+        )
+    if checkpoint is not None:
+        check_checkpoint(checkpoint)
+    return folder
+
+
+def check_checkpoint(path: Path) -> None:
+    """Raise unless ``path`` is a file of a kind that weights are read from."""
+    if not path.is_file():
+        raise PhregError(f"checkpoint: there is no file {path}.")
+    if path.suffix not in WEIGHTS:
+        raise PhregError(f"checkpoint: got {path.name}, expected {', '.join(WEIGHTS[:-1])} or {WEIGHTS[-1]}.")
+
+
+def check_distillation(settings: Mapping[str, Any]) -> None:
+    """Check the settings of a distillation that are there; None stands for the recipe's own value.
+
+    Raises:
+        PhregError: an unknown recipe, device or precision, or a number out of its bounds.
+    """
+    given = {name: value for name, value in settings.items() if value is not None}
+    if given.get("recipe", RECIPES[0]) not in RECIPES:
+        raise PhregError(f"recipe: got {given['recipe']!r}, expected {', '.join(RECIPES[:-1])} or {RECIPES[-1]}.")
+    for name, least in LEAST.items():
+        if name in given and given[name] < least:
+            raise PhregError(f"{name}: got {given[name]}, expected at least {least}.")
+    if not 0 <= given.get("registers", 0) <= MOST_REGISTERS:
+        raise PhregError(f"registers: got {given['registers']}, expected 0 to {MOST_REGISTERS}.")
+    if not 0 < given.get("lr", 0.5) < 1:
+        raise PhregError(f"lr: got {given['lr']}, expected a number between 0 and 1, e.g. 3e-4.")
+    if "strength" in given and given.get("recipe", RECIPES[0]) != RECIPES[0]:
+        raise PhregError(
+            f"strength: got {given['strength']} with the recipe {given['recipe']}, which moves no neurons; leave it out, or use --recipe {RECIPES[0]}."
+        )
+    if not 0 < given.get("strength", 1) <= 4:
+        raise PhregError(f"strength: got {given['strength']}, expected a share above 0 and up to 4, e.g. 0.07.")
+    if not 0 <= given.get("holdout", 0) < 1:
+        raise PhregError(f"holdout: got {given['holdout']}, expected a share from 0 to below 1.")
+    if given.get("precision", "auto") not in ("auto", "fp32", "bf16"):
+        raise PhregError(f"precision: got {given['precision']!r}, expected auto, fp32 or bf16.")
+    check_device(given.get("device", "auto"))
+
+
+def check_resume(work: Path, resume: bool, force: bool) -> None:
+    """Raise where an interrupted run in ``work`` is to be resumed and is not there, or is there and would be lost."""
+    kept = (work / "settings.json").is_file()
+    if resume and not kept:
+        raise PhregError(f"resume: there is no interrupted run in {work}; start without --resume.")
+    if kept and not resume and not force:
+        raise PhregError(
+            f"output: an interrupted run is kept in {work}; add --resume to go on with it, or --force to start over."
+        )
+
+
+def check_device(asked: str) -> None:
+    """Raise unless ``asked`` is the name of a device; whether it is there is for PyTorch to say."""
+    if not re.fullmatch(r"auto|cpu|cuda(:\d+)?", asked, re.ASCII):
+        raise PhregError(f"device: got {asked!r}, expected auto, cpu, cuda or cuda:N.")
+
+
+def check_export(
+    precision: str, keep: tuple[str, ...], images: Path | None, image_size: str | None, batch: str, target: str = "cpu"
+) -> None:
+    """Check the options of an export that need no model.
+
+    Raises:
+        PhregError: an unknown precision or target, sizes or batches that cannot be read, an option without effect.
+    """
+    if precision not in (*FLOATS, *EIGHT_BITS):
+        raise PhregError(f"precision: got {precision!r}, expected {', '.join(FLOATS)}, {' or '.join(EIGHT_BITS)}.")
+    if target not in ("cpu", "trt"):
+        raise PhregError(f"target: got {target!r}, expected cpu or trt.")
+    if precision == "fp32" and (keep or images):
+        raise PhregError(
+            "export: --keep-fp32 and --images say what stays in FP32; with --precision fp32 everything does."
+        )
+    if precision in EIGHT_BITS and images is None:
+        raise PhregError(
+            f"export: --precision {precision} needs --images DIR, photographs like those of the deployment, to calibrate on."
+        )
+    for expression in keep:
+        check_pattern(expression)
+    if image_size:
+        Sizes.parse(image_size, (1, 1))  # its form; whether the patch divides it is for the model to say
+    Batches.parse(batch)
+
+
+def check_pattern(expression: str) -> re.Pattern[str]:
+    """A regular expression of a user's. Raises ``PhregError`` where it is none."""
+    try:
+        return re.compile(expression)
+    except re.error as error:
+        raise PhregError(f"keep in FP32: {expression!r} is no regular expression ({error}).") from None
+
+
+def check_cosine(bar: float | None) -> None:
+    """Raise unless ``bar`` is a cosine that features can reach, or None."""
+    if bar is not None and not 0 < bar <= 1:
+        raise PhregError(f"cosine: got {bar}, expected a bar above 0 and up to 1, e.g. 0.99.")
+
+
+def check_file(path: Path, option: str) -> None:
+    """Refuse, before any work is done, a file that cannot be written.
+
+    Raises:
+        PhregError: it is a folder, its folder is missing, or the system refuses to write there.
+    """
+    if path.is_dir():
+        raise PhregError(f"{option}: got the folder {path}, expected the name of a file that is to be written.")
+    parent = path.absolute().parent
+    if not parent.is_dir():
+        raise PhregError(f"{option}: there is no folder {parent} to write {path.name} into; create it first.")
+    try:
+        with tempfile.TemporaryFile(dir=parent):
+            pass
+    except OSError as error:
+        raise write_error(error, path) from None
+
+
+def _folder(name: str) -> Path | None:
+    path = model_path(name)
+    if path.is_dir():
+        return path
+    if name.startswith("local-dir:"):
+        raise PhregError(f"model: {name} names no folder; expected a folder with config.json and model.safetensors.")
+    if path.is_file():
+        raise PhregError(
+            f"model: got the file {path}; expected a timm name (weights go in --checkpoint FILE) or a student's folder."
+        )
+    return None
+
+
+def _check_folder(folder: Path) -> None:
+    missing = [f for f in ("config.json", "model.safetensors") if not (folder / f).is_file()]
+    if missing:
+        hint = (
+            " This looks like a bundle: use check, extract, profile or inspect on it."
+            if (folder / "manifest.json").is_file()
+            else ""
+        )
+        raise PhregError(
+            f"model: {folder} holds no {' and no '.join(missing)}; expected a folder written by `phreg-deploy distill`.{hint}"
+        )
+    try:
+        config = read_json(folder / "config.json")
+    except ValueError as error:
+        raise PhregError(
+            f"model: {folder / 'config.json'} is not valid JSON ({error}); copy or distil the student again."
+        ) from None
+    if not isinstance(config, dict) or not isinstance(config.get("architecture"), str):
+        raise PhregError(f"model: {folder / 'config.json'} names no architecture; copy or distil the student again.")
+    for key in ("pretrained_cfg", "model_args"):
+        if not isinstance(config.get(key, {}), dict):
+            raise PhregError(
+                f"model: {folder / 'config.json'} is damaged ({key} is no object); copy or distil the student again."
+            )

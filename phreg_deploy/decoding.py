@@ -1,0 +1,106 @@
+"""Image files and Pillow images of any mode -> 8-bit RGB, upright if asked, and never of more pixels than memory is meant for."""
+
+from __future__ import annotations
+
+import contextlib
+import struct
+from pathlib import Path
+from typing import IO
+
+import numpy as np
+from PIL import Image, ImageOps, UnidentifiedImageError
+
+from phreg_deploy.errors import PhregError
+
+GIANT = 1 << 25  # pixels; a larger JPEG is decoded at half, a quarter or an eighth of its sides
+
+
+def to_rgb(image: Image.Image) -> Image.Image:
+    """Any PIL image as 8-bit RGB. 16-bit grey is scaled by 1/257, alpha is dropped (as timm does), CMYK converted.
+
+    Raises:
+        PhregError: no pixels, or a mode without a defined scale (32-bit integer or float pixels).
+    """
+    if 0 in image.size:
+        raise PhregError(
+            f"image: got a picture of {image.size[0]}x{image.size[1]} pixels, expected at least one pixel."
+        )
+    if image.mode.startswith("I;16") or image.mode == "I":
+        grey = np.asarray(image).astype(np.int64)
+        if grey.min() < 0 or grey.max() > 65535:
+            raise PhregError(
+                f"image: got mode {image.mode!r} with values up to {grey.max()}, expected 16-bit grey (0-65535) or 8-bit pixels."
+            )
+        return Image.fromarray((grey / 257 + 0.5).astype(np.uint8)).convert("RGB")
+    if image.mode == "F":
+        raise PhregError(
+            "image: got 32-bit float pixels (mode 'F'), whose scale is unknown; expected 8-bit or 16-bit pixels."
+        )
+    if image.mode == "P" and isinstance(image.info.get("transparency"), bytes):
+        image = image.convert("RGBA")  # Pillow warns of the direct way, which gives the same
+    return image if image.mode == "RGB" else image.convert("RGB")
+
+
+def upright(image: Image.Image) -> Image.Image:
+    """The image turned as its EXIF orientation says; without one, or with a damaged one, as it is stored."""
+    with contextlib.suppress(struct.error, SyntaxError, ValueError, TypeError, KeyError):
+        return ImageOps.exif_transpose(image)
+    return image
+
+
+def read_image(source: Path | str | IO[bytes], exif: bool = False, name: str | None = None) -> Image.Image:
+    """An image file as an RGB image.
+
+    Args:
+        source: a path, or a binary file that Pillow can seek in.
+        exif: turn it upright by its EXIF orientation.
+        name: what messages call it; by default the path.
+
+    Raises:
+        PhregError: missing, a folder, empty, truncated, too large, or no image.
+    """
+    name = name or str(source)
+    if isinstance(source, (str, Path)) and Path(source).is_dir():
+        raise PhregError(f"image: {name} is a folder; expected an image file.")
+    try:
+        with Image.open(source) as image:
+            _bound(image, name)
+            image.load()
+            return to_rgb(upright(image) if exif else image)
+    except FileNotFoundError:
+        raise PhregError(f"image: there is no file {name}.") from None
+    except UnidentifiedImageError:
+        found = "empty" if _is_empty(source) else "not an image that Pillow can read"
+        raise PhregError(f"image: {name} is {found}; expected JPEG, PNG, WebP, TIFF or BMP.") from None
+    except (Image.DecompressionBombError, Image.DecompressionBombWarning):  # Pillow looks before the image can be asked
+        raise _too_large(name) from None
+    except PermissionError as error:
+        raise PhregError(
+            f"image: {name} cannot be read ({error.strerror}); give yourself the right to read it."
+        ) from None
+    except (OSError, SyntaxError, ValueError, struct.error) as error:
+        raise PhregError(f"image: {name} cannot be read ({error}); it is truncated or damaged. Replace it.") from None
+
+
+def _bound(image: Image.Image, name: str) -> None:
+    """Have a giant JPEG decoded at a smaller scale; refuse what is still above Pillow's limit."""
+    width, height = image.size
+    if image.format == "JPEG":
+        divisor = next((d for d in (1, 2, 4, 8) if width * height <= GIANT * d * d), 8)
+        if divisor > 1:
+            image.draft(None, (width // divisor, height // divisor))
+    if Image.MAX_IMAGE_PIXELS is not None and image.size[0] * image.size[1] > Image.MAX_IMAGE_PIXELS:
+        raise _too_large(name, f"{width}x{height}, ")
+
+
+def _too_large(name: str, size: str = "") -> PhregError:
+    limit = (Image.MAX_IMAGE_PIXELS or 0) / 1e6
+    return PhregError(
+        f"image: {name} is too large ({size}more than {limit:.0f} megapixels); it is not damaged. Make it smaller, or set PIL.Image.MAX_IMAGE_PIXELS."
+    )
+
+
+def _is_empty(source: Path | str | IO[bytes]) -> bool:
+    if isinstance(source, (str, Path)):
+        return Path(source).stat().st_size == 0
+    return source.seek(0, 2) == 0

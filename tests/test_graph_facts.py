@@ -1,0 +1,75 @@
+"""The facts that a graph carries about itself, read without the onnx package, against the onnx package."""
+
+import pytest
+
+from phreg_deploy.bundle import portrait
+from phreg_deploy.graph_facts import MOST_BYTES, read_metadata
+
+onnx = pytest.importorskip("onnx")
+
+
+def model(pairs, **fields):
+    made = onnx.ModelProto(**fields)
+    for key, value in pairs:
+        entry = made.metadata_props.add()
+        entry.key, entry.value = key, value
+    return made
+
+
+def test_of_a_bundle(bundle, wide_bundle):
+    from phreg_deploy.bundle import Bundle
+
+    for folder in (bundle, wide_bundle):
+        loaded = onnx.load(folder / "model.onnx")
+        found = read_metadata(folder / "model.onnx")
+        assert found == {entry.key: entry.value for entry in loaded.metadata_props}
+        assert found == portrait(Bundle.read(folder).manifest)
+
+
+@pytest.mark.parametrize(
+    "pairs",
+    [[], [("a", "1")], [("", "x"), ("b", "")], [("κλειδί", "値" * 5000)], [(str(i), "v" * i) for i in range(300)]],
+)
+def test_of_any_model(tmp_path, pairs):
+    made = model(
+        pairs, ir_version=10, producer_name="p", model_version=2**62, graph=onnx.GraphProto(name="g" * 100_000)
+    )
+    (tmp_path / "m").write_bytes(made.SerializeToString())
+    assert read_metadata(tmp_path / "m") == dict(pairs)
+
+
+def test_the_graph_is_not_read(tmp_path):
+    """A graph of 8 GB, which takes no room on the disk, is passed over."""
+    tail = model([("a", "1")]).SerializeToString()
+    length, size = bytearray(), 8 << 30
+    rest = size
+    while rest >= 0x80:
+        length.append(rest & 0x7F | 0x80)
+        rest >>= 7
+    length.append(rest)
+    with open(tmp_path / "m", "wb") as file:
+        file.write(bytes([7 << 3 | 2]) + bytes(length))
+        file.seek(size, 1)
+        file.write(tail)
+    assert read_metadata(tmp_path / "m") == {"a": "1"}
+
+
+WRONG = {
+    "text": b"noise",
+    "zeros": bytes(100),
+    "cut in a length": model([("key", "value")]).SerializeToString()[:1],
+    "cut in a value": model([("key", "value")]).SerializeToString()[:-2],
+    "an entry that is longer than the file": bytes([14 << 3 | 2, 100, 1]),
+    "a part that is longer than its entry": bytes([14 << 3 | 2, 3, 1 << 3 | 2, 100, 65]),
+    "an endless number": b"\x08" + b"\xff" * 20,
+    "too many fields": bytes([1 << 3, 1]) * 20_000,
+    "not text": bytes([14 << 3 | 2, 4, 1 << 3 | 2, 2, 0xFF, 0xFE]),
+    "a large entry": model([("key", "v" * (MOST_BYTES + 1))]).SerializeToString(),
+}
+
+
+@pytest.mark.parametrize("name", WRONG)
+def test_what_is_no_model_is_a_value_error(tmp_path, name):
+    (tmp_path / "m").write_bytes(WRONG[name])
+    with pytest.raises(ValueError, match=r"no ONNX file|cut short|fields|decode|at most"):
+        read_metadata(tmp_path / "m")

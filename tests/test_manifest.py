@@ -1,0 +1,389 @@
+"""What a manifest, and the files that it names, may not say: each is refused at once, with the hashes right."""
+
+import copy
+import hashlib
+import io
+import json
+import os
+import shutil
+import time
+import tracemalloc
+import zipfile
+
+import numpy as np
+import pytest
+
+from phreg_deploy.bundle import Bundle, write_npz
+from phreg_deploy.errors import PhregError
+from phreg_deploy.runtime import FeatureExtractor
+from tests.test_bad_bundles import graph, rehashed, rewritten
+
+pytestmark = pytest.mark.usefixtures("torch")
+
+
+def load(folder):
+    return FeatureExtractor.load(folder, "onnxruntime-cpu", threads=1)
+
+
+def altered(w, name, path, value):
+    """A bundle whose manifest has another value at a dotted path, or no such key."""
+    folder = w.copy(name)
+    data = json.loads((folder / "manifest.json").read_text())
+    place, keys = data, path.split(".")
+    for key in keys[:-1]:
+        place = place[int(key) if isinstance(place, list) else key]
+    if value is None:
+        del place[keys[-1]]
+    else:
+        place[int(keys[-1]) if isinstance(place, list) else keys[-1]] = value
+    (folder / "manifest.json").write_text(json.dumps(data))
+    return folder
+
+
+EDITED = {  # plausible, so that only the graph's own facts contradict it
+    "preprocess.crop_pct": 0.5, "preprocess.crop_mode": "center", "preprocess.interpolation": "nearest", "preprocess.mean": [0.1, 0.1, 0.1],
+    "norm_median": 1, "precision": "fp16", "model.registers": 3, "model.heads": 2, "source.model": "another", "random_weights": True,
+    "float_parts": ["everything"], "versions.onnx": "0",
+}  # fmt: skip
+EDITED_WIDE = {"sizes.sizes.1": [96, 96], "sizes.sizes.2": [640, 640], "batches.highest": 64, "batches.best": 3}
+
+
+@pytest.mark.parametrize(("which", "path"), [("bundle", p) for p in EDITED] + [("wide_bundle", p) for p in EDITED_WIDE])
+@pytest.mark.parametrize("command", ["check", "inspect"])
+def test_an_edit_that_the_graph_contradicts(world, run_cli, command, which, path):
+    folder = altered(world, which, path, {**EDITED, **EDITED_WIDE}[path])
+    run_cli(command, folder, "--json").refused(2, "manifest.json and model.onnx disagree on " + path.split(".")[0])
+
+
+def test_another_bundles_graph_is_refused_though_its_hash_is_right(world):
+    folder = world.copy("bundle")
+    (folder / "model.onnx").write_bytes((world.wide_bundle / "model.onnx").read_bytes())
+    with pytest.raises(PhregError, match=r"disagree on .*sizes"):
+        load(rehashed(folder))
+
+
+def test_a_graph_that_says_nothing_of_itself_is_refused(world):
+    folder = rehashed(world.copy("bundle", model=graph(lambda m: m.ClearField("metadata_props"))))
+    with pytest.raises(PhregError, match="does not say how it is fed"):
+        load(folder)
+
+
+ABSURD = {
+    "files": {}, "files.model.onnx": 3, "model.patch": [0, 8], "model.width": "48", "model.depth": -1, "model.heads": 1.5,
+    "model.class_token": 1, "model.registers": 1e99, "model.family": ["vit"], "model.architecture": {}, "model.parameters": None,
+    "preprocess.crop_pct": 0.01, "preprocess.crop_mode": [], "preprocess.std": [0, 1, 1], "preprocess.mean": [[1], 2, 3],
+    "sizes.mode": {}, "sizes.sizes": [[64.5, 64]], "sizes.sizes.0": [65, 64], "sizes": {"mode": "fixed", "sizes": []},
+    "batches.lowest": 100_000, "batches.highest": 0, "batches": {"lowest": 2, "best": 1, "highest": 3}, "precision": ["fp32"], "opset": "20",
+    "inputs": {}, "outputs.features": [], "outputs.features.shape": [1, 8, 8], "outputs.cls": None, "outputs.features.dtype": "object",
+    "source": {}, "source.weights_sha256": 7, "versions": {"onnx": 1}, "norm_median": float("nan"), "float_parts": [1], "random_weights": 0,
+    "quantisation": {}, "format": True,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("verify", [True, False])
+@pytest.mark.parametrize("path", ABSURD)
+def test_absurd_facts(world, path, verify):
+    value = ABSURD[path]
+    if path == "files.model.onnx":
+        data = json.loads((world.bundle / "manifest.json").read_text())
+        path, value = "files", data["files"] | {"model.onnx": value}
+    folder = altered(world, "bundle", path, value)
+    with pytest.raises(PhregError) as caught:
+        FeatureExtractor.load(folder, "onnxruntime-cpu", verify=verify)
+    assert "manifest.json" in str(caught.value)
+    assert len(str(caught.value)) < 700
+
+
+@pytest.mark.parametrize(
+    "path", ["quantisation.fidelity", "quantisation.missed", "quantisation.images", "quantisation.target"]
+)
+def test_absurd_facts_of_a_calibration(world, run_cli, path):
+    for value in ("x", 7, [], None):
+        folder = altered(world, "eight", path, value)
+        if (path, value) != ("quantisation.missed", []):
+            run_cli("inspect", folder, "--json").refused(2, "manifest.json", path)
+        shutil.rmtree(folder)
+
+
+@pytest.mark.parametrize(
+    "text", ["[" * 100_000, '{"format": ' + "9" * 5000 + "}", '{"format": 1e999}', '{"format": "\\ud800"}', "\ufeff{}"]
+)
+def test_json_that_python_chokes_on(world, run_cli, text):
+    folder = world.copy("bundle", manifest=text.encode())
+    run_cli("inspect", folder, "--json").refused(2, "manifest.json")
+    student = world.copy("student", phreg=text.encode())
+    run_cli("inspect", student, "--json").refused(2, "phreg.json")
+    if "1e999" not in text:  # a number that no key of the configuration minds
+        (student / "phreg.json").unlink()
+        (student / "config.json").write_text(text)
+        run_cli("inspect", student, "--json").refused(2, "config.json")
+
+
+@pytest.mark.parametrize("missing", ["model.onnx", "reference.npz", "pos_embed.npy"])
+def test_every_file_that_is_read_has_a_hash(world, missing):
+    files = json.loads((world.wide_bundle / "manifest.json").read_text())["files"]
+    folder = altered(world, "wide_bundle", "files", {k: v for k, v in files.items() if k != missing})
+    with pytest.raises(PhregError, match=f"no hash of {missing}"):
+        Bundle.read(folder)
+
+
+NAMES = ["../../etc/passwd", "/etc/passwd", "/proc/kmsg", "..", ".", "", "a/b", "a\\b", "x" * 300, "a\nb", "a\0b"]
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_only_bare_names_are_files(world, run_cli, name):
+    files = json.loads((world.bundle / "manifest.json").read_text())["files"] | {name: "0" * 64}
+    run_cli("inspect", altered(world, "bundle", "files", files), "--json").refused(2, "manifest.json", "bare name")
+
+
+@pytest.mark.parametrize("name", ["model.onnx", "reference.npz", "manifest.json"])
+@pytest.mark.parametrize("kind", ["pipe", "device", "link to a device", "link to the kernel", "folder"])
+def test_only_regular_files_are_read(world, run_cli, name, kind):
+    folder = world.copy("bundle")
+    (folder / name).unlink()
+    if kind == "pipe":
+        os.mkfifo(folder / name)
+    elif kind == "device":
+        try:
+            os.mknod(folder / name, 0o20600, os.makedev(1, 5))
+        except PermissionError:
+            pytest.skip("only root makes devices")
+    elif kind == "folder":
+        (folder / name).mkdir()
+    else:
+        (folder / name).symlink_to("/dev/zero" if "device" in kind else "/proc/self/maps")
+    started = time.perf_counter()
+    run_cli("inspect", folder, "--json").refused(2, str(folder))
+    assert time.perf_counter() - started < 5
+
+
+def test_links_to_files_are_read(world):
+    """As in the cache of a model hub, where every file of a snapshot is a link."""
+    folder = world.copy("bundle")
+    (folder / "model.onnx").rename(world.tmp / "blob")
+    (folder / "model.onnx").symlink_to("../blob")
+    Bundle.read(folder).verify()
+
+
+def test_no_part_of_another_files_hash_is_printed(world, run_cli):
+    folder = world.copy("bundle")
+    (world.tmp / "secret").write_text("a password")
+    (folder / "model.onnx").unlink()
+    (folder / "model.onnx").symlink_to("../secret")
+    outcome = run_cli("inspect", folder, "--json")
+    outcome.refused(2, "another sha256")
+    assert hashlib.sha256(b"a password").hexdigest()[:8] not in outcome.err + outcome.out
+
+
+def arrays(folder):
+    with np.load(folder / "reference.npz") as data:
+        return dict(data)
+
+
+def without(*names):
+    return lambda a: {k: v for k, v in a.items() if k.split("/")[-1] not in names and k not in names}
+
+
+EXAMS = {
+    "no case": lambda a: {},
+    "no cls": without("cls"),
+    "no token_norm": without("token_norm"),
+    "no image": without("image"),
+    "one tensor": without("cls", "token_norm", "features"),
+    "misnamed": lambda a: {k.replace("0/", "zero/"): v for k, v in a.items()},
+    "without a slash": lambda a: {k.replace("/", ""): v for k, v in a.items()},
+    "numbered from 1": lambda a: {k.replace("0/", "1/"): v for k, v in a.items()},
+    "a case without end": lambda a: a | {"99999999999/image": a["0/image"]},
+    "negative": lambda a: a | {"-1/image": a["0/image"]},
+    "more cases than sizes": lambda a: a | {k.replace("0/", "1/"): v for k, v in a.items()},
+    "another tensor": lambda a: a | {"0/depth": a["0/cls"]},
+    "words": lambda a: a | {"0/features": np.array(["x"])},
+    "another type": lambda a: a | {"0/image": a["0/image"].astype(np.float64)},
+    "complex": lambda a: a | {"0/cls": a["0/cls"].astype(np.complex64)},
+    "a size that is not served": lambda a: a | {"0/image": np.zeros((1, 72, 72, 3), np.uint8)},
+    "a batch that is not served": lambda a: {k: np.concatenate([v, v]) for k, v in a.items()},
+    "features of another width": lambda a: a | {"0/features": a["0/features"][..., 1:]},
+    "a scalar": lambda a: a | {"0/features": np.float32(1)},
+}
+
+
+@pytest.mark.parametrize("name", EXAMS)
+def test_a_reference_that_is_no_exam(world, run_cli, name):
+    folder = world.copy("bundle")
+    write_npz(folder / "reference.npz", EXAMS[name](arrays(folder)))
+    run_cli("check", rehashed(folder), "--backend", "onnxruntime-cpu", "--json").refused(
+        2, "reference.npz", "cannot be read"
+    )
+
+
+def header(shape, kind="<f4"):
+    data = io.BytesIO()
+    np.lib.format.write_array_header_1_0(data, {"descr": kind, "fortran_order": False, "shape": shape})
+    return data.getvalue()
+
+
+def bomb(folder, compression):
+    """A reference that declares 8 GB, and one that unpacks to 64 MB of nothing."""
+    with zipfile.ZipFile(folder / "reference.npz", "w", compression) as archive:
+        for name, value in arrays_of_zero.items():
+            archive.writestr(f"0/{name}.npy", value)
+
+
+arrays_of_zero = {
+    "image": header((1, 64, 64, 3), "|u1") + bytes(64 << 20),
+    "features": header((2**31, 1)),
+    "token_norm": header((1, 8, 8)) + bytes(256),
+    "cls": header((1, 48)) + bytes(192),
+}
+
+
+@pytest.mark.parametrize("compression", [zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED, zipfile.ZIP_BZIP2])
+def test_a_small_file_takes_little_memory(world, compression):
+    folder = world.copy("bundle")
+    bomb(folder, compression)
+    bundle = Bundle.read(rehashed(folder))
+    tracemalloc.start()
+    with pytest.raises(PhregError, match=r"compressed|at most|features"):
+        bundle.cases()
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 8 << 20
+
+
+def saved(array):
+    data = io.BytesIO()
+    np.save(data, array)
+    return data.getvalue()
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        saved(np.zeros((8, 8), np.float32)), saved(np.zeros((1, 8, 8, 48), np.float32)), saved(np.zeros((7, 8, 48), np.float32)),
+        saved(np.zeros((8, 8, 48))), saved(np.float32(1)), header((8, 8, 48)), header((2**40, 8, 48)), header((8, 8, 48))[:-20], b"\x93NUMPY\x09\x00",
+        b"\x93NUMPY\x01\x00\x10\x00" + b"(" * 16, b"",
+    ],
+)  # fmt: skip
+def test_a_position_embedding_of_another_shape(world, data):
+    folder = rehashed(world.copy("wide_bundle", pos_embed=data))
+    with pytest.raises(PhregError, match=r"pos_embed.npy cannot be read"):
+        load(folder)
+
+
+def rename_output(model):
+    name = next(o.name for o in model.graph.output if o.name == "token_norm")
+    for node in model.graph.node:
+        for i, output in enumerate(node.output):
+            if output == name:
+                node.output[i] = "renamed"
+    next(o for o in model.graph.output if o.name == name).name = "renamed"
+
+
+def drop_output(model):
+    kept = [o for o in model.graph.output if o.name != "cls"]
+    del model.graph.output[:]
+    model.graph.output.extend(kept)
+
+
+@pytest.mark.parametrize("backend", ["onnxruntime-cpu", "openvino"])
+@pytest.mark.parametrize(("change", "name"), [(drop_output, "cls"), (rename_output, "token_norm")])
+def test_a_graph_that_lacks_an_output(world, change, name, backend):
+    pytest.importorskip(backend.split("-")[0])
+    folder = rehashed(world.copy("bundle", model=graph(change)))
+    with pytest.raises(PhregError, match=f"expected {name} as well"):
+        FeatureExtractor.load(folder, backend, threads=1)
+
+
+def test_a_graph_that_answers_in_another_shape(world):
+    """Two outputs that exchange names."""
+
+    def exchange(model):
+        names = {"cls": "token_norm", "token_norm": "cls"}
+        for node in model.graph.node:
+            for i, output in enumerate(node.output):
+                node.output[i] = names.get(output, output)
+            for i, used in enumerate(node.input):
+                node.input[i] = names.get(used, used)
+        shapes = {o.name: copy.deepcopy(o.type) for o in model.graph.output}
+        for output in model.graph.output:
+            output.type.CopyFrom(shapes[names.get(output.name, output.name)])
+
+    folder = rehashed(world.copy("bundle", model=graph(exchange)))
+    with load(folder) as extractor, pytest.raises(PhregError, match="the graph is not this bundle's"):
+        extractor(np.zeros((64, 64, 3), np.uint8))
+
+
+def test_a_graph_that_cannot_run(world):
+    """It loads, and fails at the first image: a reshape to another size."""
+    import onnx
+
+    def break_reshape(model):
+        for tensor in model.graph.initializer:
+            if tensor.data_type == onnx.TensorProto.INT64 and len(tensor.dims) == 1 and tensor.dims[0] == 4:
+                tensor.CopyFrom(onnx.numpy_helper.from_array(np.array([1, 7, 7, 7], np.int64), tensor.name))
+
+    folder = rehashed(world.copy("bundle", model=graph(break_reshape)))
+    with pytest.raises(PhregError, match=r"cannot (run|load) .*model.onnx"), load(folder) as extractor:
+        extractor(np.zeros((64, 64, 3), np.uint8))
+
+
+def test_paths_that_are_too_long(world, run_cli):
+    long = world.tmp / ("x" * 300)
+    deep = world.tmp / ("d/" * 3000)
+    for path in (long, deep):
+        run_cli("inspect", path, "--json").refused(2, "there is nothing")
+        run_cli("check", path, "--json").refused(2, "there is nothing")
+        run_cli("extract", world.bundle, world.photos, "-o", path, "--json").refused(2, "output")
+        run_cli("export", path, "-o", world.out, "--json").refused(2, "neither a timm model nor a folder")
+
+
+@pytest.mark.parametrize("key", ["pretrained_cfg", "model_args"])
+@pytest.mark.parametrize("value", [7, [], "x", None])
+def test_a_students_configuration_of_other_types(world, run_cli, key, value):
+    def change(data):
+        return json.dumps(json.loads(data) | {key: value}).encode()
+
+    run_cli("export", world.copy("student", config=change), "-o", world.out, "--json").refused(2, "config.json", key)
+
+
+@pytest.mark.parametrize("median", ["x", -1, 0, [], True])
+def test_a_students_median_of_another_type(world, run_cli, median):
+    def change(data):
+        record = json.loads(data)
+        record["scores"]["median_norm"] = median
+        return json.dumps(record).encode()
+
+    student = world.copy("student", phreg=change)
+    run_cli("export", student, "-o", world.out, "--json").refused(2, "phreg.json", "median norm")
+
+
+def test_a_bundle_of_the_first_format_is_read(world):
+    """Its graph and its manifest say nothing of quantisation."""
+
+    def change(model):
+        kept = {e.key: e.value for e in model.metadata_props if e.key != "phreg.quantisation"} | {"phreg.format": "1"}
+        model.ClearField("metadata_props")
+        for key, value in kept.items():
+            model.metadata_props.add(key=key, value=value)
+
+    folder = altered(world, "bundle", "quantisation", None)
+    data = json.loads((folder / "manifest.json").read_text()) | {"format": 1}
+    (folder / "manifest.json").write_text(json.dumps(data))
+    (folder / "model.onnx").write_bytes(graph(change)((folder / "model.onnx").read_bytes()))
+    with load(rehashed(folder)) as extractor:
+        assert extractor.manifest.quantisation is None
+
+
+def test_another_exporters_bundle_is_read(world):
+    """What is refused above is the contradiction, and not the fact."""
+    folder = rewritten(world.copy("bundle"), norm_median=1.5)
+    with load(folder) as extractor:
+        assert extractor(np.zeros((64, 64, 3), np.uint8)).norm_median == 1.5
+
+
+@pytest.mark.parametrize(
+    ("option", "value"), [("--batch", "2000"), ("--batch", "1:8:100000"), ("--image-size", "20000")]
+)
+def test_an_export_beyond_what_can_be_read_is_refused_at_once(world, run_cli, option, value):
+    run_cli("export", world.student, "-o", world.out, option, value, "--json").refused(2, "expected")
+    assert not world.out.exists()

@@ -1,0 +1,97 @@
+"""A bundle names the base model and the licence of its weights, through a student's record and through calibration."""
+
+import json
+
+import pytest
+
+from phreg_deploy.bundle import Bundle
+from phreg_deploy.cli import look
+from phreg_deploy.record import read_record
+
+pytestmark = pytest.mark.usefixtures("torch", "traced_once")
+TINY = "vit_tiny_patch16_224.augreg_in21k_ft_in1k"
+STATED = {"model": TINY, "license": "apache-2.0", "hf_hub_id": f"timm/{TINY}"}
+
+
+def origin(*arguments):
+    from phreg_deploy.distill.origin import find_origin
+
+    return find_origin(*arguments)
+
+
+def test_timm_states_the_licence_of_a_name(checkpoint):
+    assert STATED.items() <= origin(TINY, None).items()
+    assert STATED.items() <= origin("vit_tiny_patch16_224", None).items(), "timm's default weights are meant"
+    assert STATED.items() <= origin(TINY, None, checkpoint).items()
+    assert origin("eva02_tiny_patch14_224.mim_in22k", None)["license"] == "mit"
+    assert origin("vit_small_patch16_dinov3.lvd1689m", None)["license"] == "dinov3-license"
+
+
+def test_a_licence_that_nobody_stated_is_not_guessed(checkpoint):
+    untagged = origin("vit_tiny_patch16_224", None, checkpoint)
+    assert untagged == {"model": "vit_tiny_patch16_224", "license": None, "url": None, "hf_hub_id": None}
+    assert origin("vit_tiny_patch16_224.mine", None, checkpoint)["license"] is None
+
+
+def test_the_base_models_name_goes_from_folder_to_student_to_bundles(base, student, bundle, eight):
+    for source in (origin(str(base), base), read_record(student)["source"], origin(str(student), student)):
+        assert STATED.items() <= source.items()
+    for folder in (bundle, eight):
+        source = Bundle.read(folder).manifest.source
+        assert STATED.items() <= source.items()
+        assert source["url"].startswith("https://")
+        assert source["distilled"] == "transplant"
+
+
+def test_a_folder_says_its_own_licence_where_timm_knows_no_such_tag(world):
+    def own(data):
+        config = json.loads(data)
+        config["pretrained_cfg"].update(tag="mine", license="cc0-1.0")
+        return json.dumps(config).encode()
+
+    folder = world.copy("base", config=own)
+    assert origin(str(folder), folder) == {
+        "model": "vit_tiny_patch16_224.mine",
+        "license": "cc0-1.0",
+        "url": None,
+        "hf_hub_id": None,
+    }
+
+
+def test_a_record_from_before_licences_were_kept(world):
+    def old(source):
+        def change(data):
+            return json.dumps({**json.loads(data), "source": source}).encode()
+
+        return change
+
+    for source, licence in (
+        ({"model": "eva02_tiny_patch14_224.mim_in22k", "checkpoint": "x.pth"}, "mit"),
+        ({"model": "vit_tiny_patch16_224", "checkpoint": "x.pth"}, None),
+        ({"model": "/some/folder", "checkpoint": None}, "apache-2.0"),
+    ):
+        folder = world.copy("student", phreg=old(source)).rename(world.tmp / f"old-{licence}")
+        assert origin(str(folder), folder)["license"] == licence
+
+
+def test_inspect_shows_licence_and_origin(world, run_cli):
+    for folder in (world.student, world.bundle, world.eight):
+        shown = run_cli("inspect", folder)
+        assert shown.code == 0, shown.err
+        for words in (f"{TINY}, weights ", "license of its weights", "apache-2.0", f"Hugging Face hub timm/{TINY}"):
+            assert words in shown.out
+
+
+def test_a_source_from_before_licences_were_kept_is_shown():
+    rows = dict(look._origin({"model": "student", "weights_sha256": "ab" * 32, "distilled": "transplant"}))
+    assert rows["base model"].startswith("student, weights abab")
+    assert rows["license of its weights"] == "not recorded"
+
+
+def test_random_weights_have_no_licence(world, run_cli):
+    asked = ["export", "vit_tiny_patch16_224", "--random-weights", "--image-size", "32", "-o", world.out, "--no-check"]
+    done = run_cli(*asked, "--json")
+    assert done.code == 0, done.err
+    source = done.document["manifest"]["source"]
+    assert (source["model"], source["license"]) == ("vit_tiny_patch16_224", None)
+    assert "not stated by timm" in run_cli("inspect", world.out).out

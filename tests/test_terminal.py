@@ -1,0 +1,161 @@
+"""What a terminal or a pipe does to a command: other encodings, readers that leave, control characters, Ctrl-C."""
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+
+from phreg_deploy import cli
+from phreg_deploy.cli.options import Result
+from tests.world import ROOT
+
+pytestmark = pytest.mark.usefixtures("torch")
+
+
+def run(*words, **options):
+    """The command line in a process of its own, as a shell would start it."""
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), **options.pop("environment", {})}
+    return subprocess.Popen(
+        [sys.executable, "-W", "error", "-m", "phreg_deploy", *(str(word) for word in words)],
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=environment, **options,
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "environment",
+    [
+        {"PYTHONIOENCODING": "ascii"},
+        {"PYTHONIOENCODING": "latin-1"},
+        {"LC_ALL": "C", "PYTHONCOERCECLOCALE": "0", "PYTHONUTF8": "0"},
+    ],
+)
+def test_a_terminal_without_unicode_gets_question_marks(world, environment):
+    folder = world.copy("bundle").rename(world.tmp / "bünd→le")
+    for path, code in ((folder, 0), (world.student, 0), (world.tmp / "wég→", 2)):
+        process = run("inspect", path, environment=environment)
+        out, err = process.communicate()
+        assert b"Traceback" not in err
+        assert process.returncode == code, err
+        assert b"?" in out + err
+
+
+def without_reader(*words):
+    """(exit code, stderr) of a command whose stdout nobody reads, as behind ``| head``."""
+    process = run(*words)
+    process.stdout.close()
+    err = process.stderr.read()
+    process.stderr.close()
+    return process.wait(), err
+
+
+@pytest.mark.parametrize("more", [[], ["--json"]])
+def test_a_reader_that_leaves_is_no_error(world, more):
+    code, err = without_reader("inspect", world.bundle, *more)
+    assert code == 0
+    assert b"Traceback" not in err
+    assert b"BrokenPipe" not in err
+
+
+def test_a_reader_that_leaves_costs_neither_the_work_nor_the_exit_code(world):
+    """The first line of ``extract`` names the backend; the features are written after it."""
+    assert without_reader("extract", world.bundle, world.photos / "frame-00.png", "-o", world.out)[0] == 0
+    assert (world.out / "features.json").is_file()
+    code, err = without_reader("inspect", world.tmp / "none", "--json")
+    assert code == 2
+    assert b"Traceback" not in err
+    assert b"BrokenPipe" not in err
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="other systems have no names that are not Unicode")
+def test_a_folder_whose_name_is_not_unicode(world):
+    folder = world.copy("bundle").rename(os.fsdecode(os.fsencode(world.tmp) + b"/caf\xe9"))
+    for words in (["inspect", folder], ["check", folder, "--report", world.tmp / "page.html"]):
+        process = run(*words)
+        out, err = process.communicate()
+        assert process.returncode == 0, err
+        assert b"caf?" in out + err
+    assert "caf?" in (world.tmp / "page.html").read_text(encoding="utf-8")
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="no /dev/full")
+@pytest.mark.parametrize("more", [[], ["--json"]])
+def test_a_stdout_on_a_full_disk_is_a_message(world, more):
+    with open("/dev/full", "wb") as full:
+        done = subprocess.run(
+            [sys.executable, "-m", "phreg_deploy", "inspect", str(world.bundle), *more],
+            stdout=full, stderr=subprocess.PIPE, env={**os.environ, "PYTHONPATH": str(ROOT)}, check=False,
+        )  # fmt: skip
+    assert done.returncode == 2
+    assert b"Error: output: stdout cannot be written (No space left on device)." in done.stderr
+    assert b"Traceback" not in done.stderr
+
+
+HOSTILE = "vit\x1b[2J\x1b]0;owned\x07\x9b31m\r"
+
+
+def test_control_characters_of_a_bundle_do_not_reach_the_terminal(world, run_cli):
+    def hostile(data):
+        return json.dumps({**json.loads(data), "architecture": HOSTILE}).encode()
+
+    outcome = run_cli("inspect", world.copy("base", config=hostile))
+    assert outcome.code == 0
+    assert "vit?[2J?]0;owned?" in outcome.out
+    assert not {c for c in outcome.out if ord(c) < 32 or 127 <= ord(c) < 160} - {"\n"}
+    refused = run_cli("inspect", world.tmp / "gone\x1b[2J", "--json")
+    assert refused.code == 2
+    assert "\x1b" not in refused.err + refused.out
+
+
+def test_every_way_to_print_drops_control_characters(capsys):
+    result = Result(as_json=False, quiet=False)
+    result.say(f"say {HOSTILE}")
+    result.table(f"title {HOSTILE}", ["column"], [[HOSTILE]])
+    result.progress.say(f"progress {HOSTILE}")
+    result.json({"name": HOSTILE})
+    printed = capsys.readouterr()
+    assert not {c for c in printed.out + printed.err if ord(c) < 32 or 127 <= ord(c) < 160} - {"\n"}
+    assert (printed.out + printed.err).count("vit?[2J") == 4
+
+
+ARGUMENTS = {  # command: arguments that can be parsed
+    "distill": ["m", "--images", "i", "-o", "o"],
+    "export": ["m", "-o", "o"],
+    "calibrate": ["b", "--images", "i", "-o", "o"],
+    "extract": ["b", "i", "-o", "o"],
+    "artifacts": ["m", "--images", "i"],
+    "doctor": [],
+    "demo": [],
+}
+
+
+@pytest.mark.parametrize("name", sorted(cli.main.commands))
+def test_an_interruption_speaks_of_its_own_command(run_cli, monkeypatch, name):
+    def interrupted(**_options):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(cli.main.commands[name], "callback", interrupted)
+    outcome = run_cli(name, *ARGUMENTS.get(name, ["b"]), "--json")
+    outcome.refused(130, f"Interrupted: {name}. ")
+    said = outcome.document["error"]
+    assert ("--resume" in said) == (name == "distill")
+    assert ("OUTPUT" in said) == ("-o" in ARGUMENTS.get(name, []) or name == "demo")
+
+
+def test_an_interrupted_distillation_goes_on_as_the_message_says(world, run_cli, monkeypatch):
+    """The message names ``OUTPUT.partial`` and ``--resume``: both must be true."""
+    from phreg_deploy.distill import distillation
+
+    asked = ["distill", world.base, "--images", world.photos, "-o", world.out]
+    asked += ["--epochs", "1", "--batch", "8", "--views", "6", "--device", "cpu", "--precision", "fp32", "--json"]
+
+    def interrupted(*_arguments, **_options):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(distillation, "train", interrupted)
+        run_cli(*asked).refused(130, "OUTPUT.partial", "--resume", "--force")
+    assert (world.tmp / "out.partial").is_dir()
+    assert not world.out.exists()
+    assert run_cli(*asked, "--resume").code == 0

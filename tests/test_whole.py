@@ -1,0 +1,297 @@
+"""Outputs under interrupts, kills, equal process numbers and rival writers: the old one or the new one, and nothing beside it."""
+
+import os
+import random
+import signal
+import subprocess
+import sys
+import threading
+import time
+
+import pytest
+
+from phreg_deploy import renames, scratch, whole
+from phreg_deploy.errors import PhregError
+from phreg_deploy.whole import check_target, whole_folder, write_whole
+from tests.world import ROOT
+
+STEPS = {"one step": [(whole, "exchange")], "three steps": [(os, "rename"), (whole, "claim")]}
+
+
+@pytest.fixture(params=STEPS)
+def steps(request, monkeypatch):
+    """Both ways to replace an output: where the system exchanges two names, and where it cannot."""
+    if request.param == "three steps":
+        monkeypatch.setattr(renames, "_renameat2", lambda: None)
+    elif not can_exchange():
+        pytest.skip("this system exchanges no names")
+    return request.param
+
+
+def can_exchange():
+    return sys.platform == "linux" and renames._renameat2() is not None
+
+
+def write(target, text, force=True, meanwhile=lambda: None):
+    with whole_folder(target, force) as folder:
+        (folder / "manifest.json").write_text(text)
+        (folder / "other").write_text(text)
+        meanwhile()
+
+
+def failure(call):
+    try:
+        call()
+    except BaseException as error:
+        return error
+    return None
+
+
+def read(target):
+    """What an output says, which must be the same in both of its files."""
+    texts = {p.name: p.read_text() for p in target.iterdir()}
+    assert set(texts) == {"manifest.json", "other"}
+    assert len(set(texts.values())) == 1
+    return texts["other"]
+
+
+def test_force_replaces_and_leaves_nothing_else(tmp_path, steps):
+    for text in ("old", "new", "newer"):
+        write(tmp_path / "out", text)
+        assert read(tmp_path / "out") == text
+        assert [p.name for p in tmp_path.iterdir()] == ["out"]
+    plain = tmp_path / "plain"
+    plain.mkdir()
+    assert (tmp_path / "out").stat().st_mode == plain.stat().st_mode, "as readable as any folder"
+
+
+@pytest.mark.parametrize("kind", [KeyboardInterrupt, SystemExit, OSError])
+@pytest.mark.parametrize("late", [False, True], ids=["before", "after"])
+def test_an_interrupt_at_any_step_leaves_the_old_or_the_new(tmp_path, steps, late, kind):
+    for owner, name in STEPS[steps]:
+        write(tmp_path / "out", "old")
+        for at in range(1, 9):
+            real, calls = getattr(owner, name), []
+
+            def broken(*arguments, real=real, calls=calls, at=at):
+                calls.append(1)
+                if len(calls) == at and not late:
+                    raise kind
+                done = real(*arguments)
+                if len(calls) == at:
+                    raise kind
+                return done
+
+            with pytest.MonkeyPatch.context() as patch:
+                patch.setattr(owner, name, broken)
+                interrupted = failure(lambda: write(tmp_path / "out", "new"))
+            assert read(tmp_path / "out") in ("old", "new")
+            check_target(tmp_path / "out", force=True)  # clears what an interrupt of the clearing itself left
+            assert [p.name for p in tmp_path.iterdir()] == ["out"]
+            if interrupted is None:  # it is called fewer times
+                break
+            assert isinstance(interrupted, (kind, PhregError))
+            write(tmp_path / "out", "old")
+        assert at > 1, f"{name} was never called"
+
+
+LOOP = """
+import sys
+from pathlib import Path
+from phreg_deploy import renames
+from phreg_deploy.whole import whole_folder
+if sys.argv[2] == "three steps":
+    renames._renameat2 = lambda: None
+for i in range(10**9):
+    with whole_folder(Path(sys.argv[1]), True) as folder:
+        (folder / "manifest.json").write_text(str(i))
+        (folder / "other").write_text(str(i))
+    if i == 0:
+        print("running", flush=True)
+"""
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGKILL])
+def test_a_real_signal_at_any_moment_leaves_a_whole_output(tmp_path, steps, number):
+    draw = random.Random(5)
+    for _ in range(5):
+        child = subprocess.Popen(
+            [sys.executable, "-c", LOOP, str(tmp_path / "out"), steps],
+            cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True,
+        )  # fmt: skip
+        assert child.stdout.readline() == "running\n"
+        time.sleep(draw.uniform(0, 0.02))
+        child.send_signal(number)
+        assert child.wait(20) != 0
+        child.stdout.close()
+        if number == signal.SIGINT or steps == "one step":
+            read(tmp_path / "out")
+        with pytest.raises(PhregError, match="exists already"):  # the next run clears what is left
+            check_target(tmp_path / "out", force=False)
+        read(tmp_path / "out")
+        assert [p.name for p in tmp_path.iterdir()] == ["out"]
+
+
+def test_equal_process_numbers_do_not_meet(tmp_path, monkeypatch):
+    """Every container's first process is number 1."""
+    monkeypatch.setattr(os, "getpid", lambda: 1)
+    for name in (".out.writing-1", ".out.probe-1", ".out.old-1"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "theirs").write_text("kept")
+    with whole_folder(tmp_path / "out", True) as first:
+        (first / "manifest.json").write_text("first")
+        write(tmp_path / "out", "second")
+        assert (first / "manifest.json").read_text() == "first"
+        (first / "other").write_text("first")
+    assert read(tmp_path / "out") == "first"
+    assert {p.name for p in tmp_path.iterdir()} == {"out", ".out.writing-1", ".out.probe-1", ".out.old-1"}
+
+
+def test_a_refused_temporary_folder_removes_nobody_elses(tmp_path, monkeypatch):
+    taken = tmp_path / ".out.writing-000000000000"
+    taken.mkdir()
+    (taken / "theirs").write_text("kept")
+    monkeypatch.setattr(scratch.secrets, "token_hex", lambda _: "0" * 12)
+    monkeypatch.setattr(whole, "remove_dead", lambda *_: None)
+    with pytest.raises(PhregError, match="cannot be written"):
+        write(tmp_path / "out", "new")
+    assert (taken / "theirs").read_text() == "kept"
+
+
+def leave(folder, kind, text, target="out"):
+    path = scratch.temporary(folder / target, kind)
+    path.mkdir()
+    for name in ("manifest.json", "other"):
+        (path / name).write_text(text)
+    return path
+
+
+def test_leftovers_of_the_dead_go_and_those_of_the_living_stay(tmp_path):
+    pytest.importorskip("fcntl")
+    leave(tmp_path, "writing", "half")
+    other = leave(tmp_path, "writing", "half", "another")
+    alive = leave(tmp_path, "writing", "half")
+    held = scratch.take(alive)
+    write(tmp_path / "out", "new")
+    assert {p.name for p in tmp_path.iterdir()} == {"out", alive.name, other.name}
+    os.close(held)
+    write(tmp_path / "out", "newer")
+    assert {p.name for p in tmp_path.iterdir()} == {"out", other.name}
+
+
+def test_an_old_output_that_a_killed_process_moved_aside_comes_back(tmp_path):
+    pytest.importorskip("fcntl")
+    leave(tmp_path, "old", "old")
+    with pytest.raises(PhregError, match="exists already"):
+        write(tmp_path / "out", "new", force=False)
+    assert read(tmp_path / "out") == "old"
+    leave(tmp_path, "old", "older")
+    write(tmp_path / "out", "new")
+    assert read(tmp_path / "out") == "new"
+    assert [p.name for p in tmp_path.iterdir()] == ["out"]
+
+
+@pytest.mark.parametrize("rival", ["folder", "empty", "file", "link"])
+def test_what_appears_meanwhile_is_kept(tmp_path, steps, rival):
+    if rival == "empty" and steps == "three steps":
+        pytest.skip("an empty folder that appears at the last moment may be replaced there")
+    target = tmp_path / "out"
+
+    def appear():
+        if rival == "folder":
+            write(target, "theirs", force=False)
+        elif rival == "empty":
+            target.mkdir()
+        elif rival == "file":
+            target.write_text("theirs")
+        else:
+            target.symlink_to("nowhere")
+
+    with pytest.raises(PhregError, match=r"appeared while this was at work.*--force"):
+        write(target, "ours", force=False, meanwhile=appear)
+    assert {
+        "folder": lambda: read(target) == "theirs",
+        "empty": lambda: list(target.iterdir()) == [],
+        "file": target.is_file,
+        "link": target.is_symlink,
+    }[rival]()
+    assert [p.name for p in tmp_path.iterdir()] == ["out"]
+
+
+def test_of_several_writers_without_force_one_wins(tmp_path, steps):
+    for i in range(10):
+        target, outcomes, refusals, start = tmp_path / str(i), [], [], threading.Barrier(4)
+
+        def work(number, target=target, outcomes=outcomes, refusals=refusals, start=start):
+            try:
+                with whole_folder(target) as folder:
+                    (folder / "manifest.json").write_text(str(number))
+                    (folder / "other").write_text(str(number))
+                    start.wait()
+                outcomes.append(number)
+            except PhregError as error:
+                refusals.append(str(error))
+
+        threads = [threading.Thread(target=work, args=(n,)) for n in range(4)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        assert outcomes == [int(read(target))]
+        assert len(refusals) == 3
+        assert all("appeared while this was at work" in said for said in refusals)
+        assert [p.name for p in tmp_path.iterdir() if p.name.startswith(".")] == []
+
+
+def test_of_several_writers_with_force_the_last_one_wins_whole(tmp_path, steps):
+    target = tmp_path / "out"
+    errors = []
+
+    def work(number):
+        for _ in range(10):
+            try:
+                write(target, str(number))
+            except PhregError as error:
+                errors.append(error)
+
+    threads = [threading.Thread(target=work, args=(n,)) for n in range(3)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert errors == []
+    assert read(target) in "012"
+    assert [p.name for p in tmp_path.iterdir()] == ["out"]
+
+
+@pytest.mark.parametrize("force", [False, True])
+@pytest.mark.parametrize("to", ["real", "nowhere"])
+def test_a_symbolic_link_is_no_output(tmp_path, to, force):
+    (tmp_path / "real").mkdir()
+    (tmp_path / "out").symlink_to(to)
+    with pytest.raises(PhregError, match=f"symbolic link to {to}"):
+        check_target(tmp_path / "out", force)
+    assert (tmp_path / "out").is_symlink()
+    assert list((tmp_path / "real").iterdir()) == []
+
+
+def test_two_writers_of_one_file(tmp_path):
+    """The later one wins, whole; neither takes the other's temporary file away."""
+    target, errors = tmp_path / "file", []
+
+    def work(letter):
+        for _ in range(50):
+            try:
+                write_whole(target, letter * 1000)
+            except PhregError as error:
+                errors.append(error)
+
+    threads = [threading.Thread(target=work, args=(letter,)) for letter in (b"a", b"b", b"c")]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert errors == []
+    assert len(target.read_bytes()) == 1000
+    assert len(set(target.read_bytes())) == 1
+    assert [p.name for p in tmp_path.iterdir()] == ["file"]
