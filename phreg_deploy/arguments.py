@@ -14,7 +14,7 @@ from phreg_deploy.record import model_path
 from phreg_deploy.spec import Batches, Sizes
 from phreg_deploy.whole import write_error
 
-RECIPES = ("transplant", "random-registers", "ph-reg")
+RECIPES = ("transplant", "random-registers", "ph-reg")  # only the first moves neurons
 FLOATS, EIGHT_BITS = ("fp32", "fp16", "bf16"), ("int8", "fp8")
 WEIGHTS = (".safetensors", ".pth", ".pt", ".bin")
 LEAST = {"epochs": 0, "batch": 1, "views": 2, "seed": 0}
@@ -73,7 +73,7 @@ def check_distillation(settings: Mapping[str, Any]) -> None:
     """
     given = {name: value for name, value in settings.items() if value is not None}
     if given.get("recipe", RECIPES[0]) not in RECIPES:
-        raise PhregError(f"recipe: got {given['recipe']!r}, expected {' or '.join(RECIPES)}.")
+        raise PhregError(f"recipe: got {given['recipe']!r}, expected {', '.join(RECIPES[:-1])} or {RECIPES[-1]}.")
     for name, least in LEAST.items():
         if name in given and given[name] < least:
             raise PhregError(f"{name}: got {given[name]}, expected at least {least}.")
@@ -81,6 +81,10 @@ def check_distillation(settings: Mapping[str, Any]) -> None:
         raise PhregError(f"registers: got {given['registers']}, expected 0 to {MOST_REGISTERS}.")
     if not 0 < given.get("lr", 0.5) < 1:
         raise PhregError(f"lr: got {given['lr']}, expected a number between 0 and 1, e.g. 3e-4.")
+    if "strength" in given and given.get("recipe", RECIPES[0]) != RECIPES[0]:
+        raise PhregError(
+            f"strength: got {given['strength']} with the recipe {given['recipe']}, which moves no neurons; leave it out, or use --recipe {RECIPES[0]}."
+        )
     if not 0 < given.get("strength", 1) <= 4:
         raise PhregError(f"strength: got {given['strength']}, expected a share above 0 and up to 4, e.g. 0.07.")
     if not 0 <= given.get("holdout", 0) < 1:

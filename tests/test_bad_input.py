@@ -173,6 +173,7 @@ OPTIONS = {
     "views too many": (lambda w: distill(w, w.base, "--views", "19"), ["got 19", "grid of 8 x 8", "at most 18"]),
     "rate not finite": (lambda w: distill(w, w.base, "--lr", "nan"), ["got nan", "3e-4"]),
     "strength zero": (lambda w: distill(w, w.base, "--strength", "0"), ["got 0.0", "above 0"]),
+    "strength without a move": (lambda w: distill(w, w.base, "--recipe", "random-registers", "--strength", "1"), ["moves no neurons", "transplant"]),
     "holdout of everything": (lambda w: distill(w, w.base, "--holdout", "1"), ["got 1.0", "below 1"]),
     "seed negative": (lambda w: distill(w, w.base, "--seed", "-1", "--epochs", "1"), ["-1"]),
     "seed huge": (lambda w: distill(w, w.base, "--seed", 10**25), [str(10**25)]),

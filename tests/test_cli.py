@@ -62,6 +62,16 @@ def test_help_does_not_import_torch():
     assert done.stdout.splitlines()[-2:] == ["code 0", "heavy []"]
 
 
+@pytest.mark.usefixtures("torch")
+def test_every_recipe_is_in_the_help_and_the_readme(run_cli):
+    from phreg_deploy.distill.recipes import RECIPES
+
+    said, readme = " ".join(run_cli("distill", "--help").out.split()), (ROOT / "README.md").read_text()
+    for name in RECIPES:
+        assert f"{name} (" in said
+        assert f"`--recipe {name}`" in readme
+
+
 def test_python_m_and_the_script_are_the_same():
     done = subprocess.run(
         [sys.executable, "-m", "phreg_deploy", "--help"], capture_output=True, text=True, check=True, cwd=ROOT

@@ -49,22 +49,23 @@ RANGED = 128  # images that the ranges of fake quantisation are observed on
 class Request:
     """Everything that decides which student comes out; two equal requests give the same student.
 
-    ``epochs``, ``lr`` and ``batch`` None: the recipe's. ``strength``: of a transplanted neuron, as a share of what it
-    had on outlier tokens. ``holdout``: share of the images, chosen by name, that scores are taken on and that training
-    never sees. ``views``: per image and target. ``int8_aware``: distil through fake quantisation.
+    ``registers``, ``epochs``, ``lr`` and ``batch`` None: the recipe's. ``strength``: of a transplanted neuron, as a share
+    of what it had on outlier tokens; None for ``STRENGTH``. ``holdout``: share of the images, chosen by name, that scores
+    are taken on and that training never sees. ``views``: per image and target. ``int8_aware``: distil through fake
+    quantisation.
     """
 
     model: str
     images: Path
     checkpoint: Path | None = None
     recipe: str = "transplant"
-    registers: int = 4
+    registers: int | None = None
     image_size: tuple[int, int] | None = None
     epochs: int | None = None
     lr: float | None = None
     batch: int | None = None
     views: int = 10
-    strength: float = STRENGTH
+    strength: float | None = None
     unlock: str | None = None
     holdout: float = 0.1
     seed: int = 0
@@ -111,18 +112,24 @@ def distill(
         f"{len(training)} images to train on, {len(held) if held else 0} held out for scores; {device}, {'bfloat16 autocast' if autocast else 'float32'}."
     )
 
-    student = add_registers(base, request.registers, request.seed)  # refuses before hours of targets
+    student = add_registers(base, recipe.registers, request.seed)  # refuses before hours of targets
     if recipe.int8:
         quantised_layers(student)
     for model in (base, student):
         quickest_attention(model, device, autocast)
     identity = model_identity(base)
+    strength = request.strength or STRENGTH if recipe.moves_neurons else None
     settings = {
         **identity, "preprocess": preprocess.to_json(), "images": training.digest(), "recipe": recipe.to_json(),
-        "registers": request.registers, "views": request.views, "strength": request.strength, "seed": request.seed, "autocast": autocast,
+        "registers": recipe.registers, "views": request.views, "strength": strength, "seed": request.seed, "autocast": autocast,
     }  # fmt: skip
     work = work_folder(output, settings, resume, force)
-    found, left = _prepare(base, student, request, recipe, training, preprocess, device, progress)
+    try:
+        found, left = _prepare(base, student, recipe, strength, training, preprocess, device, progress)
+    except PhregError:  # nothing is in it yet that could be gone on with
+        if not resume:
+            shutil.rmtree(work, ignore_errors=True)
+        raise
     targets = TargetCache(
         Teacher(
             base,
@@ -143,7 +150,7 @@ def distill(
         raise write_error(error, targets.folder) from error
     target_seconds = time.perf_counter() - before
     history: dict[str, Any] = {"loss": []}
-    ranges_on = list(Batches(spread(training, RANGED), preprocess, device)) if recipe.int8 else []
+    ranges_on = Batches(spread(training, RANGED), preprocess, device) if recipe.int8 else ()
     if recipe.epochs:
         history = train(
             student, targets, training.digests, preprocess, recipe,
@@ -154,7 +161,7 @@ def distill(
     record: dict[str, Any] = {
         "source": {**origin, "checkpoint": request.checkpoint.name if request.checkpoint else None, "weights_sha256": identity["weights"]},
         "recipe": recipe.to_json(),
-        "registers": request.registers, "strength": request.strength, "views": request.views, "seed": request.seed,
+        "registers": recipe.registers, "strength": strength, "views": request.views, "seed": request.seed,
         "preprocess": preprocess.to_json(), "image_size": list(base.patch_embed.img_size), "autocast": autocast, "device": device,
         "images": {"trained": len(training), "digest": training.digest(), "held_out": held.names if held else [], "skipped": len(photographs.skipped)},
         "register_neurons": [{**n.to_json(), "left": left.get(n)} for n in found.neurons] if found else [],
@@ -206,7 +213,9 @@ def cache_folder() -> Path:
 
 def _recipe(request: Request) -> Recipe:
     recipe = find_recipe(request.recipe)
-    changes: dict[str, Any] = {"epochs": request.epochs, "batch": request.batch, "unlock": request.unlock}
+    changes: dict[str, Any] = {
+        "registers": request.registers, "epochs": request.epochs, "batch": request.batch, "unlock": request.unlock
+    }  # fmt: skip
     if request.int8_aware:
         changes["int8"] = True
     return replace(recipe, **{k: v for k, v in changes.items() if v is not None})
@@ -215,8 +224,8 @@ def _recipe(request: Request) -> Recipe:
 def _prepare(
     base: ViT,
     student: ViT,
-    request: Request,
     recipe: Recipe,
+    strength: float | None,
     training: Photographs,
     preprocess: Preprocess,
     device: str,
@@ -227,19 +236,19 @@ def _prepare(
     Returns what was found, and the neurons that could not be moved, with the reason.
     """
     left: dict[RegisterNeuron, str] = {}
-    if not recipe.moves_neurons:
+    if strength is None:
         return None, left
     batches = Batches(spread(training, SURVEYED), preprocess, device)
     count = len(batches.photographs)
     with progress.task("register neurons", 2 * count) as advance:
         found = survey(base.to(device), batches, advance)
     progress.say(found.word)
-    if found.neurons and not request.registers:
+    if found.neurons and not recipe.registers:
         silence(student, found.neurons)
     elif found.neurons:
         student.to(device)
         with progress.task("transplant", count * len({n.block for n in found.neurons})) as advance:
-            left = transplant(student, found.neurons, batches, strength=request.strength, advance=advance)
+            left = transplant(student, found.neurons, batches, strength=strength, advance=advance)
     if left:
         worst = max(left, key=lambda n: n.share)
         progress.say(

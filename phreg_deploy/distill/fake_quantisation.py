@@ -6,7 +6,7 @@ O output channels.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -47,7 +47,7 @@ def quantised_layers(model: ViT) -> dict[str, tuple[nn.Linear, str]]:
 
 
 @torch.no_grad()
-def observe(model: ViT, batches: list[torch.Tensor], smoothing: Smoothing) -> dict[str, Grid]:
+def observe(model: ViT, batches: Iterable[torch.Tensor], smoothing: Smoothing) -> dict[str, Grid]:
     """Grid of every layer's input over normalised ``batches`` ``(B, 3, H, W)``; ``model`` must not be quantised meanwhile."""
     layers = quantised_layers(model)
     ranges: dict[str, Range] = {}

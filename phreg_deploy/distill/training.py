@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -54,7 +54,7 @@ class Scale:
 def train(
     student: ViT, cache: TargetCache, digests: list[str], preprocess: Preprocess, recipe: Recipe, *,
     seed: int, device: str, autocast: bool, work: Path, resume: bool, progress: Progress,
-    ranges_on: list[torch.Tensor] | None = None,
+    ranges_on: Iterable[torch.Tensor] = (),
 ) -> dict[str, Any]:  # fmt: skip
     """Distil ``student`` in place against cached targets; the state after every epoch is kept in ``work``.
 
@@ -97,7 +97,7 @@ def train(
         advance(len(history) * len(digests))
         for epoch in range(len(history), recipe.epochs):
             losses = []
-            grids = observe(student, ranges_on or [], Smoothing()) if recipe.int8 else {}
+            grids = observe(student, ranges_on, Smoothing()) if recipe.int8 else {}
             for step, batch in enumerate(_batches(cache, digests, recipe, seed, epoch)):
                 for group in optimizer.param_groups:
                     group["lr"] = rate(recipe, (epoch * steps + step) / (recipe.epochs * steps))
