@@ -3,7 +3,8 @@
     python benchmarks/int8_ladder.py --photographs DIR --base NAME --checkpoint FILE --model NAME=FOLDER ... --json OUT
 
 Every linear layer in 8 bits but for the last rungs; 1 - cosine of patch tokens with the model's own FP32, ONNX Runtime CPU,
-256 photographs for ranges and rounding, 32 to order layers on, 96 others scored. Each rung keeps those before it.
+256 photographs for ranges and rounding, 32 to order layers on, and scored are those that the first student's record names as
+held out, at most 96. Each rung keeps those before it.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from typing import Any
 import click
 import numpy as np
 import onnx
+from subjects import held_out
 
 from phreg_deploy.calibration.equalisation import equalise
 from phreg_deploy.calibration.linears import Wiring, find_linears
@@ -26,8 +28,8 @@ from phreg_deploy.calibration.ranges import observe
 from phreg_deploy.calibration.rounding import round_all
 from phreg_deploy.calibration.search import Scene, Search, compare
 from phreg_deploy.calibration.session import open_session
+from phreg_deploy.distill.batches import spread
 from phreg_deploy.export.exporter import ExportRequest, export_bundle
-from phreg_deploy.photographs import read_photographs
 from phreg_deploy.quantisation import Grid, Range, Smoothing, place
 from phreg_deploy.runtime.features import FeatureExtractor
 
@@ -55,17 +57,17 @@ RUNGS = (
 )
 
 
-def climb(folder: Path, photographs: str) -> dict[str, Any]:
+def climb(folder: Path, photographs: str, student: str) -> dict[str, Any]:
     with FeatureExtractor.load(folder, "onnxruntime-cpu") as extractor:
         manifest = extractor.manifest
-        found = read_photographs(
-            photographs, manifest.sizes.default, manifest.preprocess, RANGED + CHOSEN + SCORED, spread=True
-        )
-        order = [int(i) for i in np.random.default_rng(0).permutation(len(found))]
-        feeds = [(extractor.feed(found.array(i)[None]), 1) for i in order]
+        seen, unseen = held_out(Path(photographs), manifest.sizes.default, manifest.preprocess, student)
+        pool = spread(seen, RANGED + CHOSEN)
+        order = [int(i) for i in np.random.default_rng(0).permutation(len(pool))]
+        images = [pool.array(i) for i in order] + [unseen.array(i) for i in range(min(SCORED, len(unseen)))]
+        feeds = [(extractor.feed(image[None]), 1) for image in images]
         answers = [extractor.run(feed["image"]) for feed, _ in feeds]
-    ranged, chosen = feeds[:RANGED], Scene(feeds[RANGED:-SCORED], answers[RANGED:-SCORED])
-    scored = Scene(feeds[-SCORED:], answers[-SCORED:])
+    ranged, last = feeds[:RANGED], RANGED + CHOSEN
+    chosen, scored = Scene(feeds[RANGED:last], answers[RANGED:last]), Scene(feeds[last:], answers[last:])
     model = onnx.load(folder / "model.onnx")
     linears, wiring = find_linears(model), Wiring(model)
     ranges = observe(model, linears, manifest.model, ranged, lambda _n: None)
@@ -99,20 +101,20 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     for option in ("--photographs", "--base", "--checkpoint"):
         parser.add_argument(option, required=True)
-    parser.add_argument("--model", action="append", default=[], metavar="NAME=FOLDER")
+    parser.add_argument("--model", action="append", required=True, metavar="NAME=FOLDER")
     parser.add_argument("--json", type=Path)
     asked = parser.parse_args()
     models = {
         "base": (asked.base, Path(asked.checkpoint)),
         **{e.split("=", 1)[0]: (e.split("=", 1)[1], None) for e in asked.model},
     }
-    report = {}
+    report, student = {}, asked.model[0].split("=", 1)[1]
     for name, (model, checkpoint) in models.items():
         with tempfile.TemporaryDirectory() as scratch:
             click.echo(name)
             folder = Path(scratch, "fp32.bundle")
             export_bundle(ExportRequest(model=model, checkpoint=checkpoint), folder)
-            report[name] = climb(folder, asked.photographs)
+            report[name] = climb(folder, asked.photographs, student)
     if asked.json:
         asked.json.write_text(json.dumps(report, indent=1) + "\n")
 

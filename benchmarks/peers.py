@@ -2,8 +2,8 @@
 
     python benchmarks/peers.py --photographs DIR --base NAME --checkpoint FILE --student FOLDER --json OUT [--seconds 1.5]
 
-Fidelity: base model and student, 256 photographs for ranges (ours chooses on 32 more) and 96 others to score: 1 - cosine of
-patch tokens with the model's own FP32 in PyTorch. Speed: batch 1, milliseconds, medians of interleaved rounds with a pause
+Fidelity: base model and student, 256 photographs for ranges (ours chooses on 32 more), all of which the student was trained
+on, and at most 96 to score that its record names as held out: 1 - cosine of patch tokens with the model's own FP32 in PyTorch. Speed: batch 1, milliseconds, medians of interleaved rounds with a pause
 before each call, since the threads of one runtime spin for a while and would slow the next one down. Peers get normalised
 pixels, ours normalises. Needs the extras ``bench``, ``export``, ``calibration``, ``openvino``.
 """
@@ -27,6 +27,7 @@ import onnx
 import onnxruntime
 import openvino
 import torch
+from subjects import held_out
 
 from phreg_deploy.bundle import Bundle
 from phreg_deploy.calibration.calibrator import CalibrationRequest, calibrate
@@ -35,6 +36,7 @@ from phreg_deploy.calibration.linears import Wiring, find_linears
 from phreg_deploy.calibration.qdq import write_int8
 from phreg_deploy.calibration.ranges import observe
 from phreg_deploy.distill import taps
+from phreg_deploy.distill.batches import spread
 from phreg_deploy.distill.source import load_model, model_preprocess
 from phreg_deploy.export.exporter import ExportRequest, export_bundle
 from phreg_deploy.photographs import read_photographs
@@ -298,22 +300,23 @@ def main() -> None:
             bundle = folder / "fp32.bundle"
             export_bundle(ExportRequest(model=name, checkpoint=checkpoint), bundle)
             size = tuple(model.patch_embed.img_size)
-            found = read_photographs(asked.photographs, size, model_preprocess(model), POOL + SCORED, spread=True)
-            order = [int(i) for i in np.random.default_rng(0).permutation(len(found))]
-            images = [found.array(i)[None] for i in (*order[:256], *order[POOL:])]
+            seen, unseen = held_out(Path(asked.photographs), size, model_preprocess(model), asked.student)
+            drawn = spread(seen, POOL)
+            scored = [unseen.array(i)[None] for i in range(min(SCORED, len(unseen)))]
+            ranged = [drawn.array(int(i))[None] for i in np.random.default_rng(0).permutation(len(drawn))[:256]]
             pool = folder / "photographs"  # ours shares these out itself; the images that are scored are not among them
             pool.mkdir()
-            for i in order[:POOL]:
-                (pool / Path(found.names[i]).name).symlink_to(Path(asked.photographs, found.names[i]).resolve())
+            for name_of in drawn.names:
+                (pool / Path(name_of).name).symlink_to(Path(asked.photographs, name_of).resolve())
             eight = {}
             for kind, share in (("every linear layer", 0.0), ("1 % float", 0.01), ("10 % float", 0.1)):
                 request = CalibrationRequest(bundle, pool, float_macs=share)
                 calibrate(request, folder / f"int8-{share}.bundle", force=True, progress=Progress(quiet=True))
                 eight[kind] = folder / f"int8-{share}.bundle" / "model.onnx"
             click.echo(title)
-            peers = Peers(model, bundle, images[:256], asked.threads, folder)
+            peers = Peers(model, bundle, ranged, asked.threads, folder)
             peers.make(eight, speed=False, alphas=ALPHAS)
-            fidelity, speed = peers.scored(images[256:]), peers.timed(asked.seconds)
+            fidelity, speed = peers.scored(scored), peers.timed(asked.seconds)
             report["models"][title] = {"ms": speed, "fidelity": fidelity, "failed": peers.failed}
             show(title, speed, fidelity, peers.failed)
     for name, side in SPEED if asked.only != "fidelity" else ():

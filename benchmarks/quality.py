@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import json
+from collections.abc import Collection
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -33,12 +34,16 @@ NATIVE = (224, 224)
 
 
 class Comparison:
-    """The base model's answers, and what others are compared with."""
+    """The base model's answers, and what others are compared with.
 
-    def __init__(self, base: Subject, data: Path, student: str) -> None:
+    ``student``: whose record names the photographs; ``without``: sha256 of those that something else has seen.
+    """
+
+    def __init__(self, base: Subject, data: Path, student: str, without: Collection[str] = ()) -> None:
         model = load_model(base.place, checkpoint=base.checkpoint)
         steps = model_preprocess(model, "center")
         _, photographs = held_out(data / "distil_imagenet1000", NATIVE, steps, student)
+        photographs = photographs.subset(i for i, d in enumerate(photographs.digests) if d not in without)
         self.photographs = photographs.batch(0, len(photographs))
         scenes = read_photographs(data / "camvid_val", NATIVE, model_preprocess(model))
         self.scenes = scenes.batch(0, len(scenes))

@@ -84,13 +84,33 @@ def headline(name: str) -> str:
     )  # fmt: skip
 
 
-def speed(_name: str) -> str:
-    """Milliseconds of ``peers.json``, models with random weights."""
+SHORT = (
+    "PyTorch eager FP32", "torch.compile bf16", "ORT FP32, stock export", "ours OpenVINO FP32", "ours OpenVINO bf16",
+    "NNCF on OpenVINO, default, bf16 rest", "ours ORT INT8, every linear layer",
+    "ours OpenVINO INT8, every linear layer, bf16 rest",
+)  # fmt: skip
+
+
+def demo(_name: str) -> str:
+    """``phreg-deploy demo --json``."""
+    found = load("demo")
+    columns = [
+        f"on {found['scenes']} scenes that nothing was trained on",
+        "base",
+        "student",
+        "served, ONNX Runtime",
+        "served in INT8",
+    ]
+    return table(columns, [[str(cell or "") for cell in row] for row in found["table"]])
+
+
+def speed(name: str) -> str:
+    """Milliseconds of ``peers.json``, models with random weights; in README a part of the rows."""
     models = {title: found["ms"] for title, found in load("peers")["models"].items() if "fidelity" not in found}
-    names = list(dict.fromkeys(name for ms in models.values() for name in ms))
+    names = SHORT if name.endswith("short") else dict.fromkeys(key for ms in models.values() for key in ms)
     eager = "PyTorch eager FP32"
     cell = lambda ms, name: f"{ms[name]:.1f} ({ms[eager] / ms[name]:.2f}x)" if name in ms else "-"  # noqa: E731
-    return table(["", *models], [[name, *(cell(ms, name) for ms in models.values())] for name in names])
+    return table(["", *models], [[key, *(cell(ms, key) for ms in models.values())] for key in names])
 
 
 def no_vnni(_name: str) -> str:
@@ -117,7 +137,7 @@ def gates(_name: str) -> str:
 
 
 TABLES: dict[str, Callable[[str], str]] = {
-    "students": quality, "students-deit": quality, "headline": headline, "headline-deit": headline, "speed": speed,
+    "students": quality, "students-deit": quality, "headline": headline, "headline-deit": headline, "speed": speed, "speed-short": speed, "demo": demo,
     "int8-without-vnni": no_vnni, "gates": gates,
 }  # fmt: skip
 

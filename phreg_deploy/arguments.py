@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import tempfile
 from collections.abc import Mapping
@@ -59,7 +60,7 @@ def check_model(name: str, checkpoint: Path | None = None, random_weights: bool 
 
 def check_checkpoint(path: Path) -> None:
     """Raise unless ``path`` is a file of a kind that weights are read from."""
-    if not path.is_file():
+    if not os.path.isfile(path):
         raise PhregError(f"checkpoint: there is no file {path}.")
     if path.suffix not in WEIGHTS:
         raise PhregError(f"checkpoint: got {path.name}, expected {', '.join(WEIGHTS[:-1])} or {WEIGHTS[-1]}.")
@@ -158,10 +159,10 @@ def check_file(path: Path, option: str) -> None:
     Raises:
         PhregError: it is a folder, its folder is missing, or the system refuses to write there.
     """
-    if path.is_dir():
+    if os.path.isdir(path):
         raise PhregError(f"{option}: got the folder {path}, expected the name of a file that is to be written.")
     parent = path.absolute().parent
-    if not parent.is_dir():
+    if not os.path.isdir(parent):
         raise PhregError(f"{option}: there is no folder {parent} to write {path.name} into; create it first.")
     try:
         with tempfile.TemporaryFile(dir=parent):
@@ -172,11 +173,11 @@ def check_file(path: Path, option: str) -> None:
 
 def _folder(name: str) -> Path | None:
     path = model_path(name)
-    if path.is_dir():
+    if os.path.isdir(path):
         return path
     if name.startswith("local-dir:"):
         raise PhregError(f"model: {name} names no folder; expected a folder with config.json and model.safetensors.")
-    if path.is_file():
+    if os.path.isfile(path):
         raise PhregError(
             f"model: got the file {path}; expected a timm name (weights go in --checkpoint FILE) or a student's folder."
         )
@@ -184,11 +185,11 @@ def _folder(name: str) -> Path | None:
 
 
 def _check_folder(folder: Path) -> None:
-    missing = [f for f in ("config.json", "model.safetensors") if not (folder / f).is_file()]
+    missing = [f for f in ("config.json", "model.safetensors") if not os.path.isfile(folder / f)]
     if missing:
         hint = (
             " This looks like a bundle: use check, extract, profile or inspect on it."
-            if (folder / "manifest.json").is_file()
+            if os.path.isfile(folder / "manifest.json")
             else ""
         )
         raise PhregError(

@@ -138,7 +138,7 @@ OTHERS = {
     "extract: size out of range": (lambda w: [*READERS["extract"](w, w.wide_bundle), "--image-size", "48x104"], ["48x104", "48x48 to 96x96"]),
     "extract: size not a multiple": (lambda w: [*READERS["extract"](w, w.wide_bundle), "--image-size", "60"], ["60x60"]),
     "extract: image missing": (lambda w: ["extract", w.bundle, w.tmp / "x.jpg", "-o", w.out], ["there is no file", "x.jpg"]),
-    "extract: an address": (lambda w: ["extract", w.bundle, "https://example.org/a.jpg", "-o", w.out], ["It is an address"]),
+    "extract: an address": (lambda w: ["extract", w.bundle, "https://example.org/a.jpg", "-o", w.out], ["got the URL https://example.org/a.jpg"]),
     "extract: outputs unknown": (lambda w: [*READERS["extract"](w, w.bundle), "--outputs", "features,depth"], ["'features,depth'", "cls, token_norm"]),
     "extract: resume and force": (lambda w: [*READERS["extract"](w, w.bundle), "--resume", "--force"], ["--resume and --force", "one of them"]),
     "extract: text for an image": (lambda w: ["extract", w.bundle, w.odd_images / "text.jpg", "-o", w.out], ["text.jpg", "not an image"]),

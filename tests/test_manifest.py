@@ -334,7 +334,7 @@ def test_paths_that_are_too_long(world, run_cli):
         run_cli("inspect", path, "--json").refused(2, "there is nothing")
         run_cli("check", path, "--json").refused(2, "there is nothing")
         run_cli("extract", world.bundle, world.photos, "-o", path, "--json").refused(2, "output")
-        run_cli("export", path, "-o", world.out, "--json").refused(2, "neither a timm model nor a folder")
+        run_cli("export", path, "-o", world.out, "--json").refused(2, "there is nothing", "or a timm name")
 
 
 @pytest.mark.parametrize("key", ["pretrained_cfg", "model_args"])

@@ -25,6 +25,7 @@ INTERRUPTED = {  # command: what an interruption leaves
     "export": WHOLE.format("OUTPUT"),
     "calibrate": WHOLE.format("OUTPUT"),
     "build": "No half-built engine was kept; run the command again.",
+    "extract": "Nothing was written to OUTPUT; run the command again.",
     "demo": WHOLE.format("OUTPUT"),
 }
 

@@ -1,0 +1,98 @@
+"""README's headline: a base model in PyTorch beside the INT8 bundle that three commands make of it.
+
+    phreg-deploy distill   NAME --checkpoint FILE --images DIR/distil_imagenet1000 -o student
+    phreg-deploy export    student -o student.bundle --image-size 224,352x480
+    phreg-deploy calibrate student.bundle --images DIR/distil_imagenet1000 -o student-int8.bundle
+    python benchmarks/headline.py --data DIR --base NAME --checkpoint FILE --student student --bundle student-int8.bundle --json OUT
+
+Quality as in quality.py, of the bundle as it is served: photographs that neither training nor calibration's report may have
+seen are those that the student's record names as held out; those that calibrate drew are left out of them. Milliseconds: one
+image at 224 px, interleaved, medians, on the backend that "auto" chose.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from quality import NATIVE, Comparison
+from segmentation import intervals
+from subjects import Subject
+
+from phreg_deploy.distill.source import load_model, model_preprocess
+from phreg_deploy.distill.taps import normalise
+from phreg_deploy.runtime.features import FeatureExtractor
+from phreg_deploy.runtime.instructions import eight_bits
+from phreg_deploy.runtime.latency import processor
+
+ROUNDS, PAUSE = 60, 0.1  # a pause before each call: the threads of one runtime spin after a call and slow the next one
+
+
+def timed(base: Subject, bundle: Path, threads: int) -> tuple[dict[str, float], FeatureExtractor]:
+    """Median milliseconds of the base model in PyTorch eager FP32 and of the bundle, one image a call, in turn."""
+    torch.set_num_threads(threads)
+    model = load_model(base.place, checkpoint=base.checkpoint).eval()
+    steps, image = model_preprocess(model), np.random.default_rng(0).integers(0, 256, (1, *NATIVE, 3), dtype=np.uint8)
+    pixels, extractor = normalise(image, steps.mean, steps.std), FeatureExtractor.load(bundle, threads=threads)
+
+    def eager() -> None:
+        with torch.inference_mode():
+            model.forward_features(pixels)
+
+    calls = {"base": eager, "served": lambda: extractor.dense(image)}
+    times: dict[str, list[float]] = {name: [] for name in calls}
+    for i in range(ROUNDS):
+        for name, call in calls.items():
+            time.sleep(PAUSE)
+            before = time.perf_counter()
+            call()
+            if i > 2:
+                times[name].append(1e3 * (time.perf_counter() - before))
+    return {name: float(np.median(values)) for name, values in times.items()}, extractor
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    for option in ("--data", "--checkpoint", "--bundle"):
+        parser.add_argument(option, type=Path, required=True)
+    for option in ("--base", "--student"):
+        parser.add_argument(option, required=True)
+    parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)))
+    parser.add_argument("--json", type=Path)
+    asked = parser.parse_args()
+    base = Subject("base", asked.base, asked.checkpoint)
+    milliseconds, extractor = timed(base, asked.bundle, asked.threads)
+    drawn = json.loads((asked.bundle / "calibration.json").read_text())["images"]
+    compared = Comparison(
+        base, asked.data, asked.student, without={d for part in drawn.values() for d in part["sha256"]}
+    )
+    report: dict[str, Any] = {
+        "model": asked.base, "processor": processor(), "eight_bit_instructions": eight_bits().names, "threads": asked.threads,
+        "backend": f"{extractor.backend}, {extractor.compute} around 8 bits", "choice": extractor.choice,
+        "photographs": len(compared.photographs), "torch": torch.__version__,
+    }  # fmt: skip
+    subjects = {"base": base, "served": Subject("served", str(asked.bundle), backend=extractor.backend)}
+    sizes = {"base": asked.base, "served": None}
+    found = {name: compared.row(subject, base=name == "base") for name, subject in subjects.items()}
+    parameters = sum(p.numel() for p in load_model(asked.base, checkpoint=asked.checkpoint).parameters())
+    for name, (row, parts) in found.items():
+        bytes_ = 4 * parameters if sizes[name] else (asked.bundle / "model.onnx").stat().st_size
+        report[name] = {
+            "ms": milliseconds[name],
+            "megabytes": bytes_ / 1e6,
+            **row,
+            **intervals([parts], found["base"][1]),
+        }
+    print(json.dumps(report, indent=1))  # noqa: T201
+    if asked.json:
+        asked.json.write_text(json.dumps(report, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
