@@ -5,8 +5,8 @@
     phreg-deploy calibrate student.bundle --images DIR/distil_imagenet1000 -o student-int8.bundle
     python benchmarks/headline.py --data DIR --base NAME --checkpoint FILE --student student --bundle student-int8.bundle --json OUT
 
-Quality as in quality.py, of the bundle as it is served: photographs that neither training nor calibration's report may have
-seen are those that the student's record names as held out; those that calibrate drew are left out of them. Milliseconds: one
+Quality as in quality.py, of the bundle that is served. Photographs: those that the student's record names as held out, without
+those that calibrate drew. Milliseconds: one
 image at 224 px, interleaved, medians, on the backend that "auto" chose.
 """
 

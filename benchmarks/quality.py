@@ -125,14 +125,14 @@ def main() -> None:
     for name, places in named.items():
         found = [compared.row(Subject(name, place)) for place in places]
         records = [json.loads(p.read_text()) for place in places if (p := Path(place, "phreg.json")).is_file()]
-        told = (
+        training = (
             {"epochs": records[0]["recipe"]["epochs"], "seconds": [r["seconds"]["total"] for r in records]}
             if records
             else {}
         )
         rows[name] = {
             "seeds": len(places),
-            **told,
+            **training,
             **mean([r for r, _ in found]),
             **intervals([p for _, p in found], first),
         }

@@ -70,9 +70,10 @@ def quality(name: str) -> str:
 def headline(name: str) -> str:
     """Rows of ``headline.py``: the base model in PyTorch beside the bundle that three commands make of it."""
     found = load(name)
-    base, served = found["base"], found["served"]
+    base, served, eight = found["base"], found["served"], found["eight_bit_instructions"]
+    kind = f"with {', '.join(eight)}" if eight else "without 8-bit dot products"
     return table(
-        [f"{found['model'].split('.')[0]} on {found['processor']}, {found['threads']} threads", "base, PyTorch FP32", f"INT8 bundle, {found['backend']}"],
+        [f"{found['model'].split('.')[0]} on {found['processor']} {kind}, {found['threads']} threads", "base, PyTorch FP32", f"INT8 bundle, {found['backend']}"],
         [
             ["milliseconds an image", f"{base['ms']:.1f}", f"{served['ms']:.1f}"],
             ["weights on disk", f"{base['megabytes']:.1f} MB", f"{served['megabytes']:.1f} MB"],

@@ -64,7 +64,7 @@ def eight_bits() -> EightBits:
 
 
 def advice(precision: str) -> str | None:
-    """A sentence for who is about to serve or make a bundle in INT8 on a processor that gains nothing by it; else None."""
+    """What to know before serving or making a bundle in INT8 on a processor that gains nothing by it; else None."""
     if precision != "int8" or not eight_bits().missing:
         return None
     return f"This processor has no 8-bit dot products (x86: VNNI): {SLOW}."

@@ -148,17 +148,10 @@ def gates_of(
 
 
 def judge(
-    parity: Parity,
-    precision: str,
-    cosine_p1: float | None = None,
-    outlier_points: float | None = None,
-    *,
-    exam: bool = False,
-    again: bool = False,
+    parity: Parity, precision: str, cosine_p1: float | None = None, outlier_points: float | None = None, **kind: bool
 ) -> list[str]:
     """The gates that ``parity`` misses, as sentences; empty when it passes. See ``gates_of``."""
-    gates = gates_of(parity, precision, cosine_p1, outlier_points, exam=exam, again=again)
-    return [str(gate) for gate in gates if not gate.passed]
+    return [str(gate) for gate in gates_of(parity, precision, cosine_p1, outlier_points, **kind) if not gate.passed]
 
 
 def verdict(parity: Parity, gates: list[Gate]) -> dict[str, Any]:
