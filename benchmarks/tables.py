@@ -126,6 +126,22 @@ def no_vnni(_name: str) -> str:
     )  # fmt: skip
 
 
+def choices(_name: str) -> str:
+    """``int8_choices.json``: one calibration on two kinds of processor."""
+    found = load("int8_choices")
+    same = lambda key: "the same" if found[key][0] == found[key][1] else f"{found[key][0]} / {found[key][1]}"  # noqa: E731
+    p1 = found["fidelity"]["cosine_p1"]
+    return table(
+        ["", "AVX512-VNNI / AVX2"],
+        [
+            ["smoothing that was chosen", same("smoothing")],
+            ["layers that were left in float", same("float_layers")],
+            ["1st-percentile cosine of the report", f"{p1[0]:.5f} / {p1[1]:.5f}"],
+            ["int8 weights that differ", f"{found['weights_that_differ']} of {found['weights']}, by at most {found['largest_weight_difference']}"],
+        ],
+    )  # fmt: skip
+
+
 def gates(_name: str) -> str:
     """``gates.json``: the worst figure of each kind that a sound bundle gave, by precision, beside the bars."""
     found = load("gates")
@@ -139,7 +155,7 @@ def gates(_name: str) -> str:
 
 TABLES: dict[str, Callable[[str], str]] = {
     "students": quality, "students-deit": quality, "headline": headline, "headline-deit": headline, "speed": speed, "speed-short": speed, "demo": demo,
-    "int8-without-vnni": no_vnni, "gates": gates,
+    "int8-without-vnni": no_vnni, "int8-choices": choices, "gates": gates,
 }  # fmt: skip
 
 
