@@ -115,8 +115,12 @@ class FeatureExtractor(Closing):
 
     @property
     def precision(self) -> str:
-        """The precision whose gates hold: the bundle's, or bfloat16 where a float32 bundle is computed in it."""
-        return "bf16" if self.manifest.precision == "fp32" and self.compute == "bf16" else self.manifest.precision
+        """The precision whose gates hold: the bundle's, or bfloat16 where a bundle in FP32 or FP16 is computed in it."""
+        return (
+            "bf16"
+            if self.manifest.precision in ("fp32", "fp16") and self.compute == "bf16"
+            else self.manifest.precision
+        )
 
     def __call__(
         self, images: Any, size: tuple[int, int] | None = None, *, color: str | None = None, exif: bool | None = None
