@@ -96,8 +96,9 @@ def test_an_interrupt_at_any_step_leaves_the_old_or_the_new(tmp_path, steps, lat
 
 
 LOOP = """
-import sys
+import signal, sys
 from pathlib import Path
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell starts what runs in its background with SIGINT ignored
 from phreg_deploy import renames
 from phreg_deploy.whole import whole_folder
 if sys.argv[2] == "three steps":
@@ -115,15 +116,15 @@ for i in range(10**9):
 def test_a_real_signal_at_any_moment_leaves_a_whole_output(tmp_path, steps, number):
     draw = random.Random(5)
     for _ in range(5):
-        child = subprocess.Popen(
-            [sys.executable, "-c", LOOP, str(tmp_path / "out"), steps],
-            cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True,
-        )  # fmt: skip
-        assert child.stdout.readline() == "running\n"
-        time.sleep(draw.uniform(0, 0.02))
-        child.send_signal(number)
-        assert child.wait(20) != 0
-        child.stdout.close()
+        command = [sys.executable, "-c", LOOP, str(tmp_path / "out"), steps]
+        with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True) as child:
+            assert child.stdout.readline() == "running\n"
+            time.sleep(draw.uniform(0, 0.02))
+            child.send_signal(number)
+            try:
+                assert child.wait(20) != 0
+            finally:
+                child.kill()
         if number == signal.SIGINT or steps == "one step":
             read(tmp_path / "out")
         with pytest.raises(PhregError, match="exists already"):  # the next run clears what is left
