@@ -78,14 +78,13 @@ def main() -> None:
         "photographs": len(compared.photographs), "torch": torch.__version__,
     }  # fmt: skip
     subjects = {"base": base, "served": Subject("served", str(asked.bundle), backend=extractor.backend)}
-    sizes = {"base": asked.base, "served": None}
     found = {name: compared.row(subject, base=name == "base") for name, subject in subjects.items()}
     parameters = sum(p.numel() for p in load_model(asked.base, checkpoint=asked.checkpoint).parameters())
+    sizes = {"base": 4 * parameters, "served": (asked.bundle / "model.onnx").stat().st_size}  # bytes
     for name, (row, parts) in found.items():
-        bytes_ = 4 * parameters if sizes[name] else (asked.bundle / "model.onnx").stat().st_size
         report[name] = {
             "ms": milliseconds[name],
-            "megabytes": bytes_ / 1e6,
+            "megabytes": sizes[name] / 1e6,
             **row,
             **intervals([parts], found["base"][1]),
         }

@@ -26,7 +26,7 @@ def case(base, student, photos):
 def compared(case, **more):
     from phreg_deploy.distill.measure import compare
 
-    return compare(*case, device="cpu", autocast=False, progress=SILENT, **more)
+    return compare(*case, device="cpu", progress=SILENT, **more)
 
 
 def test_streamed_scores_are_those_of_all_features_at_once(case):

@@ -179,7 +179,6 @@ def distill(
             held or training,
             preprocess,
             device=device,
-            autocast=autocast,
             progress=progress,
             grids=grids,
         )

@@ -107,7 +107,6 @@ def compare(
     preprocess: Preprocess,
     *,
     device: str,
-    autocast: bool,
     progress: Progress,
     grids: dict[str, Grid] | None = None,
 ) -> dict[str, Any]:
