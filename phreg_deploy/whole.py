@@ -59,10 +59,30 @@ def check_target(target: Path, force: bool, reads: Iterable[Path | None] = ()) -
 def _check_replaceable(target: Path) -> None:
     if os.path.isfile(target):
         raise PhregError(f"output: {target} is a file; expected the name of a folder.")
-    if os.path.isdir(target) and any(target.iterdir()) and not any((target / mark).is_file() for mark in MARKS):
+    if _holds_other_files(target):
         raise PhregError(
             f"output: {target} holds files that phreg-deploy did not write, and --force replaces only what it wrote; choose another name."
         )
+
+
+def _holds_other_files(target: Path) -> bool:
+    """Whether a folder holds files, and none that marks an output of this project.
+
+    Another process may move the folder away and remove it while it is listed, so a folder without a mark counts only if it
+    still has its name afterwards.
+    """
+    for _ in range(ATTEMPTS):
+        try:
+            before = os.stat(target)
+            with os.scandir(target) as entries:
+                files = {entry.name: entry.is_file() for entry in entries}
+            if not files or any(files.get(mark) for mark in MARKS):
+                return False
+            if os.path.samestat(before, os.stat(target)):
+                return True
+        except FileNotFoundError:
+            return False
+    return True
 
 
 def write_error(error: OSError, target: Path) -> PhregError:
