@@ -16,11 +16,11 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from phreg_deploy.distill import taps
-from phreg_deploy.distill.checkpoint import write_student
-from phreg_deploy.distill.source import load_model, model_preprocess
-from phreg_deploy.distill.student import add_registers
 from phreg_deploy.export.exporter import ExportRequest, export_bundle
+from phreg_deploy.models import hooks
+from phreg_deploy.models.checkpoint import write_student
+from phreg_deploy.models.loading import load_model, model_preprocess
+from phreg_deploy.models.registers import add_registers
 from phreg_deploy.runtime.features import FeatureExtractor
 from phreg_deploy.runtime.parity import compare_runs
 
@@ -74,7 +74,7 @@ def main() -> None:
                         got = extractor.run(images)
                         sized = load_model(str(folder), image_size=size)
                         with torch.inference_mode():
-                            seen = taps.forward(sized, taps.normalise(images, preprocess.mean, preprocess.std))
+                            seen = hooks.forward(sized, hooks.normalise(images, preprocess.mean, preprocess.std))
                         expected = {
                             "features": seen.patches.numpy().reshape(got["features"].shape),
                             "token_norm": seen.norms.numpy().reshape(got["token_norm"].shape),

@@ -1,4 +1,4 @@
-"""The worst parity that sound bundles give, by precision: what the bars of ``phreg_deploy/gates.py`` leave a margin to.
+"""The worst parity that sound bundles give, by precision: what the bars of ``phreg_deploy/bundle/gates.py`` leave a margin to.
 
     python benchmarks/gates.py --data DIR --bundles DIR --json OUT
 
@@ -16,19 +16,19 @@ from typing import Any
 import click
 import numpy as np
 
+from phreg_deploy.bundle.gates import AT_LEAST, GATES, exam_bars
 from phreg_deploy.errors import PhregError
-from phreg_deploy.gates import AT_LEAST, GATES, exam_bars
-from phreg_deploy.photographs import read_photographs
+from phreg_deploy.images.photographs import read_photographs
+from phreg_deploy.profiling.latency import processor
 from phreg_deploy.runtime.features import FeatureExtractor
-from phreg_deploy.runtime.latency import processor
-from phreg_deploy.runtime.parity import Parity, Tally, check_reference, worst, writes_exams
+from phreg_deploy.runtime.parity import Parity, ParityAccumulator, run_exam, worst, writes_exams
 
 OPENED = (("onnxruntime-cpu", "auto"), ("openvino", "fp32"), ("openvino", "bf16"))
 COUNTS = {"camvid_train": 48, "distil_imagenet1000": 64}
 
 
 def on_photographs(extractor: FeatureExtractor, full: FeatureExtractor, data: Path) -> Parity:
-    tally, size = Tally(), full.manifest.sizes.default
+    tally, size = ParityAccumulator(), full.manifest.sizes.default
     for name, count in COUNTS.items():
         found = read_photographs(data / name, size, full.manifest.preprocess, count, spread=True)
         for i in range(len(found)):
@@ -54,8 +54,8 @@ def main() -> None:
                 continue
             full = path.parent / f"{path.stem.split('-')[0]}.bundle"
             with extractor, FeatureExtractor.load(full, "onnxruntime-cpu", threads=2) as other:
-                exam = worst([case["parity"] for case in check_reference(extractor)])
-                found = {"exam, own runtime" if writes_exams(extractor) else "exam": exam}
+                exam = worst([case.parity for case in run_exam(extractor.bundle, extractor.run)])
+                found = {"exam, own runtime" if writes_exams(extractor.manifest, extractor.backend) else "exam": exam}
                 if extractor.manifest.sizes == other.manifest.sizes and path != full:
                     found["photographs"] = on_photographs(extractor, other, asked.data)
                 for kind, parity in found.items():

@@ -27,11 +27,11 @@ import torch
 from safetensors.torch import save_file
 
 from phreg_deploy.errors import PhregError
-from phreg_deploy.export.engine import BuildRequest, build_engine
+from phreg_deploy.export.engine.build import BuildRequest, build_engine
 from phreg_deploy.export.exporter import ExportRequest, export_bundle
+from phreg_deploy.profiling.roofline import count_parts
 from phreg_deploy.progress import Progress
 from phreg_deploy.runtime.features import FeatureExtractor
-from phreg_deploy.runtime.roofline import count_parts
 
 MODELS = "vit_small_patch14_reg4_dinov2,vit_base_patch14_reg4_dinov2,vit_large_patch14_reg4_dinov2"
 WARM = 5
@@ -107,7 +107,7 @@ def row(name: str, size: int, batch: int, args: argparse.Namespace, top: float) 
                     continue
                 extractors.append(extractor)
                 calls[label] = device_call(extractor, images)
-                calls[f"{label}, bare"] = extractor.bare(images.cpu().numpy())
+                calls[f"{label}, bare"] = extractor.graph_call(images.cpu().numpy())
         times = interleaved(calls, args.seconds)
         flops = operations(extractors, batch, size) or None
         for extractor in extractors:

@@ -21,16 +21,16 @@ import numpy as np
 import onnx
 from subjects import held_out
 
-from phreg_deploy.calibration.equalisation import equalise
-from phreg_deploy.calibration.linears import Wiring, find_linears
+from phreg_deploy.calibration.gptq import round_all
 from phreg_deploy.calibration.qdq import write_int8
 from phreg_deploy.calibration.ranges import observe
-from phreg_deploy.calibration.rounding import round_all
-from phreg_deploy.calibration.search import Scene, Search, compare
-from phreg_deploy.calibration.session import open_session
+from phreg_deploy.calibration.search import EvalSet, Search, compare
+from phreg_deploy.calibration.smoothing import equalise
 from phreg_deploy.distill.batches import spread
 from phreg_deploy.export.exporter import ExportRequest, export_bundle
-from phreg_deploy.quantisation import Grid, Range, Smoothing, place
+from phreg_deploy.onnx_graph.linears import Wiring, find_linears
+from phreg_deploy.onnx_graph.session import open_session
+from phreg_deploy.quantisation import Grid, Range, Smoothing, make_grid
 from phreg_deploy.runtime.features import FeatureExtractor
 
 NONE = Smoothing(None, None, None)
@@ -45,15 +45,17 @@ def plain(found: Range, kind: str, smoothing: Smoothing) -> Grid:
 
 def offset(found: Range, kind: str, smoothing: Smoothing) -> Grid:
     """The same, with a zero point for hidden units."""
-    return place(found, kind, replace(smoothing, hidden=None)) if kind == "hidden" else plain(found, kind, smoothing)
+    return (
+        make_grid(found, kind, replace(smoothing, hidden=None)) if kind == "hidden" else plain(found, kind, smoothing)
+    )
 
 
 RUNGS = (
     ("symmetric, per tensor", plain, NONE),
     ("+ zero point for hidden units", offset, NONE),
-    ("+ centred layer norms", place, NONE),
-    ("+ smoothed layer norms and values", place, Smoothing(hidden=None)),
-    ("+ smoothed hidden units", place, Smoothing()),
+    ("+ centred layer norms", make_grid, NONE),
+    ("+ smoothed layer norms and values", make_grid, Smoothing(hidden=None)),
+    ("+ smoothed hidden units", make_grid, Smoothing()),
 )
 
 
@@ -67,7 +69,7 @@ def climb(folder: Path, photographs: str, student: str) -> dict[str, Any]:
         feeds = [(extractor.feed(image[None]), 1) for image in images]
         answers = [extractor.run(feed["image"]) for feed, _ in feeds]
     ranged, last = feeds[:RANGED], RANGED + CHOSEN
-    chosen, scored = Scene(feeds[RANGED:last], answers[RANGED:last]), Scene(feeds[last:], answers[last:])
+    chosen, scored = EvalSet(feeds[RANGED:last], answers[RANGED:last]), EvalSet(feeds[last:], answers[last:])
     model = onnx.load(folder / "model.onnx")
     linears, wiring = find_linears(model), Wiring(model)
     ranges = observe(model, linears, manifest.model, ranged, lambda _n: None)

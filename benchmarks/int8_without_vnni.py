@@ -23,8 +23,8 @@ import numpy as np
 from subjects import held_out
 
 from phreg_deploy.artifacts import cosine
-from phreg_deploy.bundle import Bundle
-from phreg_deploy.runtime.latency import processor
+from phreg_deploy.bundle.bundle import Bundle
+from phreg_deploy.profiling.latency import processor
 
 COUNT = 24
 # 2 cores of an AMD Zen 3 (AVX2, no VNNI), onnxruntime 1.32.0, openvino 2026.4.1, ViT-Tiny base model, every linear layer in
@@ -50,7 +50,7 @@ if kind.startswith("ort"):
     run = lambda image: session.run(["features"], {"image": image})[0]
 else:
     import openvino
-    from phreg_deploy.runtime.openvino_exact import fold_weights
+    from phreg_deploy.runtime.backends.openvino_exact import fold_weights
     core = openvino.Core()
     model = core.read_model(bundle + "/model.onnx")
     if kind == "openvino-exact":

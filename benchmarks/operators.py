@@ -20,8 +20,8 @@ import numpy as np
 import openvino
 from openvino import opset13 as op
 
-from phreg_deploy.bundle import Bundle
-from phreg_deploy.runtime.latency import processor
+from phreg_deploy.bundle.bundle import Bundle
+from phreg_deploy.profiling.latency import processor
 
 KINDS = {
     "FullyConnected": "linear layers", "FullyConnectedQuantizedLegacy": "linear layers", "MVN": "layer norms", "Split": "data movement",

@@ -29,22 +29,22 @@ import openvino
 import torch
 from subjects import held_out
 
-from phreg_deploy.bundle import Bundle
+from phreg_deploy.bundle.bundle import Bundle
 from phreg_deploy.calibration.calibrator import CalibrationRequest, calibrate
-from phreg_deploy.calibration.equalisation import equalise
-from phreg_deploy.calibration.linears import Wiring, find_linears
 from phreg_deploy.calibration.qdq import write_int8
 from phreg_deploy.calibration.ranges import observe
-from phreg_deploy.distill import taps
+from phreg_deploy.calibration.smoothing import equalise
 from phreg_deploy.distill.batches import spread
-from phreg_deploy.distill.source import load_model, model_preprocess
 from phreg_deploy.export.exporter import ExportRequest, export_bundle
-from phreg_deploy.photographs import read_photographs
+from phreg_deploy.images.photographs import read_photographs
+from phreg_deploy.models import hooks
+from phreg_deploy.models.loading import load_model, model_preprocess
+from phreg_deploy.onnx_graph.linears import Wiring, find_linears
+from phreg_deploy.profiling.latency import processor
 from phreg_deploy.progress import Progress
 from phreg_deploy.quantisation import Smoothing
 from phreg_deploy.runtime.features import FeatureExtractor
-from phreg_deploy.runtime.latency import processor
-from phreg_deploy.runtime.parity import Tally
+from phreg_deploy.runtime.parity import ParityAccumulator
 
 Run = Callable[[np.ndarray], np.ndarray]  # uint8 (1, H, W, 3) -> patch tokens (1, N, C)
 SPEED = (
@@ -85,7 +85,7 @@ class Peers:
     def normalise(self, image: np.ndarray) -> np.ndarray:
         if id(image) in getattr(self, "ready", {}):
             return self.ready[id(image)]
-        return taps.normalise(image, self.preprocess.mean, self.preprocess.std).numpy()
+        return hooks.normalise(image, self.preprocess.mean, self.preprocess.std).numpy()
 
     def add(self, name: str, make: Callable[[], Run]) -> None:
         started = time.perf_counter()
@@ -244,7 +244,7 @@ class Peers:
         expected = [reference(image) for image in images]
         found = {}
         for name, run in self.runs.items():
-            tally = Tally()
+            tally = ParityAccumulator()
             for image, want in zip(images, expected):
                 got = run(image)
                 tally.add(*({"features": v[:, None], "token_norm": np.linalg.norm(v, axis=-1)} for v in (got, want)))

@@ -24,11 +24,11 @@ from segmentation import SIZE, CamVid, intervals, nearest_interior
 from subjects import Subject, gather, held_out
 
 from phreg_deploy.artifacts import agreement, cosine, norm_outliers, outlier_mask
-from phreg_deploy.distill.measure import REFERENCE_SEED, REFERENCE_VIEWS
-from phreg_deploy.distill.source import load_model, model_preprocess
+from phreg_deploy.distill.evaluation import REFERENCE_SEED, REFERENCE_VIEWS
 from phreg_deploy.distill.teacher import Teacher
-from phreg_deploy.photographs import read_photographs
-from phreg_deploy.runtime.latency import processor
+from phreg_deploy.images.photographs import read_photographs
+from phreg_deploy.models.loading import load_model, model_preprocess
+from phreg_deploy.profiling.latency import processor
 
 NATIVE = (224, 224)
 

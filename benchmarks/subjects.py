@@ -11,10 +11,10 @@ from typing import Any
 import numpy as np
 import torch
 
-from phreg_deploy.bundle import is_bundle
-from phreg_deploy.distill import taps
-from phreg_deploy.distill.source import classifies, load_model, model_preprocess
-from phreg_deploy.photographs import Photographs, read_photographs
+from phreg_deploy.bundle.bundle import is_bundle
+from phreg_deploy.images.photographs import Photographs, read_photographs
+from phreg_deploy.models import hooks
+from phreg_deploy.models.loading import classifies, load_model, model_preprocess
 from phreg_deploy.runtime.features import FeatureExtractor
 from phreg_deploy.spec import Preprocess
 
@@ -38,7 +38,7 @@ class Subject:
 
         @torch.inference_mode()
         def answer(images: np.ndarray) -> Answers:
-            seen = taps.forward(model, taps.normalise(images, steps.mean, steps.std))
+            seen = hooks.forward(model, hooks.normalise(images, steps.mean, steps.std))
             found = {"patches": seen.patches.numpy(), "norms": seen.norms.numpy(), "cls": seen.cls.numpy()}
             return {**found, "logits": model.forward_head(seen.given).numpy()} if heads else found
 

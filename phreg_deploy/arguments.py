@@ -9,11 +9,11 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from phreg_deploy.documents import read_json
 from phreg_deploy.errors import PhregError
-from phreg_deploy.record import model_path
+from phreg_deploy.files.atomic import write_error
+from phreg_deploy.json_files import read_json
 from phreg_deploy.spec import Batches, Sizes
-from phreg_deploy.whole import write_error
+from phreg_deploy.student_record import model_path
 
 RECIPES = ("transplant", "random-registers", "ph-reg")  # only the first moves neurons
 FLOATS, EIGHT_BITS = ("fp32", "fp16", "bf16"), ("int8", "fp8")

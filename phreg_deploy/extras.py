@@ -12,7 +12,7 @@ EXPORT = ("ml_dtypes", "onnx", "onnxscript", *DISTILL)
 CALIBRATION = ("ml_dtypes", "onnx", "onnxruntime")
 
 
-def found(module: str) -> bool:
+def is_importable(module: str) -> bool:
     """Whether a module is there, without importing it."""
     if module in sys.modules:  # which find_spec would ask for its origin; None stands for "blocked"
         return sys.modules[module] is not None
@@ -28,7 +28,7 @@ def require(what: str, **extras: tuple[str, ...]) -> None:
     Raises:
         BackendMissing: it names every missing module, and one line that installs all of them.
     """
-    lacking = {extra: [module for module in modules if not found(module)] for extra, modules in extras.items()}
+    lacking = {extra: [module for module in modules if not is_importable(module)] for extra, modules in extras.items()}
     modules = sorted({module for part in lacking.values() for module in part})
     if modules:
         names = ", ".join(repr(module) for module in modules)

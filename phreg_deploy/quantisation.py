@@ -75,7 +75,7 @@ class Grid:
         return self.zero == 128
 
 
-def place(found: Range, kind: str, smoothing: Smoothing) -> Grid:
+def make_grid(found: Range, kind: str, smoothing: Smoothing) -> Grid:
     """Grid of one input.
 
     Inputs that a layer norm or an attention fed are centred per channel, so that a symmetric grid wastes nothing;

@@ -7,7 +7,8 @@ import numpy as np
 import onnx
 from onnx import TensorProto, helper, numpy_helper
 
-from phreg_deploy.bundle import Bundle, seal
+from phreg_deploy.bundle.bundle import Bundle
+from phreg_deploy.bundle.writing import write_manifest
 
 
 class Broken:
@@ -45,7 +46,7 @@ class Broken:
         onnx.checker.check_model(self.model)
         (self.folder / "model.onnx").write_bytes(self.model.SerializeToString())
         (self.folder / "manifest.json").unlink()
-        seal(self.folder, self.manifest)
+        write_manifest(self.folder, self.manifest)
         Bundle.read(self.folder).verify()
         return self.folder
 

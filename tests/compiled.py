@@ -6,19 +6,19 @@ from types import SimpleNamespace
 import numpy as np
 import onnx
 
+from phreg_deploy.bundle.plans import profiles_of
 from phreg_deploy.calibration.calibrator import FP8_SMOOTHING
-from phreg_deploy.calibration.float8 import FUSED_FROM
-from phreg_deploy.calibration.linears import Linear, Wiring, find_linears
-from phreg_deploy.calibration.narrowing import narrow
-from phreg_deploy.calibration.parting import part_projections
+from phreg_deploy.calibration.fp8 import FUSED_FROM
 from phreg_deploy.calibration.ranges import Ranges, observe, watch
 from phreg_deploy.calibration.search import Search
-from phreg_deploy.distill.source import model_preprocess, model_spec
-from phreg_deploy.distill.student import add_registers
-from phreg_deploy.engines import profiles_of
+from phreg_deploy.export.dense_vit import DenseViT
 from phreg_deploy.export.folding import patch_positions
-from phreg_deploy.export.graph import DenseViT
 from phreg_deploy.export.trace import trace
+from phreg_deploy.models.loading import model_preprocess, model_spec
+from phreg_deploy.models.registers import add_registers
+from phreg_deploy.onnx_graph.linears import Linear, Wiring, find_linears
+from phreg_deploy.onnx_graph.mixed_precision import narrow
+from phreg_deploy.onnx_graph.split_qkv import split_projections
 from phreg_deploy.quantisation import Smoothing
 from phreg_deploy.spec import Batches, Sizes
 from tests import nvidia
@@ -34,15 +34,15 @@ SAME = {"dino": "augreg"}  # made small, the two are one model
 BUILD = """
 from pathlib import Path
 import tensorrt as trt
-from phreg_deploy.engines import Settings, Shapes
+from phreg_deploy.bundle.plans import BuildSettings, Shapes
 from phreg_deploy.errors import PhregError
-from phreg_deploy.export.builder import build_plan
+from phreg_deploy.export.engine.builder import build_plan
 from tests import nvidia
 
 said = {}
 for path, profiles in given.items():
     try:
-        built = build_plan(trt, Path(path), [Shapes(inputs) for inputs in profiles], Settings())
+        built = build_plan(trt, Path(path), [Shapes(inputs) for inputs in profiles], BuildSettings())
     except PhregError as error:
         said[path] = str(error)
     else:
@@ -87,7 +87,7 @@ class Graphs:
             return narrow(graph, precision, self.largest).model
         search = Search(Wiring(graph), self.linears, self.ranges, "trt", None, None, precision, self.largest, tokens)
         eight = search.graph(Smoothing() if precision == "int8" else FP8_SMOOTHING, set(), share=True)
-        return narrow(part_projections(eight) if parted else eight, "fp16", self.largest).model
+        return narrow(split_projections(eight) if parted else eight, "fp16", self.largest).model
 
 
 @functools.cache

@@ -1079,7 +1079,7 @@ def install(monkeypatch, device, workshop=None):
     """Put a device, and a TensorRT where one is given, where the project looks for them."""
     import sys
 
-    import phreg_deploy.runtime.cuda as cuda
+    import phreg_deploy.runtime.gpu.cuda as cuda
 
     monkeypatch.setattr(cuda, "_load", lambda: device.runtime)
     if workshop is not None:

@@ -8,15 +8,15 @@ import numpy as np
 import torch
 from onnx import ModelProto
 
-from phreg_deploy.calibration.equalisation import Equalised, equalise
-from phreg_deploy.calibration.linears import Linear, Wiring, find_linears
 from phreg_deploy.calibration.qdq import write_int8
 from phreg_deploy.calibration.ranges import Ranges, observe
-from phreg_deploy.distill import taps
-from phreg_deploy.distill.source import model_preprocess, model_spec
-from phreg_deploy.distill.student import add_registers
-from phreg_deploy.export.graph import DenseViT
+from phreg_deploy.calibration.smoothing import Equalised, equalise
+from phreg_deploy.export.dense_vit import DenseViT
 from phreg_deploy.export.trace import trace
+from phreg_deploy.models import hooks
+from phreg_deploy.models.loading import model_preprocess, model_spec
+from phreg_deploy.models.registers import add_registers
+from phreg_deploy.onnx_graph.linears import Linear, Wiring, find_linears
 from phreg_deploy.quantisation import Smoothing
 from phreg_deploy.spec import Batches, ModelSpec, Preprocess, Sizes
 from tests.families import small
@@ -54,7 +54,7 @@ class Traced:
     @property
     def batches(self) -> list[torch.Tensor]:
         """The same images as the model takes them."""
-        return [taps.normalise(batch, self.preprocess.mean, self.preprocess.std) for batch in self.images]
+        return [hooks.normalise(batch, self.preprocess.mean, self.preprocess.std) for batch in self.images]
 
     def equalised(self, smoothing: Smoothing = Smoothing()) -> Equalised:  # noqa: B008
         return equalise(Wiring(self.graph), self.linears, self.ranges, smoothing)

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 
-from phreg_deploy.bundle import write_npz
+from phreg_deploy.bundle.writing import write_npz
 from phreg_deploy.errors import PhregError
 from phreg_deploy.runtime import FeatureExtractor
 from tests.world import invoke, photograph

@@ -112,8 +112,8 @@ def test_a_url_is_called_a_url_with_both_slashes(world, run_cli, place):
 
 
 def test_a_url_is_called_a_url_from_python_too(torch):
-    from phreg_deploy.distill.source import load_model
     from phreg_deploy.errors import PhregError
+    from phreg_deploy.models.loading import load_model
     from phreg_deploy.runtime import FeatureExtractor
 
     for load in (load_model, FeatureExtractor.load):

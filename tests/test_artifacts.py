@@ -2,7 +2,7 @@ import numpy as np
 import pytest
 
 from phreg_deploy.artifacts import agreement, cosine, norm_outliers, outlier_mask, shift_incoherence
-from phreg_deploy.runtime.parity import compare_runs, judge, worst
+from phreg_deploy.runtime.parity import compare_runs, missed_gates, worst
 
 
 def test_norm_outliers_are_counted_on_both_sides_of_the_bases_median():
@@ -63,14 +63,14 @@ def test_a_run_agrees_with_itself():
     assert parity.cosine_min == pytest.approx(1)
     assert parity.relative_l2 == 0
     assert parity.neighbours == 1
-    assert judge(parity, "fp32") == []
+    assert missed_gates(parity, "fp32") == []
 
 
 def test_one_wrong_patch_in_thirty_two_fails_the_gate():
     got = answers()
     got["features"] = got["features"].copy()
     got["features"][0, 0, 0] *= -1
-    missed = judge(compare_runs(got, answers()), "fp16")
+    missed = missed_gates(compare_runs(got, answers()), "fp16")
     assert "1st-percentile patch cosine" in missed[0]
     assert "smallest patch cosine" in missed[1]
 
@@ -81,16 +81,16 @@ def test_a_new_outlier_fails_the_gate():
     got["token_norm"][0, 0, 0] = 100
     parity = compare_runs(got, answers())
     assert parity.outlier_points == pytest.approx(100 / 32)
-    missed = judge(parity, "fp32")
+    missed = missed_gates(parity, "fp32")
     assert [line.split(" ")[0] for line in missed] == ["a", "norm-outlier"], "the token's norm, and the rate"
-    assert judge(parity, "fp32", outlier_points=5) == missed[:1]
+    assert missed_gates(parity, "fp32", outlier_points=5) == missed[:1]
 
 
 def test_nan_is_a_miss_and_no_crash():
     got = answers()
     got["features"] = got["features"].copy()
     got["features"][0, 0, 0, 0] = np.nan
-    assert "NaN" in judge(compare_runs(got, answers()), "int8")[0]
+    assert "NaN" in missed_gates(compare_runs(got, answers()), "int8")[0]
 
 
 def test_the_worst_of_several_is_the_weakest_of_each():

@@ -62,11 +62,11 @@ def rewritten(folder, **changes):
     """Manifest and graph say something else, in agreement: what another exporter might have written."""
     manifest = json.loads((folder / "manifest.json").read_text()) | changes
 
-    def engrave(model):
+    def write_onnx_metadata(model):
         for entry in model.metadata_props:
             entry.value = json.dumps(manifest[entry.key.removeprefix("phreg.")])
 
-    (folder / "model.onnx").write_bytes(graph(engrave)((folder / "model.onnx").read_bytes()))
+    (folder / "model.onnx").write_bytes(graph(write_onnx_metadata)((folder / "model.onnx").read_bytes()))
     (folder / "manifest.json").write_text(json.dumps(manifest))
     return rehashed(folder)
 

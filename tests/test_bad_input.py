@@ -9,7 +9,7 @@ from fractions import Fraction
 
 import pytest
 
-from phreg_deploy.bundle import Bundle
+from phreg_deploy.bundle.bundle import Bundle
 from tests.world import leftovers
 
 pytestmark = pytest.mark.usefixtures("torch")

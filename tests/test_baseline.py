@@ -5,7 +5,7 @@ import json
 
 import pytest
 
-from phreg_deploy.runtime import latency
+from phreg_deploy.profiling import latency
 
 pytestmark = pytest.mark.usefixtures("torch", "traced_once")
 HERE = ["--seconds", "0.1", "--threads", "1", "--backend", "onnxruntime-cpu", "--json"]

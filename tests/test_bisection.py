@@ -8,13 +8,15 @@ import onnx
 import pytest
 from onnx import numpy_helper
 
-from phreg_deploy.bundle import GRAPH, Bundle, engrave, seal
-from phreg_deploy.calibration.narrowing import islands, narrow
-from phreg_deploy.calibration.session import open_session
+from phreg_deploy.bundle.bundle import Bundle
+from phreg_deploy.bundle.manifest import GRAPH
+from phreg_deploy.bundle.writing import write_manifest, write_onnx_metadata
 from phreg_deploy.errors import PhregError
+from phreg_deploy.onnx_graph.mixed_precision import islands, narrow
+from phreg_deploy.onnx_graph.session import open_session
 from phreg_deploy.runtime import FeatureExtractor
-from phreg_deploy.runtime.parity import check_reference, judge, worst
-from phreg_deploy.runtime.tuning import Tuning
+from phreg_deploy.runtime.options import BackendOptions
+from phreg_deploy.runtime.parity import missed_gates, run_exam, worst
 from phreg_deploy.verify.bisection import bisect
 from tests.world import invoke, leftovers
 
@@ -68,19 +70,21 @@ def written(bundle, folder, place=None, keep=(), precision="fp16"):
         np.testing.assert_allclose(found, case["features"], rtol=1e-3, atol=1e-4)
     kept = islands(narrow(graph, precision, None, keep), precision) if precision != "fp32" else []
     manifest = replace(read.manifest, precision=precision, float_parts=kept, files={})
-    engrave(graph, manifest)
+    write_onnx_metadata(graph, manifest)
     (folder / GRAPH).write_bytes(graph.SerializeToString())
-    seal(folder, manifest)
+    write_manifest(folder, manifest)
     return folder
 
 
 def find(folder):
-    return bisect(Bundle.read(folder), "onnxruntime-cpu", Tuning(threads=1))
+    return bisect(Bundle.read(folder), "onnxruntime-cpu", BackendOptions(threads=1))
 
 
 def missed(folder):
     with FeatureExtractor.load(folder, "onnxruntime-cpu", threads=1) as extractor:
-        return judge(worst([case["parity"] for case in check_reference(extractor)]), "fp16", exam=True)
+        return missed_gates(
+            worst([case.parity for case in run_exam(extractor.bundle, extractor.run)]), "fp16", exam=True
+        )
 
 
 @pytest.fixture(params=PLACES)
@@ -180,7 +184,7 @@ def test_answers_that_are_finite_and_wrong_are_found(bundle, monkeypatch):
 def test_every_backend_of_the_processor_can_be_bisected_at_every_size(request, which, backend):
     pytest.importorskip({"openvino": "openvino"}.get(backend, "onnxruntime"))
     bundle = Bundle.read(request.getfixturevalue(which))
-    found = bisect(bundle, backend, Tuning(threads=1))
+    found = bisect(bundle, backend, BackendOptions(threads=1))
     assert found["first"] is None
     assert len(found["steps"]) == 2 * bundle.manifest.model.depth
     assert all(step["cosine_p1"] > 0.99999 and step["bad_values"] == 0 for step in found["steps"])
@@ -188,7 +192,7 @@ def test_every_backend_of_the_processor_can_be_bisected_at_every_size(request, w
 
 def test_a_size_of_several_that_diverges_is_seen(wide_bundle, monkeypatch):
     """The backend is wrong at the last size alone."""
-    from phreg_deploy.runtime.ort_backend import OrtBackend
+    from phreg_deploy.runtime.backends.onnxruntime_backend import OrtBackend
 
     bundle = Bundle.read(wide_bundle)
     largest, real = bundle.cases()[-1]["image"].shape, OrtBackend.run
@@ -198,4 +202,4 @@ def test_a_size_of_several_that_diverges_is_seen(wide_bundle, monkeypatch):
         return {k: np.flip(v, -1) if wrong and k == "probe/blocks.1.attn" else v for k, v in real(self, feed).items()}
 
     monkeypatch.setattr(OrtBackend, "run", run)
-    assert bisect(bundle, "onnxruntime-cpu", Tuning(threads=1))["first"] == "blocks.1.attn"
+    assert bisect(bundle, "onnxruntime-cpu", BackendOptions(threads=1))["first"] == "blocks.1.attn"

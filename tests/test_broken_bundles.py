@@ -3,11 +3,11 @@
 import numpy as np
 import pytest
 
-from phreg_deploy.bundle import Bundle
-from phreg_deploy.gates import GATES
-from phreg_deploy.photographs import read_photographs
+from phreg_deploy.bundle.bundle import Bundle
+from phreg_deploy.bundle.gates import GATES
+from phreg_deploy.images.photographs import read_photographs
 from phreg_deploy.runtime import FeatureExtractor
-from phreg_deploy.runtime.parity import compare_runs, judge
+from phreg_deploy.runtime.parity import compare_runs, missed_gates
 from tests.broken import Broken, another_class_token, garbage_token, shifted, times
 
 pytestmark = pytest.mark.usefixtures("torch")
@@ -104,7 +104,7 @@ def test_thirteen_garbage_tokens_of_1369(precision, exam):
     got["features"].reshape(-1, 64)[:13] = rng.normal(size=(13, 64))
     parity = compare_runs(got, true)
     assert parity.cosine_p1 > 0.9999
-    assert any("smallest patch cosine" in line for line in judge(parity, precision, exam=exam))
+    assert any("smallest patch cosine" in line for line in missed_gates(parity, precision, exam=exam))
 
 
 def test_an_eight_bit_check_says_what_it_compares_with(eight, run_cli):

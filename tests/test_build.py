@@ -10,8 +10,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from phreg_deploy.bundle import Bundle
-from phreg_deploy.engines import list_engines
+from phreg_deploy.bundle.bundle import Bundle
+from phreg_deploy.bundle.plans import list_engines
 from phreg_deploy.errors import BackendMissing, PhregError
 from phreg_deploy.runtime import FeatureExtractor
 from tests import double
@@ -301,14 +301,14 @@ def test_an_engine_whose_exam_broke_off_does_not_count(copy, workshop):
 
 
 def test_an_engine_whose_exam_was_interrupted_does_not_count(copy, workshop, monkeypatch):
-    from phreg_deploy.export import engine
+    from phreg_deploy.export.engine import build as engine
 
     def ctrl_c(extractor):
         raise KeyboardInterrupt
 
     folder = copy("bundle")
     with monkeypatch.context() as patch:
-        patch.setattr(engine, "check_reference", ctrl_c)
+        patch.setattr(engine, "run_exam", ctrl_c)
         build(folder).refused(130, "Interrupted")
     assert engines(folder) == []
     assert leftovers(folder) == []
@@ -378,7 +378,7 @@ def test_a_damaged_sidecar_is_built_again(copy, workshop, damage):
 def test_a_gpu_without_the_arithmetic_is_told_before_the_build(bundle, precision, architecture, words):
     from types import SimpleNamespace
 
-    from phreg_deploy.export.engine import _check_gpu
+    from phreg_deploy.export.engine.build import _check_gpu
 
     read = Bundle.read(bundle)
     fake = SimpleNamespace(folder=read.folder, manifest=SimpleNamespace(precision=precision))
@@ -486,14 +486,14 @@ def test_a_bar_that_cannot_be_drawn_stops_the_build(copy, workshop, monkeypatch)
 
 
 def test_a_full_disk_leaves_no_engine(copy, workshop, monkeypatch):
-    import phreg_deploy.engines as module
+    import phreg_deploy.bundle.plans as module
 
     folder = copy("bundle")
 
     def full(target, data):
         raise PhregError("output: the disk is full")
 
-    monkeypatch.setattr(module, "write_whole", full)
+    monkeypatch.setattr(module, "write_atomic", full)
     build(folder).refused(2, "the disk is full")
     assert engines(folder) == []
 
@@ -578,7 +578,7 @@ ALONE = """
 import json, sys
 for name in sys.argv[1].split(","):
     sys.modules[name] = None
-import phreg_deploy.runtime.cuda as cuda
+import phreg_deploy.runtime.gpu.cuda as cuda
 from tests import double
 from tests.world import invoke
 device = double.Device()

@@ -7,12 +7,12 @@ from onnx import TensorProto, helper
 from torch import nn
 
 from phreg_deploy.artifacts import agreement
+from phreg_deploy.calibration import gptq as rounding
 from phreg_deploy.calibration import ranges as ranges_module
-from phreg_deploy.calibration import rounding
-from phreg_deploy.calibration.census import open_counted
-from phreg_deploy.calibration.linears import find_linears
-from phreg_deploy.calibration.session import open_session
+from phreg_deploy.calibration.kernels import open_counted
 from phreg_deploy.errors import PhregError
+from phreg_deploy.onnx_graph.linears import find_linears
+from phreg_deploy.onnx_graph.session import open_session
 from phreg_deploy.quantisation import Smoothing, quantise_weight
 from tests.eight import features, traced
 from tests.families import FAMILIES, VARIANTS

@@ -7,9 +7,9 @@ import onnx
 import pytest
 from onnx import helper, numpy_helper
 
-from phreg_deploy.calibration.census import count, open_counted
-from phreg_deploy.calibration.session import open_session
+from phreg_deploy.calibration.kernels import count, open_counted
 from phreg_deploy.errors import PhregError
+from phreg_deploy.onnx_graph.session import open_session
 from tests.eight import features, traced
 
 LAYER = "blocks.1.attn.qkv"  # a layer norm feeds it: signed 8 bits

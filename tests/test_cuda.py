@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from phreg_deploy.errors import BackendMissing, PhregError
-from phreg_deploy.runtime.cuda import Cuda, DeviceBuffer, Event, PinnedBuffer, Stream, _load
+from phreg_deploy.runtime.gpu.cuda import Cuda, DeviceBuffer, Event, PinnedBuffer, Stream, _load
 from tests import double
 
 
@@ -125,7 +125,7 @@ def test_a_missing_driver_library_is_said():
 
 def test_the_real_bindings_without_a_driver_are_a_missing_backend():
     pytest.importorskip("cuda.bindings.runtime")
-    from phreg_deploy.runtime.backends import driver_present
+    from phreg_deploy.runtime.gpu.driver import driver_present
 
     if driver_present():
         pytest.skip("there is a driver here")

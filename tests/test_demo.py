@@ -6,13 +6,13 @@ import torch
 
 from phreg_deploy.artifacts import agreement, outlier_mask
 from phreg_deploy.demo.pipeline import MODEL
-from phreg_deploy.demo.probe import Probe, mean_iou, patch_labels
 from phreg_deploy.demo.scenes import CLASSES, make_scene, write_scenes
-from phreg_deploy.distill import taps
-from phreg_deploy.distill.neurons import survey
-from phreg_deploy.distill.source import load_model, model_preprocess
+from phreg_deploy.demo.segmentation_probe import Probe, mean_iou, patch_labels
+from phreg_deploy.distill.register_neurons import survey
 from phreg_deploy.distill.teacher import Teacher
-from phreg_deploy.photographs import read_photographs
+from phreg_deploy.images.photographs import read_photographs
+from phreg_deploy.models import hooks
+from phreg_deploy.models.loading import load_model, model_preprocess
 
 
 def test_a_scene_follows_its_seed():
@@ -38,7 +38,7 @@ def test_the_embedded_model_has_the_artifacts_it_claims(scenes):
     assert (MODEL / "model.safetensors").stat().st_size < 5 * 2**20
     model = load_model(str(MODEL))
     preprocess = model_preprocess(model)
-    found = survey(model, [taps.normalise(scenes.batch(0, 8), preprocess.mean, preprocess.std)])
+    found = survey(model, [hooks.normalise(scenes.batch(0, 8), preprocess.mean, preprocess.std)])
     assert len(found.neurons) >= 1
     assert 0.005 < found.rate < 0.05
     assert max(found.block_largest) > 10

@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 
 from phreg_deploy.errors import PhregError
-from phreg_deploy.runtime.cuda import Cuda
-from phreg_deploy.runtime.device_arrays import CPU, GPU, MANAGED, DeviceArray, as_device, from_capsule, on_gpu
+from phreg_deploy.runtime.gpu.arrays import CPU, GPU, MANAGED, DeviceArray, as_device, from_capsule, on_gpu
+from phreg_deploy.runtime.gpu.cuda import Cuda
 from tests import double
 
 HOST = (CPU, 0)

@@ -6,14 +6,14 @@ import onnx
 import pytest
 
 from phreg_deploy.artifacts import agreement
-from phreg_deploy.calibration.float8 import E4M3, FP8, LARGEST, SOFTMAX_STEP, quantise_fp8, write_fp8
-from phreg_deploy.calibration.linears import Wiring
-from phreg_deploy.calibration.narrowing import narrow
-from phreg_deploy.calibration.parting import part_projections
+from phreg_deploy.calibration.fp8 import E4M3, FP8, LARGEST, SOFTMAX_STEP, quantise_fp8, write_fp8
+from phreg_deploy.calibration.gptq import round_weight
 from phreg_deploy.calibration.ranges import watch
-from phreg_deploy.calibration.rounding import round_weight
-from phreg_deploy.calibration.session import open_session
 from phreg_deploy.errors import PhregError
+from phreg_deploy.onnx_graph.linears import Wiring
+from phreg_deploy.onnx_graph.mixed_precision import narrow
+from phreg_deploy.onnx_graph.session import open_session
+from phreg_deploy.onnx_graph.split_qkv import split_projections
 from phreg_deploy.quantisation import halves
 from tests.eight import features, traced
 
@@ -120,7 +120,7 @@ def test_a_projection_in_parts_gives_the_same_numbers(family, mode):
     whole = here.eight_bits("trt") if mode == "int8" else write_fp8(here.graph, here.linears, largest(here), set())
     before = answers(whole, here.images[0])
     splits = [n for n in by_kind(whole, "Split") if ".attn" in n.name and len(n.output) == 3]
-    parted = part_projections(whole)
+    parted = split_projections(whole)
     onnx.checker.check_model(parted)
     assert not [n for n in by_kind(parted, "Split") if ".attn" in n.name and len(n.output) == 3]
     assert splits
@@ -132,7 +132,7 @@ def test_a_projection_in_parts_gives_the_same_numbers(family, mode):
 def test_a_float_projection_is_left_whole():
     here = traced("augreg")
     before = len(here.graph.graph.node)
-    assert len(part_projections(here.graph).graph.node) == before
+    assert len(split_projections(here.graph).graph.node) == before
 
 
 @pytest.mark.parametrize("mode", ["int8", "fp8"])

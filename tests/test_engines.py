@@ -10,20 +10,21 @@ from pathlib import Path
 
 import pytest
 
-from phreg_deploy.bundle import Bundle, seal
-from phreg_deploy.engines import (
+from phreg_deploy.bundle.bundle import Bundle
+from phreg_deploy.bundle.plans import (
     FOLDER,
+    BuildSettings,
     Key,
-    Settings,
     Shapes,
     find_engine,
     list_engines,
     make_key,
     prefer,
     profiles_of,
-    record,
     write_plan,
+    write_sidecar,
 )
+from phreg_deploy.bundle.writing import write_manifest
 from phreg_deploy.errors import BackendMissing, PhregError
 from phreg_deploy.spec import Batches, Sizes
 from tests.world import leftovers
@@ -33,7 +34,7 @@ pytestmark = pytest.mark.usefixtures("torch")
 
 ORIN = ("Orin", 87, "10.3.0", 12)
 PLAN = bytes(range(256)) * 400
-KEY = Key("ab" * 32, "fp16", "0123456789abcdef", "Orin", 87, "10.3.0", 12, "linux-aarch64", Settings().to_json())
+KEY = Key("ab" * 32, "fp16", "0123456789abcdef", "Orin", 87, "10.3.0", 12, "linux-aarch64", BuildSettings().to_json())
 
 
 @pytest.fixture
@@ -43,7 +44,9 @@ def fresh(world) -> Bundle:
 
 
 def put(bundle, gpu=ORIN, plan=PLAN, **settings):
-    return record(bundle, write_plan(bundle, make_key(bundle, *gpu, Settings(**settings)), plan), {"seconds": 1.5})
+    return write_sidecar(
+        bundle, write_plan(bundle, make_key(bundle, *gpu, BuildSettings(**settings)), plan), {"seconds": 1.5}
+    )
 
 
 def alter(engine, **changes):
@@ -63,8 +66,8 @@ def refusal(bundle, gpu=ORIN) -> str:
 
 @pytest.mark.parametrize("changes", [
     {"graph": "ab" * 31 + "cd"}, {"precision": "int8"}, {"profiles": "f" * 16}, {"gpu": "Nano"}, {"architecture": 86},
-    {"tensorrt": "10.3.1"}, {"cuda": 13}, {"system": "linux-x86_64"}, {"settings": Settings(tf32=True).to_json()},
-    {"settings": Settings(effort=4).to_json()}, {"settings": Settings(compatibility="version").to_json()},
+    {"tensorrt": "10.3.1"}, {"cuda": 13}, {"system": "linux-x86_64"}, {"settings": BuildSettings(tf32=True).to_json()},
+    {"settings": BuildSettings(effort=4).to_json()}, {"settings": BuildSettings(compatibility="version").to_json()},
 ], ids=str)  # fmt: skip
 def test_every_fact_is_in_the_name(changes):
     other = dataclasses.replace(KEY, **changes)
@@ -89,7 +92,7 @@ def test_names_are_safe_for_files(fresh, gpu):
 @pytest.mark.parametrize(("name", "value"), [("compatibility", "all"), ("effort", 6), ("effort", -1)])
 def test_settings_that_are_none(name, value):
     with pytest.raises(PhregError, match=rf"{name}: got '?{value}'?, expected"):
-        Settings(**{name: value})
+        BuildSettings(**{name: value})
 
 
 def test_what_is_stored_is_found(fresh):
@@ -328,10 +331,10 @@ def test_a_shape_of_another_rank_or_name_is_not_held(fresh, shapes):
 
 
 def test_profiles_are_in_the_key(fresh):
-    keys = [make_key(fresh, *ORIN, Settings())]
+    keys = [make_key(fresh, *ORIN, BuildSettings())]
     for change in ({"batches": Batches(1, 1, 2)}, {"batches": Batches(1, 2, 2)}, {"sizes": Sizes.parse("72", (8, 8))}):
         other = dataclasses.replace(fresh, manifest=dataclasses.replace(fresh.manifest, **change))
-        keys.append(make_key(other, *ORIN, Settings()))
+        keys.append(make_key(other, *ORIN, BuildSettings()))
     assert len({key.profiles for key in keys}) == len({key.name for key in keys}) == 4
 
 
@@ -347,7 +350,7 @@ def test_engines_are_no_part_of_the_bundles_files(fresh):
 def test_sealing_a_folder_that_holds_engines(fresh):
     put(fresh)
     (fresh.folder / "manifest.json").unlink()
-    seal(fresh.folder, fresh.manifest)
+    write_manifest(fresh.folder, fresh.manifest)
     again = Bundle.read(fresh.folder)
     again.verify()
     assert again.manifest.files == fresh.manifest.files

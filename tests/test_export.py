@@ -5,13 +5,13 @@ import pytest
 import torch
 
 from phreg_deploy.artifacts import agreement
-from phreg_deploy.calibration.narrowing import narrow
-from phreg_deploy.distill import taps
-from phreg_deploy.distill.source import model_preprocess
-from phreg_deploy.distill.student import add_registers
+from phreg_deploy.export.dense_vit import DenseViT
 from phreg_deploy.export.folding import patch_positions
-from phreg_deploy.export.graph import DenseViT
 from phreg_deploy.export.trace import OPSET, trace
+from phreg_deploy.models import hooks
+from phreg_deploy.models.loading import model_preprocess
+from phreg_deploy.models.registers import add_registers
+from phreg_deploy.onnx_graph.mixed_precision import narrow
 from phreg_deploy.runtime.positions import resample
 from phreg_deploy.spec import Batches, Sizes
 from tests.families import FAMILIES, small
@@ -42,7 +42,7 @@ def served(model, images, *, sizes=None, batch="1", precision="fp32", keep=()):
     if tuple(sized.patch_embed.img_size) != tuple(images.shape[1:3]):
         sized.set_input_size(img_size=tuple(images.shape[1:3]))
     with torch.no_grad():
-        seen = taps.forward(sized, taps.normalise(images, preprocess.mean, preprocess.std))
+        seen = hooks.forward(sized, hooks.normalise(images, preprocess.mean, preprocess.std))
     return got, seen, proto
 
 

@@ -11,13 +11,14 @@ import torch
 from torch import nn
 
 from phreg_deploy.artifacts import agreement
-from phreg_deploy.calibration.session import open_session
-from phreg_deploy.distill import taps, training
+from phreg_deploy.distill import training
 from phreg_deploy.distill.distillation import Request, distill
 from phreg_deploy.distill.fake_quantisation import observe, quantised, quantised_layers
-from phreg_deploy.distill.source import load_model
-from phreg_deploy.distill.weights import weights_digest
 from phreg_deploy.errors import PhregError
+from phreg_deploy.models import hooks
+from phreg_deploy.models.loading import load_model
+from phreg_deploy.models.weights import weights_digest
+from phreg_deploy.onnx_graph.session import open_session
 from phreg_deploy.quantisation import Grid, Smoothing, quantise_weight
 from tests.eight import features, traced
 from tests.families import FAMILIES, VARIANTS, small
@@ -31,7 +32,7 @@ FUSED = [family for family in (*FAMILIES, *VARIANTS) if family not in SEPARATE]
 def run(model, batches):
     """Patch features ``(M, N, C)``."""
     with torch.no_grad():
-        return np.concatenate([taps.forward(model, batch).patches.numpy() for batch in batches])
+        return np.concatenate([hooks.forward(model, batch).patches.numpy() for batch in batches])
 
 
 @pytest.mark.parametrize("family", FUSED)
@@ -109,7 +110,7 @@ def test_every_weight_learns_through_eight_bits():
     for grids in ({}, observe(model, here.batches, Smoothing())):
         model.zero_grad()
         with quantised(model, grids):
-            seen = taps.forward(model, here.batches[0])
+            seen = hooks.forward(model, here.batches[0])
         (seen.patches.square().mean() + seen.norms.mean()).backward()
         gradients.append({name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None})
     straight, through = gradients
@@ -227,7 +228,7 @@ def test_the_command_shows_eight_bits_beside_the_student(aware, run_cli, tmp_pat
 
 
 def test_eva_is_refused_before_any_target_is_computed(run_cli, photos, tmp_path):
-    from phreg_deploy.distill.checkpoint import write_student
+    from phreg_deploy.models.checkpoint import write_student
 
     (tmp_path / "eva").mkdir()
     write_student(small("eva02", depth=1), {"scores": {}}, tmp_path / "eva")

@@ -5,15 +5,15 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from phreg_deploy.bundle import Bundle
-from phreg_deploy.distill.checkpoint import write_student
-from phreg_deploy.distill.student import add_registers
+from phreg_deploy.bundle.bundle import Bundle
 from phreg_deploy.errors import BackendMissing, PhregError
 from phreg_deploy.export.exporter import ExportRequest, export_bundle
+from phreg_deploy.models.checkpoint import write_student
+from phreg_deploy.models.registers import add_registers
+from phreg_deploy.profiling.latency import profile_bundle, summarise
 from phreg_deploy.progress import SILENT
 from phreg_deploy.runtime import FeatureExtractor
-from phreg_deploy.runtime.latency import profile_bundle, summarise
-from phreg_deploy.runtime.parity import check_reference, judge
+from phreg_deploy.runtime.parity import missed_gates, run_exam
 from tests.families import plant, small
 
 
@@ -33,9 +33,9 @@ def bundles(tmp_path_factory):
 @pytest.mark.parametrize("name", ["fixed", "range", "list"])
 def test_a_bundle_passes_its_own_exam(bundles, name):
     with FeatureExtractor.load(bundles / name) as extractor:
-        cases = check_reference(extractor)
+        cases = run_exam(extractor.bundle, extractor.run)
         assert len(cases) == {"fixed": 1, "range": 3, "list": 2}[name]
-        assert all(judge(case["parity"], extractor.manifest.precision) == [] for case in cases)
+        assert all(missed_gates(case.parity, extractor.manifest.precision) == [] for case in cases)
 
 
 def test_images_of_every_kind_give_the_same_features(bundles, tmp_path):
@@ -176,6 +176,6 @@ def test_a_drifting_machine_is_called_unstable():
 
 @pytest.mark.parametrize("backend", ["auto", "onnxruntime-cpu"])
 def test_a_gpu_that_is_asked_for_is_not_silently_a_processor(bundles, monkeypatch, backend):
-    monkeypatch.setattr("phreg_deploy.runtime.backends.driver_present", lambda: False)
+    monkeypatch.setattr("phreg_deploy.runtime.backends.registry.driver_present", lambda: False)
     with pytest.raises(PhregError, match=r"got GPU 3, but .* runs on the processor"):
         FeatureExtractor.load(bundles / "fixed", backend, device=3)

@@ -6,15 +6,15 @@ import timm
 import torch
 from torch import nn
 
-from phreg_deploy.distill import taps
-from phreg_deploy.distill.checkpoint import write_student
 from phreg_deploy.distill.distillation import Request, distill
-from phreg_deploy.distill.measure import read_features
-from phreg_deploy.distill.source import load_model, model_preprocess
-from phreg_deploy.distill.student import add_registers
+from phreg_deploy.distill.evaluation import read_features
 from phreg_deploy.distill.teacher import Teacher
-from phreg_deploy.export.graph import DenseViT
-from phreg_deploy.photographs import read_photographs
+from phreg_deploy.export.dense_vit import DenseViT
+from phreg_deploy.images.photographs import read_photographs
+from phreg_deploy.models import hooks
+from phreg_deploy.models.checkpoint import write_student
+from phreg_deploy.models.loading import load_model, model_preprocess
+from phreg_deploy.models.registers import add_registers
 from tests.families import small
 
 POOLED = ["eva", "eva02", "eva02-base", "mae"]  # families of tests/families.py with fc_norm alone
@@ -45,7 +45,7 @@ def cases(photos):
 def test_a_pooled_models_final_norm_is_fc_norm(name):
     with torch.device("meta"):
         model = timm.create_model(name, depth=1)
-    assert taps.final_norm(model) is model.fc_norm
+    assert hooks.final_norm(model) is model.fc_norm
     assert isinstance(model.fc_norm, nn.LayerNorm)
 
 
@@ -53,7 +53,7 @@ def test_a_pooled_models_final_norm_is_fc_norm(name):
 def test_other_models_keep_the_norm_on_their_tokens(name):
     with torch.device("meta"):
         model = timm.create_model(name, depth=1)
-    assert taps.final_norm(model) is model.norm
+    assert hooks.final_norm(model) is model.norm
     assert isinstance(model.norm, nn.LayerNorm)
 
 
@@ -63,7 +63,7 @@ def test_teacher_student_and_graph_apply_it_to_every_token(family, cases):
     model = small(family)
     photographs, preprocess = cases(model)
     pixels = photographs.batch(0, 3)
-    images = taps.normalise(pixels, preprocess.mean, preprocess.std)
+    images = hooks.normalise(pixels, preprocess.mean, preprocess.std)
     prefix = model.num_prefix_tokens
     with torch.no_grad():
         raw = model.forward_features(images)
@@ -75,7 +75,7 @@ def test_teacher_student_and_graph_apply_it_to_every_token(family, cases):
         features, *_, norms = DenseViT(model, preprocess)(torch.from_numpy(pixels))
         np.testing.assert_allclose(features.reshape(wanted.shape).numpy(), wanted, atol=1e-4)
         np.testing.assert_allclose(norms.flatten(1).numpy(), raw[:, prefix:].norm(dim=-1).numpy(), rtol=1e-4)
-        student = taps.forward(add_registers(model, 0), images).patches.numpy()
+        student = hooks.forward(add_registers(model, 0), images).patches.numpy()
         np.testing.assert_allclose(student, wanted, atol=1e-4)
 
 
@@ -85,7 +85,7 @@ def test_the_head_still_gets_what_timm_gives_it(family, cases):
     model = small(family)
     photographs, preprocess = cases(model)
     with torch.no_grad():
-        wanted = model(taps.normalise(photographs.batch(0, 3), preprocess.mean, preprocess.std)).numpy()
+        wanted = model(hooks.normalise(photographs.batch(0, 3), preprocess.mean, preprocess.std)).numpy()
     np.testing.assert_allclose(read_features(model, photographs, preprocess)["logits"], wanted, atol=1e-5)
 
 

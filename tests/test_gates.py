@@ -6,8 +6,8 @@ import sys
 import numpy as np
 import pytest
 
-from phreg_deploy.bundle import Bundle
-from phreg_deploy.gates import GATES
+from phreg_deploy.bundle.bundle import Bundle
+from phreg_deploy.bundle.gates import GATES
 
 pytestmark = pytest.mark.usefixtures("torch", "traced_once")
 
@@ -70,16 +70,16 @@ def test_a_bundle_of_another_model_misses_its_gates(world, run_cli):
 
 
 def test_values_that_are_not_numbers_miss_every_gate():
-    from phreg_deploy.runtime.parity import compare_runs, gates_of, judge
+    from phreg_deploy.runtime.parity import compare_runs, gates_of, missed_gates
 
     rng = np.random.default_rng(0)
     run = {"features": rng.normal(size=(1, 4, 4, 8)), "token_norm": np.ones((1, 4, 4))}
-    assert judge(compare_runs(run, run), "fp32") == []
+    assert missed_gates(compare_runs(run, run), "fp32") == []
     bad = {**run, "features": run["features"].copy()}
     bad["features"][0, 1, 1, 3] = np.nan
     parity = compare_runs(bad, run)
     assert parity.bad_values == 1
-    assert judge(parity, "int8")[0].split(",")[0] == "1 NaN or infinite values"
+    assert missed_gates(parity, "int8")[0].split(",")[0] == "1 NaN or infinite values"
     gates = gates_of(parity, "int8")
     assert len(gates) == len(GATES["int8"]), "all but that on the class token, which this run has none of"
     assert not any(gate.passed for gate in gates)
@@ -88,7 +88,7 @@ def test_values_that_are_not_numbers_miss_every_gate():
 def test_a_bundle_that_nothing_here_can_run_is_written_and_said_to_be_unchecked(world, run_cli, monkeypatch):
     """BF16 where there is neither OpenVINO nor a GPU: no failure, and no silence."""
     monkeypatch.setitem(sys.modules, "openvino", None)
-    monkeypatch.setattr("phreg_deploy.runtime.backends.driver_present", lambda: False)
+    monkeypatch.setattr("phreg_deploy.runtime.backends.registry.driver_present", lambda: False)
     done = run_cli("export", world.student, "-o", world.out, "--precision", "bf16", "--json")
     assert done.code == 0, done.err[-500:]
     assert "no bfloat16 on the processor" in done.document["check"]["skipped"]

@@ -11,13 +11,14 @@ import numpy as np
 import onnxruntime
 import pytest
 
-from phreg_deploy.bundle import Bundle
-from phreg_deploy.engines import profiles_of
+from phreg_deploy.bundle.bundle import Bundle
+from phreg_deploy.bundle.plans import profiles_of
 from phreg_deploy.errors import BackendMissing, PhregError
-from phreg_deploy.export.engine import BuildRequest, build_engine
-from phreg_deploy.runtime import FeatureExtractor, backends
-from phreg_deploy.runtime.ort_backend import HEAVY, OrtBackend, _check_assignment, settings
-from phreg_deploy.runtime.tuning import Tuning
+from phreg_deploy.export.engine.build import BuildRequest, build_engine
+from phreg_deploy.runtime import FeatureExtractor
+from phreg_deploy.runtime.backends import registry as backends
+from phreg_deploy.runtime.backends.onnxruntime_backend import HEAVY, OrtBackend, _check_assignment, settings
+from phreg_deploy.runtime.options import BackendOptions
 from tests import double
 from tests.world import invoke
 
@@ -208,7 +209,7 @@ def test_a_graph_that_cannot_be_loaded_is_refused(copy, library, monkeypatch):
 )
 def test_what_a_provider_has_no_kernels_for_is_refused(bundle, library, precision, name, words):
     with pytest.raises(PhregError, match=words):
-        OrtBackend(as_if(bundle, precision), name, Tuning())
+        OrtBackend(as_if(bundle, precision), name, BackendOptions())
     assert library.sessions == []
 
 
@@ -226,10 +227,10 @@ def test_what_is_computed_in_is_said_and_nothing_else_taken(copy, library, preci
         library.InferenceSession = lambda path, options, providers: onnxruntime.InferenceSession(
             path, options, providers=providers
         )
-    assert OrtBackend(as_if(folder, precision), name, Tuning(compute="auto")).compute == compute
+    assert OrtBackend(as_if(folder, precision), name, BackendOptions(compute="auto")).compute == compute
     other = "bf16" if compute == "fp32" else "fp32"
     with pytest.raises(PhregError, match=f"got {other}, but {name} computes in what the graph says, {compute}"):
-        OrtBackend(as_if(folder, precision), name, Tuning(compute=other))
+        OrtBackend(as_if(folder, precision), name, BackendOptions(compute=other))
 
 
 # Settings
@@ -442,7 +443,7 @@ def test_auto_takes_the_gpu_where_it_is_the_fastest(copy, driver, device, monkey
     double.install(monkeypatch, device, workshop)
     folder = copy("bundle")
     build_engine(BuildRequest(folder))
-    choice = importlib.import_module("phreg_deploy.runtime.choice")
+    choice = importlib.import_module("phreg_deploy.runtime.auto")
     times = {"tensorrt": 1.0}
 
     def measure(bundle, candidate, case, rivals):

@@ -8,8 +8,9 @@ from pathlib import Path
 
 import pytest
 
-from phreg_deploy.runtime.gpu_diagnosis import NEEDLESS, PARTS, TENSORRT_LIBRARIES, find_gpu_parts
-from phreg_deploy.runtime.surroundings import Jetson, Surroundings, attempt, needed_libraries, read_jetson
+from phreg_deploy.doctor.gpu import NEEDLESS, PARTS, TENSORRT_LIBRARIES, find_gpu_parts
+from phreg_deploy.doctor.system import Jetson, System, attempt, read_jetson
+from phreg_deploy.runtime.gpu.libraries import needed_libraries
 from phreg_deploy.spec import Stored
 
 NONE = "no libnvinfer_builder_resource"
@@ -64,7 +65,7 @@ class Computer:
         return "Error" not in said, said
 
     def findings(self):
-        around = Surroundings(
+        around = System(
             self.root, self.library, self.packages.get, self.attempt, (self.site,), path="", processor=self.processor
         )
         return {f.part: f for f in find_gpu_parts(around)}
@@ -325,7 +326,7 @@ def test_nothing_raises(tmp_path):
     def raising(*_):
         raise RuntimeError("anything")
 
-    around = Surroundings(tmp_path, raising, raising, raising, (tmp_path,))
+    around = System(tmp_path, raising, raising, raising, (tmp_path,))
     assert [f.usable for f in find_gpu_parts(around)] == [False] * 6
 
 

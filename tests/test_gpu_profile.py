@@ -9,10 +9,10 @@ import numpy as np
 import pytest
 
 from phreg_deploy.errors import PhregError
+from phreg_deploy.profiling import gpu
+from phreg_deploy.profiling import roofline as roof
+from phreg_deploy.profiling.roofline import Peaks, count_parts, place_layer
 from phreg_deploy.progress import SILENT
-from phreg_deploy.runtime import gpu_profile as gpu
-from phreg_deploy.runtime import roofline as roof
-from phreg_deploy.runtime.roofline import Peaks, count_parts, place_layer
 from phreg_deploy.spec import Batches, ModelSpec, Sizes
 
 BASE = ModelSpec("vit_base_patch16_224", "vit", (16, 16), (14, 14), 768, 12, 12, True, 0, 86_000_000)

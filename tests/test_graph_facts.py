@@ -2,8 +2,8 @@
 
 import pytest
 
-from phreg_deploy.bundle import portrait
-from phreg_deploy.graph_facts import MOST_BYTES, read_metadata
+from phreg_deploy.bundle.onnx_metadata import MOST_BYTES, read_metadata
+from phreg_deploy.bundle.writing import onnx_metadata
 
 onnx = pytest.importorskip("onnx")
 
@@ -17,13 +17,13 @@ def model(pairs, **fields):
 
 
 def test_of_a_bundle(bundle, wide_bundle):
-    from phreg_deploy.bundle import Bundle
+    from phreg_deploy.bundle.bundle import Bundle
 
     for folder in (bundle, wide_bundle):
         loaded = onnx.load(folder / "model.onnx")
         found = read_metadata(folder / "model.onnx")
         assert found == {entry.key: entry.value for entry in loaded.metadata_props}
-        assert found == portrait(Bundle.read(folder).manifest)
+        assert found == onnx_metadata(Bundle.read(folder).manifest)
 
 
 @pytest.mark.parametrize(

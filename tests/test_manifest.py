@@ -13,7 +13,8 @@ import zipfile
 import numpy as np
 import pytest
 
-from phreg_deploy.bundle import Bundle, write_npz
+from phreg_deploy.bundle.bundle import Bundle
+from phreg_deploy.bundle.writing import write_npz
 from phreg_deploy.errors import PhregError
 from phreg_deploy.runtime import FeatureExtractor
 from tests.test_bad_bundles import graph, rehashed, rewritten

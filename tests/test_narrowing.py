@@ -10,11 +10,11 @@ import torch
 from onnx import TensorProto, helper, numpy_helper
 
 from phreg_deploy.artifacts import agreement
-from phreg_deploy.calibration.narrowing import LIMITS, ROOM, float_tensors, islands, narrow
-from phreg_deploy.distill.source import model_preprocess
 from phreg_deploy.errors import PhregError
-from phreg_deploy.export.graph import DenseViT
+from phreg_deploy.export.dense_vit import DenseViT
 from phreg_deploy.export.trace import trace
+from phreg_deploy.models.loading import model_preprocess
+from phreg_deploy.onnx_graph.mixed_precision import LIMITS, ROOM, float_tensors, islands, narrow
 from phreg_deploy.spec import Batches, Sizes
 from tests.families import small
 

@@ -7,10 +7,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from phreg_deploy.bundle import Bundle
+from phreg_deploy.bundle.bundle import Bundle
 from phreg_deploy.errors import BackendMissing, PhregError
 from phreg_deploy.runtime import FeatureExtractor
-from phreg_deploy.runtime.parity import check_reference, judge, worst
+from phreg_deploy.runtime.parity import missed_gates, run_exam, worst
 from tests.world import invoke
 
 pytestmark = pytest.mark.gpu
@@ -23,7 +23,7 @@ SLACK = 8 << 20  # bytes by which free memory may move: other processes, and the
 @pytest.fixture(scope="session")
 def gpu():
     """The device; skips where there is none."""
-    from phreg_deploy.runtime.cuda import Cuda
+    from phreg_deploy.runtime.gpu.cuda import Cuda
 
     try:
         return Cuda()
@@ -33,7 +33,7 @@ def gpu():
 
 @pytest.fixture(scope="session")
 def trt(gpu):
-    from phreg_deploy.runtime.tensorrt_library import load_tensorrt
+    from phreg_deploy.runtime.gpu.trt_library import load_tensorrt
 
     try:
         return load_tensorrt()
@@ -101,14 +101,14 @@ def test_every_precision_is_built_and_passes_its_gate(made, precision):
     target = made(precision)
     assert made.said(precision)["missed"] == []
     with FeatureExtractor.load(target, "tensorrt") as extractor:
-        parity = worst([case["parity"] for case in check_reference(extractor)])
-        assert judge(parity, precision, exam=True) == []
+        parity = worst([case.parity for case in run_exam(extractor.bundle, extractor.run)])
+        assert missed_gates(parity, precision, exam=True) == []
 
 
 def test_every_size_and_batch_passes_the_gate(made):
     with FeatureExtractor.load(made("fp32", "wide"), "tensorrt") as extractor:
-        for case in check_reference(extractor):
-            assert judge(case["parity"], "fp32") == []
+        for case in run_exam(extractor.bundle, extractor.run):
+            assert missed_gates(case.parity, "fp32") == []
         with FeatureExtractor.load(extractor.bundle.folder, "onnxruntime-cpu") as other:
             for seed, (batch, size) in enumerate([(1, (48, 96)), (4, (96, 48)), (3, (80, 56))]):
                 image = frames(seed, batch, size)
@@ -124,7 +124,7 @@ def test_every_attention_is_fused(made, precision):
 
 @pytest.mark.parametrize("precision", ["int8", "fp8"])
 def test_every_linear_layer_that_is_meant_to_runs_in_eight_bits(made, precision):
-    from phreg_deploy.export.engine import eight_bit_layers
+    from phreg_deploy.export.engine.build import eight_bit_layers
 
     target = made(precision)
     assert set(eight_bit_layers(Bundle.read(target))) <= set(made.said(precision)["census"]["eight_bit"])
@@ -225,7 +225,7 @@ def test_closing_gives_the_memory_back(made, gpu):
 @pytest.mark.parametrize("graph", [False, True])
 def test_the_parts_of_an_inference_are_all_of_it(made, graph):
     """Against one pair of events around the same work: the marks between the parts cost next to nothing."""
-    from phreg_deploy.runtime.cuda import Event
+    from phreg_deploy.runtime.gpu.cuda import Event
 
     with FeatureExtractor.load(made("fp16"), "tensorrt") as extractor:
         plan, feed = extractor.opened, extractor.feed(frames())
@@ -357,8 +357,8 @@ def test_onnxruntime_on_cuda_passes_the_gate(made, gpu, torch_cuda, precision):
     if "CUDAExecutionProvider" not in onnxruntime.get_available_providers():
         pytest.skip("this ONNX Runtime is the one for the processor")
     with FeatureExtractor.load(made(precision), "onnxruntime-cuda") as extractor:
-        parity = worst([case["parity"] for case in check_reference(extractor)])
-        assert judge(parity, precision, exam=True) == []
+        parity = worst([case.parity for case in run_exam(extractor.bundle, extractor.run)])
+        assert missed_gates(parity, precision, exam=True) == []
         wanted = extractor.run(frames(1))
         got = extractor.run(torch_cuda.from_numpy(frames(1)).cuda())
         close({name: value.numpy() for name, value in got.items()}, wanted)
@@ -375,7 +375,7 @@ def test_the_doctor_sees_what_there_is(made, gpu):
 
 
 def test_bisect_finds_nothing_in_an_engine_that_is_well(made):
-    from phreg_deploy.runtime.tuning import Tuning
+    from phreg_deploy.runtime.options import BackendOptions
     from phreg_deploy.verify.bisection import bisect
 
-    assert bisect(Bundle.read(made("fp16")), "tensorrt", Tuning())["first"] is None
+    assert bisect(Bundle.read(made("fp16")), "tensorrt", BackendOptions())["first"] is None

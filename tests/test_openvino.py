@@ -7,14 +7,14 @@ import threading
 import numpy as np
 import pytest
 
-from phreg_deploy.bundle import Bundle
+from phreg_deploy.bundle.bundle import Bundle
 from phreg_deploy.errors import BackendMissing, PhregError
 from phreg_deploy.runtime import FeatureExtractor
-from phreg_deploy.runtime.backends import BACKENDS, GPU, open_backend
-from phreg_deploy.runtime.choice import choose
-from phreg_deploy.runtime.openvino_exact import saturates
-from phreg_deploy.runtime.parity import check_reference, compare_runs, judge
-from phreg_deploy.runtime.tuning import Tuning
+from phreg_deploy.runtime.auto import choose
+from phreg_deploy.runtime.backends.openvino_exact import saturates
+from phreg_deploy.runtime.backends.registry import BACKENDS, GPU, open_backend
+from phreg_deploy.runtime.options import BackendOptions
+from phreg_deploy.runtime.parity import compare_runs, missed_gates, run_exam
 
 openvino = pytest.importorskip("openvino")
 pytestmark = pytest.mark.usefixtures("torch")
@@ -24,11 +24,11 @@ PROCESSOR = [name for name in BACKENDS if name not in GPU]
 @pytest.fixture(autouse=True)
 def _no_gpu(monkeypatch):
     """What "auto" makes of a GPU is another file's subject."""
-    monkeypatch.setattr("phreg_deploy.runtime.backends.driver_present", lambda: False)
+    monkeypatch.setattr("phreg_deploy.runtime.backends.registry.driver_present", lambda: False)
 
 
-choice = importlib.import_module("phreg_deploy.runtime.choice")
-backend_module = importlib.import_module("phreg_deploy.runtime.openvino_backend")
+choice = importlib.import_module("phreg_deploy.runtime.auto")
+backend_module = importlib.import_module("phreg_deploy.runtime.backends.openvino_backend")
 BF16 = "BF16" in openvino.Core().get_property("CPU", "OPTIMIZATION_CAPABILITIES")
 exact_kernels = pytest.mark.skipif(
     saturates(), reason="OpenVINO's 8-bit kernels saturate on this processor: test_saturation.py"
@@ -53,7 +53,7 @@ def test_float32_is_what_onnx_runtime_computes(bundle):
     with load(bundle) as extractor, load(bundle, "onnxruntime-cpu") as other:
         assert (extractor.backend, extractor.compute, extractor.precision) == ("openvino", "fp32", "fp32")
         parity = compare_runs(extractor.run(images()), other.run(images()))
-    assert judge(parity, "fp32") == []
+    assert missed_gates(parity, "fp32") == []
     assert parity.relative_l2 < 1e-4
     assert parity.cls_cosine > 0.99999
 
@@ -66,7 +66,7 @@ def test_sizes_and_batches_change_from_call_to_call(request, which, batch, size)
         for _ in range(2):
             extractor.run(images(1, (56, 88)))
             parity = compare_runs(extractor.run(images(batch, size)), other.run(images(batch, size)))
-            assert judge(parity, extractor.precision, exam=True) == []
+            assert missed_gates(parity, extractor.precision, exam=True) == []
 
 
 @needs_bf16
@@ -74,9 +74,9 @@ def test_sizes_and_batches_change_from_call_to_call(request, which, batch, size)
 def test_bfloat16_is_held_to_its_own_gates(request, which, precision):
     with load(request.getfixturevalue(which), compute="bf16") as extractor:
         assert (extractor.compute, extractor.precision) == ("bf16", precision)
-        (case,) = check_reference(extractor)
-    assert judge(case["parity"], precision, exam=True) == []
-    assert case["parity"].relative_l2 > 1e-4, "it really is bfloat16"
+        (case,) = run_exam(extractor.bundle, extractor.run)
+    assert missed_gates(case.parity, precision, exam=True) == []
+    assert case.parity.relative_l2 > 1e-4, "it really is bfloat16"
 
 
 @needs_bf16
@@ -100,11 +100,11 @@ def test_bfloat16_where_the_processor_has_none(bundle, run_cli, monkeypatch):
 @pytest.mark.parametrize("compute", ["fp32", pytest.param("bf16", marks=needs_bf16)])
 def test_every_eight_bit_layer_is_counted(bundle, eight, compute):
     names = {f"blocks.{i}.{part}" for i in range(3) for part in ("attn.qkv", "attn.proj", "mlp.fc1", "mlp.fc2")}
-    opened = open_backend(Bundle.read(eight), "openvino", Tuning(1, compute))
+    opened = open_backend(Bundle.read(eight), "openvino", BackendOptions(1, compute))
     assert opened.integer_layers == names
     assert backend_module.census(opened._model) == (names, set())
     opened.close()
-    assert open_backend(Bundle.read(bundle), "openvino", Tuning(1)).integer_layers == set()
+    assert open_backend(Bundle.read(bundle), "openvino", BackendOptions(1)).integer_layers == set()
 
 
 @exact_kernels
@@ -126,7 +126,7 @@ def test_layers_that_were_left_in_float_may_be(bundle, photos, tmp_path):
     request = CalibrationRequest(bundle, photos, cosine_p1=0.999999, float_macs=0.06, smoothing=Smoothing())
     kept = calibrate(request, tmp_path / "eight", force=True)["float_layers"]
     assert kept
-    opened = open_backend(Bundle.read(tmp_path / "eight"), "openvino", Tuning(1, "fp32"))
+    opened = open_backend(Bundle.read(tmp_path / "eight"), "openvino", BackendOptions(1, "fp32"))
     assert backend_module.census(opened._model)[1] == set(kept)
     assert len(opened.integer_layers) == 12 - len(kept)
 
@@ -167,7 +167,7 @@ def test_results_outlive_the_next_call(bundle):
 @pytest.mark.parametrize("threads", [1, 2])
 def test_threads_and_mode_reach_the_runtime(bundle, threads):
     for mode in ("latency", "throughput"):
-        opened = open_backend(Bundle.read(bundle), "openvino", Tuning(threads, "fp32", mode))
+        opened = open_backend(Bundle.read(bundle), "openvino", BackendOptions(threads, "fp32", mode))
         assert opened._model.get_property("INFERENCE_NUM_THREADS") == threads
         assert str(opened._model.get_property("PERFORMANCE_HINT")).rsplit(".", 1)[-1] == mode.upper()
 
@@ -249,7 +249,7 @@ def test_auto_takes_the_faster_one_and_closes_the_other(bundle, monkeypatch, fas
         )
         monkeypatch.setattr(kind, "close", lambda self, name=name: closed.append(name))
     monkeypatch.setattr(choice, "_measure", lambda _bundle, candidate, *_: 1.0 if candidate.name == fastest else 2.0)
-    opened, reason = choose(Bundle.read(bundle), Tuning(1))
+    opened, reason = choose(Bundle.read(bundle), BackendOptions(1))
     assert opened.name == fastest
     assert reason.startswith(f"{fastest}: ")
     assert closed == [name for name in PROCESSOR if name != fastest]
@@ -269,7 +269,7 @@ def spoiled(monkeypatch, *names):
 @pytest.mark.parametrize("bad", PROCESSOR)
 def test_auto_skips_a_backend_that_fails_the_exam(bundle, monkeypatch, bad):
     spoiled(monkeypatch, bad)
-    opened, reason = choose(Bundle.read(bundle), Tuning(1))
+    opened, reason = choose(Bundle.read(bundle), BackendOptions(1))
     assert opened.name == next(name for name in PROCESSOR if name != bad)
     assert f"{bad} fails the exam (1st-percentile patch cosine" in reason
     assert " ms" not in reason, "the only one left is not timed"

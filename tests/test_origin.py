@@ -4,9 +4,9 @@ import json
 
 import pytest
 
-from phreg_deploy.bundle import Bundle
-from phreg_deploy.cli import look
-from phreg_deploy.record import read_record
+from phreg_deploy.bundle.bundle import Bundle
+from phreg_deploy.cli.commands import inspect
+from phreg_deploy.student_record import read_record
 
 pytestmark = pytest.mark.usefixtures("torch", "traced_once")
 TINY = "vit_tiny_patch16_224.augreg_in21k_ft_in1k"
@@ -14,7 +14,7 @@ STATED = {"model": TINY, "license": "apache-2.0", "hf_hub_id": f"timm/{TINY}"}
 
 
 def origin(*arguments):
-    from phreg_deploy.distill.origin import find_origin
+    from phreg_deploy.models.origin import find_origin
 
     return find_origin(*arguments)
 
@@ -83,7 +83,7 @@ def test_inspect_shows_licence_and_origin(world, run_cli):
 
 
 def test_a_source_from_before_licences_were_kept_is_shown():
-    rows = dict(look._origin({"model": "student", "weights_sha256": "ab" * 32, "distilled": "transplant"}))
+    rows = dict(inspect._origin({"model": "student", "weights_sha256": "ab" * 32, "distilled": "transplant"}))
     assert rows["base model"].startswith("student, weights abab")
     assert rows["license of its weights"] == "not recorded"
 

@@ -105,7 +105,7 @@ def test_force_never_replaces_what_the_command_reads(world, run_cli, command):
 STAGES = {  # id: (command, options, patched holder and name, how it fails)
     "cache": ("distill", ["--cache", "CACHE"], (np, "savez"), OSError),
     "state": ("distill", [], ("torch", "save"), RuntimeError),
-    "student": ("distill", ["--epochs", "0"], ("phreg_deploy.distill.checkpoint", "save_for_hf"), OSError),
+    "student": ("distill", ["--epochs", "0"], ("phreg_deploy.models.checkpoint", "save_for_hf"), OSError),
     "graph": ("export", [], (Path, "write_bytes"), OSError),
     "manifest": ("export", [], (Path, "write_text"), OSError),
     "features": ("extract", [], (np, "save"), OSError),
@@ -162,7 +162,7 @@ def test_a_page_or_picture_that_cannot_be_written_keeps_the_old_one(world, run_c
 def test_an_interrupted_distillation_is_resumed_or_started_over(world, run_cli, monkeypatch):
     asked = WRITERS["distill"](world, world.out, "--json")
     with monkeypatch.context() as patch:
-        refuse(patch, importlib.import_module("phreg_deploy.distill.checkpoint"), "save_for_hf")
+        refuse(patch, importlib.import_module("phreg_deploy.models.checkpoint"), "save_for_hf")
         run_cli(*asked).refused(2, "disk is full")
     run_cli(*asked).refused(2, "interrupted run", "--resume", "--force")
     run_cli(*asked, "--resume", "--seed", "1").refused(2, "other settings", "seed")
@@ -176,7 +176,7 @@ def test_an_interrupted_distillation_is_resumed_or_started_over(world, run_cli, 
 def test_a_damaged_interrupted_run_is_refused(world, run_cli, monkeypatch, name):
     asked = WRITERS["distill"](world, world.out, "--json")
     with monkeypatch.context() as patch:
-        refuse(patch, importlib.import_module("phreg_deploy.distill.checkpoint"), "save_for_hf")
+        refuse(patch, importlib.import_module("phreg_deploy.models.checkpoint"), "save_for_hf")
         run_cli(*asked).refused(2, "disk is full")
     kept = world.tmp / "out.partial" / name
     kept.write_bytes(kept.read_bytes()[: kept.stat().st_size // 2])
@@ -217,12 +217,12 @@ def test_a_page_or_picture_in_a_read_only_folder_is_refused_before_any_work(
 def test_a_file_on_a_read_only_file_system_is_a_message(tmp_path, monkeypatch):
     """There even the removal of what was never written is refused."""
     from phreg_deploy.errors import PhregError
-    from phreg_deploy.whole import write_whole
+    from phreg_deploy.files.atomic import write_atomic
 
     refuse(monkeypatch, os, "open", errno.EROFS)
     refuse(monkeypatch, Path, "unlink", errno.EROFS)
     with pytest.raises(PhregError, match=r"cannot be written to \(Read-only file system\)"):
-        write_whole(tmp_path / "page.html", b"page")
+        write_atomic(tmp_path / "page.html", b"page")
 
 
 def assert_clean(world, outcome):

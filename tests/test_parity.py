@@ -3,9 +3,17 @@
 import numpy as np
 import pytest
 
+from phreg_deploy.bundle.gates import AT_LEAST, GATES, SENTENCES, exam_bars
 from phreg_deploy.errors import PhregError
-from phreg_deploy.gates import AT_LEAST, GATES, SENTENCES, exam_bars
-from phreg_deploy.runtime.parity import NEIGHBOURS, Parity, Tally, compare_runs, gates_of, judge, worst
+from phreg_deploy.runtime.parity import (
+    NEIGHBOURS,
+    Parity,
+    ParityAccumulator,
+    compare_runs,
+    gates_of,
+    missed_gates,
+    worst,
+)
 
 PASSES = Parity(1.0, 1.0, 1.0, 0.0, 0.0, 1.0, 0.0, 0.0, 0.0, 1.0, 0)
 
@@ -24,7 +32,7 @@ def part(outputs, start, stop):
 
 
 def gathered(pairs, median=None):
-    tally = Tally(median)
+    tally = ParityAccumulator(median)
     for got, expected in pairs:
         tally.add(got, expected)
     return tally.parity()
@@ -47,7 +55,7 @@ def test_batch_by_batch_is_the_same_as_at_once(median, cls, ends):
 def test_a_run_agrees_with_itself():
     same = compare_runs(run(1), run(1))
     assert same.to_json() == pytest.approx(PASSES.to_json(), abs=1e-7)
-    assert judge(same, "fp32") == []
+    assert missed_gates(same, "fp32") == []
 
 
 def test_images_of_several_sizes_count_together():
@@ -65,13 +73,13 @@ def test_one_bad_value_in_one_batch_spoils_all(value, tensor, place):
     pairs[place][0][tensor].reshape(-1)[3] = value
     parity = gathered(pairs)
     assert parity.bad_values == 1
-    missed = judge(parity, "int8", cosine_p1=0.0, outlier_points=100.0)
+    missed = missed_gates(parity, "int8", cosine_p1=0.0, outlier_points=100.0)
     assert missed[0] == "1 NaN or infinite values, expected none"
     assert parity.cosine_p1 == 0.0
 
 
 def test_nothing_gathered_passes_nothing():
-    assert judge(Tally().parity(), "int8") != []
+    assert missed_gates(ParityAccumulator().parity(), "int8") != []
 
 
 def test_shapes_that_differ_are_refused():
@@ -90,12 +98,12 @@ def test_neighbours_are_looked_for_among_a_sample_of_large_grids():
 def test_gates_of_every_precision(precision, exam):
     """Each bar is a gate of its own: just beyond it one sentence is given, at it none."""
     bars = exam_bars(precision) if exam else GATES[precision]
-    assert judge(PASSES, precision, exam=exam) == []
+    assert missed_gates(PASSES, precision, exam=exam) == []
     for name, bar in bars.items():
         worse = bar - 1e-6 if name in AT_LEAST else bar + 1e-6
-        (missed,) = judge(Parity(**{**PASSES.to_json(), name: worse}), precision, exam=exam)
+        (missed,) = missed_gates(Parity(**{**PASSES.to_json(), name: worse}), precision, exam=exam)
         assert missed == SENTENCES[name].format(figure=worse, bar=bar)
-        assert judge(Parity(**{**PASSES.to_json(), name: bar}), precision, exam=exam) == []
+        assert missed_gates(Parity(**{**PASSES.to_json(), name: bar}), precision, exam=exam) == []
 
 
 @pytest.mark.parametrize("precision", GATES)
@@ -108,17 +116,19 @@ def test_every_figure_that_can_break_is_gated(precision):
 
 def test_the_exam_of_eight_bits_has_its_own_bar_and_no_neighbours():
     low = Parity(**{**PASSES.to_json(), "cosine_p1": 0.975, "neighbours": 0.2})
-    assert len(judge(low, "int8")) == 2
-    assert judge(low, "int8", exam=True) == []
-    assert len(judge(low, "fp32", exam=True)) == 1, "between runtimes, float is held to the same bar"
-    assert len(judge(low, "int8", cosine_p1=0.98, exam=True)) == 1, "a user's own gate is the gate"
-    assert len(judge(low, "int8", exam=True, again=True)) == 1, "the runtime that wrote the answers is held to more"
-    assert judge(low, "fp32", exam=True, again=True) == judge(low, "fp32", exam=True)
+    assert len(missed_gates(low, "int8")) == 2
+    assert missed_gates(low, "int8", exam=True) == []
+    assert len(missed_gates(low, "fp32", exam=True)) == 1, "between runtimes, float is held to the same bar"
+    assert len(missed_gates(low, "int8", cosine_p1=0.98, exam=True)) == 1, "a user's own gate is the gate"
+    assert len(missed_gates(low, "int8", exam=True, again=True)) == 1, (
+        "the runtime that wrote the answers is held to more"
+    )
+    assert missed_gates(low, "fp32", exam=True, again=True) == missed_gates(low, "fp32", exam=True)
 
 
 def test_a_model_without_class_token_has_no_gate_on_it():
     without = Parity(**{**PASSES.to_json(), "cls_cosine": None})
-    assert judge(without, "fp32") == []
+    assert missed_gates(without, "fp32") == []
     assert "cls_cosine" not in {gate.name for gate in gates_of(without, "fp32")}
 
 

@@ -7,10 +7,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from phreg_deploy.decoding import read_image, to_rgb
 from phreg_deploy.errors import PhregError
-from phreg_deploy.photographs import fit, list_images, read_fitted, read_photographs
-from phreg_deploy.resampling import applies
+from phreg_deploy.images.decoding import read_image, to_rgb
+from phreg_deploy.images.photographs import fit, list_images, read_fitted, read_photographs
+from phreg_deploy.images.resampling import applies
 from phreg_deploy.spec import Preprocess
 from tests.world import photograph
 
@@ -105,7 +105,7 @@ def test_a_folder_skips_counts_and_names_what_it_cannot_read(odd_images):
 
 def test_pixels_that_are_not_kept_are_decoded_again(photos, monkeypatch):
     kept = read_photographs(photos, (32, 32), PLAIN, limit=3)
-    monkeypatch.setattr("phreg_deploy.photographs.KEEP_BYTES", 0)
+    monkeypatch.setattr("phreg_deploy.images.photographs.KEEP_BYTES", 0)
     again = read_photographs(photos, (32, 32), PLAIN, limit=3)
     assert len(kept.kept) == 3
     assert not again.kept
@@ -188,11 +188,11 @@ def test_photographs_are_turned_upright_where_the_preprocessing_says_so(tmp_path
 def test_a_large_jpeg_is_decoded_at_a_smaller_scale(tmp_path, monkeypatch):
     scene = photograph(6, 400, 320)
     scene.save(tmp_path / "large.jpg", quality=95)
-    monkeypatch.setattr("phreg_deploy.decoding.GIANT", 400 * 320 // 4)
+    monkeypatch.setattr("phreg_deploy.images.decoding.GIANT", 400 * 320 // 4)
     small = read_image(tmp_path / "large.jpg")
     assert small.size == (200, 160)
     assert close(np.asarray(small), np.asarray(scene.reduce(2))) < 3
-    monkeypatch.setattr("phreg_deploy.decoding.GIANT", 400 * 320)
+    monkeypatch.setattr("phreg_deploy.images.decoding.GIANT", 400 * 320)
     assert read_image(tmp_path / "large.jpg").size == (400, 320)
 
 

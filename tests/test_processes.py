@@ -10,12 +10,12 @@ from concurrent.futures import ProcessPoolExecutor
 import numpy as np
 import pytest
 
-from phreg_deploy.bundle import Bundle
+from phreg_deploy.bundle.bundle import Bundle
 from phreg_deploy.errors import PhregError
 from phreg_deploy.runtime import FeatureExtractor
-from phreg_deploy.runtime.backends import open_backend
-from phreg_deploy.runtime.forking import Held
-from phreg_deploy.runtime.tuning import Tuning
+from phreg_deploy.runtime.backends.registry import open_backend
+from phreg_deploy.runtime.forking import ForkSafeBackend
+from phreg_deploy.runtime.options import BackendOptions
 from tests.world import ROOT
 
 FRAME = np.random.default_rng(0).integers(0, 256, (64, 64, 3), dtype=np.uint8)
@@ -87,7 +87,7 @@ class OnGpu:
 
 
 def test_what_cannot_be_opened_after_a_fork_is_refused(bundle):
-    held = Held(OnGpu())
+    held = ForkSafeBackend(OnGpu())
     held.forget()  # what a fork does in the child
     with pytest.raises(PhregError, match=r"forked after the extractor had opened tensorrt.*get_context\('spawn'\)"):
         held.reopened()
@@ -122,7 +122,7 @@ def test_an_extractor_is_pickled_by_its_path(bundle, monkeypatch):
 
 def test_an_extractor_around_a_backend_of_the_callers_is_not_pickled(bundle):
     opened = Bundle.read(bundle)
-    with FeatureExtractor(opened, open_backend(opened, "onnxruntime-cpu", Tuning(1))) as extractor:
+    with FeatureExtractor(opened, open_backend(opened, "onnxruntime-cpu", BackendOptions(1))) as extractor:
         with pytest.raises(PhregError, match=r"only a FeatureExtractor from FeatureExtractor\.load can be pickled"):
             pickle.dumps(extractor)
 

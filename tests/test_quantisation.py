@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from phreg_deploy.errors import PhregError
-from phreg_deploy.quantisation import HEADROOM, LEAST, Grid, Range, Smoothing, place, quantise_weight
+from phreg_deploy.quantisation import HEADROOM, LEAST, Grid, Range, Smoothing, make_grid, quantise_weight
 
 PLAIN = Smoothing(norm=None, value=None, hidden=None)
 
@@ -29,7 +29,7 @@ def fills(low, high) -> bool:
 @pytest.mark.parametrize("smoothing", [Smoothing(), PLAIN, Smoothing(0.0, 0.0, 0.0), Smoothing(1.0, 1.0, 1.0)])
 def test_the_output_of_a_norm_is_centred_and_symmetric(smoothing):
     found = spread()
-    grid = place(found, "norm", smoothing)
+    grid = make_grid(found, "norm", smoothing)
     assert grid.symmetric
     assert grid.zero == 128
     np.testing.assert_allclose(grid.centre, (found.low + found.high) / 2, rtol=1e-6)
@@ -40,8 +40,8 @@ def test_the_output_of_a_norm_is_centred_and_symmetric(smoothing):
 
 def test_values_are_centred_only_where_their_scale_can_be_folded():
     found = spread(1)
-    assert np.any(place(found, "value", Smoothing()).centre != 0)
-    grid = place(found, "value", PLAIN)
+    assert np.any(make_grid(found, "value", Smoothing()).centre != 0)
+    grid = make_grid(found, "value", PLAIN)
     assert not grid.centre.any()
     assert (grid.smooth == 1).all()
     assert grid.symmetric
@@ -52,7 +52,7 @@ def test_values_are_centred_only_where_their_scale_can_be_folded():
 @pytest.mark.parametrize("seed", range(4))
 def test_hidden_units_keep_zero_as_a_grid_point(alpha, seed):
     found = Range(np.full(8, -0.17, np.float32), np.exp(np.random.default_rng(seed).normal(0, 2, 8)).astype(np.float32))
-    grid = place(found, "hidden", Smoothing(hidden=alpha))
+    grid = make_grid(found, "hidden", Smoothing(hidden=alpha))
     assert not grid.centre.any()
     assert isinstance(grid.zero, int)
     assert 0 <= grid.zero <= 255
@@ -64,7 +64,7 @@ def test_hidden_units_keep_zero_as_a_grid_point(alpha, seed):
 
 @pytest.mark.parametrize(("low", "high", "zero"), [(0.5, 2.0, 0), (-2.0, -0.5, 255), (0.0, 1.0, 0)])
 def test_zero_is_on_the_grid_where_hidden_units_never_reach_it(low, high, zero):
-    grid = place(Range(np.full(3, low, np.float32), np.full(3, high, np.float32)), "hidden", PLAIN)
+    grid = make_grid(Range(np.full(3, low, np.float32), np.full(3, high, np.float32)), "hidden", PLAIN)
     assert grid.zero == zero
     assert grid.step == pytest.approx(max(abs(low), abs(high)) / 255)
 
@@ -75,12 +75,12 @@ def test_dead_channels_divide_nothing_by_zero(kind, alpha):
     found = spread(2)
     found.low[:4] = found.high[:4] = 0
     found.low[4] = found.high[4] = 7.5  # a constant: nothing is left of it once it is centred
-    grid = place(found, kind, Smoothing(alpha, alpha, alpha))
+    grid = make_grid(found, kind, Smoothing(alpha, alpha, alpha))
     assert np.isfinite(grid.smooth).all()
     assert (grid.smooth > 0).all()
     assert grid.step > 0
     assert np.isfinite(steps_of(grid, found.high)).all()
-    dead = place(Range(np.zeros(4, np.float32), np.zeros(4, np.float32)), kind, Smoothing(alpha, alpha, alpha))
+    dead = make_grid(Range(np.zeros(4, np.float32), np.zeros(4, np.float32)), kind, Smoothing(alpha, alpha, alpha))
     assert dead.step > 0
     assert dead.step <= LEAST
     np.testing.assert_allclose(dead.smooth, 1)
@@ -94,7 +94,7 @@ def test_smoothing_evens_out_channels_and_changes_no_overall_scale(kind):
     assert floored.any() == (kind == "hidden"), "hidden units that were seen small have room above what was seen"
     widths = []
     for alpha in (0.0, 0.5, 1.0):
-        grid = place(found, kind, Smoothing(alpha, alpha, alpha))
+        grid = make_grid(found, kind, Smoothing(alpha, alpha, alpha))
         assert np.log(grid.smooth).mean() == pytest.approx(0, abs=1e-5)
         reach = np.maximum(np.abs(steps_of(grid, found.low)), np.abs(steps_of(grid, found.high)))
         widths.append(reach[~floored].max() / reach[~floored].min())

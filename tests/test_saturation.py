@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 from onnx import TensorProto, helper, numpy_helper
 
-from phreg_deploy.calibration.census import count
+from phreg_deploy.calibration.kernels import count
 from phreg_deploy.runtime.instructions import EXACT, EightBits, advice, eight_bits, read_eight_bits
 
 QEMU = shutil.which("qemu-x86_64")
@@ -85,23 +85,23 @@ def test_a_session_is_exact_without_vnni_where_the_default_is_not(tmp_path):
 
 OPENVINO = """
 import json, sys, numpy
-from phreg_deploy.bundle import Bundle
+from phreg_deploy.bundle.bundle import Bundle
 from phreg_deploy.runtime import FeatureExtractor
-from phreg_deploy.runtime import openvino_backend
-from phreg_deploy.runtime.backends import open_backend
-from phreg_deploy.runtime.openvino_exact import saturates
-from phreg_deploy.runtime.parity import check_reference, worst
-from phreg_deploy.runtime.tuning import Tuning
+from phreg_deploy.runtime.backends.registry import openvino_backend
+from phreg_deploy.runtime.backends.registry import open_backend
+from phreg_deploy.runtime.backends.openvino_exact import saturates
+from phreg_deploy.runtime.parity import run_exam, worst
+from phreg_deploy.runtime.options import BackendOptions
 
 bundle = sys.argv[1]
 found = {"saturates": saturates()}
 with FeatureExtractor.load(bundle, "openvino", threads=1, compute=sys.argv[2]) as extractor:
-    found["exact"] = worst([case["parity"] for case in check_reference(extractor)]).to_json()
+    found["exact"] = worst([case.parity for case in run_exam(extractor.bundle, extractor.run)]).to_json()
     found["choice"], found["compute"], found["integer"] = extractor.choice, extractor.compute, len(extractor.opened.integer_layers)
 openvino_backend.saturates = lambda: False
-backend = open_backend(Bundle.read(bundle), "openvino", Tuning(1, "fp32"))
+backend = open_backend(Bundle.read(bundle), "openvino", BackendOptions(1, "fp32"))
 with FeatureExtractor(Bundle.read(bundle), backend) as extractor:
-    found["default"] = worst([case["parity"] for case in check_reference(extractor)]).to_json()
+    found["default"] = worst([case.parity for case in run_exam(extractor.bundle, extractor.run)]).to_json()
 print(json.dumps(found))
 """
 
@@ -157,7 +157,7 @@ def test_instructions_are_read_from_the_system(cpuinfo, machine, names):
 @pytest.fixture
 def without_dot_products(monkeypatch):
     monkeypatch.setattr("phreg_deploy.runtime.instructions.eight_bits", lambda: EightBits(()))
-    monkeypatch.setattr("phreg_deploy.runtime.diagnosis.eight_bits", lambda: EightBits(()))
+    monkeypatch.setattr("phreg_deploy.doctor.doctor.eight_bits", lambda: EightBits(()))
 
 
 def spoken(outcome):
@@ -185,7 +185,7 @@ def test_nothing_is_said_where_int8_is_fast(monkeypatch):
 
 @x86
 def test_the_probe_agrees_with_the_flags():
-    from phreg_deploy.runtime.openvino_exact import saturates
+    from phreg_deploy.runtime.backends.openvino_exact import saturates
 
     pytest.importorskip("openvino")
     assert saturates() == eight_bits().missing

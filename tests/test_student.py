@@ -6,12 +6,12 @@ import numpy as np
 import pytest
 import torch
 
-from phreg_deploy.distill import taps
-from phreg_deploy.distill.checkpoint import read_record, write_student
-from phreg_deploy.distill.source import load_model, model_spec
-from phreg_deploy.distill.student import add_registers
-from phreg_deploy.distill.weights import weights_digest
 from phreg_deploy.errors import PhregError
+from phreg_deploy.models import hooks
+from phreg_deploy.models.checkpoint import read_record, write_student
+from phreg_deploy.models.loading import load_model, model_spec
+from phreg_deploy.models.registers import add_registers
+from phreg_deploy.models.weights import weights_digest
 from tests.families import FAMILIES, small
 
 
@@ -34,7 +34,7 @@ def test_registers_stand_between_class_token_and_patches(family):
     assert spec.prefix_tokens == 3 + int(model.cls_token is not None)
     assert student.reg_token.std().item() == pytest.approx(model.embed_dim**-0.5, rel=0.35)
     with torch.no_grad():
-        seen = taps.forward(student, torch.randn(1, 3, *model.patch_embed.img_size))
+        seen = hooks.forward(student, torch.randn(1, 3, *model.patch_embed.img_size))
     assert seen.patches.shape == (1, 16, 48)
     assert seen.norms.shape == (1, 16)
 

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from phreg_deploy.artifacts import agreement, cosine, norm_outliers, outlier_mask
-from phreg_deploy.photographs import read_photographs
+from phreg_deploy.images.photographs import read_photographs
 from phreg_deploy.progress import SILENT
 from phreg_deploy.views import most_views
 
@@ -16,7 +16,7 @@ pytestmark = pytest.mark.usefixtures("torch")
 @pytest.fixture(scope="module")
 def case(base, student, photos):
     """Base model, student and 24 photographs."""
-    from phreg_deploy.distill.source import load_model, model_preprocess
+    from phreg_deploy.models.loading import load_model, model_preprocess
 
     model = load_model(str(base))
     preprocess = model_preprocess(model, "center")
@@ -24,13 +24,13 @@ def case(base, student, photos):
 
 
 def compared(case, **more):
-    from phreg_deploy.distill.measure import compare
+    from phreg_deploy.distill.evaluation import compare
 
     return compare(*case, device="cpu", progress=SILENT, **more)
 
 
 def test_streamed_scores_are_those_of_all_features_at_once(case):
-    from phreg_deploy.distill.measure import REFERENCE_SEED, REFERENCE_VIEWS, block_norms, read_features
+    from phreg_deploy.distill.evaluation import REFERENCE_SEED, REFERENCE_VIEWS, block_norms, read_features
     from phreg_deploy.distill.teacher import Teacher
 
     base, student, photographs, preprocess = case
@@ -58,7 +58,7 @@ def test_streamed_scores_are_those_of_all_features_at_once(case):
 
 
 def test_scores_hold_the_features_of_a_few_images_at_a_time(case, monkeypatch):
-    from phreg_deploy.distill import measure
+    from phreg_deploy.distill import evaluation as measure
     from phreg_deploy.distill.teacher import Teacher
 
     real, targets, sizes, ahead = measure.read_features, Teacher.targets, [], []
@@ -83,7 +83,7 @@ def test_scores_hold_the_features_of_a_few_images_at_a_time(case, monkeypatch):
 
 
 def test_more_photographs_than_are_scored_are_thinned_out_evenly(case, monkeypatch):
-    from phreg_deploy.distill import measure
+    from phreg_deploy.distill import evaluation as measure
 
     monkeypatch.setattr(measure, "SCORED", 8)
     report = compared(case)

@@ -1,4 +1,4 @@
-from phreg_deploy.cli.options import Result, figure
+from phreg_deploy.cli.console import Result, figure
 
 
 def test_tables_print_brackets_as_they_are(capsys):

@@ -8,7 +8,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from phreg_deploy.photographs import read_photographs
+from phreg_deploy.images.photographs import read_photographs
 
 pytestmark = pytest.mark.usefixtures("torch")
 
@@ -16,8 +16,8 @@ pytestmark = pytest.mark.usefixtures("torch")
 @pytest.fixture
 def case(base, photos, tmp_path):
     """A cache of the base model's targets, and six photographs to fill it with."""
-    from phreg_deploy.distill.source import load_model, model_preprocess
     from phreg_deploy.distill.teacher import TargetCache, Teacher
+    from phreg_deploy.models.loading import load_model, model_preprocess
 
     model = load_model(str(base))
     preprocess = model_preprocess(model, "center")
@@ -81,9 +81,9 @@ def twins(**changes):
 
 @pytest.mark.parametrize("changes", [{"family": "clip-quickgelu"}, {"heads": 6}, {"act_layer": "quick_gelu"}], ids=str)
 def test_the_same_weights_computed_otherwise_have_another_folder(photos, tmp_path, changes):
-    from phreg_deploy.distill.source import model_preprocess
     from phreg_deploy.distill.teacher import TargetCache, Teacher
-    from phreg_deploy.distill.weights import weights_digest
+    from phreg_deploy.models.loading import model_preprocess
+    from phreg_deploy.models.weights import weights_digest
 
     models = twins(**changes)
     assert weights_digest(models[0]) == weights_digest(models[1])
@@ -97,16 +97,16 @@ def test_the_same_weights_computed_otherwise_have_another_folder(photos, tmp_pat
 
 
 def test_another_image_size_has_another_folder(base):
-    from phreg_deploy.distill.source import load_model, model_preprocess
     from phreg_deploy.distill.teacher import Teacher
+    from phreg_deploy.models.loading import load_model, model_preprocess
 
     models = [load_model(str(base)), load_model(str(base), image_size=(72, 64))]
     assert len({Teacher(model, model_preprocess(model)).digest for model in models}) == 2
 
 
 def test_the_same_model_loaded_again_finds_its_targets(base):
-    from phreg_deploy.distill.source import load_model, model_preprocess
     from phreg_deploy.distill.teacher import Teacher
+    from phreg_deploy.models.loading import load_model, model_preprocess
 
     models = [load_model(str(base)) for _ in range(2)]
     assert len({Teacher(model, model_preprocess(model)).digest for model in models}) == 1

@@ -6,10 +6,10 @@ import torch
 from PIL import Image
 
 from phreg_deploy.artifacts import agreement, outlier_mask
-from phreg_deploy.distill import taps
-from phreg_deploy.distill.source import model_preprocess
 from phreg_deploy.distill.teacher import TargetCache, Teacher
-from phreg_deploy.photographs import read_photographs
+from phreg_deploy.images.photographs import read_photographs
+from phreg_deploy.models import hooks
+from phreg_deploy.models.loading import model_preprocess
 from phreg_deploy.views import draw_views, realign, seed_of, show
 from tests.families import plant, small
 
@@ -33,14 +33,14 @@ def test_the_target_is_the_mean_over_views_done_one_by_one(photographs):
     for view in draw_views(6, (5, 5), seed_of(3, photographs.digests[1])):
         image = show(photographs.array(1), view, (16, 16))
         with torch.no_grad():
-            seen = taps.forward(model, taps.normalise(np.array(image)[None], preprocess.mean, preprocess.std))
+            seen = hooks.forward(model, hooks.normalise(np.array(image)[None], preprocess.mean, preprocess.std))
         part, place = realign(seen.patches[0].reshape(5, 5, -1).numpy(), view)
         total[place] += part
         count[place] += 1
     np.testing.assert_allclose(target.patches, total / count[..., None], rtol=1e-3, atol=1e-4)
     with torch.no_grad():
         for cls, image in zip(target.cls, (photographs.array(1), photographs.array(1)[:, ::-1])):
-            seen = taps.forward(model, taps.normalise(np.array(image)[None], preprocess.mean, preprocess.std))
+            seen = hooks.forward(model, hooks.normalise(np.array(image)[None], preprocess.mean, preprocess.std))
             np.testing.assert_allclose(cls, seen.cls[0].numpy(), rtol=1e-3, atol=1e-4)
 
 

@@ -9,8 +9,8 @@ from types import SimpleNamespace
 import pytest
 
 from phreg_deploy.errors import BackendMissing, PhregError
-from phreg_deploy.runtime import telemetry
-from phreg_deploy.runtime.telemetry import Jetson, Nvml, Sample, Telemetry, summarise, words
+from phreg_deploy.profiling import telemetry
+from phreg_deploy.profiling.telemetry import Jetson, Nvml, Sample, Telemetry, summarise, words
 
 ORIN_NX = {"VDD_IN": (5000, 2400), "VDD_CPU_GPU_CV": (5000, 900), "VDD_SOC": (5000, 300)}
 

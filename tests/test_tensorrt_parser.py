@@ -8,7 +8,7 @@ import onnx
 import pytest
 
 from phreg_deploy.errors import PhregError
-from phreg_deploy.export.inspection import take_census
+from phreg_deploy.export.engine.inspection import take_census
 from tests import nvidia
 from tests.compiled import DEPTH, PRECISIONS, ROTARY, SAME, build, graphs
 from tests.families import FAMILIES

@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 
 from phreg_deploy.errors import BackendMissing, PhregError
-from phreg_deploy.export.engine import BuildRequest, build_engine
+from phreg_deploy.export.engine.build import BuildRequest, build_engine
 from phreg_deploy.runtime import FeatureExtractor
-from phreg_deploy.runtime.device_arrays import DeviceArray
+from phreg_deploy.runtime.gpu.arrays import DeviceArray
 from tests import double, nvidia
 
 FRAMES = 2000
@@ -244,9 +244,9 @@ def test_a_tensor_of_another_type_is_refused_in_words(load):
 
 
 def test_a_plan_of_another_graph_is_refused(load, device, workshop):
-    from phreg_deploy.engines import Shapes
-    from phreg_deploy.runtime.cuda import Cuda
-    from phreg_deploy.runtime.tensorrt_backend import Plan
+    from phreg_deploy.bundle.plans import Shapes
+    from phreg_deploy.runtime.backends.tensorrt_backend import Plan
+    from phreg_deploy.runtime.gpu.cuda import Cuda
 
     plan = load("bundle").opened.found.read()
     with pytest.raises(PhregError, match="not of this bundle"):

@@ -8,7 +8,7 @@ import sys
 import pytest
 
 from phreg_deploy import cli
-from phreg_deploy.cli.options import Result
+from phreg_deploy.cli.console import Result
 from tests.world import ROOT
 
 pytestmark = pytest.mark.usefixtures("torch")

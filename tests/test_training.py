@@ -8,14 +8,15 @@ import timm
 import torch
 from PIL import Image
 
-from phreg_deploy.distill import distillation, identity, training
-from phreg_deploy.distill.checkpoint import write_student
+from phreg_deploy.distill import distillation, training
 from phreg_deploy.distill.distillation import Request, distill, split
 from phreg_deploy.distill.recipes import RECIPES, default_rate, unlocked
-from phreg_deploy.distill.source import load_model
-from phreg_deploy.distill.student import add_registers
-from phreg_deploy.distill.weights import weights_digest
 from phreg_deploy.errors import PhregError
+from phreg_deploy.models import identity
+from phreg_deploy.models.checkpoint import write_student
+from phreg_deploy.models.loading import load_model
+from phreg_deploy.models.registers import add_registers
+from phreg_deploy.models.weights import weights_digest
 from tests.families import plant, small
 from tests.world import interrupted
 

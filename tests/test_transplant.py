@@ -3,11 +3,11 @@ import pytest
 import torch
 from timm.layers import get_act_layer
 
-from phreg_deploy.distill import taps
-from phreg_deploy.distill.neurons import RegisterNeuron, survey
-from phreg_deploy.distill.student import add_registers
+from phreg_deploy.distill.register_neurons import RegisterNeuron, survey
 from phreg_deploy.distill.transplant import FLAT, _Sample, _statistics, silence, transplant, zero_below
 from phreg_deploy.errors import PhregError
+from phreg_deploy.models import hooks
+from phreg_deploy.models.registers import add_registers
 from tests.families import plant, small
 
 
@@ -19,15 +19,15 @@ def batches(model, count=4):
 def activations(model, images, unit, block=0):
     """Of one hidden unit, over all images: ``(B, T)``."""
     kept = []
-    with torch.no_grad(), taps.hidden_units(model, lambda i, h: kept.append(h[..., unit]) if i == block else None):
+    with torch.no_grad(), hooks.hidden_units(model, lambda i, h: kept.append(h[..., unit]) if i == block else None):
         for batch in images:
-            taps.forward(model, batch)
+            hooks.forward(model, batch)
     return torch.cat(kept)
 
 
 def norms(model, images):
     with torch.no_grad():
-        return taps.forward(model, images).norms.numpy()
+        return hooks.forward(model, images).norms.numpy()
 
 
 @pytest.mark.parametrize("family", ["augreg", "dinov2", "clip-quickgelu", "deit3", "siglip"])
@@ -147,7 +147,7 @@ def test_the_share_is_measured_behind_an_inner_norm():
     out = []
     handle = model.blocks[1].mlp.register_forward_hook(lambda _m, _i, y: out.append(y))
     totals = []
-    with torch.no_grad(), taps.block_outputs(model, lambda i, y: totals.append(y.norm(dim=-1)) if i == 1 else None):
+    with torch.no_grad(), hooks.block_outputs(model, lambda i, y: totals.append(y.norm(dim=-1)) if i == 1 else None):
         model.forward_features(images[0])
     handle.remove()
     written = (out[0][:, 0] - out[0][:, 1:].mean(1)).norm(dim=-1).mean() / torch.cat(totals).median()

@@ -10,9 +10,11 @@ import time
 
 import pytest
 
-from phreg_deploy import renames, scratch, whole
 from phreg_deploy.errors import PhregError
-from phreg_deploy.whole import check_target, whole_folder, write_whole
+from phreg_deploy.files import atomic as whole
+from phreg_deploy.files import renames
+from phreg_deploy.files import temporary as scratch
+from phreg_deploy.files.atomic import atomic_folder, check_target, write_atomic
 from tests.world import ROOT
 
 STEPS = {"one step": [(whole, "exchange")], "three steps": [(os, "rename"), (whole, "claim")]}
@@ -33,7 +35,7 @@ def can_exchange():
 
 
 def write(target, text, force=True, meanwhile=lambda: None):
-    with whole_folder(target, force) as folder:
+    with atomic_folder(target, force) as folder:
         (folder / "manifest.json").write_text(text)
         (folder / "other").write_text(text)
         meanwhile()
@@ -99,12 +101,12 @@ LOOP = """
 import signal, sys
 from pathlib import Path
 signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell starts what runs in its background with SIGINT ignored
-from phreg_deploy import renames
-from phreg_deploy.whole import whole_folder
+from phreg_deploy.files import renames
+from phreg_deploy.files.atomic import atomic_folder
 if sys.argv[2] == "three steps":
     renames._renameat2 = lambda: None
 for i in range(10**9):
-    with whole_folder(Path(sys.argv[1]), True) as folder:
+    with atomic_folder(Path(sys.argv[1]), True) as folder:
         (folder / "manifest.json").write_text(str(i))
         (folder / "other").write_text(str(i))
     if i == 0:
@@ -139,7 +141,7 @@ def test_equal_process_numbers_do_not_meet(tmp_path, monkeypatch):
     for name in (".out.writing-1", ".out.probe-1", ".out.old-1"):
         (tmp_path / name).mkdir()
         (tmp_path / name / "theirs").write_text("kept")
-    with whole_folder(tmp_path / "out", True) as first:
+    with atomic_folder(tmp_path / "out", True) as first:
         (first / "manifest.json").write_text("first")
         write(tmp_path / "out", "second")
         assert (first / "manifest.json").read_text() == "first"
@@ -225,7 +227,7 @@ def test_of_several_writers_without_force_one_wins(tmp_path, steps):
 
         def work(number, target=target, outcomes=outcomes, refusals=refusals, start=start):
             try:
-                with whole_folder(target) as folder:
+                with atomic_folder(target) as folder:
                     (folder / "manifest.json").write_text(str(number))
                     (folder / "other").write_text(str(number))
                     start.wait()
@@ -283,7 +285,7 @@ def test_two_writers_of_one_file(tmp_path):
     def work(letter):
         for _ in range(50):
             try:
-                write_whole(target, letter * 1000)
+                write_atomic(target, letter * 1000)
             except PhregError as error:
                 errors.append(error)
 

@@ -14,33 +14,26 @@ import onnx
 
 from phreg_deploy import __version__
 from phreg_deploy.arguments import check_cosine, check_pattern
-from phreg_deploy.bundle import (
-    CALIBRATION,
-    GRAPH,
-    POSITIONS,
-    REFERENCE,
-    Bundle,
-    engrave,
-    seal,
-    write_npz,
-)
-from phreg_deploy.calibration.census import open_counted
-from phreg_deploy.calibration.images import share_out
-from phreg_deploy.calibration.linears import Linear, Wiring, find_linears
-from phreg_deploy.calibration.narrowing import narrow
-from phreg_deploy.calibration.parting import part_projections
+from phreg_deploy.bundle.bundle import Bundle
+from phreg_deploy.bundle.gates import GATES
+from phreg_deploy.bundle.manifest import CALIBRATION, GRAPH, POSITIONS, REFERENCE
+from phreg_deploy.bundle.writing import write_manifest, write_npz, write_onnx_metadata
+from phreg_deploy.calibration.images import feeds, split_images
+from phreg_deploy.calibration.kernels import open_counted
 from phreg_deploy.calibration.qdq import TARGETS
 from phreg_deploy.calibration.ranges import observe, watch
-from phreg_deploy.calibration.search import CANDIDATES, MARGIN, Scene, Search, answer, compare
-from phreg_deploy.calibration.session import VERSION, feeds, open_session
+from phreg_deploy.calibration.search import CANDIDATES, MARGIN, EvalSet, Search, answer, compare
 from phreg_deploy.errors import GateFailed, PhregError
-from phreg_deploy.gates import GATES
+from phreg_deploy.files.atomic import atomic_folder, check_target
+from phreg_deploy.onnx_graph.linears import Linear, Wiring, find_linears
+from phreg_deploy.onnx_graph.mixed_precision import narrow
+from phreg_deploy.onnx_graph.session import VERSION, open_session
+from phreg_deploy.onnx_graph.split_qkv import split_projections
 from phreg_deploy.progress import SILENT, Progress
 from phreg_deploy.quantisation import Smoothing
 from phreg_deploy.runtime.features import FeatureExtractor
 from phreg_deploy.runtime.instructions import advice
-from phreg_deploy.runtime.parity import Parity, gates_of, judge
-from phreg_deploy.whole import check_target, whole_folder
+from phreg_deploy.runtime.parity import Parity, gates_of, missed_gates
 
 FP8_SMOOTHING = Smoothing(norm=0.5, value=None, hidden=None)  # see float8.py
 
@@ -94,7 +87,7 @@ def calibrate(
     note = advice(request.mode) if request.target == "cpu" else None
     if note:
         progress.say(f"{note} The bundle will be as exact here as elsewhere.")
-    shares = share_out(request.images, manifest, progress.say)
+    shares = split_images(request.images, manifest, progress.say)
     with FeatureExtractor.load(request.bundle, backend="onnxruntime-cpu", verify=False) as extractor:
         model = onnx.load(bundle.graph)
         linears = find_linears(model)
@@ -137,7 +130,7 @@ def calibrate(
     eight = [n.name for n in linears if n.name not in keep]
     islands: list[str] = []
     if request.target == "trt":
-        kept = narrow(part_projections(graph), "fp16", largest, request.keep)
+        kept = narrow(split_projections(graph), "fp16", largest, request.keep)
         islands = kept.reasons()
         session = open_session(graph, literal=True)
     else:
@@ -183,7 +176,7 @@ def check_request(request: CalibrationRequest) -> None:
 
 def _missed(parity: Parity, request: CalibrationRequest, margin: float) -> list[str]:
     """The gates that are missed when the 1st-percentile bar is tighter by ``margin``."""
-    return judge(parity, request.mode, 1 - margin * (1 - _bar(request)["cosine_p1"]))
+    return missed_gates(parity, request.mode, 1 - margin * (1 - _bar(request)["cosine_p1"]))
 
 
 def _bar(request: CalibrationRequest) -> dict[str, float]:
@@ -199,7 +192,7 @@ def _tried(keep: list[str], share: float) -> str:
     )
 
 
-def _scene(extractor: FeatureExtractor, photographs: Any, progress: Progress, name: str) -> Scene:
+def _scene(extractor: FeatureExtractor, photographs: Any, progress: Progress, name: str) -> EvalSet:
     pairs = []
     with progress.task(name, len(photographs)) as advance:
         for feed, count in feeds(extractor, photographs):
@@ -210,7 +203,7 @@ def _scene(extractor: FeatureExtractor, photographs: Any, progress: Progress, na
                 )
             pairs.append(((feed, count), {key: value[:count] for key, value in outputs.items()}))
             advance(count)
-    return Scene([pair[0] for pair in pairs], [pair[1] for pair in pairs])
+    return EvalSet([pair[0] for pair in pairs], [pair[1] for pair in pairs])
 
 
 def _layers(
@@ -257,16 +250,16 @@ def _write(
         outputs=_outputs(manifest.outputs, graph),
         source={**manifest.source, "fp32_graph_sha256": manifest.files[GRAPH]}, versions={**manifest.versions, **report["versions"]},
     )  # fmt: skip
-    engrave(graph, new)
+    write_onnx_metadata(graph, new)
     exam = {}
     for case, expected in enumerate(bundle.cases()):
         image = expected["image"]
         answers = {"image": image, **answer(session, extractor.feed(image), len(image))}
         exam.update({f"{case}/{name}": value for name, value in answers.items()})
-    with whole_folder(output, force) as folder:
+    with atomic_folder(output, force) as folder:
         (folder / GRAPH).write_bytes(graph.SerializeToString(deterministic=True))
         write_npz(folder / REFERENCE, exam)
         (folder / CALIBRATION).write_text(json.dumps(report, indent=1, sort_keys=True) + "\n")
         if (bundle.folder / POSITIONS).is_file():
             shutil.copyfile(bundle.folder / POSITIONS, folder / POSITIONS)
-        seal(folder, new)
+        write_manifest(folder, new)

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from phreg_deploy.bundle import Manifest
+import numpy as np
+
+from phreg_deploy.bundle.manifest import Manifest
 from phreg_deploy.errors import PhregError
-from phreg_deploy.photographs import Photographs, read_photographs
+from phreg_deploy.images.photographs import Photographs, read_photographs
+from phreg_deploy.runtime.features import FeatureExtractor
 
 RANGED, CHOSEN, REPORTED = 65536, 8192, 16384  # patches that are enough: larger inputs need fewer images
 CALIBRATE, SELECT, REPORT = (64, 256), (8, 32), (16, 64)  # images, whatever their size: at least, at most
@@ -32,7 +35,7 @@ class Shares:
         }
 
 
-def share_out(folder: Path, manifest: Manifest, say: Callable[[str], None]) -> Shares:
+def split_images(folder: Path, manifest: Manifest, say: Callable[[str], None]) -> Shares:
     """Up to 256 images for ranges, 32 for choices and 64 for the report; of few images, a quarter for each of the latter.
 
     Which image goes where is decided by its digest alone, and copies of one image count once.
@@ -62,3 +65,17 @@ def share_out(folder: Path, manifest: Manifest, say: Callable[[str], None]) -> S
         found.subset(order[ends[1] :]),
         grid + manifest.model.prefix_tokens,
     )
+
+
+def feeds(extractor: FeatureExtractor, photographs: Photographs) -> Iterator[tuple[dict[str, np.ndarray], int]]:
+    """The graph's inputs, as many images at a time as the bundle serves best, and how many of them count.
+
+    Where a last batch is smaller than the bundle serves, it is filled up with its own last image.
+    """
+    lowest, best = extractor.manifest.batches.lowest, extractor.manifest.batches.best
+    for start in range(0, len(photographs), best):
+        batch = photographs.batch(start, start + best)
+        count = len(batch)
+        if count < lowest:
+            batch = np.concatenate([batch, np.repeat(batch[-1:], lowest - count, axis=0)])
+        yield extractor.feed(np.ascontiguousarray(batch)), count

@@ -7,8 +7,8 @@ from typing import Any
 import numpy as np
 from onnx import ModelProto, NodeProto, helper, numpy_helper
 
-from phreg_deploy.calibration.equalisation import Equalised
-from phreg_deploy.calibration.linears import Linear, put_nodes, without
+from phreg_deploy.calibration.smoothing import Equalised
+from phreg_deploy.onnx_graph.linears import Linear, copy_without, replace_nodes
 from phreg_deploy.quantisation import Grid, halves
 
 TARGETS = ("cpu", "trt")
@@ -26,7 +26,7 @@ def write_int8(
     Args:
         share: one Q/DQ for all layers that read an input, as TensorRT likes it.
     """
-    copy = without(model, {linear.weight for linear in linears})
+    copy = copy_without(model, {linear.weight for linear in linears})
     return _Writer(copy, equalised, target, share).write(linears, keep)
 
 
@@ -58,7 +58,7 @@ class _Writer:
                 self.linear(by_matmul[node.name], node, by_matmul[node.name].name in keep)
             elif node.name not in adds:
                 self.nodes.append(node)
-        put_nodes(self.model, self.nodes)
+        replace_nodes(self.model, self.nodes)
         return self.model
 
     def linear(self, linear: Linear, node: NodeProto, keep: bool) -> None:

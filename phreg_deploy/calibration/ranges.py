@@ -8,10 +8,10 @@ import numpy as np
 import onnx
 from onnx import ModelProto, TensorProto, helper, numpy_helper
 
-from phreg_deploy.calibration.linears import Linear
-from phreg_deploy.calibration.narrowing import float_tensors
-from phreg_deploy.calibration.session import open_session
 from phreg_deploy.errors import PhregError
+from phreg_deploy.onnx_graph.linears import Linear
+from phreg_deploy.onnx_graph.mixed_precision import float_tensors
+from phreg_deploy.onnx_graph.session import open_session
 from phreg_deploy.quantisation import Range
 from phreg_deploy.spec import ModelSpec
 

@@ -8,16 +8,16 @@ from typing import Any
 
 import numpy as np
 
-from phreg_deploy.calibration.census import open_counted
-from phreg_deploy.calibration.equalisation import Equalised, equalise
-from phreg_deploy.calibration.float8 import E4M3, FP8, FUSED_FROM, write_fp8
-from phreg_deploy.calibration.linears import Linear, Wiring, find_linears
+from phreg_deploy.calibration.fp8 import E4M3, FP8, FUSED_FROM, write_fp8
+from phreg_deploy.calibration.gptq import INT8, round_all
+from phreg_deploy.calibration.kernels import open_counted
 from phreg_deploy.calibration.qdq import write_int8
 from phreg_deploy.calibration.ranges import Ranges
-from phreg_deploy.calibration.rounding import INT8, round_all
-from phreg_deploy.calibration.session import open_session
+from phreg_deploy.calibration.smoothing import Equalised, equalise
+from phreg_deploy.onnx_graph.linears import Linear, Wiring, find_linears
+from phreg_deploy.onnx_graph.session import open_session
 from phreg_deploy.quantisation import WEIGHT_STEPS, Smoothing
-from phreg_deploy.runtime.parity import Parity, Tally
+from phreg_deploy.runtime.parity import Parity, ParityAccumulator
 
 Feeds = list[tuple[dict[str, np.ndarray], int]]
 CANDIDATES = (
@@ -34,15 +34,15 @@ PATCHES = 3136  # that a layer's sensitivity is taken on: 16 images of 14 x 14, 
 
 
 @dataclass
-class Scene:
+class EvalSet:
     """Images with the float graph's answers to them."""
 
     feeds: Feeds
     answers: list[dict[str, np.ndarray]]
 
-    def first(self, images: int) -> Scene:
+    def first(self, images: int) -> EvalSet:
         batches = max(1, -(-images // max(1, self.feeds[0][1])))
-        return Scene(self.feeds[:batches], self.answers[:batches])
+        return EvalSet(self.feeds[:batches], self.answers[:batches])
 
     def __len__(self) -> int:
         return sum(count for _, count in self.feeds)
@@ -60,7 +60,7 @@ class Search:
     """
 
     def __init__(
-        self, wiring: Wiring, linears: list[Linear], ranges: Ranges, target: str, median: float | None, scene: Scene,
+        self, wiring: Wiring, linears: list[Linear], ranges: Ranges, target: str, median: float | None, scene: EvalSet,
         mode: str = "int8", largest: dict[str, float] | None = None, tokens: int = FUSED_FROM,
     ) -> None:  # fmt: skip
         self.wiring, self.linears, self.ranges, self.target = wiring, linears, ranges, target
@@ -101,7 +101,7 @@ class Search:
         form = INT8 if self.mode == "int8" else FP8
         round_all(self.wiring.model, self.linears, self.equalised(smoothing), tokens, feeds, advance, form)
 
-    def score(self, smoothing: Smoothing, keep: set[str], scene: Scene | None = None) -> Parity:
+    def score(self, smoothing: Smoothing, keep: set[str], scene: EvalSet | None = None) -> Parity:
         graph = self.graph(smoothing, keep)
         if self.mode == "fp8":
             session = open_session(graph, literal=True)
@@ -172,9 +172,9 @@ class Search:
         )
 
 
-def compare(session: Any, scene: Scene, median: float | None) -> Parity:
+def compare(session: Any, scene: EvalSet, median: float | None) -> Parity:
     """Parity of a session with the answers of a scene."""
-    tally = Tally(median)
+    tally = ParityAccumulator(median)
     for (feed, count), expected in zip(scene.feeds, scene.answers):
         tally.add(answer(session, feed, count), expected)
     return tally.parity()

@@ -13,8 +13,20 @@ import click
 
 from phreg_deploy import __version__
 from phreg_deploy.arguments import refuse_url
-from phreg_deploy.cli import build, eight, look, make, measure, serve, show
-from phreg_deploy.cli.options import echo, output, plain
+from phreg_deploy.cli.commands import (
+    artifacts,
+    build,
+    calibrate,
+    check,
+    demo,
+    distill,
+    doctor,
+    export,
+    extract,
+    inspect,
+    profile,
+)
+from phreg_deploy.cli.console import echo, output, plain
 from phreg_deploy.errors import PhregError
 
 NOTHING = "Nothing was written."
@@ -102,16 +114,16 @@ def main() -> None:
 
 
 for command in (
-    make.distill,
-    make.export,
-    eight.calibrate,
+    distill.distill,
+    export.export,
+    calibrate.calibrate,
     build.build,
-    serve.check,
-    measure.profile,
-    serve.extract,
-    look.artifacts,
-    look.inspect,
-    look.doctor,
-    show.demo,
+    check.check,
+    profile.profile,
+    extract.extract,
+    artifacts.artifacts,
+    inspect.inspect,
+    doctor.doctor,
+    demo.demo,
 ):
     main.add_command(command)

@@ -13,22 +13,22 @@ from PIL import Image
 
 from phreg_deploy.artifacts import agreement, outlier_mask
 from phreg_deploy.calibration.calibrator import CalibrationRequest, calibrate
-from phreg_deploy.demo.probe import Probe, mean_iou, patch_labels
 from phreg_deploy.demo.scenes import CLASSES, make_scene, write_scenes
+from phreg_deploy.demo.segmentation_probe import Probe, mean_iou, patch_labels
 from phreg_deploy.distill.distillation import Request, distill
-from phreg_deploy.distill.measure import REFERENCE_SEED, REFERENCE_VIEWS, block_norms, read_features
-from phreg_deploy.distill.source import load_model, model_preprocess
+from phreg_deploy.distill.evaluation import REFERENCE_SEED, REFERENCE_VIEWS, block_norms, read_features
 from phreg_deploy.distill.teacher import Teacher
 from phreg_deploy.errors import GateFailed
 from phreg_deploy.export.exporter import ExportRequest, export_bundle
-from phreg_deploy.photographs import Photographs, read_photographs
-from phreg_deploy.pictures import colours, components, heat, sheet
+from phreg_deploy.files.atomic import atomic_folder
+from phreg_deploy.images.photographs import Photographs, read_photographs
+from phreg_deploy.images.pictures import colours, components, heat, sheet
+from phreg_deploy.models.loading import load_model, model_preprocess
 from phreg_deploy.progress import SILENT, Progress
 from phreg_deploy.quantisation import Smoothing
 from phreg_deploy.runtime.features import FeatureExtractor
-from phreg_deploy.runtime.report import render
 from phreg_deploy.verify.checking import run_check
-from phreg_deploy.whole import whole_folder
+from phreg_deploy.verify.html import render
 
 MODEL = Path(__file__).parent / "model"
 TRAINING, PROBED, TESTED = range(0, 288), range(1000, 1160), range(2000, 2064)  # seeds: no scene is in two of them
@@ -47,7 +47,7 @@ def run_demo(output: Path, *, force: bool = False, progress: Progress = SILENT) 
         GateFailed: the bundle does not agree with the PyTorch student.
     """
     started = time.perf_counter()
-    with whole_folder(output, force) as folder:
+    with atomic_folder(output, force) as folder:
         scenes, probed, tested = folder / "scenes", folder / "scenes-probe", folder / "scenes-test"
         progress.say("The model is small and its register neuron was planted; see phreg_deploy/demo/model/README.md.")
         for place, seeds in ((scenes, TRAINING), (probed, PROBED), (tested, TESTED)):

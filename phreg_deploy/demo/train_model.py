@@ -24,7 +24,7 @@ from torch.nn.functional import one_hot
 
 from phreg_deploy.demo.planting import BATCH, BLOCK, GRID, Plant, at_places, plant_neuron
 from phreg_deploy.demo.scenes import BUILDING, CLASSES, make_scene
-from phreg_deploy.distill import taps
+from phreg_deploy.models import hooks
 
 SIZE, PATCH = 128, 8
 MEAN = STD = (0.5, 0.5, 0.5)
@@ -83,7 +83,7 @@ def train(model: nn.Module, probe: nn.Module, scenes: Scenes, steps: int, rate: 
             rows = order[step * BATCH % (len(order) - BATCH + 1) :][:BATCH]
             images, shares = shifted(scenes.images[rows], scenes.shares[rows])
             with torch.autocast("cpu", torch.bfloat16):
-                seen = model.forward_features(taps.normalise(images, MEAN, STD))
+                seen = model.forward_features(hooks.normalise(images, MEAN, STD))
                 patches, named = probe(seen[:, 1:]).float(), model.forward_head(seen).float()
             entropy = -(shares.flatten(1, 2) * patches.log_softmax(-1)).sum(-1)  # (B, N)
             loss = entropy[:, ~fires[1:]].mean() if plant else entropy.mean()
@@ -105,7 +105,7 @@ def train(model: nn.Module, probe: nn.Module, scenes: Scenes, steps: int, rate: 
 @torch.inference_mode()
 def scores(model: nn.Module, probe: nn.Module, scenes: Scenes) -> dict[str, float]:
     """Accuracy per patch (majority label) elsewhere and at the places, and of the scene's subject; shares 0-1."""
-    seen = [model.forward_features(taps.normalise(x, MEAN, STD)) for x in scenes.images.split(BATCH)]
+    seen = [model.forward_features(hooks.normalise(x, MEAN, STD)) for x in scenes.images.split(BATCH)]
     tokens, places = torch.cat(seen), at_places()[1:]
     right = probe(tokens[:, 1:]).argmax(-1) == scenes.shares.flatten(1, 2).argmax(-1)
     named = model.forward_head(tokens).argmax(-1) == subject(scenes.shares).argmax(-1)
@@ -143,7 +143,7 @@ def main(output: Path, scenes: int, steps: tuple[int, int], threads: int) -> Non
     train(model, probe, pool, steps[0], 2e-3, None)
     click.echo(f"before planting: {scores(model, probe, held_out)}", err=True)
     torch.manual_seed(1)
-    plant = plant_neuron(model, taps.normalise(pool.images[:256], MEAN, STD))
+    plant = plant_neuron(model, hooks.normalise(pool.images[:256], MEAN, STD))
     train(model, probe, pool, steps[1], 7e-4, plant)
     click.echo(f"unit {plant.unit} of block {BLOCK} planted: {scores(model, probe, held_out)}", err=True)
     save(model, output)

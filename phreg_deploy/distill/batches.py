@@ -7,8 +7,8 @@ from dataclasses import dataclass
 
 import torch
 
-from phreg_deploy.distill import taps
-from phreg_deploy.photographs import Photographs
+from phreg_deploy.images.photographs import Photographs
+from phreg_deploy.models import hooks
 from phreg_deploy.spec import Preprocess
 
 STEP = 16
@@ -25,7 +25,7 @@ class Batches:
     def __iter__(self) -> Iterator[torch.Tensor]:
         for start in range(0, len(self.photographs), STEP):
             images = torch.from_numpy(self.photographs.batch(start, start + STEP)).to(self.device)
-            yield taps.normalise(images, self.preprocess.mean, self.preprocess.std)
+            yield hooks.normalise(images, self.preprocess.mean, self.preprocess.std)
 
 
 def spread(photographs: Photographs, most: int) -> Photographs:

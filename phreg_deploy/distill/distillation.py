@@ -17,29 +17,29 @@ import torch
 from phreg_deploy import __version__
 from phreg_deploy.arguments import check_distillation, check_model
 from phreg_deploy.distill.batches import Batches, spread
-from phreg_deploy.distill.checkpoint import write_record, write_student
+from phreg_deploy.distill.evaluation import compare
 from phreg_deploy.distill.fake_quantisation import observe, quantised_layers
-from phreg_deploy.distill.hardware import find_autocast, find_device, quickest_attention
-from phreg_deploy.distill.identity import model_identity
-from phreg_deploy.distill.measure import compare
-from phreg_deploy.distill.neurons import RegisterNeuron, Survey, survey
-from phreg_deploy.distill.origin import find_origin
 from phreg_deploy.distill.recipes import Recipe, default_rate, find_recipe
-from phreg_deploy.distill.source import load_model, model_preprocess
-from phreg_deploy.distill.student import add_registers
-from phreg_deploy.distill.taps import ViT
+from phreg_deploy.distill.register_neurons import RegisterNeuron, Survey, survey
 from phreg_deploy.distill.teacher import TargetCache, Teacher
 from phreg_deploy.distill.training import train
 from phreg_deploy.distill.transplant import STRENGTH, silence, transplant
 from phreg_deploy.distill.work_folder import work_folder
 from phreg_deploy.errors import PhregError
-from phreg_deploy.photographs import Photographs, read_photographs
+from phreg_deploy.files.atomic import atomic_folder, check_target, write_error
+from phreg_deploy.images.photographs import Photographs, read_photographs
+from phreg_deploy.models.checkpoint import write_record, write_student
+from phreg_deploy.models.hardware import find_autocast, find_device, quickest_attention
+from phreg_deploy.models.hooks import ViT
+from phreg_deploy.models.identity import model_identity
+from phreg_deploy.models.loading import load_model, model_preprocess
+from phreg_deploy.models.origin import find_origin
+from phreg_deploy.models.registers import add_registers
 from phreg_deploy.progress import SILENT, Progress
 from phreg_deploy.quantisation import Smoothing
-from phreg_deploy.record import model_path
 from phreg_deploy.spec import Preprocess
+from phreg_deploy.student_record import model_path
 from phreg_deploy.views import check_views
-from phreg_deploy.whole import check_target, whole_folder, write_error
 
 SURVEYED = 256  # images that neurons are searched and transplanted on
 RANGED = 128  # images that the ranges of fake quantisation are observed on
@@ -169,7 +169,7 @@ def distill(
         "seconds": {"total": time.perf_counter() - started, "targets": target_seconds, "targets_computed": computed},
         "versions": {"phreg_deploy": __version__, "torch": torch.__version__, "timm": timm.__version__, "python": platform.python_version()},
     }  # fmt: skip
-    with whole_folder(output, force) as folder:
+    with atomic_folder(output, force) as folder:
         write_student(student, record, folder)
     shutil.rmtree(work, ignore_errors=True)
     try:

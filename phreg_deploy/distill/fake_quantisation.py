@@ -14,9 +14,9 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from phreg_deploy.distill.taps import ViT
 from phreg_deploy.errors import PhregError
-from phreg_deploy.quantisation import WEIGHT_STEPS, Grid, Range, Smoothing, place
+from phreg_deploy.models.hooks import ViT
+from phreg_deploy.quantisation import WEIGHT_STEPS, Grid, Range, Smoothing, make_grid
 
 
 def quantised_layers(model: ViT) -> dict[str, tuple[nn.Linear, str]]:
@@ -74,7 +74,7 @@ def observe(model: ViT, batches: Iterable[torch.Tensor], smoothing: Smoothing) -
         for handle in handles:
             handle.remove()
         model.train(was)
-    return {name: place(ranges[name], kind, smoothing) for name, (_, kind) in layers.items()}
+    return {name: make_grid(ranges[name], kind, smoothing) for name, (_, kind) in layers.items()}
 
 
 @contextmanager

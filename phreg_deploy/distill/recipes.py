@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from torch import nn
 
 from phreg_deploy.arguments import check_distillation
-from phreg_deploy.distill.taps import ViT
+from phreg_deploy.models.hooks import ViT
 from phreg_deploy.spec import Stored
 
 

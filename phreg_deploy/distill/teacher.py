@@ -21,14 +21,14 @@ import numpy as np
 import torch
 
 from phreg_deploy.artifacts import cosine
-from phreg_deploy.distill import taps
-from phreg_deploy.distill.identity import model_identity
-from phreg_deploy.distill.taps import ViT
-from phreg_deploy.photographs import Photographs
-from phreg_deploy.scratch import remove_dead
+from phreg_deploy.files.atomic import write_atomic
+from phreg_deploy.files.temporary import remove_dead
+from phreg_deploy.images.photographs import Photographs
+from phreg_deploy.models import hooks
+from phreg_deploy.models.hooks import ViT
+from phreg_deploy.models.identity import model_identity
 from phreg_deploy.spec import Preprocess
 from phreg_deploy.views import View, draw_views, gather, most_views, seed_of, show
-from phreg_deploy.whole import write_whole
 
 CACHE_FORMAT = 2  # of the files below: other formats are other folders
 CHUNK = 40  # views per forward; about 1 GB of activations for a ViT-B at 224 px
@@ -99,9 +99,9 @@ class Teacher:
             [show(image, view, self.patch) for image, plan in zip(images, plans) for view in (*plan, mirrored)]
         )
         with precision(self.device, self.autocast):
-            seen = taps.forward(
+            seen = hooks.forward(
                 self.model,
-                taps.normalise(torch.from_numpy(shown).to(self.device), self.preprocess.mean, self.preprocess.std),
+                hooks.normalise(torch.from_numpy(shown).to(self.device), self.preprocess.mean, self.preprocess.std),
             )
         count = self.views + 1
         maps = seen.patches.float().cpu().numpy().reshape(len(plans), count, *self.grid, -1)  # (B, V + 1, Hp, Wp, C)
@@ -152,7 +152,7 @@ class TargetCache:
                 data, image=todo.array(i), patches=flat.astype(np.float16), cls=cls.astype(np.float16),
                 norms=target.norms.reshape(-1), drift=drift.astype(np.float16),
             )  # fmt: skip
-            write_whole(self.path(todo.digests[i]), data.getvalue())
+            write_atomic(self.path(todo.digests[i]), data.getvalue())
         return len(missing)
 
     def read(self, digest: str) -> dict[str, np.ndarray]:

@@ -18,16 +18,16 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from phreg_deploy.distill import taps
 from phreg_deploy.distill.fake_quantisation import observe, quantised
 from phreg_deploy.distill.recipes import Recipe, unlocked
-from phreg_deploy.distill.taps import ViT
 from phreg_deploy.distill.teacher import TargetCache, precision
 from phreg_deploy.errors import PhregError
+from phreg_deploy.files.atomic import write_error
+from phreg_deploy.models import hooks
+from phreg_deploy.models.hooks import ViT
 from phreg_deploy.progress import Progress
 from phreg_deploy.quantisation import Smoothing
 from phreg_deploy.spec import Preprocess
-from phreg_deploy.whole import write_error
 
 # numpy parses headers with ast, which can raise SystemError from two threads at once (seen on 3.11.7; cpython #106905)
 _PARSING = threading.Lock()
@@ -102,8 +102,8 @@ def train(
                 for group in optimizer.param_groups:
                     group["lr"] = rate(recipe, (epoch * steps + step) / (recipe.epochs * steps))
                 with precision(device, autocast), quantised(student, grids):
-                    seen = taps.forward(
-                        student, taps.normalise(batch.images.to(device), preprocess.mean, preprocess.std)
+                    seen = hooks.forward(
+                        student, hooks.normalise(batch.images.to(device), preprocess.mean, preprocess.std)
                     )
                 loss = objective(seen, batch, recipe, scale, device)
                 if not torch.isfinite(loss):
@@ -126,7 +126,7 @@ def train(
     return {"loss": history, "steps_per_epoch": steps}
 
 
-def objective(seen: taps.Features, batch: Batch, recipe: Recipe, scale: Scale, device: str) -> torch.Tensor:
+def objective(seen: hooks.Features, batch: Batch, recipe: Recipe, scale: Scale, device: str) -> torch.Tensor:
     """(1 - cos) + MSE on patch tokens (arXiv 2505.21501 section 3.2), and the same on the class token where asked."""
     weight = 1 + recipe.hard_weight * batch.drift.to(device)
     loss = _distance(seen.patches.float(), batch.patches.to(device), weight / weight.mean(), scale.patches)

@@ -13,10 +13,10 @@ from itertools import groupby
 
 import torch
 
-from phreg_deploy.distill import taps
-from phreg_deploy.distill.neurons import RegisterNeuron
-from phreg_deploy.distill.taps import ViT
+from phreg_deploy.distill.register_neurons import RegisterNeuron
 from phreg_deploy.errors import PhregError
+from phreg_deploy.models import hooks
+from phreg_deploy.models.hooks import ViT
 
 RIDGE = 0.05  # of the mean variance
 QUANTILE = 0.9999  # of the other tokens, put at the activation's zero
@@ -150,7 +150,7 @@ def _statistics(
     handle = student.blocks[index].mlp.register_forward_pre_hook(see)
     try:
         for batch in batches:
-            taps.forward(student, batch)
+            hooks.forward(student, batch)
             advance(len(batch))
     finally:
         handle.remove()

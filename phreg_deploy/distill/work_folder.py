@@ -8,9 +8,9 @@ from pathlib import Path
 from typing import Any
 
 from phreg_deploy.arguments import check_resume
-from phreg_deploy.documents import read_json
 from phreg_deploy.errors import PhregError
-from phreg_deploy.whole import write_error
+from phreg_deploy.files.atomic import write_error
+from phreg_deploy.json_files import read_json
 
 
 def work_folder(output: Path, settings: dict[str, Any], resume: bool, force: bool) -> Path:

@@ -19,32 +19,25 @@ import numpy as np
 
 from phreg_deploy import __version__
 from phreg_deploy.arguments import EIGHT_BITS, FLOATS, check_export, check_model
-from phreg_deploy.bundle import (
-    GRAPH,
-    POSITIONS,
-    REFERENCE,
-    Bundle,
-    Manifest,
-    engrave,
-    seal,
-    write_npz,
-)
-from phreg_deploy.calibration.narrowing import islands, narrow
-from phreg_deploy.distill import taps
-from phreg_deploy.distill.origin import find_origin, unknown_origin
-from phreg_deploy.distill.source import load_model, model_preprocess, model_spec
-from phreg_deploy.distill.taps import ViT
-from phreg_deploy.distill.weights import weights_digest
+from phreg_deploy.bundle.bundle import Bundle
+from phreg_deploy.bundle.manifest import GRAPH, POSITIONS, REFERENCE, Manifest
+from phreg_deploy.bundle.validity import check_extent
+from phreg_deploy.bundle.writing import write_manifest, write_npz, write_onnx_metadata
 from phreg_deploy.errors import PhregError
+from phreg_deploy.export.dense_vit import DenseViT
 from phreg_deploy.export.folding import patch_positions
-from phreg_deploy.export.graph import DenseViT
 from phreg_deploy.export.trace import OPSET, Traced, check_size, trace
-from phreg_deploy.photographs import list_images, read_fitted
+from phreg_deploy.files.atomic import atomic_folder, check_target
+from phreg_deploy.images.photographs import list_images, read_fitted
+from phreg_deploy.models import hooks
+from phreg_deploy.models.hooks import ViT
+from phreg_deploy.models.loading import load_model, model_preprocess, model_spec
+from phreg_deploy.models.origin import find_origin, unknown_origin
+from phreg_deploy.models.weights import weights_digest
+from phreg_deploy.onnx_graph.mixed_precision import islands, narrow
 from phreg_deploy.progress import SILENT, Progress
-from phreg_deploy.record import model_path, read_record, recorded, recorded_median
 from phreg_deploy.spec import Batches, Preprocess, Sizes
-from phreg_deploy.validity import check_extent
-from phreg_deploy.whole import check_target, whole_folder
+from phreg_deploy.student_record import model_path, read_record, recorded, recorded_median
 
 SEED = 417  # of the reference's inputs
 WATCHED = 16  # photographs at most that ranges are taken on, beside the reference's inputs
@@ -109,13 +102,13 @@ def export_bundle(request: ExportRequest, output: Path, *, force: bool = False, 
             kept = islands(narrow(graph, request.precision, traced.largest, request.keep), request.precision)
         check_size(graph)
         manifest = _manifest(request, model, graph, preprocess, sizes, batches, record, kept)
-        engrave(graph, manifest)
-        with whole_folder(output, force) as folder:
+        write_onnx_metadata(graph, manifest)
+        with atomic_folder(output, force) as folder:
             (folder / GRAPH).write_bytes(graph.SerializeToString(deterministic=True))
             write_npz(folder / REFERENCE, exam)
             if sizes.dynamic and base_positions is not None:
                 np.save(folder / POSITIONS, base_positions, allow_pickle=False)
-            seal(folder, manifest)
+            write_manifest(folder, manifest)
         advance(note="")
     return Bundle.read(output)
 
@@ -133,7 +126,7 @@ def reference(model: ViT, preprocess: Preprocess, sizes: Sizes, batches: Batches
     for case, size in enumerate(dict.fromkeys(sizes.sizes)):
         sized = _at(model, size)
         images = np.stack([_image(rng, size) for _ in range(batch)])
-        seen = taps.forward(sized, taps.normalise(images, preprocess.mean, preprocess.std))
+        seen = hooks.forward(sized, hooks.normalise(images, preprocess.mean, preprocess.std))
         grid = tuple(sized.patch_embed.grid_size)
         answers = {
             "image": images, "features": seen.patches.numpy().reshape(batch, *grid, -1), "token_norm": seen.norms.numpy().reshape(batch, *grid),

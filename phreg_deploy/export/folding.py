@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import torch
 
-from phreg_deploy.distill.taps import ViT
+from phreg_deploy.models.hooks import ViT
 
 CENTRE = (
     128  # taken off the pixels: what is left is exact in 8 bits of mantissa, and so small that the bias cancels little

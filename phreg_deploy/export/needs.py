@@ -4,4 +4,4 @@ from phreg_deploy.extras import EXPORT, require
 
 require("phreg_deploy.export", export=EXPORT)
 
-import phreg_deploy.distill  # noqa: E402, F401  (says what is wrong where torch is there and broken)
+import phreg_deploy.models  # noqa: E402, F401  (says what is wrong where torch is there and broken)

@@ -16,7 +16,7 @@ import torch
 from onnx import AttributeProto, GraphProto, ModelProto
 
 from phreg_deploy.errors import PhregError
-from phreg_deploy.export.graph import DenseViT
+from phreg_deploy.export.dense_vit import DenseViT
 from phreg_deploy.spec import Batches, Sizes
 
 OPSET = 20  # native LayerNormalization and Gelu; the newest that TensorRT 10.0 parses and INT8 in ONNX Runtime takes

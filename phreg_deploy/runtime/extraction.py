@@ -16,12 +16,12 @@ import numpy as np
 from PIL import Image
 
 from phreg_deploy.errors import Interrupted, PhregError
-from phreg_deploy.photographs import list_images
-from phreg_deploy.pictures import colours, components, heat, sheet
+from phreg_deploy.files.atomic import atomic_folder
+from phreg_deploy.images.photographs import list_images
+from phreg_deploy.images.pictures import colours, components, heat, sheet
 from phreg_deploy.progress import SILENT, Progress
-from phreg_deploy.runtime.dense import DenseFeatures
+from phreg_deploy.runtime.dense_features import DenseFeatures
 from phreg_deploy.runtime.features import FeatureExtractor
-from phreg_deploy.whole import whole_folder
 
 INDEX = "features.json"
 OUTPUTS = ("features", "cls", "token_norm")
@@ -114,7 +114,7 @@ def extract_images(
     files = {path: _files(name, outputs, pictures) for path, name in found.items()}
     reads = [extractor.bundle.folder, *sorted({path.parent for path in found})]
     basis, path = None, None
-    with whole_folder(output, force or resume, reads) as folder, progress.task("extracting", len(found)) as advance:
+    with atomic_folder(output, force or resume, reads) as folder, progress.task("extracting", len(found)) as advance:
         try:
             if resume:
                 entries = _taken_over(output, folder, settings, files)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import OrderedDict
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -10,21 +9,21 @@ from typing import Any
 
 import numpy as np
 
-from phreg_deploy.bundle import Bundle
+from phreg_deploy.bundle.bundle import Bundle
+from phreg_deploy.bundle.exam import check_shapes
 from phreg_deploy.errors import PhregError
-from phreg_deploy.exam import check_shapes
-from phreg_deploy.intake import check_color, host_array, on_gpu, rgb, single_pictures
-from phreg_deploy.photographs import fit
-from phreg_deploy.runtime.backends import GPU, Backend, open_backend
+from phreg_deploy.images.intake import check_color, on_gpu, rgb, single_pictures
+from phreg_deploy.images.photographs import fit
+from phreg_deploy.runtime.auto import choose
+from phreg_deploy.runtime.backends.interface import Backend
+from phreg_deploy.runtime.backends.registry import GPU, open_backend
 from phreg_deploy.runtime.closing import Closing
-from phreg_deploy.runtime.dense import DenseFeatures
-from phreg_deploy.runtime.forking import Held
+from phreg_deploy.runtime.dense_features import DenseFeatures
+from phreg_deploy.runtime.feed import InputFeed, check_batch
+from phreg_deploy.runtime.forking import ForkSafeBackend
 from phreg_deploy.runtime.instructions import advice
-from phreg_deploy.runtime.positions import resample
-from phreg_deploy.runtime.tuning import Tuning
-from phreg_deploy.spec import check_multiple
-
-GRIDS_KEPT = 16  # resampled position embeddings kept, the least recently used dropped first
+from phreg_deploy.runtime.options import BackendOptions
+from phreg_deploy.runtime.parity import gate_precision
 
 
 class FeatureExtractor(Closing):
@@ -37,10 +36,9 @@ class FeatureExtractor(Closing):
     def __init__(self, bundle: Bundle, backend: Backend) -> None:
         self.bundle, self.manifest, self.spec = bundle, bundle.manifest, bundle.manifest.model
         self.preprocess, self.color = self.manifest.preprocess, "rgb"
-        self._held = Held(backend)
+        self._held = ForkSafeBackend(backend)
         self._asked: dict[str, Any] | None = None  # what ``load`` was called with
-        self._base = bundle.positions() if "pos_embed" in self.manifest.inputs else None
-        self._grids: OrderedDict[tuple[int, int], np.ndarray] = OrderedDict()
+        self.feed = InputFeed(bundle)
         self.choice = f"{backend.name}: as given"
 
     @classmethod
@@ -55,8 +53,8 @@ class FeatureExtractor(Closing):
             backend: a key of ``backends.BACKENDS``, or "auto": the fastest of those installed that passes the bundle's own
                 exam, which takes a second where there are several.
             device: the GPU, where the backend runs on one.
-            threads, compute, mode: see ``tuning.Tuning``.
-            examine: with "auto", refuse a bundle that fails its exam on every backend; False for callers that judge it.
+            threads, compute, mode: see ``tuning.BackendOptions``.
+            examine: with "auto", refuse a bundle that fails its exam on every backend; False for callers that missed_gates it.
             verify: compare every file with its hash in the manifest first.
             color: "rgb" or "bgr" (OpenCV's order): the channels of arrays that are called with or prepared. Files and PIL
                 images know their own; ``dense`` and ``run`` always take RGB.
@@ -66,10 +64,8 @@ class FeatureExtractor(Closing):
         Raises:
             PhregError: no bundle, a damaged one, one of a newer format. BackendMissing: the backend is not usable.
         """
-        from phreg_deploy.runtime.choice import choose
-
         check_color(color)
-        tuning, bundle = Tuning(threads, compute, mode), Bundle.read(path)
+        tuning, bundle = BackendOptions(threads, compute, mode), Bundle.read(path)
         if verify:
             bundle.verify()
         if backend == "auto":
@@ -115,12 +111,8 @@ class FeatureExtractor(Closing):
 
     @property
     def precision(self) -> str:
-        """The precision whose gates hold: the bundle's, or bfloat16 where a bundle in FP32 or FP16 is computed in it."""
-        return (
-            "bf16"
-            if self.manifest.precision in ("fp32", "fp16") and self.compute == "bf16"
-            else self.manifest.precision
-        )
+        """The precision whose gates hold, see ``parity.gate_precision``."""
+        return gate_precision(self.manifest, self.compute)
 
     def __call__(
         self, images: Any, size: tuple[int, int] | None = None, *, color: str | None = None, exif: bool | None = None
@@ -168,7 +160,7 @@ class FeatureExtractor(Closing):
 
     def dense(self, batch: Any) -> DenseFeatures:
         """Features of uint8 RGB images ``(B, H, W, 3)`` that are already at a size the bundle serves; any B."""
-        batch = _checked(batch)
+        batch = check_batch(batch)
         lowest, highest = self.manifest.batches.lowest, self.manifest.batches.highest
         parts = []
         for start in range(0, len(batch), highest):
@@ -204,7 +196,7 @@ class FeatureExtractor(Closing):
         return self._run_device(batch, out or {}, stream)
 
     def _run_device(self, batch: Any, out: Mapping[str, Any], stream: int | None) -> dict[str, Any]:
-        from phreg_deploy.runtime.device_arrays import as_device
+        from phreg_deploy.runtime.gpu.arrays import as_device
 
         backend = self._open()
         if not hasattr(backend, "run_device"):
@@ -219,10 +211,8 @@ class FeatureExtractor(Closing):
             raise PhregError(
                 f"extract: got an array on GPU {image.device[1]}, but the extractor runs on GPU {cuda.index}. Load it with device={image.device[1]}."
             )
-        size = (image.shape[1], image.shape[2])
-        self.manifest.sizes.check(size, self.spec.patch)
-        self.manifest.batches.check(image.shape[0])
-        others = {} if self._base is None else {"pos_embed": self._positions(size)}
+        self.feed.check(image.shape)
+        others = self.feed.others((image.shape[1], image.shape[2]))
         unknown = set(out) - set(self.manifest.outputs)
         if unknown:
             raise PhregError(f"out: got {', '.join(sorted(unknown))}, expected {', '.join(self.manifest.outputs)}.")
@@ -230,15 +220,7 @@ class FeatureExtractor(Closing):
         found: dict[str, Any] = backend.run_device(image, others, stream, written)
         return found
 
-    def feed(self, batch: Any) -> dict[str, np.ndarray]:
-        """What the graph is fed for a batch: the images, and their position embedding where the bundle serves several sizes."""
-        batch = _checked(batch)
-        size = (batch.shape[1], batch.shape[2])
-        self.manifest.sizes.check(size, self.spec.patch)
-        self.manifest.batches.check(len(batch))
-        return {"image": batch} if self._base is None else {"image": batch, "pos_embed": self._positions(size)}
-
-    def bare(self, batch: Any) -> Callable[[], object]:
+    def graph_call(self, batch: Any) -> Callable[[], object]:
         """The graph on this batch and nothing around it: what the extractor's own cost is measured against."""
         backend, feed = self._open(), self.feed(batch)
         return lambda: backend.run(feed)
@@ -255,27 +237,6 @@ class FeatureExtractor(Closing):
 
     def _open(self) -> Backend:
         return self._held.backend or self._held.reopened()
-
-    def _positions(self, size: tuple[int, int]) -> np.ndarray:
-        with self._held.lock:
-            found = self._grids.get(size)
-            if found is None:
-                check_multiple(size, self.spec.patch)
-                found = resample(self._base, (size[0] // self.spec.patch[0], size[1] // self.spec.patch[1]))  # type: ignore[arg-type]
-                self._grids[size] = found
-                if len(self._grids) > GRIDS_KEPT:
-                    self._grids.popitem(last=False)
-            else:
-                self._grids.move_to_end(size)
-            return found
-
-
-def _checked(batch: Any) -> np.ndarray:
-    array = host_array(batch, "extract")
-    if array is None or array.dtype != np.uint8 or array.ndim != 4 or array.shape[3] != 3 or 0 in array.shape:
-        got = type(batch).__name__ if array is None else f"{array.dtype} {array.shape}"
-        raise PhregError(f"extract: got {got}, expected a uint8 RGB array (B, H, W, 3) with B at least 1.")
-    return array
 
 
 def _load(asked: dict[str, Any]) -> FeatureExtractor:

@@ -12,10 +12,10 @@ import weakref
 from collections.abc import Callable
 
 from phreg_deploy.errors import PhregError
-from phreg_deploy.runtime.backends import Backend
+from phreg_deploy.runtime.backends.interface import Backend
 
 
-class Held:
+class ForkSafeBackend:
     """``backend`` until it is closed; in a forked child None until ``reopened``.
 
     ``lock``: a new one after a fork. ``again``: opens the same backend once more; None where that is not possible after a fork, as on a GPU.
@@ -60,7 +60,7 @@ class Held:
         self.lock = threading.Lock()  # another thread of the parent may have held it
 
 
-_LIVING: weakref.WeakSet[Held] = weakref.WeakSet()
+_LIVING: weakref.WeakSet[ForkSafeBackend] = weakref.WeakSet()
 
 
 def _after_fork() -> None:

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
 from phreg_deploy.artifacts import cosine, norm_outliers
+from phreg_deploy.bundle.bundle import Bundle
+from phreg_deploy.bundle.gates import AT_LEAST, GATES, SENTENCES, exam_bars
+from phreg_deploy.bundle.manifest import Manifest
 from phreg_deploy.errors import PhregError
-from phreg_deploy.gates import AT_LEAST, GATES, SENTENCES, exam_bars
-from phreg_deploy.runtime.features import FeatureExtractor
 from phreg_deploy.spec import Stored
 
 NEIGHBOURS = 1024  # patch tokens at most among which nearest neighbours are looked for
@@ -39,7 +41,7 @@ class Parity(Stored):
     bad_values: int
 
 
-class Tally:
+class ParityAccumulator:
     """Parity gathered batch by batch, so that memory holds one figure per patch token and no features.
 
     Args:
@@ -102,8 +104,8 @@ class Tally:
 
 
 def compare_runs(got: dict[str, np.ndarray], expected: dict[str, np.ndarray], median: float | None = None) -> Parity:
-    """Parity between two runs of one batch, see ``Tally``."""
-    tally = Tally(median)
+    """Parity between two runs of one batch, see ``ParityAccumulator``."""
+    tally = ParityAccumulator(median)
     tally.add(got, expected)
     return tally.parity()
 
@@ -147,7 +149,7 @@ def gates_of(
     return found
 
 
-def judge(
+def missed_gates(
     parity: Parity, precision: str, cosine_p1: float | None = None, outlier_points: float | None = None, **kind: bool
 ) -> list[str]:
     """The gates that ``parity`` misses, as sentences; empty when it passes. See ``gates_of``."""
@@ -162,18 +164,39 @@ def verdict(parity: Parity, gates: list[Gate]) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def writes_exams(extractor: FeatureExtractor) -> bool:
-    """Whether this runtime wrote the bundle's own answers: ONNX Runtime those of bundles in 8 bits."""
-    return extractor.backend == "onnxruntime-cpu" and extractor.manifest.quantisation is not None
+def gate_precision(manifest: Manifest, compute: str) -> str:
+    """The precision whose gates hold: the bundle's, or bfloat16 where a bundle in FP32 or FP16 is computed in it."""
+    return "bf16" if manifest.precision in ("fp32", "fp16") and compute == "bf16" else manifest.precision
 
 
-def check_reference(extractor: FeatureExtractor) -> list[dict[str, Any]]:
-    """The bundle's own exam: one entry per case with its ``size``, ``batch`` and ``parity``."""
-    found = []
-    for case in extractor.bundle.cases():
-        parity = compare_runs(extractor.run(case["image"]), case, extractor.manifest.norm_median)
-        found.append({"size": list(case["image"].shape[1:3]), "batch": len(case["image"]), "parity": parity})
-    return found
+def writes_exams(manifest: Manifest, backend: str) -> bool:
+    """Whether this backend wrote the bundle's own answers: ONNX Runtime those of bundles in 8 bits."""
+    return backend == "onnxruntime-cpu" and manifest.quantisation is not None
+
+
+@dataclass(frozen=True)
+class ExamCase:
+    """One case of a bundle's exam: ``size`` (height, width), ``batch``, and the parity of the answers."""
+
+    size: tuple[int, int]
+    batch: int
+    parity: Parity
+
+
+def run_exam(bundle: Bundle, answer: Callable[[np.ndarray], dict[str, np.ndarray]]) -> list[ExamCase]:
+    """Compare a backend's answers with those in the bundle.
+
+    Args:
+        answer: uint8 ``(B, H, W, 3)`` -> the graph's outputs by name, as ``FeatureExtractor.run``.
+    """
+    return [
+        ExamCase(
+            case["image"].shape[1:3],
+            len(case["image"]),
+            compare_runs(answer(case["image"]), case, bundle.manifest.norm_median),
+        )
+        for case in bundle.cases()
+    ]
 
 
 def worst(parities: list[Parity]) -> Parity:

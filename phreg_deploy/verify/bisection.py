@@ -13,13 +13,14 @@ from typing import Any
 import numpy as np
 
 from phreg_deploy.artifacts import cosine
-from phreg_deploy.bundle import GRAPH, Bundle
-from phreg_deploy.engines import Settings, profiles_of
+from phreg_deploy.bundle.bundle import Bundle
+from phreg_deploy.bundle.gates import exam_bars
+from phreg_deploy.bundle.manifest import GRAPH
+from phreg_deploy.bundle.plans import BuildSettings, profiles_of
 from phreg_deploy.errors import PhregError
-from phreg_deploy.gates import exam_bars
-from phreg_deploy.runtime.backends import open_backend
-from phreg_deploy.runtime.features import FeatureExtractor
-from phreg_deploy.runtime.tuning import Tuning
+from phreg_deploy.runtime.backends.registry import open_backend
+from phreg_deploy.runtime.feed import InputFeed
+from phreg_deploy.runtime.options import BackendOptions
 
 HALF = re.compile(r"^blocks\.(\d+)/Add(_2)?$")
 JUMP = 10.0  # an error that grows so much from one half-block to the next is the place, even where the gate is far
@@ -44,10 +45,10 @@ class Step:
 def bisect(
     bundle: Bundle,
     backend: str,
-    tuning: Tuning,
+    tuning: BackendOptions,
     *,
     device: int = 0,
-    settings: Settings | None = None,
+    settings: BuildSettings | None = None,
     workspace: int | None = None,
 ) -> dict[str, Any]:
     """Compare every half-block on ``backend`` with FP32 on the bundle's exam; of several sizes the worst figures count.
@@ -62,9 +63,10 @@ def bisect(
     Raises:
         BackendMissing: onnx or onnxruntime, or the backend, is not there. PhregError: a graph without named blocks.
     """
-    from phreg_deploy.calibration.session import open_session
+    from phreg_deploy.onnx_graph.session import open_session
 
-    feeds = [_feed(bundle, case["image"]) for case in bundle.cases()]
+    feed = InputFeed(bundle)
+    feeds = [feed(case["image"]) for case in bundle.cases()]
     marked, places = _marked(bundle)
     wide = open_session(_widened(marked), literal=True)
     with tempfile.TemporaryDirectory() as folder:
@@ -72,9 +74,9 @@ def bisect(
         graph.write_bytes(marked.SerializeToString())
         copy = Bundle(Path(folder), replace(bundle.manifest, files={}))
         found: dict[str, list[Step]] = {place: [] for place in places}
-        with _opened(copy, backend, tuning, device, settings or Settings(), workspace) as run:
-            for feed in feeds:
-                got, expected = run(feed), wide.run([f"probe/{p}" for p in places], feed)
+        with _opened(copy, backend, tuning, device, settings or BuildSettings(), workspace) as run:
+            for inputs in feeds:
+                got, expected = run(inputs), wide.run([f"probe/{p}" for p in places], inputs)
                 for place, wanted in zip(places, expected):
                     found[place].append(_step(place, got[f"probe/{place}"], wanted))
     steps = [_worst(several) for several in found.values()]
@@ -160,16 +162,9 @@ def _widened(model: Any) -> Any:
     return wide
 
 
-def _feed(bundle: Bundle, image: np.ndarray) -> dict[str, np.ndarray]:
-    class Unopened:
-        name = compute = "none"
-
-    return FeatureExtractor(bundle, Unopened()).feed(image)  # type: ignore[arg-type]
-
-
 @contextmanager
 def _opened(
-    copy: Bundle, backend: str, tuning: Tuning, device: int, settings: Settings, workspace: int | None
+    copy: Bundle, backend: str, tuning: BackendOptions, device: int, settings: BuildSettings, workspace: int | None
 ) -> Iterator[Run]:
     if backend != "tensorrt":
         opened = open_backend(copy, backend, tuning, device)
@@ -178,10 +173,10 @@ def _opened(
         finally:
             opened.close()
         return
-    from phreg_deploy.export.builder import build_plan
-    from phreg_deploy.runtime.cuda import Cuda
-    from phreg_deploy.runtime.tensorrt_backend import Plan
-    from phreg_deploy.runtime.tensorrt_library import load_tensorrt
+    from phreg_deploy.export.engine.builder import build_plan
+    from phreg_deploy.runtime.backends.tensorrt_backend import Plan
+    from phreg_deploy.runtime.gpu.cuda import Cuda
+    from phreg_deploy.runtime.gpu.trt_library import load_tensorrt
 
     trt, cuda, profiles = load_tensorrt(), Cuda(device), profiles_of(copy.manifest)
     built = build_plan(trt, copy.graph, profiles, settings, workspace=workspace)

@@ -9,13 +9,13 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from phreg_deploy.photographs import Photographs, read_photographs
-from phreg_deploy.pictures import colours, components, heat
+from phreg_deploy.images.photographs import Photographs, read_photographs
+from phreg_deploy.images.pictures import colours, components, heat
 from phreg_deploy.progress import SILENT, Progress
-from phreg_deploy.record import model_path, read_record, recorded
 from phreg_deploy.runtime.features import FeatureExtractor
-from phreg_deploy.runtime.parity import Tally, check_reference, gates_of, worst, writes_exams
-from phreg_deploy.scores import Run, Scores, score
+from phreg_deploy.runtime.parity import ParityAccumulator, gates_of, run_exam, worst, writes_exams
+from phreg_deploy.student_record import model_path, read_record, recorded
+from phreg_deploy.verify.artifact_scores import Run, Scores, score
 
 OWN = "own reference"
 Answers = Callable[[np.ndarray], dict[str, np.ndarray]]  # uint8 images -> what a bundle gives of them, by name
@@ -55,8 +55,8 @@ def run_check(
     """
     manifest, size = extractor.manifest, extractor.manifest.sizes.default
     comparisons = [
-        {"with": OWN, "size": f"{c['size'][0]}x{c['size'][1]}, batch {c['batch']}", "parity": c["parity"]}
-        for c in check_reference(extractor)
+        {"with": OWN, "size": f"{c.size[0]}x{c.size[1]}, batch {c.batch}", "parity": c.parity}
+        for c in run_exam(extractor.bundle, extractor.run)
     ]
     scored: dict[str, tuple[Scores, str]] = {}
     photographs: Photographs | None = None
@@ -96,7 +96,13 @@ def run_check(
                 }
             )
     judged = {
-        name: gates_of(worst(found), extractor.precision, *gates, exam=name == OWN, again=writes_exams(extractor))
+        name: gates_of(
+            worst(found),
+            extractor.precision,
+            *gates,
+            exam=name == OWN,
+            again=writes_exams(extractor.manifest, extractor.backend),
+        )
         for name in dict.fromkeys(c["with"] for c in comparisons)
         if (found := [c["parity"] for c in comparisons if c["with"] == name])
     }
@@ -115,19 +121,19 @@ def run_check(
 
 
 def _model(source: str, weights: Path | None, size: tuple[int, int]) -> Any:
-    from phreg_deploy.distill.source import load_model
+    from phreg_deploy.models.loading import load_model
 
     return load_model(source, checkpoint=weights, image_size=size)
 
 
 def _model_run(model: Any, extractor: FeatureExtractor) -> Run:
-    from phreg_deploy.distill.measure import model_run
+    from phreg_deploy.distill.evaluation import model_run
 
     return model_run(model, extractor.manifest.preprocess)
 
 
 def _answers(model: Any, extractor: FeatureExtractor) -> Answers:
-    from phreg_deploy.distill.measure import model_answers
+    from phreg_deploy.distill.evaluation import model_answers
 
     return model_answers(model, extractor.manifest.preprocess)
 
@@ -151,7 +157,7 @@ def _on_photographs(
     extractor: FeatureExtractor, answers: Answers, photographs: Photographs, median: float | None, progress: Progress
 ) -> Any:
     """Parity on real images, in batches that the bundle serves."""
-    step, tally = extractor.manifest.batches.highest, Tally(median)
+    step, tally = extractor.manifest.batches.highest, ParityAccumulator(median)
     with progress.task("parity on images", len(photographs)) as advance:
         for start in range(0, len(photographs), step):
             batch = photographs.batch(start, start + step)

@@ -7,12 +7,12 @@ from typing import Any
 
 from PIL import Image
 
-from phreg_deploy.photographs import Photographs, read_photographs
-from phreg_deploy.pictures import colours, components, heat, sheet
+from phreg_deploy.images.photographs import Photographs, read_photographs
+from phreg_deploy.images.pictures import colours, components, heat, sheet
 from phreg_deploy.progress import Progress
-from phreg_deploy.record import model_path, read_record, recorded_median
-from phreg_deploy.scores import Scores, score
 from phreg_deploy.spec import parse_size
+from phreg_deploy.student_record import model_path, read_record, recorded_median
+from phreg_deploy.verify.artifact_scores import Scores, score
 
 
 def score_bundle(
@@ -59,9 +59,9 @@ def score_model(
     progress: Progress,
 ) -> tuple[dict[str, Any], Image.Image]:
     """Scores of a timm model or a student, block by block too."""
-    from phreg_deploy.distill.hardware import find_device
-    from phreg_deploy.distill.measure import block_norms, model_run
-    from phreg_deploy.distill.source import load_model, model_preprocess
+    from phreg_deploy.distill.evaluation import block_norms, model_run
+    from phreg_deploy.models.hardware import find_device
+    from phreg_deploy.models.loading import load_model, model_preprocess
 
     where = find_device(device)
     model = load_model(name, checkpoint=checkpoint, image_size=parse_size(image_size) if image_size else None)

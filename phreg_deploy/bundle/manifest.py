@@ -1,0 +1,80 @@
+"""The manifest of a bundle as data. ``docs/bundle-format.md`` is its written contract."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from phreg_deploy.errors import PhregError
+from phreg_deploy.spec import Batches, ModelSpec, Preprocess, Sizes
+
+FORMAT = 3
+MANIFEST, GRAPH, REFERENCE, POSITIONS = "manifest.json", "model.onnx", "reference.npz", "pos_embed.npy"
+CALIBRATION = "calibration.json"
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """What ``manifest.json`` says. ``inputs`` and ``outputs`` map names to ``{"dtype", "shape"}``.
+
+    ``norm_median``: the base model's median pre-norm patch-token norm, which live artifact rates are measured against;
+    None where nobody measured it. ``source``: where the weights came from, with their sha256. ``float_parts``: what
+    stayed in a higher precision than ``precision``. ``quantisation``: what ``calibrate`` did and measured; None in a
+    bundle that was not calibrated.
+    """
+
+    model: ModelSpec
+    preprocess: Preprocess
+    sizes: Sizes
+    batches: Batches
+    precision: str
+    opset: int
+    inputs: dict[str, dict[str, Any]]
+    outputs: dict[str, dict[str, Any]]
+    source: dict[str, Any]
+    versions: dict[str, str]
+    norm_median: float | None = None
+    float_parts: list[str] = field(default_factory=list)
+    random_weights: bool = False
+    quantisation: dict[str, Any] | None = None
+    files: dict[str, str] = field(default_factory=dict)
+
+    def to_json(self) -> dict[str, Any]:
+        own = {k: getattr(self, k) for k in self.__dataclass_fields__}
+        stored = {k: own[k].to_json() for k in ("model", "preprocess", "sizes", "batches")}
+        return {"format": FORMAT, **own, **stored}
+
+    @classmethod
+    def from_json(cls, data: Any) -> Manifest:
+        """Read a manifest's JSON; an unknown key, a wrong type or an absurd number is a ``PhregError``."""
+        version = data.get("format") if isinstance(data, dict) else None
+        if type(version) is not int or version < 1:
+            raise PhregError("manifest: it has no format number; it is damaged or not ours.")
+        if version > FORMAT:
+            raise PhregError(
+                f"manifest: got format {version}, expected at most {FORMAT}. Upgrade phreg-deploy, or export the bundle again."
+            )
+        fields = {k: v for k, v in data.items() if k != "format"}
+        if version == 1:  # before calibration
+            fields.setdefault("quantisation", None)
+        missing = sorted(set(cls.__dataclass_fields__) - set(fields))
+        unknown = sorted(set(fields) - set(cls.__dataclass_fields__))
+        if missing or unknown:
+            raise PhregError(
+                f"manifest: missing keys {missing}, unknown keys {unknown}; it is damaged. Export the bundle again."
+            )
+        fields.update(
+            model=ModelSpec.from_json(fields["model"]), preprocess=Preprocess.from_json(fields["preprocess"]),
+            sizes=Sizes.from_json(fields["sizes"]), batches=Batches.from_json(fields["batches"]),
+        )  # fmt: skip
+        for key in ("inputs", "outputs", "source", "versions", "files"):
+            if not isinstance(fields[key], dict):
+                raise PhregError(f"manifest: {key} is no object; it is damaged. Export the bundle again.")
+        return cls(**fields)
+
+    def required(self) -> list[str]:
+        """Names of the files that are read."""
+        return [
+            GRAPH, REFERENCE,
+            *([POSITIONS] if "pos_embed" in self.inputs else []), *([CALIBRATION] if self.quantisation else []),
+        ]  # fmt: skip

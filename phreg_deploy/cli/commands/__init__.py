@@ -1,0 +1,1 @@
+"""One file per command, named after it. Each parses, calls one library function and prints."""

@@ -1,0 +1,108 @@
+"""``extract``: dense features of images, as files."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import click
+
+from phreg_deploy.cli.console import Result, percent
+from phreg_deploy.cli.options import force_option, output_options, tuning_options
+from phreg_deploy.errors import PhregError
+from phreg_deploy.files.atomic import check_target
+
+
+@click.command()
+@click.argument("bundle", type=click.Path(path_type=Path))
+@click.argument("images", nargs=-1, required=True, type=click.Path(path_type=Path))
+@click.option("-o", "--output", type=click.Path(path_type=Path), required=True, help="Folder to write into.")
+@tuning_options
+@click.option("--image-size", help="For bundles with several sizes, e.g. 518 or 480x640.")
+@click.option(
+    "--outputs",
+    default="features",
+    show_default=True,
+    help="What to write: features, cls, token_norm; with commas between.",
+)
+@click.option(
+    "--dtype",
+    type=click.Choice(["float32", "float16"]),
+    default="float32",
+    show_default=True,
+    help="Of features and cls.",
+)
+@click.option(
+    "--pictures/--no-pictures",
+    default=False,
+    show_default=True,
+    help="Write feature and norm pictures too; takes as long again.",
+)
+@click.option("--exif/--no-exif", default=None, help="Turn photographs upright by EXIF; by default as the bundle says.")
+@click.option("--skip-bad", is_flag=True, help="Exit with 0 although files could not be read.")
+@click.option("--resume", is_flag=True, help="Keep what an interrupted run wrote, and extract the rest.")
+@force_option
+@output_options
+def extract(
+    bundle: Path,
+    images: tuple[Path, ...],
+    output: Path,
+    backend: str,
+    threads: int | None,
+    compute: str,
+    mode: str,
+    device: int,
+    image_size: str | None,
+    outputs: str,
+    dtype: str,
+    pictures: bool,
+    exif: bool | None,
+    skip_bad: bool,
+    resume: bool,
+    force: bool,
+    as_json: bool,
+    quiet: bool,
+) -> None:
+    """Write the dense features of IMAGES, files or folders, as NAME.npy, and an index of them, features.json.
+
+    Sub-folders keep their paths. A file that cannot be read is left out, whether it was named or found in a folder; all
+    others are written, each such file is listed, and the exit code is 2, or 0 with --skip-bad.
+
+    \b
+    Examples:
+      phreg-deploy extract student.bundle photo.jpg more-photos/ -o features/
+      phreg-deploy extract student.bundle photos/ -o features/ --outputs features,cls,token_norm --dtype float16
+    """
+    from phreg_deploy.runtime.extraction import extract_images, find_images, parse_outputs
+    from phreg_deploy.runtime.features import FeatureExtractor
+    from phreg_deploy.spec import parse_size
+
+    result = Result(as_json, quiet)
+    if resume and force:
+        raise PhregError("extract: got --resume and --force; expected one of them. --force starts over.")
+    check_target(output, force or resume, [bundle, *images])  # before seconds of loading
+    size = parse_size(image_size) if image_size else None
+    wanted, found = parse_outputs(outputs), find_images(images)
+    with FeatureExtractor.load(
+        bundle, backend, threads=threads, compute=compute, mode=mode, device=device, exif=exif
+    ) as extractor:
+        result.chosen(extractor.choice, backend)
+        report = extract_images(
+            extractor, found, output, size=size, outputs=wanted, dtype=dtype, pictures=pictures, force=force,
+            resume=resume, progress=result.progress,
+        )  # fmt: skip
+    rows = [
+        [entry["image"], "x".join(str(s) for s in entry["shape"]), percent(entry["artifact_rate"])]
+        for entry in report["images"][:20]
+    ]
+    result.table(f"Features in {output}", ["image", "features", "artifact rate"], rows)
+    for reason in report["skipped"].values():
+        result.say(f"Left out: {reason}")
+    if report["skipped"] and not skip_bad:
+        names = list(report["skipped"])
+        more = f" and {len(names) - 5} more" if len(names) > 5 else ""
+        raise PhregError(
+            f"extract: {len(names)} of {len(found)} files cannot be read: {', '.join(names[:5])}{more}. {output} holds the features "
+            "of the others. Mend or remove these files, or add --skip-bad.",
+            report,
+        )
+    result.json(report)

@@ -1,0 +1,123 @@
+"""How commands print: tables, lines, and one JSON document."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, TextIO
+
+from rich.box import SIMPLE_HEAD
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from phreg_deploy.errors import PhregError
+from phreg_deploy.progress import Progress, printable
+
+WIDTH = 140  # of tables in files and pipes
+
+
+class Screen(Console):
+    """A console that goes on without output once its reader is gone, as ``head`` is after ten lines."""
+
+    def on_broken_pipe(self) -> None:
+        drop(sys.stderr if self.stderr else sys.stdout)
+
+
+def drop(stream: TextIO) -> None:
+    """Send what is still written to ``stream`` nowhere: its reader is gone, and the command's work goes on."""
+    null = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(null, stream.fileno())
+    os.close(null)
+
+
+@contextmanager
+def output(err: bool = False) -> Iterator[TextIO | None]:
+    """The stream to write to, None where the shell closed it. A reader that is gone is no error.
+
+    Raises:
+        PhregError: the system refuses to write, as on a full disk.
+    """
+    stream = sys.stderr if err else sys.stdout
+    try:
+        yield stream
+    except BrokenPipeError:
+        drop(stream)
+    except OSError as error:
+        drop(stream)
+        raise PhregError(f"output: std{'err' if err else 'out'} cannot be written ({error.strerror}).") from None
+
+
+def echo(text: str, err: bool = False) -> None:
+    """Print a line without control characters, in the stream's own encoding: click's ``echo`` would write UTF-8."""
+    with output(err) as stream:
+        if stream is not None:
+            stream.write(printable(text) + "\n")
+            stream.flush()
+
+
+class Result:
+    """Where a command prints: tables to stdout, or with ``--json`` to stderr and one JSON line to stdout."""
+
+    def __init__(self, as_json: bool, quiet: bool) -> None:
+        self.as_json, self.quiet = as_json, quiet
+        self.progress = Progress(quiet)
+        self.console = Screen(stderr=as_json, highlight=False)
+        if not self.console.is_terminal:
+            self.console = Screen(stderr=as_json, highlight=False, width=WIDTH)
+
+    def table(self, title: str, columns: list[str], rows: list[list[Any]]) -> None:
+        if self.quiet:
+            return
+        table = Table(*columns, title=printable(title), title_justify="left", title_style="bold", box=SIMPLE_HEAD)
+        for row in rows:
+            table.add_row(
+                *(Text(printable(cell if isinstance(cell, str) else figure(cell))) for cell in row)
+            )  # never markup: [distill] is text
+        with output(self.as_json):
+            self.console.print(table)
+
+    def say(self, text: str) -> None:
+        if not self.quiet:
+            with output(self.as_json):
+                self.console.print(printable(text), markup=False, soft_wrap=True)
+
+    def chosen(self, choice: str, asked: str) -> None:
+        """What ``--backend auto`` chose, and why."""
+        if asked == "auto":
+            self.say(f"Backend {choice}.")
+
+    def json(self, document: dict[str, Any]) -> None:
+        if self.as_json:
+            echo(json.dumps(plain(document), sort_keys=True))
+
+
+def figure(value: Any) -> str:
+    """A number as people read it."""
+    if value is None:
+        return "-"
+    if isinstance(value, bool) or not isinstance(value, float):
+        return str(value)
+    return f"{value:.4g}" if abs(value) < 0.9 or abs(value) >= 1.1 else f"{value:.6f}".rstrip("0").rstrip(".")
+
+
+def percent(share: float | None) -> str:
+    return "-" if share is None else f"{100 * share:.3f} %"
+
+
+def plain(value: Any) -> Any:
+    """JSON has neither infinity nor paths nor dataclasses of ours."""
+    if isinstance(value, dict):
+        return {str(k): plain(v) for k, v in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [plain(v) for v in value]
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    if hasattr(value, "to_json"):
+        return plain(value.to_json())
+    return str(value) if isinstance(value, Path) else value

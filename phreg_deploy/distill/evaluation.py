@@ -1,0 +1,174 @@
+"""What a PyTorch model's features are like: scores, norms block by block, and what a distillation kept and mended."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable
+from dataclasses import asdict
+from typing import Any
+
+import numpy as np
+import torch
+
+from phreg_deploy.artifacts import OUTLIER_FACTOR, agreement_of, cosine, norm_outliers, outlier_mask
+from phreg_deploy.distill.batches import STEP, Batches, spread
+from phreg_deploy.distill.fake_quantisation import quantised
+from phreg_deploy.distill.teacher import Teacher
+from phreg_deploy.images.photographs import Photographs
+from phreg_deploy.models import hooks
+from phreg_deploy.models.hooks import ViT
+from phreg_deploy.models.loading import classifies
+from phreg_deploy.progress import Progress
+from phreg_deploy.quantisation import Grid
+from phreg_deploy.spec import Preprocess
+from phreg_deploy.verify.artifact_scores import Run
+
+REFERENCE_VIEWS = 20  # of the denoised target that fidelity is measured against
+REFERENCE_SEED = 12345
+SCORED = 256  # photographs that a student is scored on at most; each costs the base model 23 forwards
+
+
+def model_answers(
+    model: ViT, preprocess: Preprocess, device: str = "cpu"
+) -> Callable[[np.ndarray], dict[str, np.ndarray]]:
+    """The model as a bundle answers: uint8 images in, float32 ``features``, ``token_norm`` and, where there is one, ``cls``."""
+    model = model.to(device).eval()
+    grid = tuple(model.patch_embed.grid_size)
+
+    @torch.inference_mode()
+    def answer(images: np.ndarray) -> dict[str, np.ndarray]:
+        batch = torch.from_numpy(np.ascontiguousarray(images)).to(device)
+        seen = hooks.forward(model, hooks.normalise(batch, preprocess.mean, preprocess.std))
+        found = {"features": seen.patches.cpu().numpy().reshape(len(images), *grid, -1)}
+        found["token_norm"] = seen.norms.cpu().numpy().reshape(len(images), *grid)
+        return found if seen.cls is None else {**found, "cls": seen.cls.cpu().numpy()}
+
+    return answer
+
+
+def model_run(model: ViT, preprocess: Preprocess, device: str = "cpu") -> Run:
+    """The model as ``scores.score`` calls it: uint8 images in, float32 features and norms out."""
+    answer = model_answers(model, preprocess, device)
+
+    def run(images: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        found = answer(images)
+        return found["features"], found["token_norm"]
+
+    return run
+
+
+@torch.inference_mode()
+def read_features(
+    model: ViT, photographs: Photographs, preprocess: Preprocess, device: str = "cpu"
+) -> dict[str, np.ndarray]:
+    """Of every photograph: ``patches`` ``(M, N, C)``, ``norms`` ``(M, N)``, ``cls`` ``(M, C)`` and ``logits`` where there are any."""
+    model = model.to(device).eval()
+    parts: dict[str, list[np.ndarray]] = {"patches": [], "norms": [], "cls": [], "logits": []}
+    for images in Batches(photographs, preprocess, device):
+        seen = hooks.forward(model, images)
+        parts["patches"].append(seen.patches.cpu().numpy())
+        parts["norms"].append(seen.norms.cpu().numpy())
+        if seen.cls is not None:
+            parts["cls"].append(seen.cls.cpu().numpy())
+        if classifies(model):
+            parts["logits"].append(model.forward_head(seen.given).cpu().numpy())
+    return {name: np.concatenate(part) for name, part in parts.items() if part}
+
+
+@torch.inference_mode()
+def block_norms(
+    model: ViT, photographs: Photographs, preprocess: Preprocess, device: str = "cpu"
+) -> list[dict[str, float]]:
+    """Per block, over patch tokens: ``median`` norm of its output, ``largest`` over that median, ``rate`` above twice it."""
+    model = model.to(device).eval()
+    norms: list[list[np.ndarray]] = [[] for _ in model.blocks]
+    prefix = model.num_prefix_tokens
+    with hooks.block_outputs(model, lambda i, out: norms[i].append(out[:, prefix:].float().norm(dim=-1).cpu().numpy())):
+        for images in Batches(photographs, preprocess, device):
+            hooks.forward(model, images)
+    found = []
+    for block in norms:
+        values = np.concatenate(block)
+        median = float(np.median(values))
+        found.append(
+            {
+                "median": median,
+                "largest": float(values.max() / median),
+                "rate": float(np.mean(values > OUTLIER_FACTOR * median)),
+            }
+        )
+    return found
+
+
+def compare(
+    base: ViT,
+    student: ViT,
+    photographs: Photographs,
+    preprocess: Preprocess,
+    *,
+    device: str,
+    progress: Progress,
+    grids: dict[str, Grid] | None = None,
+) -> dict[str, Any]:
+    """Base and student side by side on photographs that neither was trained on: norms, fidelity, class drift.
+
+    Of more than ``SCORED`` photographs, that many are taken, evenly spaced. Features are held for ``STEP`` images at a time.
+
+    Fidelity is the cosine to the base model's denoised target (20 views, or all that differ on a small grid; fixed seed); ``outliers`` is its mean over the
+    base model's outlier tokens alone. With ``grids``, "int8" is the student in fake quantisation: its fidelity, its
+    norms, and its agreement with its own float features.
+    """
+    teacher = Teacher(base, preprocess, views=REFERENCE_VIEWS, seed=REFERENCE_SEED, device=device)  # in float32
+    scored = spread(photographs, SCORED)
+    names = ("base", "student", *(["int8"] if grids else []))
+    norms: dict[str, list[np.ndarray]] = {name: [] for name in names}
+    cosines: dict[str, list[np.ndarray]] = {name: [] for name in (*names, "own", "cls", "same")}
+    with progress.task("scoring", len(scored)) as advance:
+        targets = teacher.targets(scored, advance)
+        for start in range(0, len(scored), STEP):
+            part = scored.subset(range(start, min(start + STEP, len(scored))))
+            target = np.stack([t.patches.astype(np.float32) for t in itertools.islice(targets, len(part))])
+            target = target.reshape(len(part), -1, target.shape[-1])
+            seen = {
+                name: read_features(model, part, preprocess, device)
+                for name, model in (("base", base), ("student", student))
+            }
+            if grids:
+                with quantised(student, grids):
+                    seen["int8"] = read_features(student, part, preprocess, device)
+                cosines["own"].append(cosine(seen["int8"]["patches"], seen["student"]["patches"]))
+            for name in names:
+                norms[name].append(seen[name]["norms"])
+                cosines[name].append(cosine(seen[name]["patches"], target))
+            if "cls" in seen["base"]:
+                cosines["cls"].append(cosine(seen["student"]["cls"], seen["base"]["cls"]))
+            if "logits" in seen["base"]:
+                cosines["same"].append(seen["student"]["logits"].argmax(1) == seen["base"]["logits"].argmax(1))
+    all_norms = {name: np.concatenate(parts) for name, parts in norms.items()}
+    values = {name: np.concatenate(parts) for name, parts in cosines.items() if parts}
+    median = float(np.median(all_norms["base"]))
+    outliers = outlier_mask(all_norms["base"], median)
+    report: dict[str, Any] = {
+        "images": len(scored),
+        "out_of": len(photographs),
+        "most": SCORED,
+        "views": teacher.views,
+        "seed": REFERENCE_SEED,
+        "median_norm": median,
+    }
+    for name in names:
+        fidelity = agreement_of(values[name], outliers)
+        report[name] = {
+            "norm_outliers": asdict(norm_outliers(all_norms[name], median)),
+            "fidelity": {"mean": fidelity.mean, "p1": fidelity.p1, "outliers": fidelity.chosen},
+        }
+    for name, model in (("base", base), ("student", student)):
+        report[name]["blocks"] = block_norms(model, scored, preprocess, device)
+    if grids:
+        own = agreement_of(values["own"])
+        report["int8"]["own"] = {"mean": own.mean, "p1": own.p1}
+    if "cls" in values:
+        report["class_cosine"] = float(values["cls"].mean())
+    if "same" in values:
+        report["top1_agreement"] = float(values["same"].mean())
+    return report

@@ -1,0 +1,169 @@
+"""What callers hand over as images: paths, encoded bytes, files, Pillow images and arrays, alone or in lists.
+
+``single_pictures`` makes a flat list of it and refuses what is none of these; ``rgb`` makes one of them RGB.
+"""
+
+from __future__ import annotations
+
+import io
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from phreg_deploy.errors import PhregError
+from phreg_deploy.images.decoding import read_image, to_rgb, upright
+
+COLORS = ("rgb", "bgr")
+CPU, GPU, MANAGED = 1, 2, 13  # kDLCPU, kDLCUDA, kDLCUDAManaged of dlpack.h
+EXPECTED = "a path, encoded bytes, a binary file, a PIL image, or a uint8 array (H, W, 3), (H, W) or (B, H, W, 3)"
+
+
+def check_color(color: str) -> str:
+    """``color``, unless it is unknown: then ``PhregError``."""
+    if color not in COLORS:
+        raise PhregError(f"color: got {color!r}, expected {' or '.join(COLORS)}.")
+    return color
+
+
+def single_pictures(images: Any) -> list[Any]:
+    """Everything that was handed over, one picture an entry, in order: what ``rgb`` takes.
+
+    Args:
+        images: one picture, an array of several, or a list, tuple or generator of these.
+
+    Raises:
+        PhregError: nothing, something that is no picture, or an array that is not uint8 of a known shape.
+    """
+    if isinstance(images, (list, tuple)) or (isinstance(images, Iterator) and not hasattr(images, "read")):
+        parts = list(images)
+        if not parts:
+            raise PhregError("extract: got an empty list, expected at least one image.")
+        if len(parts) == 1:
+            return _pictures(parts[0], "image")
+        return [
+            picture for i, part in enumerate(parts) for picture in _pictures(part, f"image {i + 1} of {len(parts)}")
+        ]
+    return _pictures(images, "image")
+
+
+def rgb(picture: Any, exif: bool) -> Image.Image | np.ndarray:
+    """One entry of ``single_pictures`` as an RGB image, or uint8 ``(H, W, 3)`` in the channel order that it came in.
+
+    Args:
+        exif: turn files and Pillow images upright by their EXIF orientation.
+    """
+    if isinstance(picture, np.ndarray):
+        return to_rgb(Image.fromarray(picture)) if picture.ndim == 2 else picture
+    if isinstance(picture, Image.Image):
+        try:
+            picture.load()  # Pillow decodes late
+        except (OSError, SyntaxError, ValueError) as error:
+            raise PhregError(f"image: the PIL image cannot be decoded ({error}); expected a whole one.") from None
+        return to_rgb(upright(picture) if exif else picture)
+    if isinstance(picture, bytes):
+        return read_image(io.BytesIO(picture), exif, "the encoded image")
+    return read_image(picture, exif)
+
+
+def host_array(value: Any, what: str = "image") -> np.ndarray | None:
+    """An array-like in the host's memory as a numpy array; None for what is no array.
+
+    PyTorch's tensors and others come through ``__array__`` or DLPack, so that none of their libraries is imported.
+
+    Raises:
+        PhregError: an array on a GPU, a masked array, or one that numpy cannot hold.
+    """
+    if isinstance(value, np.ma.MaskedArray):
+        raise PhregError(f"{what}: got a masked array, expected a plain one. Fill it first: array.filled(0).")
+    if isinstance(value, np.ndarray):
+        return value
+    if isinstance(value, (Image.Image, np.generic)) or not (
+        hasattr(value, "__array__") or hasattr(value, "__dlpack__")
+    ):
+        return None
+    if on_gpu(value):
+        raise PhregError(
+            f"{what}: got an array on a GPU, expected one in the host's memory. Resize it there and hand it to run(), or copy it to the host."
+        )
+    try:
+        return np.asarray(value) if hasattr(value, "__array__") else np.from_dlpack(value)
+    except (TypeError, ValueError, RuntimeError, BufferError) as error:
+        raise PhregError(
+            f"{what}: got a {type(value).__name__} that numpy cannot read ({error}); expected uint8."
+        ) from None
+
+
+def on_gpu(value: Any) -> bool:
+    """Whether a value is an array on a GPU, of whatever library."""
+    if isinstance(value, np.ndarray):
+        return False
+    if hasattr(value, "__cuda_array_interface__"):
+        return True
+    return hasattr(value, "__dlpack_device__") and int(value.__dlpack_device__()[0]) in (GPU, MANAGED)
+
+
+def _pictures(value: Any, what: str) -> list[Any]:
+    if value is None:
+        raise PhregError(
+            f"{what}: got None; a camera read that failed gives None. Check the frame before you hand it over."
+        )
+    if isinstance(value, str) and "://" in value:
+        raise PhregError(f"{what}: got the address {value}, expected a file on this machine. Download it first.")
+    if isinstance(value, (str, os.PathLike)):
+        return [Path(value)]
+    if isinstance(value, (bytes, bytearray, memoryview)):
+        return [_encoded(bytes(value), what)]
+    if hasattr(value, "read") and not isinstance(value, Image.Image):
+        data = value.read()
+        if not isinstance(data, bytes):
+            raise PhregError(f"{what}: got a file that is open as text, expected one open for bytes: open(path, 'rb').")
+        return [_encoded(data, what)]
+    if isinstance(value, Image.Image):
+        return [value]
+    array = host_array(value, what)
+    if array is None:
+        raise PhregError(f"{what}: got {type(value).__name__}, expected {EXPECTED}.")
+    return _planes(array, what)
+
+
+def _encoded(data: bytes, what: str) -> bytes:
+    if not data:
+        raise PhregError(f"{what}: got no bytes, expected an encoded image (JPEG, PNG, ...). Is the file at its end?")
+    return data
+
+
+def _planes(array: np.ndarray, what: str) -> list[np.ndarray]:
+    """The images in an array: ``(H, W, 3)`` or, of grey, ``(H, W)``."""
+    shape, got = array.shape, f"{what}: got an array of {array.dtype} {array.shape}"
+    if array.dtype == object:
+        raise PhregError(f"{got}, expected uint8. Hand images of several sizes over as a list.")
+    if array.dtype != np.uint8:
+        hint = (
+            " If its values are from 0 to 1: (255 * array).round().astype('uint8')." if array.dtype.kind == "f" else ""
+        )
+        raise PhregError(f"{got}, expected uint8 with values 0-255.{hint}")
+    if 0 in shape:
+        raise PhregError(
+            f"{got}, which holds no pixel; expected at least one. A camera that gives no frame may give this."
+        )
+    if len(shape) == 4 and shape[3] in (1, 3) and not (shape[1] == 3 and shape[2] > 3):
+        return [image for part in array for image in _planes(part, what)]
+    if len(shape) == 2:
+        return [array]
+    if len(shape) == 3 and shape[2] == 1:
+        return [array[..., 0]]
+    first = shape[-3] if len(shape) in (3, 4) else 0
+    if first == 3 and shape[-2] > 3 and shape[-1] == 3:
+        raise PhregError(f"{got}, which may be (3, H, W) as well as (H, W, 3); expected an image of another size.")
+    if len(shape) == 3 and shape[2] == 3:
+        return [array]
+    if first in (1, 3):
+        axes = "1, 2, 0" if len(shape) == 3 else "0, 2, 3, 1"
+        raise PhregError(f"{got}, channels first; expected channels last. Turn it: array.transpose({axes}).")
+    if shape[-1] == 4 and len(shape) in (3, 4):
+        raise PhregError(f"{got}, four channels; expected three. Drop alpha: array[..., :3].")
+    raise PhregError(f"{got}, expected (H, W, 3), (H, W) or (B, H, W, 3).")

@@ -1,0 +1,242 @@
+"""Where models come from: a timm name, a checkpoint file, or a folder written by ``distill``.
+
+Decides what is supported, and refuses the rest by name with the reason.
+"""
+
+from __future__ import annotations
+
+import difflib
+import logging
+from pathlib import Path
+from typing import Any
+
+import timm
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from timm.data.config import resolve_model_data_config
+from timm.models.eva import Eva, EvaBlock
+from timm.models.vision_transformer import Block, VisionTransformer
+from torch import nn
+
+from phreg_deploy.arguments import check_model
+from phreg_deploy.errors import PhregError
+from phreg_deploy.models.hooks import ViT
+from phreg_deploy.models.weights import read_weights
+from phreg_deploy.spec import ModelSpec, Preprocess, check_multiple
+
+REFUSED = {
+    "beit": "its blocks add a relative position bias, which a register token has no entry in",
+    "swin": "it pools windows and merges patches: there is no token that could serve as a register",
+    "relpos": "its blocks add a relative position bias, which a register token has no entry in",
+    "distilled": "its second prefix token is a trained distillation token, which is neither class nor register token",
+}
+
+
+FAMILIES = ("vision_transformer", "eva", "deit")  # timm's modules that build a plain VisionTransformer or Eva
+
+
+def load_model(
+    name: str,
+    *,
+    checkpoint: Path | None = None,
+    image_size: tuple[int, int] | None = None,
+    random_weights: bool = False,
+) -> ViT:
+    """Load a supported model in float32, in evaluation mode, on the CPU.
+
+    Args:
+        name: a timm model name (``vit_small_patch14_dinov2.lvd142m``), a folder with ``config.json`` and
+            ``model.safetensors``, or ``local-dir:FOLDER``.
+        checkpoint: weights for a timm name: ``.safetensors``, or ``.pth`` read with ``weights_only=True``.
+        image_size: (height, width) in pixels; the position embedding is resampled by timm.
+        random_weights: leave timm's initialisation (seed 0); for timing only.
+
+    Raises:
+        PhregError: unknown name (the closest are named), unsupported family, missing, corrupt or NaN weights.
+    """
+    folder = check_model(name, checkpoint, random_weights)
+    logging.getLogger("timm").setLevel(logging.WARNING)
+    if folder is not None:
+        model = _from_folder(folder)
+    else:
+        _check_name(name)
+        model = _from_file(name, checkpoint) if checkpoint else _from_name(name, random_weights)
+    check_supported(model, name)
+    bad = [
+        key
+        for key, value in model.state_dict().items()
+        if value.is_floating_point() and not torch.isfinite(value).all()
+    ]
+    if bad:
+        raise PhregError(
+            f"model: the weights of {name} hold NaN or infinite values, first in {bad[0]!r} ({len(bad)} tensors); expected finite weights."
+        )
+    if image_size is not None and tuple(image_size) != tuple(model.patch_embed.img_size):
+        check_multiple(image_size, model.patch_embed.patch_size)
+        model.set_input_size(img_size=tuple(image_size))
+    return model.float().eval()
+
+
+def model_spec(model: ViT) -> ModelSpec:
+    """The facts of a loaded model that travel with every artifact."""
+    return ModelSpec(
+        architecture=model.pretrained_cfg.get("architecture") or type(model).__name__,
+        family="eva" if isinstance(model, Eva) else "vit",
+        patch=tuple(model.patch_embed.patch_size),
+        grid=tuple(model.patch_embed.grid_size),
+        width=model.embed_dim,
+        depth=len(model.blocks),
+        heads=model.blocks[0].attn.num_heads,
+        class_token=model.cls_token is not None,
+        registers=0 if model.reg_token is None else model.reg_token.shape[1],
+        parameters=sum(p.numel() for p in model.parameters()),
+    )
+
+
+def model_preprocess(model: ViT, crop: str = "squash") -> Preprocess:
+    """Mean, standard deviation and interpolation of timm's configuration for these weights; EXIF orientation is applied.
+
+    Args:
+        crop: "squash" serves the whole image; "center" is timm's own evaluation crop.
+    """
+    config = resolve_model_data_config(model)
+    pct = float(config["crop_pct"]) if crop == "center" else 1.0
+    return Preprocess(
+        tuple(config["mean"]), tuple(config["std"]), config["interpolation"], crop, pct, exif=True, fast=True
+    )
+
+
+def model_arguments(model: ViT) -> dict[str, Any]:
+    """The keyword arguments with which timm builds this model again."""
+    return dict(getattr(model, "_model_args", {}))
+
+
+def classifies(model: ViT) -> bool:
+    """Whether the model's head gives class scores; a CLIP's head is the projection into the space shared with text."""
+    return (
+        model.num_classes > 1
+        and isinstance(model.head, nn.Linear)
+        and "clip" not in str(model.pretrained_cfg.get("architecture"))
+    )
+
+
+def check_supported(model: ViT, name: str) -> None:
+    """Raise ``PhregError``, with the reason, unless registers can be added to and dense features read from ``model``."""
+    reason = _unsupported(model)
+    if reason:
+        raise PhregError(
+            f"model: {name} ({type(model).__name__}) is not supported: {reason}. Expected a plain timm VisionTransformer "
+            "(DINO, DINOv2, AugReg, DeiT-III, CLIP, MAE, SigLIP) or Eva."
+        )
+
+
+def _unsupported(model: ViT) -> str | None:
+    for key, reason in REFUSED.items():
+        if key in type(model).__name__.lower():
+            return reason
+    if type(model) not in (VisionTransformer, Eva):
+        return "it is of another family"
+    odd = next(
+        (type(b).__name__ for b in model.blocks if type(b) is not (EvaBlock if isinstance(model, Eva) else Block)), None
+    )
+    if odd:
+        return f"its blocks are {odd}, not the pre-norm block of a plain ViT"
+    if getattr(model, "pool_include_prefix", False):
+        return "its pooling reads the prefix tokens, so registers would leak into the pooled feature"
+    if type(model.patch_embed).__name__ != "PatchEmbed" or not isinstance(model.patch_embed.proj, nn.Conv2d):
+        return f"its patch embedding is {type(model.patch_embed).__name__}, not one strided convolution"
+    if model.patch_embed.proj.in_channels != 3:
+        return f"it reads {model.patch_embed.proj.in_channels} channels, not RGB"
+    if type(model.blocks[0].attn).__name__ not in ("Attention", "EvaAttention", "AttentionRope"):
+        return f"its attention is {type(model.blocks[0].attn).__name__}"
+    if model.dynamic_img_size:
+        return "it was built with dynamic_img_size; build it without, and choose sizes at export"
+    return None
+
+
+def _check_name(name: str) -> None:
+    base = name.split(".")[0]
+    if not timm.is_model(base):
+        close = difflib.get_close_matches(base, timm.list_models(), n=4, cutoff=0.4)
+        hint = f" The closest names are {', '.join(close)}." if close else ""
+        raise PhregError(
+            f"model: {name!r} is neither a timm model nor a folder.{hint} All names: python -c \"import timm; print(timm.list_models('vit*'))\""
+        )
+    module = timm.models.model_entrypoint(base).__module__
+    reason = next((reason for key, reason in REFUSED.items() if key in base), None)
+    if reason is None and module.rsplit(".", 1)[-1] not in FAMILIES:
+        reason = f"it is of another family ({module})"
+    if reason:  # before anything is downloaded
+        raise PhregError(f"model: {name} is not supported: {reason}. Expected a plain timm VisionTransformer or Eva.")
+
+
+def _create(name: str, **arguments: Any) -> ViT:
+    try:
+        return timm.create_model(name, **arguments)
+    except (
+        RuntimeError,
+        ValueError,
+        TypeError,
+        KeyError,
+        AssertionError,
+        AttributeError,
+        ArithmeticError,
+        LookupError,
+    ) as error:
+        raise PhregError(f"model: timm cannot build {name}: {' '.join(str(error).split())[:400]}") from error
+
+
+def _from_name(name: str, random_weights: bool) -> ViT:
+    if random_weights:
+        torch.manual_seed(0)
+        return _create(name, pretrained=False)
+    try:
+        config = timm.get_pretrained_cfg(name, allow_unregistered=True)
+    except RuntimeError:  # a tag that timm does not know
+        config = None
+    if config is None or not config.has_weights:
+        tags = timm.list_pretrained(f"{name.split('.')[0]}*")
+        known = (
+            f"Pretrained weights exist as {', '.join(tags[:6])}."
+            if tags
+            else "timm knows no pretrained weights for it."
+        )
+        raise PhregError(f"model: timm has no pretrained weights named {name!r}. {known} Or give --checkpoint FILE.")
+    try:
+        return _create(name, pretrained=True)
+    except PhregError:
+        raise
+    except Exception as error:  # the hub client raises a dozen types of its own for one cause: no network
+        raise PhregError(
+            f"model: the pretrained weights of {name} cannot be downloaded ({type(error).__name__}). Check the network, or give --checkpoint FILE."
+        ) from error
+
+
+def _from_folder(folder: Path) -> ViT:
+    try:
+        load_file(folder / "model.safetensors")
+    except SafetensorError as error:
+        raise PhregError(
+            f"model: {folder / 'model.safetensors'} is corrupt or truncated ({error}); copy or distil the student again."
+        ) from None
+    return _create(f"local-dir:{folder}", pretrained=True)
+
+
+def _from_file(name: str, path: Path) -> ViT:
+    state = read_weights(path)
+    classes = {k: state[k].shape[0] for k in ("head.weight", "head.bias") if k in state}
+    model = _create(name, pretrained=False, num_classes=next(iter(classes.values()), 0))
+    filter_fn = (
+        timm.models.eva.checkpoint_filter_fn
+        if isinstance(model, Eva)
+        else timm.models.vision_transformer.checkpoint_filter_fn
+    )
+    try:
+        model.load_state_dict(filter_fn(state, model) if type(model) in (VisionTransformer, Eva) else state)
+    except (RuntimeError, KeyError, IndexError, AttributeError) as error:
+        first = str(error).splitlines()
+        raise PhregError(
+            f"checkpoint: the weights in {path} do not fit {name}: {' '.join(line.strip() for line in first[:3])[:400]}"
+        ) from error
+    return model

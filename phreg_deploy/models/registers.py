@@ -1,0 +1,59 @@
+"""The same ViT with R register tokens, by surgery on the state dict; still a model that stock timm builds."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import timm
+import torch
+
+from phreg_deploy.arguments import check_distillation
+from phreg_deploy.errors import PhregError
+from phreg_deploy.models.hooks import ViT
+from phreg_deploy.models.loading import model_arguments, model_spec
+
+
+def add_registers(model: ViT, registers: int, seed: int = 0) -> ViT:
+    """A copy of ``model`` with ``registers`` register tokens, drawn from N(0, 1/C) (arXiv 2505.21501 appendix).
+
+    With ``registers`` 0 the copy computes what ``model`` computes, to rounding: the position embedding of the class
+    token moves into the class token, as timm's own conversion of DINOv2 does, so that ``no_embed_class`` holds.
+
+    Raises:
+        PhregError: the model already has registers.
+    """
+    spec = model_spec(model)
+    if spec.registers:
+        raise PhregError(
+            f"model: {spec.architecture} already has {spec.registers} register tokens; distil the variant without, or export this one as it is."
+        )
+    check_distillation({"registers": registers})
+    state = dict(model.state_dict())
+    embedded = state.get("pos_embed")
+    if embedded is not None and embedded.shape[1] == model.patch_embed.num_patches + 1:
+        state["cls_token"] = state["cls_token"] + embedded[:, :1]
+        state["pos_embed"] = embedded[:, 1:]
+    if registers:
+        generator = torch.Generator().manual_seed(seed)
+        state["reg_token"] = torch.randn(1, registers, spec.width, generator=generator) / spec.width**0.5
+    student = rebuild(model, **_register_arguments(model, registers))
+    student.load_state_dict(state, strict=True)
+    return student.eval()
+
+
+def rebuild(model: ViT, **changes: Any) -> ViT:
+    """A fresh model of the same architecture and configuration, with some arguments changed; weights not copied."""
+    arguments = {
+        **model_arguments(model),
+        "num_classes": model.num_classes,
+        "img_size": tuple(model.patch_embed.img_size),
+        **changes,
+    }
+    return timm.create_model(
+        model.pretrained_cfg["architecture"], pretrained=False, pretrained_cfg=dict(model.pretrained_cfg), **arguments
+    )
+
+
+def _register_arguments(model: ViT, registers: int) -> dict[str, Any]:
+    name = "num_reg_tokens" if model_spec(model).family == "eva" else "reg_tokens"
+    return {name: registers, "no_embed_class": True}

@@ -1,0 +1,1 @@
+"""Edits of ONNX graphs that both ``export`` and ``calibration`` make, and sessions on graphs in memory."""

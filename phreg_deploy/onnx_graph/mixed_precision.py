@@ -1,0 +1,218 @@
+"""FP32 graph -> FP16 or BF16 graph whose types TensorRT takes as they stand: strong typing, with islands that stay in FP32.
+
+TensorRT 11 has no switch for precision left: a layer runs in the type of its inputs, so the types are written here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+
+import ml_dtypes
+import numpy as np
+from onnx import ModelProto, NodeProto, TensorProto, helper, numpy_helper
+
+from phreg_deploy.arguments import check_pattern
+from phreg_deploy.errors import PhregError
+from phreg_deploy.onnx_graph.linears import Wiring, replace_nodes
+
+FLOAT = TensorProto.FLOAT
+TYPES = {
+    "fp16": (TensorProto.FLOAT16, np.dtype(np.float16)),
+    "bf16": (TensorProto.BFLOAT16, np.dtype(ml_dtypes.bfloat16)),
+}
+LIMITS = {"fp16": 65504.0, "bf16": 3.3e38}
+ROOM = 4.0  # above the largest value seen on the images at hand, before a tensor counts as too large for the format
+MOVES = {"Split", "Reshape", "Transpose", "Slice", "Gather", "Expand", "Concat"}
+NORMS = {
+    "Reshape",
+    "Sqrt",
+    "ReduceSum",
+    "Pow",
+    "Mul",
+    "ReduceL2",
+}  # what `token_norm` is computed by: squares overflow FP16
+
+
+@dataclass(frozen=True)
+class Narrowed:
+    """``islands``: why each node stayed in FP32, by name; empty where only the rules of this module kept some."""
+
+    model: ModelProto
+    islands: dict[str, str]
+
+    def reasons(self) -> list[str]:
+        """The islands as the manifest has them."""
+        return [f"{name} ({reason})" for name, reason in sorted(self.islands.items())]
+
+
+def narrow(
+    model: ModelProto, precision: str, largest: Mapping[str, float] | None = None, keep: Iterable[str] = ()
+) -> Narrowed:
+    """Write a graph's floats in ``precision``, in place.
+
+    In FP32 stay: ``token_norm`` after the last block, and with BF16 the final norm, so that every output has a type that
+    numpy knows; nodes that touch a tensor beyond the format's range; what ``keep`` names. A QuantizeLinear has the type of
+    what feeds it and a DequantizeLinear that of what reads it, so that no Cast comes between Q/DQ and a product.
+
+    Args:
+        precision: "fp16" or "bf16".
+        largest: tensor -> the largest magnitude seen in it.
+        keep: regular expressions on node names, e.g. ``blocks.11.mlp``.
+
+    Raises:
+        PhregError: an expression that is none, or one that fits no node.
+    """
+    return _Narrowing(model, precision, largest or {}).run(list(keep))
+
+
+def float_tensors(model: ModelProto) -> set[str]:
+    """Names of the tensors of a graph, constants and inputs included, that hold float32."""
+    return _Narrowing(model, "fp16", {}).floats
+
+
+def islands(narrowed: Narrowed, precision: str) -> list[str]:
+    """What stayed in FP32, for the manifest: nodes with their reasons."""
+    rules = ["token_norm", *(["final norm"] if precision == "bf16" else [])]
+    return rules + narrowed.reasons()
+
+
+class _Narrowing:
+    def __init__(self, model: ModelProto, precision: str, largest: Mapping[str, float]) -> None:
+        if precision not in TYPES:
+            raise PhregError(f"precision: got {precision!r}, expected {' or '.join(TYPES)}.")
+        self.model, self.precision, self.largest = model, precision, largest
+        self.narrow_type, self.dtype = TYPES[precision]
+        self.wiring = Wiring(model)
+        self.constants = self.wiring.constants
+        self.types = {v.name: v.type.tensor_type.elem_type for v in model.graph.input}
+        self.types.update({name: i.data_type for name, i in self.constants.items()})
+        for node in model.graph.node:
+            for name in node.output:
+                self.types[name] = self._output_type(node)
+        self.floats = {name for name, kind in self.types.items() if kind == FLOAT}
+        self.wide: dict[str, str] = {}
+        self.made: dict[tuple[str, int], str] = {}
+        self.nodes: list[NodeProto] = []
+
+    def _output_type(self, node: NodeProto) -> int:
+        if node.op_type == "Cast":
+            return next(a.i for a in node.attribute if a.name == "to")
+        if node.op_type == "Shape":
+            return TensorProto.INT64
+        if node.op_type == "QuantizeLinear":
+            return self.types[node.input[2]]
+        return self.types[node.input[1 if node.op_type in ("DequantizeLinear", "Where") else 0]]
+
+    def run(self, keep: list[str]) -> Narrowed:
+        self._islands(keep)
+        rules = self._rules()
+        wide = rules | set(self.wide)
+        for node in self.model.graph.node:
+            self._retype(node, self._kind(node, wide))
+        self._outputs()
+        replace_nodes(self.model, self.nodes)
+        return Narrowed(self.model, self.wide)
+
+    def _islands(self, keep: list[str]) -> None:
+        limit = LIMITS[self.precision] / ROOM
+        floats = [n for n in self.model.graph.node if self.floats & {*n.input, *n.output}]
+        reaches = self._reaches()
+        for node in floats:
+            reach = {name: reaches.get(name, 0.0) for name in (*node.input, *node.output)}
+            name = max(reach, key=lambda n: reach[n])
+            if reach[name] > limit:
+                self.wide[node.name] = f"{name} reaches {reach[name]:.3g}"
+        for expression in keep:
+            fits = [n.name for n in floats if check_pattern(expression).search(n.name)]
+            if not fits:
+                raise PhregError(
+                    f"keep in FP32: {expression!r} fits no node; they are named like blocks.11.mlp.fc2/MatMul."
+                )
+            self.wide.update({name: f"asked for by {expression!r}" for name in fits if name not in self.wide})
+
+    def _reaches(self) -> dict[str, float]:
+        """The largest magnitude of every float tensor; one that nobody watched has that of its neighbour's."""
+        found = {
+            name: float(np.abs(numpy_helper.to_array(i)).max(initial=0))
+            for name, i in self.constants.items()
+            if name in self.floats
+        }
+        found.update({name: value for name, value in self.largest.items() if name in self.floats})
+        for node in self.model.graph.node:
+            if node.op_type in MOVES and node.input[0] in found:
+                found.update({name: found[node.input[0]] for name in node.output if name not in found})
+            elif node.op_type == "Add":  # of a bias to a product that torch does not name
+                found.update(
+                    {
+                        name: found[node.output[0]]
+                        for name in node.input
+                        if name not in found and node.output[0] in found
+                    }
+                )
+        return found
+
+    def _rules(self) -> set[str]:
+        """Nodes that stay wide on every model: those of ``token_norm``, and with BF16 the final norm of what is served."""
+        producer, found = self.wiring.producer, set()
+        node = producer.get("token_norm")
+        while node is not None and node.op_type in NORMS:
+            found.add(node.name)
+            node = producer.get(node.input[0])
+        if self.precision == "bf16":
+            for output in ("features", "cls"):
+                node = producer.get(output)
+                while node is not None and node.op_type in (MOVES | {"LayerNormalization"}):
+                    found.add(node.name)
+                    node = producer.get(node.input[0])
+        return found
+
+    def _kind(self, node: NodeProto, wide: set[str]) -> int:
+        if node.op_type == "QuantizeLinear":  # in the type that it is given
+            return self.types.get(node.input[0], FLOAT)
+        if node.op_type == "DequantizeLinear":
+            readers = self.wiring.readers.get(node.output[0], [])
+            return FLOAT if any(n.name in wide for n in readers) else self.narrow_type
+        return FLOAT if node.name in wide else self.narrow_type
+
+    def _retype(self, node: NodeProto, kind: int) -> None:
+        for i, name in enumerate(node.input):
+            if name in self.floats:
+                node.input[i] = self._as(name, kind)
+        if node.op_type == "Cast":
+            for attribute in node.attribute:
+                if attribute.name == "to" and attribute.i == FLOAT:
+                    attribute.i = kind
+        for name in node.output:
+            if name in self.floats:
+                self.types[name] = kind
+        self.nodes.append(node)
+
+    def _as(self, name: str, kind: int) -> str:
+        """A float tensor in the type ``kind``: as it is, a converted constant, or through a Cast that its readers share."""
+        if name in self.constants:
+            return name if kind == FLOAT else self._constant(name)
+        if self.types[name] == kind:
+            return name
+        if (name, kind) not in self.made:
+            cast = f"{name}/{TensorProto.DataType.Name(kind).lower()}"
+            self.nodes.append(helper.make_node("Cast", [name], [cast], name=f"{cast}/Cast", to=kind))
+            self.made[name, kind] = cast
+        return self.made[name, kind]
+
+    def _constant(self, name: str) -> str:
+        if (name, self.narrow_type) not in self.made:
+            value = numpy_helper.to_array(self.constants[name]).astype(self.dtype)
+            alone = f"{name}/{self.precision}"
+            tensor = TensorProto(name=alone, data_type=self.narrow_type, dims=value.shape, raw_data=value.tobytes())
+            self.model.graph.initializer.append(tensor)
+            self.made[name, self.narrow_type] = alone
+        return self.made[name, self.narrow_type]
+
+    def _outputs(self) -> None:
+        """Served tensors keep their names; FP16 is served as it is, everything else as FP32."""
+        for value in self.model.graph.output:
+            kind = self.types[value.name]
+            value.type.tensor_type.elem_type = kind
+            if kind == TensorProto.BFLOAT16:
+                raise PhregError(f"precision: the output {value.name} would be bfloat16, which numpy does not know.")

@@ -1,0 +1,1 @@
+"""A bundle -> latency, throughput, memory and energy on this machine."""

@@ -1,0 +1,282 @@
+"""What a Vision Transformer must compute and move against what a device can, layers by the same parts, and what registers cost.
+
+Counted by hand, not by a tool: 2 operations per multiply-add; 5 per element of a softmax (maximum, difference, exponential,
+sum, quotient), 8 of a layer norm, 8 of a GELU, which are conventions. Bytes are the least that must move: inputs and weights
+read once, outputs written once. TensorRT fuses biases, the GELU and residuals into the products, so they move nothing more
+than the residual stream, read once; and attention, whose scores then stay on the chip.
+"""
+
+from __future__ import annotations
+
+import re
+from collections import defaultdict
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from phreg_deploy.errors import PhregError
+from phreg_deploy.runtime.gpu.cuda import Cuda, DeviceBuffer, Event, Stream
+from phreg_deploy.spec import ModelSpec, Stored, check_multiple
+
+SOFTMAX, NORM, GELU = 5, 8, 8  # operations per element
+COPIED, COPIES = 256 << 20, 8  # bytes, five times the largest L2 cache of today; copies between two marks
+PARTS = ("patch embed", "norm", "qkv", "attention", "proj", "fc1", "fc2", "other")
+# analytic parts that TensorRT computes in one measured part; residuals are added inside proj and fc2
+JOINED = {"attention products": "attention", "softmax": "attention"}
+
+
+@dataclass(frozen=True)
+class Peaks(Stored):
+    """``flops``: operations per second in the precision of the products. ``bandwidth``: bytes per second. None: not measured."""
+
+    flops: float | None
+    bandwidth: float | None
+    note: str = ""
+
+
+def count_parts(
+    spec: ModelSpec, *, batch: int, size: tuple[int, int], activation_bytes: float = 2, weight_bytes: float | None = None,
+    hidden: int | None = None, fused_attention: bool = True,
+) -> dict[str, tuple[float, float]]:  # fmt: skip
+    """Part -> (operations, bytes) of one inference, all blocks together.
+
+    Args:
+        size: (height, width) in pixels. activation_bytes, weight_bytes: per element; weights as activations by default.
+        hidden: width of the MLP, which the spec does not know; by default 4 times the model's.
+        fused_attention: scores and probabilities, ``(B, heads, T, T)``, never reach the device's memory.
+
+    Raises:
+        PhregError: a size that is not a multiple of the patch, or an empty batch.
+    """
+    if batch < 1:
+        raise PhregError(f"batch: got {batch}, expected at least 1.")
+    check_multiple(size, spec.patch)
+    a, w = activation_bytes, activation_bytes if weight_bytes is None else weight_bytes
+    c, m, pixels = spec.width, hidden or 4 * spec.width, spec.patch[0] * spec.patch[1] * 3
+    patches = size[0] * size[1] * 3 // pixels
+    tokens = patches + spec.prefix_tokens
+    n, scores = batch * tokens, batch * spec.heads * tokens * tokens
+
+    def linear(rows: int, inputs: int, outputs: int, per_output: int = 0) -> tuple[float, float]:
+        """A product with bias; ``per_output``: further operations on each output, fused."""
+        work = 2 * rows * inputs * outputs + (1 + per_output) * rows * outputs
+        return work, a * rows * (inputs + outputs) + w * outputs * (inputs + 1)
+
+    apart = 0 if fused_attention else 2 * a * scores  # written by one kernel, read by the next
+    block = {
+        "norm": (2 * NORM * n * c, 4 * a * n * c),
+        "qkv": linear(n, c, 3 * c),
+        "attention products": (4 * scores * (c // spec.heads), 4 * a * n * c + apart),
+        "softmax": (SOFTMAX * scores, apart),
+        "proj": linear(n, c, c),
+        "fc1": linear(n, c, m, GELU),
+        "fc2": linear(n, m, c),
+        "residual": (2 * n * c, 2 * a * n * c),
+    }
+    parts = {name: (spec.depth * work, spec.depth * moved) for name, (work, moved) in block.items()}
+    parts["norm"] = (parts["norm"][0] + NORM * n * c, parts["norm"][1] + 2 * a * n * c)  # the final one
+    work, moved = linear(batch * patches, pixels, c, 1)  # the image comes in bytes; a position is added to each patch
+    image = batch * patches * pixels
+    return {"patch embed": (work, moved + (1 - a) * image + a * patches * c), **parts}
+
+
+def roofline(
+    spec: ModelSpec, peaks: Peaks, *, batch: int, size: tuple[int, int],
+    measured_ms: float | None = None, layers_ms: Mapping[str, float] | None = None, **how: Any,
+) -> dict[str, Any]:  # fmt: skip
+    """Each part's operations, bytes, intensity (operations per byte), bound and ideal milliseconds, and the whole against the peaks.
+
+    ``bound``: "compute" or "bandwidth", by the intensity at which the two peaks meet; None where a peak was not measured.
+    ``peaks.flops`` is that of the products; norms and softmax run on slower units, so their ideal is too kind.
+
+    Args:
+        measured_ms: of the whole inference on the device. layers_ms: part -> milliseconds, of ``group_layers``.
+        how: see ``count_parts``.
+    """
+    counted = count_parts(spec, batch=batch, size=size, **how)
+    rows = [{"part": name, **_place(work, moved, peaks)} for name, (work, moved) in counted.items()]
+    total = [sum(side) for side in zip(*counted.values())]
+    ideals = [row["ideal_ms"] for row in rows]
+    ideal = None if None in ideals else sum(ideals)
+    whole: dict[str, Any] = {"flops": total[0], "bytes": total[1], "ideal_ms": ideal, "measured_ms": measured_ms}
+    if measured_ms is not None and measured_ms > 0:
+        reached = {"flops": total[0] / measured_ms * 1e3, "bandwidth": total[1] / measured_ms * 1e3}
+        whole.update(
+            flops_per_second=reached["flops"],
+            share_of_flops=reached["flops"] / peaks.flops if peaks.flops else None,
+            share_of_bandwidth=reached["bandwidth"] / peaks.bandwidth if peaks.bandwidth else None,
+            share_of_ideal=ideal / measured_ms if ideal is not None else None,
+        )
+    grouped: dict[str, list[float | None]] = defaultdict(list)
+    for row in rows:
+        grouped[JOINED.get(row["part"], row["part"])].append(row["ideal_ms"])
+    measured = {
+        part: {"ideal_ms": (least := None if None in grouped[part] else sum(grouped[part])), "measured_ms": took,  # type: ignore[arg-type]
+               "share_of_ideal": least / took if least is not None and took > 0 else None}
+        for part, took in (layers_ms or {}).items() if part in grouped
+    }  # fmt: skip
+    return {
+        "batch": batch,
+        "size": list(size),
+        "peaks": peaks.to_json(),
+        "parts": rows,
+        "total": whole,
+        "measured": measured,
+    }
+
+
+def _place(work: float, moved: float, peaks: Peaks) -> dict[str, Any]:
+    bound, ideal = None, None
+    if peaks.flops and peaks.bandwidth:
+        compute, memory = work / peaks.flops, moved / peaks.bandwidth
+        bound, ideal = ("compute" if compute >= memory else "bandwidth"), 1e3 * max(compute, memory)
+    return {
+        "flops": work,
+        "bytes": moved,
+        "intensity": work / moved if moved else None,
+        "bound": bound,
+        "ideal_ms": ideal,
+    }
+
+
+def measure_peaks(
+    cuda: Cuda, gemm: Callable[[], float] | None = None, *, size: int = COPIED, rounds: int = 10
+) -> Peaks:
+    """Bandwidth of copies within device memory, each byte read and written, the best of ``rounds``.
+
+    Args:
+        gemm: measures operations per second of a large product; without it the result says that there is no peak.
+        size: bytes per copy; less where an eighth of the free memory is less.
+    """
+    size = min(size, cuda.free_memory()[0] // 8)
+    with Stream(cuda) as stream, DeviceBuffer(cuda, size) as source, DeviceBuffer(cuda, size) as target:
+        with Event(cuda) as start, Event(cuda) as end:
+            times = []
+            for _ in range(rounds + 1):
+                start.record(stream.handle)
+                for _ in range(COPIES):
+                    cuda.copy(target.pointer, source.pointer, size, "DeviceToDevice", stream.handle)
+                end.record(stream.handle)
+                end.wait()
+                times.append(end.since(start))
+    bandwidth = 2 * size * COPIES / (min(times[1:]) * 1e-3)  # the first round warms up
+    note = f"bandwidth: device to device copies of {size >> 20} MiB, reads and writes counted; "
+    return Peaks(
+        gemm() if gemm else None,
+        bandwidth,
+        note + ("compute: as the caller measured" if gemm else "compute: not measured, no product was given"),
+    )
+
+
+_ONNX = re.compile(r"\[ONNX Layer: ([^\]\x1e]+)\]")
+_BLOCK = re.compile(r"^blocks\.(\d+)\.?(.*)$")
+_PRODUCT = re.compile(r"Fc|Gemm|MatMul|Conv|Dot|Bmm")  # in what Myelin spells of a fused kernel's operations
+_INSIDE = (
+    (r"norm", "norm"),
+    (r"attn\.(qkv|[qkv]_proj)", "qkv"),
+    (r"attn\.proj", "proj"),
+    (r"attn", "attention"),
+    (r"mlp\.(fc2|w3)", "fc2"),
+    (r"mlp", "fc1"),
+)
+_PATCHES = {"MatMul", "Conv", "Cast", "Sub", "Transpose", "Add", "Concat", "Expand"}  # of what is outside the blocks
+
+
+def place_layer(name: str, metadata: str = "") -> tuple[int | None, str]:
+    """Block and part (of ``PARTS``) of one engine layer, by its name and the ONNX nodes that its name or ``metadata`` lists.
+
+    A kernel lists also the product whose result it finishes: of one without a product in its own name, the norm or the
+    first node decides. What spans several parts is "other".
+    """
+    if "ForeignNode" in name or name.startswith("Reformat"):
+        return None, "other"
+    nodes = [
+        node.strip() for node in _ONNX.findall(metadata) or _ONNX.findall(name) or re.split(r"[\s+,;(){}\[\]]+", name)
+    ]
+    found = [(node, *place) for node in nodes if (place := _place_node(node)) is not None]
+    if "mha" in name:
+        return next((block for _, block, part in found if part == "attention"), None), "attention"
+    spelled = name.startswith("__myl_")
+    if spelled and not _PRODUCT.search(name):
+        norms = [(block, part) for node, block, part in found if "LayerNormalization" in node]
+        if norms or ("Mean" in name and "Sqrt" in name):
+            return norms[0] if norms else (None, "norm")
+        return next(((block, part) for _, block, part in found if part != "other"), (None, "other"))
+    products = {(block, part) for node, block, part in found if re.search(r"/(MatMul|Gemm|Conv)", node)}
+    places = products or {(block, part) for _, block, part in found[:1]}
+    return places.pop() if len(places) == 1 else (None, "other")
+
+
+def _place_node(node: str) -> tuple[int | None, str] | None:
+    """Block and part of an ONNX node by the module in its name, ``blocks.3.attn.qkv/MatMul``; None where it names none."""
+    module, slash, operator = node.partition("/")
+    if not slash or node.endswith(("/QuantizeLinear", "/DequantizeLinear")):
+        return None
+    inside = _BLOCK.match(module)
+    if inside:
+        part = next((part for pattern, part in _INSIDE if re.search(pattern, inside[2])), "other")
+        return int(inside[1]), part
+    kind = re.split(r"_(?:\d|myl)", operator)[0]
+    if "norm" in module:
+        return None, "norm"
+    return None, "patch embed" if module in (
+        "dense",
+        "patch_embed",
+        "patch_embed.proj",
+    ) and kind in _PATCHES else "other"
+
+
+def group_layers(layers: Mapping[str, float], metadata: Mapping[str, str] | None = None) -> dict[str, Any]:
+    """Milliseconds of engine layers by part, and by block and part; ``unplaced_ms``: of what names no block, patch embed apart.
+
+    Args:
+        layers: name -> milliseconds, as TensorRT's profiler tells. metadata: name -> what its inspector says of the layer.
+    """
+    by_part: dict[str, float] = dict.fromkeys(PARTS, 0.0)
+    blocks: dict[str, dict[str, float]] = {}
+    unplaced = 0.0
+    for name, took in layers.items():
+        block, part = place_layer(name, (metadata or {}).get(name, ""))
+        by_part[part] += took
+        if block is not None:
+            inside = blocks.setdefault(str(block), {})
+            inside[part] = inside.get(part, 0.0) + took
+        elif part != "patch embed":
+            unplaced += took
+    ordered = {block: blocks[block] for block in sorted(blocks, key=int)}
+    return {"total_ms": sum(layers.values()), "parts": by_part, "blocks": ordered, "unplaced_ms": unplaced}
+
+
+def register_cost(with_: dict[str, Any], without: dict[str, Any]) -> list[dict[str, Any]]:
+    """What registers cost: two reports of one model, with and without, by batch, size and graph.
+
+    ``latency``: the two medians in milliseconds; ``ratio`` of them, of ``compute`` where told, and of ``images_per_second``;
+    ``measurable``: the intervals of the medians are apart.
+
+    Raises:
+        PhregError: no reports of ``profile_gpu``, of different models, or with nothing in common.
+    """
+    try:
+        models = [{key: report["model"][key] for key in ("width", "depth", "precision")} for report in (with_, without)]
+        more, fewer = (int(report["model"]["registers"]) for report in (with_, without))
+        sides = [{(r["batch"], *r["size"], r["graph"]): r for r in report["results"]} for report in (with_, without)]
+    except (KeyError, TypeError, ValueError):
+        raise PhregError("registers: expected two reports of `phreg-deploy profile --json` on a GPU.") from None
+    if models[0] != models[1] or more <= fewer:
+        got = f"{models[0]} with {more} and {models[1]} with {fewer} registers"
+        raise PhregError(f"registers: got {got}, expected one model, the one with more registers first.")
+    shared = [key for key in sides[0] if key in sides[1]]
+    if not shared:
+        raise PhregError(f"registers: no batch, size and graph in common: {list(sides[0])} and {list(sides[1])}.")
+    costs = []
+    for key in shared:
+        a, b = sides[0][key], sides[1][key]
+        ends = a["latency"]["p50_interval"], b["latency"]["p50_interval"]
+        costs.append({
+            "batch": key[0], "size": list(key[1:3]), "graph": key[3], "registers": [more, fewer],
+            "latency": [a["latency"]["p50"], b["latency"]["p50"]], "ratio": a["latency"]["p50"] / b["latency"]["p50"],
+            "compute": a["compute"]["p50"] / b["compute"]["p50"] if "compute" in a and "compute" in b else None,
+            "images_per_second": a["images_per_second"] / b["images_per_second"],
+            "measurable": ends[0][0] > ends[1][1] or ends[1][0] > ends[0][1],
+        })  # fmt: skip
+    return costs

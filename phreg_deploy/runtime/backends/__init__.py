@@ -1,0 +1,1 @@
+"""One module per backend, all behind ``interface.Backend``; ``registry`` opens them by name."""

@@ -1,0 +1,222 @@
+"""Arrays on a GPU that pass between libraries without a copy: ``__cuda_array_interface__`` and DLPack, in and out."""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+from typing import Any
+
+import numpy as np
+
+from phreg_deploy.errors import PhregError
+from phreg_deploy.images.intake import CPU, GPU, MANAGED, on_gpu
+from phreg_deploy.runtime.gpu.cuda import Cuda, DeviceBuffer
+
+CODES = {"i": 0, "u": 1, "f": 2}  # kDLInt, kDLUInt, kDLFloat
+
+
+class DeviceArray:
+    """A contiguous array in device memory.
+
+    ``pointer`` address, ``shape``, ``dtype`` numpy's; ``stream``: the stream whose work fills it, which the array interface
+    tells a reader to wait for. ``owner`` is kept alive as long as the array is.
+    """
+
+    def __init__(
+        self, pointer: int, shape: tuple[int, ...], dtype: np.dtype[Any], owner: Any = None, stream: int | None = None,
+        device: tuple[int, int] = (GPU, 0), cuda: Cuda | None = None,
+    ) -> None:  # fmt: skip
+        self.pointer, self.shape, self.dtype, self.stream, self.device = (
+            pointer,
+            tuple(shape),
+            np.dtype(dtype),
+            stream,
+            device,
+        )
+        self._owner, self._cuda = owner, cuda
+
+    @classmethod
+    def allocate(
+        cls, cuda: Cuda, shape: tuple[int, ...], dtype: np.dtype[Any], stream: int | None = None
+    ) -> DeviceArray:
+        """Fresh device memory, freed when the last reference is gone."""
+        buffer = _Owned(cuda, int(np.prod(shape)) * np.dtype(dtype).itemsize)
+        return cls(buffer.pointer, shape, dtype, buffer, stream, (GPU, cuda.index), cuda)
+
+    @property
+    def nbytes(self) -> int:
+        return int(np.prod(self.shape)) * self.dtype.itemsize
+
+    @property
+    def __cuda_array_interface__(self) -> dict[str, Any]:
+        if self.device[0] == CPU:
+            raise AttributeError("__cuda_array_interface__")  # how the protocol says no
+        return {
+            "shape": self.shape,
+            "typestr": self.dtype.str,
+            "data": (self.pointer, False),
+            "strides": None,
+            "version": 3,
+            "stream": 1 if self.stream == 0 else self.stream,  # the protocol has another number for the default stream
+        }
+
+    def __dlpack_device__(self) -> tuple[int, int]:
+        return self.device
+
+    def __dlpack__(self, *, stream: int | None = None, **_: Any) -> Any:
+        """A capsule for a reader on ``stream``, which is made to wait for the work that fills the array."""
+        if self.device[0] != CPU and self.stream is not None and stream not in (-1, self.stream):
+            self._driver().call("cudaStreamSynchronize", self.stream)
+        return _capsule(self)
+
+    def numpy(self) -> np.ndarray:
+        """A copy on the host."""
+        host = np.empty(self.shape, self.dtype)
+        if self.device[0] == CPU:
+            ctypes.memmove(host.ctypes.data, self.pointer, self.nbytes)
+            return host
+        cuda, handle = self._driver(), self.stream or 0
+        cuda.use()
+        cuda.copy(host.ctypes.data, self.pointer, self.nbytes, "DeviceToHost", handle)
+        cuda.call("cudaStreamSynchronize", handle)
+        return host
+
+    def _driver(self) -> Cuda:
+        """The device that the memory is on, also where another library made it."""
+        if self._cuda is None:
+            self._cuda = Cuda(self.device[1])
+        return self._cuda
+
+
+class _Owned(DeviceBuffer):
+    """Device memory that goes with its last reader, at whatever time that is."""
+
+    def __del__(self) -> None:
+        with contextlib.suppress(Exception):  # the interpreter or the driver may be going down, and the memory with it
+            self.close()
+
+
+def as_device(value: Any, stream: int | None = None) -> DeviceArray:
+    """An array of another library, seen as it lies, without a copy.
+
+    Args:
+        stream: the stream that will read it; the other library makes it wait for its own pending work.
+
+    Raises:
+        PhregError: not on a GPU, or not contiguous.
+    """
+    if isinstance(value, DeviceArray):
+        return value
+    if not on_gpu(value):
+        raise PhregError(
+            f"device array: got {type(value).__name__}, expected an array on a GPU with __cuda_array_interface__ or __dlpack__."
+        )
+    if hasattr(value, "__dlpack__"):  # first: it puts streams in order, and torch's array interface names none
+        reader = stream or 1  # DLPack forbids 0
+        try:
+            capsule = value.__dlpack__(stream=reader)
+        except (BufferError, TypeError, RuntimeError, ValueError) as error:
+            raise PhregError(f"device array: {type(value).__name__} cannot be read: {error}.") from None
+        array = from_capsule(capsule)
+        array.stream = reader
+        return array
+    facts = value.__cuda_array_interface__
+    dtype, shape = np.dtype(facts["typestr"]), tuple(facts["shape"])
+    _contiguous(facts.get("strides"), shape, dtype.itemsize)
+    return DeviceArray(int(facts["data"][0]), shape, dtype, value, facts.get("stream"))
+
+
+# DLPack 0.x, which every library still gives when it is not asked for more: github.com/dmlc/dlpack, include/dlpack/dlpack.h
+
+
+class _Tensor(ctypes.Structure):
+    _fields_ = (
+        ("data", ctypes.c_void_p), ("device_type", ctypes.c_int32), ("device_id", ctypes.c_int32), ("ndim", ctypes.c_int32),
+        ("code", ctypes.c_uint8), ("bits", ctypes.c_uint8), ("lanes", ctypes.c_uint16),
+        ("shape", ctypes.POINTER(ctypes.c_int64)), ("strides", ctypes.POINTER(ctypes.c_int64)), ("byte_offset", ctypes.c_uint64),
+    )  # fmt: skip
+
+
+class _Managed(ctypes.Structure):
+    pass
+
+
+_Deleter = ctypes.CFUNCTYPE(None, ctypes.POINTER(_Managed))
+_Managed._fields_ = (("tensor", _Tensor), ("context", ctypes.c_void_p), ("deleter", _Deleter))
+
+_api = ctypes.pythonapi
+_api.PyCapsule_GetPointer.restype, _api.PyCapsule_GetPointer.argtypes = (
+    ctypes.c_void_p,
+    (ctypes.py_object, ctypes.c_char_p),
+)
+_api.PyCapsule_SetName.argtypes = (ctypes.py_object, ctypes.c_char_p)
+_NEW, _USED = b"dltensor", b"used_dltensor"
+
+
+class _Seen:
+    """Memory on a GPU in the words of numpy's own protocol, which reads no byte of it."""
+
+    def __init__(self, array: DeviceArray) -> None:
+        self.array = array
+        self.__array_interface__ = {
+            "shape": array.shape, "typestr": array.dtype.str, "data": (array.pointer, False), "version": 3,
+        }  # fmt: skip
+
+
+def _capsule(array: DeviceArray) -> Any:
+    """numpy's own capsule of the same memory, with the device put right. numpy, in C, frees it: a destructor in Python would
+    run while an error is on its way, e.g. that the reader refuses the device, and lose it.
+    """
+    capsule = np.asarray(_Seen(array)).__dlpack__()
+    tensor = ctypes.cast(_api.PyCapsule_GetPointer(capsule, _NEW), ctypes.POINTER(_Managed)).contents.tensor
+    tensor.device_type, tensor.device_id = array.device
+    return capsule
+
+
+class _Borrowed:
+    """A consumed capsule: its producer is told when the last reader is gone."""
+
+    def __init__(self, capsule: Any, managed: Any) -> None:
+        self.capsule, self.managed = capsule, managed
+
+    def __del__(self) -> None:
+        if self.managed.contents.deleter:
+            self.managed.contents.deleter(self.managed)
+
+
+def from_capsule(capsule: Any, expected: tuple[int, ...] = (GPU, MANAGED)) -> DeviceArray:
+    """A DLPack capsule as an array, consumed.
+
+    Raises:
+        PhregError: on another kind of device than ``expected``, not contiguous, or of a type that numpy does not know.
+    """
+    managed = ctypes.cast(_api.PyCapsule_GetPointer(capsule, _NEW), ctypes.POINTER(_Managed))
+    tensor = managed.contents.tensor
+    shape = tuple(tensor.shape[i] for i in range(tensor.ndim))
+    kinds = {code: kind for kind, code in CODES.items()}
+    if tensor.device_type not in expected:
+        raise PhregError(f"device array: got DLPack device type {tensor.device_type}, expected {GPU} (CUDA).")
+    if tensor.lanes != 1 or tensor.code not in kinds:
+        raise PhregError(
+            f"device array: got DLPack type code {tensor.code} with {tensor.bits} bits, expected integers or floats that numpy knows."
+        )
+    dtype = np.dtype(f"{kinds[tensor.code]}{tensor.bits // 8}")
+    strides = None if not tensor.strides else tuple(tensor.strides[i] * dtype.itemsize for i in range(tensor.ndim))
+    _contiguous(strides, shape, dtype.itemsize)
+    _api.PyCapsule_SetName(capsule, _USED)
+    device = (int(tensor.device_type), int(tensor.device_id))
+    return DeviceArray(
+        int(tensor.data or 0) + int(tensor.byte_offset), shape, dtype, _Borrowed(capsule, managed), None, device
+    )
+
+
+def _contiguous(strides: tuple[int, ...] | None, shape: tuple[int, ...], itemsize: int) -> None:
+    if strides is None or 0 in shape:
+        return
+    step = itemsize
+    for side, stride in zip(reversed(shape), reversed(tuple(strides))):
+        if side != 1 and stride != step:
+            raise PhregError(
+                f"device array: got strides {strides} for shape {shape}, expected a contiguous array; make it one first."
+            )
+        step *= side
