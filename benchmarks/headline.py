@@ -29,7 +29,7 @@ from phreg_deploy.models.hooks import normalise
 from phreg_deploy.models.loading import load_model, model_preprocess
 from phreg_deploy.profiling.latency import processor
 from phreg_deploy.runtime.features import FeatureExtractor
-from phreg_deploy.runtime.instructions import eight_bits
+from phreg_deploy.runtime.backends.instructions import eight_bits
 
 ROUNDS, PAUSE = 60, 0.1  # a pause before each call: the threads of one runtime spin after a call and slow the next one
 

@@ -26,7 +26,7 @@ from phreg_deploy.calibration.qdq import write_int8
 from phreg_deploy.calibration.ranges import observe
 from phreg_deploy.calibration.search import EvalSet, Search, compare
 from phreg_deploy.calibration.smoothing import equalise
-from phreg_deploy.distill.batches import spread
+from phreg_deploy.models.batches import spread
 from phreg_deploy.export.exporter import ExportRequest, export_bundle
 from phreg_deploy.onnx_graph.linears import Wiring, find_linears
 from phreg_deploy.onnx_graph.session import open_session

@@ -22,7 +22,7 @@ import click
 import numpy as np
 from subjects import held_out
 
-from phreg_deploy.artifacts import cosine
+from phreg_deploy.artifacts.measures import cosine
 from phreg_deploy.bundle.bundle import Bundle
 from phreg_deploy.profiling.latency import processor
 

@@ -34,7 +34,7 @@ from phreg_deploy.calibration.calibrator import CalibrationRequest, calibrate
 from phreg_deploy.calibration.qdq import write_int8
 from phreg_deploy.calibration.ranges import observe
 from phreg_deploy.calibration.smoothing import equalise
-from phreg_deploy.distill.batches import spread
+from phreg_deploy.models.batches import spread
 from phreg_deploy.export.exporter import ExportRequest, export_bundle
 from phreg_deploy.images.photographs import read_photographs
 from phreg_deploy.models import hooks

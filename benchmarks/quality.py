@@ -23,7 +23,7 @@ import torch
 from segmentation import SIZE, CamVid, intervals, nearest_interior
 from subjects import Subject, gather, held_out
 
-from phreg_deploy.artifacts import agreement, cosine, norm_outliers, outlier_mask
+from phreg_deploy.artifacts.measures import agreement, cosine, norm_outliers, outlier_mask
 from phreg_deploy.distill.evaluation import REFERENCE_SEED, REFERENCE_VIEWS
 from phreg_deploy.distill.teacher import Teacher
 from phreg_deploy.images.photographs import read_photographs

@@ -6,6 +6,10 @@ paragraph without a traceback; anything that is not a ``PhregError`` is a defect
 
 from __future__ import annotations
 
+import errno
+import os
+from pathlib import Path
+
 from typing import Any
 
 
@@ -38,3 +42,16 @@ class Interrupted(PhregError):
     """Ctrl-C where part of the work was kept; the message says what. Exit code 130."""
 
     exit_code = 130
+
+
+def write_error(error: OSError, target: Path) -> PhregError:
+    """The error that says what the system refused."""
+    if error.errno == errno.ENOSPC:
+        return PhregError(
+            f"output: the disk is full, so {target} was not written; free space or choose another folder."
+        )
+    if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
+        return PhregError(
+            f"output: {target.parent} cannot be written to ({os.strerror(error.errno)}); choose another folder."
+        )
+    return PhregError(f"output: {target} cannot be written ({error.strerror or error}).")

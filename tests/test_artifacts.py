@@ -1,7 +1,7 @@
 import numpy as np
 import pytest
 
-from phreg_deploy.artifacts import agreement, cosine, norm_outliers, outlier_mask, shift_incoherence
+from phreg_deploy.artifacts.measures import agreement, cosine, norm_outliers, outlier_mask, shift_incoherence
 from phreg_deploy.runtime.parity import compare_runs, missed_gates, worst
 
 

@@ -15,7 +15,7 @@ from phreg_deploy.errors import PhregError
 from phreg_deploy.onnx_graph.mixed_precision import islands, narrow
 from phreg_deploy.onnx_graph.session import open_session
 from phreg_deploy.runtime import FeatureExtractor
-from phreg_deploy.runtime.options import BackendOptions
+from phreg_deploy.runtime.backends.options import BackendOptions
 from phreg_deploy.runtime.parity import missed_gates, run_exam, worst
 from phreg_deploy.verify.bisection import bisect
 from tests.world import invoke, leftovers

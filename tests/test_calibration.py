@@ -6,7 +6,7 @@ import pytest
 from onnx import TensorProto, helper
 from torch import nn
 
-from phreg_deploy.artifacts import agreement
+from phreg_deploy.artifacts.measures import agreement
 from phreg_deploy.calibration import gptq as rounding
 from phreg_deploy.calibration import ranges as ranges_module
 from phreg_deploy.calibration.kernels import open_counted

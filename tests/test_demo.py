@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from phreg_deploy.artifacts import agreement, outlier_mask
+from phreg_deploy.artifacts.measures import agreement, outlier_mask
 from phreg_deploy.demo.pipeline import MODEL
 from phreg_deploy.demo.scenes import CLASSES, make_scene, write_scenes
 from phreg_deploy.demo.segmentation_probe import Probe, mean_iou, patch_labels

@@ -5,7 +5,7 @@ import numpy as np
 import onnx
 import pytest
 
-from phreg_deploy.artifacts import agreement
+from phreg_deploy.artifacts.measures import agreement
 from phreg_deploy.calibration.fp8 import E4M3, FP8, LARGEST, SOFTMAX_STEP, quantise_fp8, write_fp8
 from phreg_deploy.calibration.gptq import round_weight
 from phreg_deploy.calibration.ranges import watch

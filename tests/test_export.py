@@ -4,7 +4,7 @@ import onnxruntime
 import pytest
 import torch
 
-from phreg_deploy.artifacts import agreement
+from phreg_deploy.artifacts.measures import agreement
 from phreg_deploy.export.dense_vit import DenseViT
 from phreg_deploy.export.folding import patch_positions
 from phreg_deploy.export.trace import OPSET, trace

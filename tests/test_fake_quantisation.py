@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import nn
 
-from phreg_deploy.artifacts import agreement
+from phreg_deploy.artifacts.measures import agreement
 from phreg_deploy.distill import training
 from phreg_deploy.distill.distillation import Request, distill
 from phreg_deploy.distill.fake_quantisation import observe, quantised, quantised_layers

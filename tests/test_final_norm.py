@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from phreg_deploy.distill.distillation import Request, distill
-from phreg_deploy.distill.evaluation import read_features
+from phreg_deploy.models.answers import read_features
 from phreg_deploy.distill.teacher import Teacher
 from phreg_deploy.export.dense_vit import DenseViT
 from phreg_deploy.images.photographs import read_photographs

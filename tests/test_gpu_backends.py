@@ -18,7 +18,7 @@ from phreg_deploy.export.engine.build import BuildRequest, build_engine
 from phreg_deploy.runtime import FeatureExtractor
 from phreg_deploy.runtime.backends import registry as backends
 from phreg_deploy.runtime.backends.onnxruntime_backend import HEAVY, OrtBackend, _check_assignment, settings
-from phreg_deploy.runtime.options import BackendOptions
+from phreg_deploy.runtime.backends.options import BackendOptions
 from tests import double
 from tests.world import invoke
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 from onnx import TensorProto, helper, numpy_helper
 
-from phreg_deploy.artifacts import agreement
+from phreg_deploy.artifacts.measures import agreement
 from phreg_deploy.errors import PhregError
 from phreg_deploy.export.dense_vit import DenseViT
 from phreg_deploy.export.trace import trace

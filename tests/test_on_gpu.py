@@ -375,7 +375,7 @@ def test_the_doctor_sees_what_there_is(made, gpu):
 
 
 def test_bisect_finds_nothing_in_an_engine_that_is_well(made):
-    from phreg_deploy.runtime.options import BackendOptions
+    from phreg_deploy.runtime.backends.options import BackendOptions
     from phreg_deploy.verify.bisection import bisect
 
     assert bisect(Bundle.read(made("fp16")), "tensorrt", BackendOptions())["first"] is None

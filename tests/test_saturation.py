@@ -16,7 +16,7 @@ import pytest
 from onnx import TensorProto, helper, numpy_helper
 
 from phreg_deploy.calibration.kernels import count
-from phreg_deploy.runtime.instructions import EXACT, EightBits, advice, eight_bits, read_eight_bits
+from phreg_deploy.runtime.backends.instructions import EXACT, EightBits, advice, eight_bits, read_eight_bits
 
 QEMU = shutil.which("qemu-x86_64")
 x86 = pytest.mark.skipif(platform.machine() not in ("x86_64", "AMD64"), reason="only x86 has kernels that saturate")
@@ -91,7 +91,7 @@ from phreg_deploy.runtime.backends.registry import openvino_backend
 from phreg_deploy.runtime.backends.registry import open_backend
 from phreg_deploy.runtime.backends.openvino_exact import saturates
 from phreg_deploy.runtime.parity import run_exam, worst
-from phreg_deploy.runtime.options import BackendOptions
+from phreg_deploy.runtime.backends.options import BackendOptions
 
 bundle = sys.argv[1]
 found = {"saturates": saturates()}
@@ -156,7 +156,7 @@ def test_instructions_are_read_from_the_system(cpuinfo, machine, names):
 
 @pytest.fixture
 def without_dot_products(monkeypatch):
-    monkeypatch.setattr("phreg_deploy.runtime.instructions.eight_bits", lambda: EightBits(()))
+    monkeypatch.setattr("phreg_deploy.runtime.backends.instructions.eight_bits", lambda: EightBits(()))
     monkeypatch.setattr("phreg_deploy.doctor.doctor.eight_bits", lambda: EightBits(()))
 
 
@@ -179,7 +179,7 @@ def test_calibrate_says_it_once(without_dot_products, bundle, photos, tmp_path, 
 
 
 def test_nothing_is_said_where_int8_is_fast(monkeypatch):
-    monkeypatch.setattr("phreg_deploy.runtime.instructions.eight_bits", lambda: EightBits(("AVX-VNNI",)))
+    monkeypatch.setattr("phreg_deploy.runtime.backends.instructions.eight_bits", lambda: EightBits(("AVX-VNNI",)))
     assert advice("int8") is None
 
 

@@ -5,7 +5,7 @@ from dataclasses import asdict, replace
 import numpy as np
 import pytest
 
-from phreg_deploy.artifacts import agreement, cosine, norm_outliers, outlier_mask
+from phreg_deploy.artifacts.measures import agreement, cosine, norm_outliers, outlier_mask
 from phreg_deploy.images.photographs import read_photographs
 from phreg_deploy.progress import SILENT
 from phreg_deploy.views import most_views
@@ -30,7 +30,8 @@ def compared(case, **more):
 
 
 def test_streamed_scores_are_those_of_all_features_at_once(case):
-    from phreg_deploy.distill.evaluation import REFERENCE_SEED, REFERENCE_VIEWS, block_norms, read_features
+    from phreg_deploy.distill.evaluation import REFERENCE_SEED, REFERENCE_VIEWS
+    from phreg_deploy.models.answers import block_norms, read_features
     from phreg_deploy.distill.teacher import Teacher
 
     base, student, photographs, preprocess = case

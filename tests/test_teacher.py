@@ -5,7 +5,7 @@ import pytest
 import torch
 from PIL import Image
 
-from phreg_deploy.artifacts import agreement, outlier_mask
+from phreg_deploy.artifacts.measures import agreement, outlier_mask
 from phreg_deploy.distill.teacher import TargetCache, Teacher
 from phreg_deploy.images.photographs import read_photographs
 from phreg_deploy.models import hooks

@@ -11,12 +11,13 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from phreg_deploy.artifacts import agreement, outlier_mask
+from phreg_deploy.artifacts.measures import agreement, outlier_mask
 from phreg_deploy.calibration.calibrator import CalibrationRequest, calibrate
 from phreg_deploy.demo.scenes import CLASSES, make_scene, write_scenes
 from phreg_deploy.demo.segmentation_probe import Probe, mean_iou, patch_labels
 from phreg_deploy.distill.distillation import Request, distill
-from phreg_deploy.distill.evaluation import REFERENCE_SEED, REFERENCE_VIEWS, block_norms, read_features
+from phreg_deploy.distill.evaluation import REFERENCE_SEED, REFERENCE_VIEWS
+from phreg_deploy.models.answers import block_norms, read_features
 from phreg_deploy.distill.teacher import Teacher
 from phreg_deploy.errors import GateFailed
 from phreg_deploy.export.exporter import ExportRequest, export_bundle

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from phreg_deploy.artifacts import OUTLIER_FACTOR
+from phreg_deploy.artifacts.measures import OUTLIER_FACTOR
 from phreg_deploy.models import hooks
 from phreg_deploy.models.hooks import ViT
 

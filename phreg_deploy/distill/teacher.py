@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from phreg_deploy.artifacts import cosine
+from phreg_deploy.artifacts.measures import cosine
 from phreg_deploy.files.atomic import write_atomic
 from phreg_deploy.files.temporary import remove_dead
 from phreg_deploy.images.photographs import Photographs

@@ -9,7 +9,7 @@ from typing import Any
 
 from phreg_deploy.arguments import check_resume
 from phreg_deploy.errors import PhregError
-from phreg_deploy.files.atomic import write_error
+from phreg_deploy.errors import write_error
 from phreg_deploy.json_files import read_json
 
 

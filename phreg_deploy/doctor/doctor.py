@@ -6,7 +6,7 @@ import platform
 
 from phreg_deploy.doctor.gpu import find_gpu_parts
 from phreg_deploy.doctor.system import Finding, attempt, installed
-from phreg_deploy.runtime.instructions import eight_bits
+from phreg_deploy.runtime.backends.instructions import eight_bits
 
 
 def diagnose() -> list[Finding]:

@@ -85,19 +85,6 @@ def _holds_other_files(target: Path) -> bool:
     return True
 
 
-def write_error(error: OSError, target: Path) -> PhregError:
-    """The error that says what the system refused."""
-    if error.errno == errno.ENOSPC:
-        return PhregError(
-            f"output: the disk is full, so {target} was not written; free space or choose another folder."
-        )
-    if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
-        return PhregError(
-            f"output: {target.parent} cannot be written to ({os.strerror(error.errno)}); choose another folder."
-        )
-    return PhregError(f"output: {target} cannot be written ({error.strerror or error}).")
-
-
 @contextmanager
 def atomic_folder(target: Path, force: bool = False, reads: Iterable[Path | None] = ()) -> Iterator[Path]:
     """A temporary folder beside ``target`` that takes its name when the block ends well, and vanishes when not.

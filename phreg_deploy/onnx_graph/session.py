@@ -9,7 +9,7 @@ from onnx import ModelProto
 
 from phreg_deploy.errors import BackendMissing, PhregError
 from phreg_deploy.extras import CALIBRATION, require
-from phreg_deploy.runtime.instructions import EXACT
+from phreg_deploy.runtime.backends.instructions import EXACT
 
 require("phreg_deploy.calibration", calibration=CALIBRATION)
 try:

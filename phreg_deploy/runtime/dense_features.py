@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from phreg_deploy.artifacts import OUTLIER_FACTOR
+from phreg_deploy.artifacts.measures import OUTLIER_FACTOR
 
 
 @dataclass(frozen=True)

@@ -17,12 +17,12 @@ from phreg_deploy.images.photographs import fit
 from phreg_deploy.runtime.auto import choose
 from phreg_deploy.runtime.backends.interface import Backend
 from phreg_deploy.runtime.backends.registry import GPU, open_backend
-from phreg_deploy.runtime.closing import Closing
+from phreg_deploy.runtime.gpu.closing import Closing
 from phreg_deploy.runtime.dense_features import DenseFeatures
 from phreg_deploy.runtime.feed import InputFeed, check_batch
 from phreg_deploy.runtime.forking import ForkSafeBackend
-from phreg_deploy.runtime.instructions import advice
-from phreg_deploy.runtime.options import BackendOptions
+from phreg_deploy.runtime.backends.instructions import advice
+from phreg_deploy.runtime.backends.options import BackendOptions
 from phreg_deploy.runtime.parity import gate_precision
 
 

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from phreg_deploy.artifacts import cosine, norm_outliers
+from phreg_deploy.artifacts.measures import cosine, norm_outliers
 from phreg_deploy.bundle.bundle import Bundle
 from phreg_deploy.bundle.gates import AT_LEAST, GATES, SENTENCES, exam_bars
 from phreg_deploy.bundle.manifest import Manifest

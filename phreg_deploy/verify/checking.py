@@ -15,7 +15,7 @@ from phreg_deploy.progress import SILENT, Progress
 from phreg_deploy.runtime.features import FeatureExtractor
 from phreg_deploy.runtime.parity import ParityAccumulator, gates_of, run_exam, worst, writes_exams
 from phreg_deploy.student_record import model_path, read_record, recorded
-from phreg_deploy.verify.artifact_scores import Run, Scores, score
+from phreg_deploy.artifacts.scores import Run, Scores, score
 
 OWN = "own reference"
 Answers = Callable[[np.ndarray], dict[str, np.ndarray]]  # uint8 images -> what a bundle gives of them, by name
@@ -127,13 +127,13 @@ def _model(source: str, weights: Path | None, size: tuple[int, int]) -> Any:
 
 
 def _model_run(model: Any, extractor: FeatureExtractor) -> Run:
-    from phreg_deploy.distill.evaluation import model_run
+    from phreg_deploy.models.answers import model_run
 
     return model_run(model, extractor.manifest.preprocess)
 
 
 def _answers(model: Any, extractor: FeatureExtractor) -> Answers:
-    from phreg_deploy.distill.evaluation import model_answers
+    from phreg_deploy.models.answers import model_answers
 
     return model_answers(model, extractor.manifest.preprocess)
 

@@ -12,7 +12,7 @@ from phreg_deploy.images.pictures import colours, components, heat, sheet
 from phreg_deploy.progress import Progress
 from phreg_deploy.spec import parse_size
 from phreg_deploy.student_record import model_path, read_record, recorded_median
-from phreg_deploy.verify.artifact_scores import Scores, score
+from phreg_deploy.artifacts.scores import Scores, score
 
 
 def score_bundle(
@@ -59,7 +59,7 @@ def score_model(
     progress: Progress,
 ) -> tuple[dict[str, Any], Image.Image]:
     """Scores of a timm model or a student, block by block too."""
-    from phreg_deploy.distill.evaluation import block_norms, model_run
+    from phreg_deploy.models.answers import block_norms, model_run
     from phreg_deploy.models.hardware import find_device
     from phreg_deploy.models.loading import load_model, model_preprocess
 

@@ -13,7 +13,7 @@ from phreg_deploy.errors import BackendMissing, GateFailed, PhregError
 
 if TYPE_CHECKING:
     from phreg_deploy.export.engine.build import BuildRequest
-    from phreg_deploy.runtime.options import BackendOptions
+    from phreg_deploy.runtime.backends.options import BackendOptions
 
 
 @click.command()

@@ -136,7 +136,7 @@ def check(
         result.say(f"Wrote {report}.")
     if bisect:
         from phreg_deploy.cli.commands.build import show_bisection, tried_bisection
-        from phreg_deploy.runtime.options import BackendOptions
+        from phreg_deploy.runtime.backends.options import BackendOptions
 
         find = tried_bisection if document["missed"] else show_bisection  # its own failure must not hide the gate's
         document["bisection"] = find(

@@ -63,7 +63,7 @@ def inspect(path: Path, as_json: bool, quiet: bool) -> None:
 
 
 def _eight_bits(facts: dict[str, Any]) -> list[list[str]]:
-    from phreg_deploy.runtime.instructions import advice
+    from phreg_deploy.runtime.backends.instructions import advice
 
     fidelity, count = facts["fidelity"], facts["images"]["report"]["count"]
     rows = [

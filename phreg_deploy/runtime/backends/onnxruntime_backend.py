@@ -18,8 +18,8 @@ from phreg_deploy.runtime.backends.interface import check_outputs, run_error
 from phreg_deploy.runtime.gpu.arrays import DeviceArray
 from phreg_deploy.runtime.gpu.cuda import Cuda
 from phreg_deploy.runtime.gpu.ort_graph import Staging
-from phreg_deploy.runtime.instructions import EXACT
-from phreg_deploy.runtime.options import BackendOptions
+from phreg_deploy.runtime.backends.instructions import EXACT
+from phreg_deploy.runtime.backends.options import BackendOptions
 
 PROVIDERS = {
     "onnxruntime-cpu": "CPUExecutionProvider",

@@ -11,7 +11,7 @@ from phreg_deploy.bundle.bundle import Bundle
 from phreg_deploy.errors import BackendMissing, PhregError
 from phreg_deploy.runtime.backends.interface import check_outputs, run_error
 from phreg_deploy.runtime.backends.openvino_exact import fold_weights, saturates
-from phreg_deploy.runtime.options import BackendOptions
+from phreg_deploy.runtime.backends.options import BackendOptions
 
 INTEGER = ("i8", "u8")
 

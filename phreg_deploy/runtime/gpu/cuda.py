@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from phreg_deploy.errors import BackendMissing, PhregError
-from phreg_deploy.runtime.closing import Closing
+from phreg_deploy.runtime.gpu.closing import Closing
 from phreg_deploy.spec import Stored
 
 OUT_OF_MEMORY = 2  # cudaErrorMemoryAllocation

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from phreg_deploy.runtime.closing import Closing
+from phreg_deploy.runtime.gpu.closing import Closing
 from phreg_deploy.runtime.gpu.cuda import Cuda, DeviceBuffer, PinnedBuffer, Stream
 
 Layout = dict[str, tuple[tuple[int, ...], np.dtype[Any]]]  # tensor -> shape and type

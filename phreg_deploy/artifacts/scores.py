@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from phreg_deploy.artifacts import NormOutliers, ShiftIncoherence, norm_outliers, shift_incoherence
+from phreg_deploy.artifacts.measures import NormOutliers, ShiftIncoherence, norm_outliers, shift_incoherence
 from phreg_deploy.images.photographs import Photographs
 from phreg_deploy.progress import Progress
 from phreg_deploy.views import draw_views, gather, seed_of, show
