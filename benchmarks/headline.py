@@ -28,8 +28,8 @@ from subjects import Subject
 from phreg_deploy.models.hooks import normalise
 from phreg_deploy.models.loading import load_model, model_preprocess
 from phreg_deploy.profiling.latency import processor
-from phreg_deploy.runtime.features import FeatureExtractor
 from phreg_deploy.runtime.backends.instructions import eight_bits
+from phreg_deploy.runtime.features import FeatureExtractor
 
 ROUNDS, PAUSE = 60, 0.1  # a pause before each call: the threads of one runtime spin after a call and slow the next one
 

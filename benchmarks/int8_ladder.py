@@ -26,8 +26,8 @@ from phreg_deploy.calibration.qdq import write_int8
 from phreg_deploy.calibration.ranges import observe
 from phreg_deploy.calibration.search import EvalSet, Search, compare
 from phreg_deploy.calibration.smoothing import equalise
-from phreg_deploy.models.batches import spread
 from phreg_deploy.export.exporter import ExportRequest, export_bundle
+from phreg_deploy.models.batches import spread
 from phreg_deploy.onnx_graph.linears import Wiring, find_linears
 from phreg_deploy.onnx_graph.session import open_session
 from phreg_deploy.quantisation import Grid, Range, Smoothing, make_grid

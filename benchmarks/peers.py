@@ -34,10 +34,10 @@ from phreg_deploy.calibration.calibrator import CalibrationRequest, calibrate
 from phreg_deploy.calibration.qdq import write_int8
 from phreg_deploy.calibration.ranges import observe
 from phreg_deploy.calibration.smoothing import equalise
-from phreg_deploy.models.batches import spread
 from phreg_deploy.export.exporter import ExportRequest, export_bundle
 from phreg_deploy.images.photographs import read_photographs
 from phreg_deploy.models import hooks
+from phreg_deploy.models.batches import spread
 from phreg_deploy.models.loading import load_model, model_preprocess
 from phreg_deploy.onnx_graph.linears import Wiring, find_linears
 from phreg_deploy.profiling.latency import processor

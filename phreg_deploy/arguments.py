@@ -9,8 +9,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from phreg_deploy.errors import PhregError
-from phreg_deploy.errors import write_error
+from phreg_deploy.errors import PhregError, write_error
 from phreg_deploy.json_files import read_json
 from phreg_deploy.spec import Batches, Sizes
 from phreg_deploy.student_record import model_path

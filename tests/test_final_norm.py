@@ -7,11 +7,11 @@ import torch
 from torch import nn
 
 from phreg_deploy.distill.distillation import Request, distill
-from phreg_deploy.models.answers import read_features
 from phreg_deploy.distill.teacher import Teacher
 from phreg_deploy.export.dense_vit import DenseViT
 from phreg_deploy.images.photographs import read_photographs
 from phreg_deploy.models import hooks
+from phreg_deploy.models.answers import read_features
 from phreg_deploy.models.checkpoint import write_student
 from phreg_deploy.models.loading import load_model, model_preprocess
 from phreg_deploy.models.registers import add_registers

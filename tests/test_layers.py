@@ -1,4 +1,4 @@
-"""Which room may import which, held as data; and a runtime that really runs where torch is not."""
+"""Which room may import which, held as data by folder; and a runtime that really runs where torch is not."""
 
 import ast
 import json
@@ -11,41 +11,57 @@ import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 PACKAGE = ROOT / "phreg_deploy"
-ROOMS = {p.name for p in PACKAGE.iterdir() if p.is_dir() and (p / "__init__.py").is_file()}
+FILES = sorted(PACKAGE.rglob("*.py"))
 
-# room: what its files import at any depth, functions included; "" is the vocabulary, which everybody may import
+# Folder: the folders that its files import at any depth, functions included; "" is the root, which all may import.
 MAY = {
     "": set(),
-    "runtime": set(),
-    "calibration": {"runtime"},
-    "distill": set(),
-    "export": {"calibration", "distill", "runtime"},
-    "verify": {"calibration", "distill", "export", "runtime"},
-    "demo": {"calibration", "distill", "export", "runtime", "verify"},
-    "cli": {"calibration", "distill", "export", "runtime", "verify", "demo"},
-}
-# room: the rooms that it imports inside functions only, so that the heavy one is optional
+    "files": set(),
+    "images": set(),
+    "artifacts": {"images"},
+    "bundle": {"files"},
+    "models": {"files", "images", "artifacts"},
+    "distill": {"files", "images", "artifacts", "models"},
+    "runtime/gpu": {"bundle", "images"},
+    "runtime/backends": {"bundle", "runtime/gpu"},
+    "runtime": {"files", "images", "artifacts", "bundle", "runtime/gpu", "runtime/backends"},
+    "profiling": {"images", "bundle", "runtime", "runtime/gpu", "runtime/backends"},
+    "doctor": {"runtime/gpu", "runtime/backends"},
+    "onnx_graph": {"runtime/backends"},
+    "calibration": {"files", "images", "bundle", "onnx_graph", "runtime", "runtime/backends"},
+    "export": {"files", "images", "bundle", "models", "onnx_graph"},
+    "export/engine": {"files", "bundle", "runtime", "runtime/gpu", "runtime/backends"},
+    "verify": {"images", "artifacts", "bundle", "models", "onnx_graph", "runtime", "runtime/gpu", "runtime/backends", "export/engine"},
+    "demo": {"files", "images", "artifacts", "models", "distill", "runtime", "calibration", "export", "verify"},
+    "cli": {"cli/commands", "runtime/backends"},
+}  # fmt: skip
+MAY["cli/commands"] = set(MAY) - {"cli/commands"}
+# room: the rooms that it imports inside functions only, so that what they need is optional
 LATE = {
-    "verify": {"calibration", "distill", "export"},
-    "cli": {"calibration", "distill", "export", "runtime", "verify", "demo"},
+    "verify": {"models", "onnx_graph", "export/engine"},
+    "cli/commands": set(MAY) - {"", "files", "images", "bundle", "cli", "cli/commands"},
+    "cli": {"runtime/backends"},
 }
 HEAVY = {"torch", "timm", "onnx", "onnxscript", "safetensors", "torchvision"}
-HEAVY_ROOMS = {"distill", "export", "demo"}
-LIGHT = {
-    "export/__init__.py",
-    "phreg_deploy/export/engine/builder.py",
-    "phreg_deploy/export/engine/build.py",
-    "phreg_deploy/export/engine/inspection.py",
-    "phreg_deploy/export/engine/gemm.py",
-}  # of a heavy room: they run on the device
-ALSO = {"calibration": {"onnx"}, "verify": {"onnx"}}  # room: what it may import of HEAVY; never torch
+NEEDS = {  # room: what it may import of these
+    "models": HEAVY,
+    "distill": HEAVY,
+    "export": HEAVY,
+    "demo": HEAVY,
+    "onnx_graph": {"onnx"},
+    "calibration": {"onnx"},
+    "verify": {"onnx"},
+}
+TORCH_ROOMS = {"models", "distill", "export", "demo"}
+LARGEST_SHARE, MOST_FILES = (
+    0.18,
+    12,
+)  # of the code's lines in one room with its sub-rooms; of the source files in a folder
 BLOCKED = ("torch", "timm", "onnx", "onnxscript", "safetensors", "torchvision")
-FILES = sorted(PACKAGE.rglob("*.py"))
 
 
 def room_of(path: Path) -> str:
-    parts = path.relative_to(PACKAGE).parts
-    return parts[0] if len(parts) > 1 else ""
+    return "/".join(path.relative_to(PACKAGE).parts[:-1])
 
 
 def imports(path: Path) -> list[tuple[str, bool]]:
@@ -66,11 +82,21 @@ def imports(path: Path) -> list[tuple[str, bool]]:
     return found
 
 
-def rooms_imported(path: Path) -> set[tuple[str, bool]]:
-    named = [(name.split("."), late) for name, late in imports(path)]
-    return {
-        (parts[1], late) for parts, late in named if parts[0] == "phreg_deploy" and len(parts) > 1 and parts[1] in ROOMS
-    }
+def module_of(name: str) -> Path | None:
+    """The file of this package that a dotted name stands for, or holds."""
+    parts = name.split(".")
+    if parts[0] != "phreg_deploy":
+        return None
+    for length in (len(parts), len(parts) - 1):
+        place = PACKAGE.joinpath(*parts[1:length])
+        for path in (place.with_suffix(".py"), place / "__init__.py"):
+            if length > 1 and path.is_file():
+                return path
+    return None
+
+
+def modules_imported(path: Path) -> set[tuple[Path, bool]]:
+    return {(module, late) for name, late in imports(path) if (module := module_of(name)) is not None}
 
 
 @pytest.mark.parametrize("path", FILES, ids=lambda p: str(p.relative_to(PACKAGE)))
@@ -78,36 +104,68 @@ def test_imports_run_one_way(path):
     room = room_of(path)
     assert room in MAY, f"{room} is a new room: say in MAY what it may import"
     if path.name == "__main__.py":
-        assert {name for name, _ in rooms_imported(path)} == {"cli"}
+        assert {room_of(module) for module, _ in modules_imported(path)} == {"cli"}
         return
-    for name, late in rooms_imported(path):
-        assert name == room or name in MAY[room], f"{path.name} in {room or 'the vocabulary'} imports {name}"
+    for module, late in modules_imported(path):
+        name = room_of(module)
+        assert name in ("", room) or name in MAY[room], f"{path.name} in {room or 'the root'} imports {name}"
         assert late or name not in LATE.get(room, ()), f"{path.name} imports {name} at its top"
+
+
+def test_no_rooms_import_each_other():
+    """The rule itself has no circle: every room stands above all that it may import."""
+    below: dict[str, set[str]] = {}
+
+    def rooms_below(room: str, path: tuple[str, ...] = ()) -> set[str]:
+        assert room not in path, f"a circle: {' -> '.join((*path, room))}"
+        if room not in below:
+            below[room] = set().union(*({r} | rooms_below(r, (*path, room)) for r in MAY[room] - {"cli"}), set())
+        return below[room]
+
+    for room in MAY:
+        rooms_below(room)
+
+
+def test_no_files_import_each_other():
+    arrows = {path: {module for module, _ in modules_imported(path)} - {path} for path in FILES}
+    done: set[Path] = set()
+
+    def visit(path: Path, trail: tuple[Path, ...]) -> None:
+        assert path not in trail, f"a circle: {[str(p.relative_to(PACKAGE)) for p in (*trail, path)]}"
+        if path in done:
+            return
+        for other in arrows[path]:
+            visit(other, (*trail, path))
+        done.add(path)
+
+    for path in FILES:
+        visit(path, ())
 
 
 @pytest.mark.parametrize("path", FILES, ids=lambda p: str(p.relative_to(PACKAGE)))
 def test_heavy_modules_stay_in_heavy_rooms(path):
-    for name, late in imports(path):
-        heavy = name.split(".")[0] in HEAVY - ALSO.get(room_of(path), set())
-        light = str(path.relative_to(PACKAGE)) in LIGHT
-        fits = (room_of(path) in HEAVY_ROOMS and not light) or (late and room_of(path) == "cli")
-        assert not heavy or fits, f"{path} imports {name}"
+    allowed = NEEDS.get(room_of(path), set())
+    for name, _ in imports(path):
+        top = name.split(".")[0]
+        assert top not in HEAVY or top in allowed, f"{path} imports {name}"
 
 
-@pytest.mark.parametrize("name", sorted(LIGHT))
-def test_what_runs_on_the_device_imports_nothing_heavy_through_its_own_room(name):
-    rooms = {
-        ".".join(parts.split(".")[:3]) for parts, _ in imports(PACKAGE / name) if parts.startswith("phreg_deploy.")
-    }
-    heavy = {"phreg_deploy.distill", "phreg_deploy.demo", "phreg_deploy.calibration"}
-    own = {f"phreg_deploy.{light.removesuffix('.py').replace('/', '.')}" for light in LIGHT}
-    assert not {r for r in rooms if r.startswith(tuple(heavy))}
-    assert {r for r in rooms if r.startswith("phreg_deploy.export")} <= own
+def test_what_runs_on_the_device_imports_no_torch_through_other_rooms():
+    for room, may in MAY.items():
+        if room in (
+            "runtime",
+            "runtime/gpu",
+            "runtime/backends",
+            "calibration",
+            "export/engine",
+            "profiling",
+            "doctor",
+        ):
+            assert not may & TORCH_ROOMS, room
 
 
 def test_the_rule_covers_every_room_and_names_no_ghost():
-    assert set(MAY) - {""} <= ROOMS
-    assert set(MAY) - {""} == {room_of(p) for p in FILES} - {""}
+    assert set(MAY) == {room_of(p) for p in FILES}
 
 
 @pytest.mark.parametrize("path", FILES, ids=lambda p: str(p.relative_to(PACKAGE)))
@@ -115,9 +173,20 @@ def test_files_are_small(path):
     assert len(path.read_text().splitlines()) <= 300
 
 
+def test_rooms_are_small():
+    lines = {path: len(path.read_text().splitlines()) for path in FILES}
+    whole = sum(lines.values())
+    for room in {room_of(path).split("/")[0] for path in FILES}:
+        own = sum(n for path, n in lines.items() if room_of(path).split("/")[0] == room)
+        assert own <= LARGEST_SHARE * whole, f"{room or 'the root'} has {own} of {whole} lines"
+    for room in MAY:
+        count = sum(room_of(path) == room for path in FILES)
+        assert count <= MOST_FILES, f"{room or 'the root'} has {count} files"
+
+
 def test_no_module_shadows_a_dependency():
     stems = {p.stem for p in FILES}
-    assert not stems & {"onnx", "tensorrt", "profile", "torch", "timm", "utils", "onnxruntime", "numpy", "click"}
+    assert not stems & {"onnx", "tensorrt", "torch", "timm", "utils", "onnxruntime", "openvino", "numpy", "click"}
 
 
 @pytest.mark.parametrize("name", ["calibration", "export", "runtime"])

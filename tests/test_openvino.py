@@ -12,8 +12,8 @@ from phreg_deploy.errors import BackendMissing, PhregError
 from phreg_deploy.runtime import FeatureExtractor
 from phreg_deploy.runtime.auto import choose
 from phreg_deploy.runtime.backends.openvino_exact import saturates
-from phreg_deploy.runtime.backends.registry import BACKENDS, GPU, open_backend
 from phreg_deploy.runtime.backends.options import BackendOptions
+from phreg_deploy.runtime.backends.registry import BACKENDS, GPU, open_backend
 from phreg_deploy.runtime.parity import compare_runs, missed_gates, run_exam
 
 openvino = pytest.importorskip("openvino")

@@ -13,9 +13,9 @@ import pytest
 from phreg_deploy.bundle.bundle import Bundle
 from phreg_deploy.errors import PhregError
 from phreg_deploy.runtime import FeatureExtractor
+from phreg_deploy.runtime.backends.options import BackendOptions
 from phreg_deploy.runtime.backends.registry import open_backend
 from phreg_deploy.runtime.forking import ForkSafeBackend
-from phreg_deploy.runtime.backends.options import BackendOptions
 from tests.world import ROOT
 
 FRAME = np.random.default_rng(0).integers(0, 256, (64, 64, 3), dtype=np.uint8)

@@ -31,8 +31,8 @@ def compared(case, **more):
 
 def test_streamed_scores_are_those_of_all_features_at_once(case):
     from phreg_deploy.distill.evaluation import REFERENCE_SEED, REFERENCE_VIEWS
-    from phreg_deploy.models.answers import block_norms, read_features
     from phreg_deploy.distill.teacher import Teacher
+    from phreg_deploy.models.answers import block_norms, read_features
 
     base, student, photographs, preprocess = case
     report = compared(case)

@@ -15,9 +15,8 @@ from typing import Any
 
 from phreg_deploy.bundle.bundle import Bundle, file_digest
 from phreg_deploy.bundle.manifest import GRAPH, Manifest
-from phreg_deploy.errors import BackendMissing, PhregError
+from phreg_deploy.errors import BackendMissing, PhregError, write_error
 from phreg_deploy.files.atomic import write_atomic
-from phreg_deploy.errors import write_error
 from phreg_deploy.files.temporary import remove_dead
 from phreg_deploy.json_files import read_json
 from phreg_deploy.spec import Stored

@@ -31,8 +31,8 @@ from phreg_deploy.onnx_graph.session import VERSION, open_session
 from phreg_deploy.onnx_graph.split_qkv import split_projections
 from phreg_deploy.progress import SILENT, Progress
 from phreg_deploy.quantisation import Smoothing
-from phreg_deploy.runtime.features import FeatureExtractor
 from phreg_deploy.runtime.backends.instructions import advice
+from phreg_deploy.runtime.features import FeatureExtractor
 from phreg_deploy.runtime.parity import Parity, gates_of, missed_gates
 
 FP8_SMOOTHING = Smoothing(norm=0.5, value=None, hidden=None)  # see float8.py

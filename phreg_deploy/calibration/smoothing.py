@@ -12,7 +12,7 @@ import numpy as np
 
 from phreg_deploy.calibration.ranges import Ranges
 from phreg_deploy.onnx_graph.linears import Linear, Wiring, by_source
-from phreg_deploy.quantisation import Grid, Range, Smoothing, quantise_weight
+from phreg_deploy.quantisation import Grid, Range, Smoothing, make_grid, quantise_weight
 
 Rule = Callable[[Range, str, Smoothing], Grid]
 

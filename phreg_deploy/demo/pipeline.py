@@ -17,13 +17,13 @@ from phreg_deploy.demo.scenes import CLASSES, make_scene, write_scenes
 from phreg_deploy.demo.segmentation_probe import Probe, mean_iou, patch_labels
 from phreg_deploy.distill.distillation import Request, distill
 from phreg_deploy.distill.evaluation import REFERENCE_SEED, REFERENCE_VIEWS
-from phreg_deploy.models.answers import block_norms, read_features
 from phreg_deploy.distill.teacher import Teacher
 from phreg_deploy.errors import GateFailed
 from phreg_deploy.export.exporter import ExportRequest, export_bundle
 from phreg_deploy.files.atomic import atomic_folder
 from phreg_deploy.images.photographs import Photographs, read_photographs
 from phreg_deploy.images.pictures import colours, components, heat, sheet
+from phreg_deploy.models.answers import block_norms, read_features
 from phreg_deploy.models.loading import load_model, model_preprocess
 from phreg_deploy.progress import SILENT, Progress
 from phreg_deploy.quantisation import Smoothing

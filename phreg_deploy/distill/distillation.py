@@ -16,7 +16,6 @@ import torch
 
 from phreg_deploy import __version__
 from phreg_deploy.arguments import check_distillation, check_model
-from phreg_deploy.models.batches import Batches, spread
 from phreg_deploy.distill.evaluation import compare
 from phreg_deploy.distill.fake_quantisation import observe, quantised_layers
 from phreg_deploy.distill.recipes import Recipe, default_rate, find_recipe
@@ -25,10 +24,10 @@ from phreg_deploy.distill.teacher import TargetCache, Teacher
 from phreg_deploy.distill.training import train
 from phreg_deploy.distill.transplant import STRENGTH, silence, transplant
 from phreg_deploy.distill.work_folder import work_folder
-from phreg_deploy.errors import PhregError
+from phreg_deploy.errors import PhregError, write_error
 from phreg_deploy.files.atomic import atomic_folder, check_target
-from phreg_deploy.errors import write_error
 from phreg_deploy.images.photographs import Photographs, read_photographs
+from phreg_deploy.models.batches import Batches, spread
 from phreg_deploy.models.checkpoint import write_record, write_student
 from phreg_deploy.models.hardware import find_autocast, find_device, quickest_attention
 from phreg_deploy.models.hooks import ViT

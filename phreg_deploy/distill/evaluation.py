@@ -3,37 +3,25 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable
 from dataclasses import asdict
 from typing import Any
 
 import numpy as np
-import torch
 
-from phreg_deploy.artifacts.measures import OUTLIER_FACTOR, agreement_of, cosine, norm_outliers, outlier_mask
-from phreg_deploy.models.batches import STEP, Batches, spread
+from phreg_deploy.artifacts.measures import agreement_of, cosine, norm_outliers, outlier_mask
 from phreg_deploy.distill.fake_quantisation import quantised
 from phreg_deploy.distill.teacher import Teacher
 from phreg_deploy.images.photographs import Photographs
-from phreg_deploy.models import hooks
+from phreg_deploy.models.answers import block_norms, read_features
+from phreg_deploy.models.batches import STEP, spread
 from phreg_deploy.models.hooks import ViT
-from phreg_deploy.models.loading import classifies
 from phreg_deploy.progress import Progress
 from phreg_deploy.quantisation import Grid
 from phreg_deploy.spec import Preprocess
-from phreg_deploy.artifacts.scores import Run
 
 REFERENCE_VIEWS = 20  # of the denoised target that fidelity is measured against
 REFERENCE_SEED = 12345
 SCORED = 256  # photographs that a student is scored on at most; each costs the base model 23 forwards
-
-
-
-
-
-
-
-
 
 
 def compare(

@@ -21,8 +21,7 @@ from torch import nn
 from phreg_deploy.distill.fake_quantisation import observe, quantised
 from phreg_deploy.distill.recipes import Recipe, unlocked
 from phreg_deploy.distill.teacher import TargetCache, precision
-from phreg_deploy.errors import PhregError
-from phreg_deploy.errors import write_error
+from phreg_deploy.errors import PhregError, write_error
 from phreg_deploy.models import hooks
 from phreg_deploy.models.hooks import ViT
 from phreg_deploy.progress import Progress

@@ -8,8 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from phreg_deploy.arguments import check_resume
-from phreg_deploy.errors import PhregError
-from phreg_deploy.errors import write_error
+from phreg_deploy.errors import PhregError, write_error
 from phreg_deploy.json_files import read_json
 
 

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import errno
 import os
 import shutil
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from phreg_deploy.errors import PhregError
+from phreg_deploy.errors import PhregError, write_error
 from phreg_deploy.files.renames import claim, exchange
 from phreg_deploy.files.temporary import make_file, make_folder, remove_dead, take, temporary
 

@@ -2,27 +2,19 @@
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Callable
-from dataclasses import asdict
-from typing import Any
 
 import numpy as np
 import torch
 
-from phreg_deploy.artifacts.measures import OUTLIER_FACTOR, agreement_of, cosine, norm_outliers, outlier_mask
-from phreg_deploy.models.batches import STEP, Batches, spread
-from phreg_deploy.distill.fake_quantisation import quantised
-from phreg_deploy.distill.teacher import Teacher
+from phreg_deploy.artifacts.measures import OUTLIER_FACTOR
+from phreg_deploy.artifacts.scores import Run
 from phreg_deploy.images.photographs import Photographs
 from phreg_deploy.models import hooks
+from phreg_deploy.models.batches import Batches
 from phreg_deploy.models.hooks import ViT
 from phreg_deploy.models.loading import classifies
-from phreg_deploy.progress import Progress
-from phreg_deploy.quantisation import Grid
 from phreg_deploy.spec import Preprocess
-from phreg_deploy.artifacts.scores import Run
-
 
 
 def model_answers(

@@ -10,9 +10,9 @@ import numpy as np
 from phreg_deploy.bundle.bundle import Bundle
 from phreg_deploy.errors import BackendMissing, PhregError
 from phreg_deploy.runtime.backends.interface import Backend
+from phreg_deploy.runtime.backends.options import BackendOptions
 from phreg_deploy.runtime.backends.registry import installed, open_backend
 from phreg_deploy.runtime.feed import InputFeed
-from phreg_deploy.runtime.backends.options import BackendOptions
 from phreg_deploy.runtime.parity import gate_precision, missed_gates, run_exam, worst, writes_exams
 
 ROUNDS, LONGEST = 7, 1.0  # timed calls per backend, and seconds after which fewer will do

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -15,18 +16,17 @@ from phreg_deploy.errors import PhregError
 from phreg_deploy.images.intake import check_color, on_gpu, rgb, single_pictures
 from phreg_deploy.images.photographs import fit
 from phreg_deploy.runtime.auto import choose
+from phreg_deploy.runtime.backends.instructions import advice
 from phreg_deploy.runtime.backends.interface import Backend
+from phreg_deploy.runtime.backends.options import BackendOptions
 from phreg_deploy.runtime.backends.registry import GPU, open_backend
-from phreg_deploy.runtime.gpu.closing import Closing
 from phreg_deploy.runtime.dense_features import DenseFeatures
 from phreg_deploy.runtime.feed import InputFeed, check_batch
 from phreg_deploy.runtime.forking import ForkSafeBackend
-from phreg_deploy.runtime.backends.instructions import advice
-from phreg_deploy.runtime.backends.options import BackendOptions
 from phreg_deploy.runtime.parity import gate_precision
 
 
-class FeatureExtractor(Closing):
+class FeatureExtractor(AbstractContextManager["FeatureExtractor"]):
     """A bundle, loaded. One extractor may be called from several threads.
 
     Use ``load``; then call it with images, or ``run`` it with arrays that are already resized. A pickled extractor is
@@ -228,6 +228,9 @@ class FeatureExtractor(Closing):
     def close(self) -> None:
         """Free the session and the device. Calling the extractor afterwards is an error."""
         self._held.close()
+
+    def __exit__(self, *_error: object) -> None:
+        self.close()
 
     def __reduce__(self) -> tuple[Any, ...]:
         if self._asked is None:

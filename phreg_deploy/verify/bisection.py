@@ -18,9 +18,9 @@ from phreg_deploy.bundle.gates import exam_bars
 from phreg_deploy.bundle.manifest import GRAPH
 from phreg_deploy.bundle.plans import BuildSettings, profiles_of
 from phreg_deploy.errors import PhregError
+from phreg_deploy.runtime.backends.options import BackendOptions
 from phreg_deploy.runtime.backends.registry import open_backend
 from phreg_deploy.runtime.feed import InputFeed
-from phreg_deploy.runtime.backends.options import BackendOptions
 
 HALF = re.compile(r"^blocks\.(\d+)/Add(_2)?$")
 JUMP = 10.0  # an error that grows so much from one half-block to the next is the place, even where the gate is far

@@ -9,13 +9,13 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
+from phreg_deploy.artifacts.scores import Run, Scores, score
 from phreg_deploy.images.photographs import Photographs, read_photographs
 from phreg_deploy.images.pictures import colours, components, heat
 from phreg_deploy.progress import SILENT, Progress
 from phreg_deploy.runtime.features import FeatureExtractor
 from phreg_deploy.runtime.parity import ParityAccumulator, gates_of, run_exam, worst, writes_exams
 from phreg_deploy.student_record import model_path, read_record, recorded
-from phreg_deploy.artifacts.scores import Run, Scores, score
 
 OWN = "own reference"
 Answers = Callable[[np.ndarray], dict[str, np.ndarray]]  # uint8 images -> what a bundle gives of them, by name
@@ -54,7 +54,7 @@ def run_check(
         The report, with all ``gates``, ``missed`` as sentences and ``passed``, and pictures of the first image where there are images.
     """
     manifest, size = extractor.manifest, extractor.manifest.sizes.default
-    comparisons = [
+    comparisons: list[dict[str, Any]] = [
         {"with": OWN, "size": f"{c.size[0]}x{c.size[1]}, batch {c.batch}", "parity": c.parity}
         for c in run_exam(extractor.bundle, extractor.run)
     ]

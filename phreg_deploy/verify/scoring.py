@@ -7,12 +7,12 @@ from typing import Any
 
 from PIL import Image
 
+from phreg_deploy.artifacts.scores import Scores, score
 from phreg_deploy.images.photographs import Photographs, read_photographs
 from phreg_deploy.images.pictures import colours, components, heat, sheet
 from phreg_deploy.progress import Progress
 from phreg_deploy.spec import parse_size
 from phreg_deploy.student_record import model_path, read_record, recorded_median
-from phreg_deploy.artifacts.scores import Scores, score
 
 
 def score_bundle(

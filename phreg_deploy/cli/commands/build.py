@@ -140,7 +140,7 @@ def show_bisection(
 ) -> dict[str, Any]:
     """Find where a backend's answers diverge from FP32, and print it; ``how`` see ``bisect``."""
     from phreg_deploy.bundle.bundle import Bundle
-    from phreg_deploy.runtime.options import BackendOptions as Plain
+    from phreg_deploy.runtime.backends.options import BackendOptions as Plain
     from phreg_deploy.verify.bisection import bisect
 
     found = bisect(Bundle.read(bundle), backend, tuning or Plain(), device=device, **how)

@@ -21,19 +21,18 @@ from phreg_deploy.bundle.plans import (
     write_plan,
     write_sidecar,
 )
-from phreg_deploy.errors import GateFailed, PhregError
+from phreg_deploy.errors import GateFailed, PhregError, write_error
 from phreg_deploy.export.engine.builder import build_plan
 from phreg_deploy.export.engine.inspection import Census, read_layers, shortfalls, take_census
 from phreg_deploy.files.atomic import write_atomic
-from phreg_deploy.errors import write_error
 from phreg_deploy.files.temporary import temporary
 from phreg_deploy.json_files import read_json
 from phreg_deploy.progress import SILENT, Progress
+from phreg_deploy.runtime.backends.options import BackendOptions
 from phreg_deploy.runtime.backends.tensorrt_backend import TensorRtBackend
 from phreg_deploy.runtime.features import FeatureExtractor
 from phreg_deploy.runtime.gpu.cuda import Cuda, Gpu
 from phreg_deploy.runtime.gpu.trt_library import deserialise, load_tensorrt, make_logger
-from phreg_deploy.runtime.backends.options import BackendOptions
 from phreg_deploy.runtime.parity import gates_of, run_exam, verdict, worst
 
 ARITHMETIC = {"bf16": 80, "fp8": 89}  # compute capability times ten from which on a GPU has it

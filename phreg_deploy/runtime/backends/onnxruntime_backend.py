@@ -14,12 +14,12 @@ import numpy as np
 from phreg_deploy.bundle.bundle import Bundle
 from phreg_deploy.bundle.plans import FOLDER, profiles_of
 from phreg_deploy.errors import BackendMissing, PhregError
+from phreg_deploy.runtime.backends.instructions import EXACT
 from phreg_deploy.runtime.backends.interface import check_outputs, run_error
+from phreg_deploy.runtime.backends.options import BackendOptions
 from phreg_deploy.runtime.gpu.arrays import DeviceArray
 from phreg_deploy.runtime.gpu.cuda import Cuda
 from phreg_deploy.runtime.gpu.ort_graph import Staging
-from phreg_deploy.runtime.backends.instructions import EXACT
-from phreg_deploy.runtime.backends.options import BackendOptions
 
 PROVIDERS = {
     "onnxruntime-cpu": "CPUExecutionProvider",

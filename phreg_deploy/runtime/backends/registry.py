@@ -6,8 +6,8 @@ from phreg_deploy.bundle.bundle import Bundle
 from phreg_deploy.errors import BackendMissing, PhregError
 from phreg_deploy.extras import is_importable
 from phreg_deploy.runtime.backends.interface import Backend
-from phreg_deploy.runtime.gpu.driver import driver_present
 from phreg_deploy.runtime.backends.options import BackendOptions
+from phreg_deploy.runtime.gpu.driver import driver_present
 
 # name: (module, extra)
 BACKENDS = {

@@ -10,12 +10,12 @@ from typing import Any
 from phreg_deploy.bundle.bundle import Bundle
 from phreg_deploy.bundle.plans import Engine, Shapes, find_engine
 from phreg_deploy.errors import PhregError
-from phreg_deploy.runtime.gpu.closing import Closing
+from phreg_deploy.runtime.backends.options import BackendOptions
 from phreg_deploy.runtime.gpu.arrays import DeviceArray
+from phreg_deploy.runtime.gpu.closing import Closing
 from phreg_deploy.runtime.gpu.cuda import Cuda
 from phreg_deploy.runtime.gpu.trt_context import Feed, TrtContext
 from phreg_deploy.runtime.gpu.trt_library import deserialise, load_tensorrt, make_logger
-from phreg_deploy.runtime.backends.options import BackendOptions
 
 
 class Plan(Closing):

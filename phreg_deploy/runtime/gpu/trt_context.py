@@ -11,8 +11,8 @@ import numpy as np
 
 from phreg_deploy.bundle.plans import Shapes
 from phreg_deploy.errors import PhregError
-from phreg_deploy.runtime.gpu.closing import Closing
 from phreg_deploy.runtime.gpu.arrays import DeviceArray
+from phreg_deploy.runtime.gpu.closing import Closing
 from phreg_deploy.runtime.gpu.cuda import Cuda, DeviceBuffer, Event, Graph, PinnedBuffer, Stream
 
 Feed = dict[str, np.ndarray]
