@@ -23,8 +23,8 @@ import onnx
 
 from phreg_deploy.errors import PhregError
 from tests import nvidia
-from tests.compiled import PRECISIONS, ROTARY, SAME, build, graphs
-from tests.families import FAMILIES, VARIANTS
+from tests.small_models import FAMILIES, VARIANTS
+from tests.trt_graphs import PRECISIONS, ROTARY, SAME, build, graphs
 
 
 def main() -> None:

@@ -12,7 +12,7 @@ import numpy as np
 from phreg_deploy.bundle.writing import write_npz
 from phreg_deploy.errors import PhregError
 from phreg_deploy.runtime import FeatureExtractor
-from tests.world import invoke, photograph
+from tests.cli_helpers import invoke, photograph
 
 BACKEND = "onnxruntime-cpu"
 VALUES = [

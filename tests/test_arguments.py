@@ -3,7 +3,7 @@
 import pytest
 
 from phreg_deploy import arguments
-from tests.world import leftovers, without
+from tests.cli_helpers import leftovers, without
 
 pytestmark = pytest.mark.usefixtures("torch")
 BLOCKED = ["torch", "timm", "safetensors", "onnx", "onnxscript", "torchvision"]

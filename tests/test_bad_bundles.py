@@ -6,7 +6,7 @@ import sys
 
 import pytest
 
-from tests.world import leftovers
+from tests.cli_helpers import leftovers
 
 pytestmark = pytest.mark.usefixtures("torch")
 

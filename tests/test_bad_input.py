@@ -10,7 +10,7 @@ from fractions import Fraction
 import pytest
 
 from phreg_deploy.bundle.bundle import Bundle
-from tests.world import leftovers
+from tests.cli_helpers import leftovers
 
 pytestmark = pytest.mark.usefixtures("torch")
 

@@ -18,7 +18,7 @@ from phreg_deploy.runtime import FeatureExtractor
 from phreg_deploy.runtime.backends.options import BackendOptions
 from phreg_deploy.runtime.parity import missed_gates, run_exam, worst
 from phreg_deploy.verify.bisection import bisect
-from tests.world import invoke, leftovers
+from tests.cli_helpers import invoke, leftovers
 
 SCALE = 2.0**18
 # Where it shows -> the layer that is scaled up and the one behind it that is scaled down as far: only what is between them

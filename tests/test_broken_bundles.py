@@ -8,7 +8,7 @@ from phreg_deploy.bundle.gates import GATES
 from phreg_deploy.images.photographs import read_photographs
 from phreg_deploy.runtime import FeatureExtractor
 from phreg_deploy.runtime.parity import compare_runs, missed_gates
-from tests.broken import Broken, another_class_token, garbage_token, shifted, times
+from tests.broken_bundles import Broken, another_class_token, garbage_token, shifted, times
 
 pytestmark = pytest.mark.usefixtures("torch")
 LIMIT = 8

@@ -15,7 +15,7 @@ from phreg_deploy.bundle.plans import list_engines
 from phreg_deploy.errors import BackendMissing, PhregError
 from phreg_deploy.runtime import FeatureExtractor
 from tests import double
-from tests.world import ROOT, invoke, leftovers
+from tests.cli_helpers import ROOT, invoke, leftovers
 
 BLOCKED = ("torch", "timm", "onnx", "onnxscript", "safetensors", "torchvision")
 
@@ -303,7 +303,7 @@ def test_an_engine_whose_exam_broke_off_does_not_count(copy, workshop):
 def test_an_engine_whose_exam_was_interrupted_does_not_count(copy, workshop, monkeypatch):
     from phreg_deploy.export.engine import build as engine
 
-    def ctrl_c(extractor):
+    def ctrl_c(*_arguments):
         raise KeyboardInterrupt
 
     folder = copy("bundle")
@@ -580,7 +580,7 @@ for name in sys.argv[1].split(","):
     sys.modules[name] = None
 import phreg_deploy.runtime.gpu.cuda as cuda
 from tests import double
-from tests.world import invoke
+from tests.cli_helpers import invoke
 device = double.Device()
 cuda._load = lambda: device.runtime
 sys.modules["tensorrt"] = double.Workshop(device).tensorrt

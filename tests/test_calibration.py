@@ -14,8 +14,8 @@ from phreg_deploy.errors import PhregError
 from phreg_deploy.onnx_graph.linears import find_linears
 from phreg_deploy.onnx_graph.session import open_session
 from phreg_deploy.quantisation import Smoothing, quantise_weight
-from tests.eight import features, traced
-from tests.families import FAMILIES, VARIANTS
+from tests.quantised_graphs import features, traced
+from tests.small_models import FAMILIES, VARIANTS
 
 EVERY = [*FAMILIES, *VARIANTS]
 # What feeds the second layer of an attention or an MLP, where it is not the attention's values or hidden units.

@@ -10,7 +10,7 @@ from onnx import helper, numpy_helper
 from phreg_deploy.calibration.kernels import count, open_counted
 from phreg_deploy.errors import PhregError
 from phreg_deploy.onnx_graph.session import open_session
-from tests.eight import features, traced
+from tests.quantised_graphs import features, traced
 
 LAYER = "blocks.1.attn.qkv"  # a layer norm feeds it: signed 8 bits
 UNIT = "blocks.1.mlp.fc2"  # hidden units feed it: a zero point

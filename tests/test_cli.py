@@ -11,7 +11,7 @@ from PIL import Image
 
 from phreg_deploy import __version__
 from phreg_deploy.cli import main
-from tests.world import ROOT, leftovers
+from tests.cli_helpers import ROOT, leftovers
 
 pytestmark = pytest.mark.usefixtures("torch")
 HERE = ["--backend", "onnxruntime-cpu"]  # where figures are compared to the last bit: auto may choose another

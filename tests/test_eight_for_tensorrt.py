@@ -15,7 +15,7 @@ from phreg_deploy.onnx_graph.mixed_precision import narrow
 from phreg_deploy.onnx_graph.session import open_session
 from phreg_deploy.onnx_graph.split_qkv import split_projections
 from phreg_deploy.quantisation import halves
-from tests.eight import features, traced
+from tests.quantised_graphs import features, traced
 
 FAMILIES = ["augreg", "eva02-base", "gated", "dinov2-giant"]
 

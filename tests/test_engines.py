@@ -27,7 +27,7 @@ from phreg_deploy.bundle.plans import (
 from phreg_deploy.bundle.writing import write_manifest
 from phreg_deploy.errors import BackendMissing, PhregError
 from phreg_deploy.spec import Batches, Sizes
-from tests.world import leftovers
+from tests.cli_helpers import leftovers
 
 resource = pytest.importorskip("resource")
 pytestmark = pytest.mark.usefixtures("torch")

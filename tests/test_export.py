@@ -14,7 +14,7 @@ from phreg_deploy.models.registers import add_registers
 from phreg_deploy.onnx_graph.mixed_precision import narrow
 from phreg_deploy.runtime.positions import resample
 from phreg_deploy.spec import Batches, Sizes
-from tests.families import FAMILIES, small
+from tests.small_models import FAMILIES, small
 
 
 def served(model, images, *, sizes=None, batch="1", precision="fp32", keep=()):

@@ -10,7 +10,7 @@ import pytest
 from PIL import Image
 
 from phreg_deploy.runtime import FeatureExtractor
-from tests.world import leftovers, photograph
+from tests.cli_helpers import leftovers, photograph
 
 HERE = ("--backend", "onnxruntime-cpu", "--threads", "1")
 

@@ -20,9 +20,9 @@ from phreg_deploy.models.loading import load_model
 from phreg_deploy.models.weights import weights_digest
 from phreg_deploy.onnx_graph.session import open_session
 from phreg_deploy.quantisation import Grid, Smoothing, quantise_weight
-from tests.eight import features, traced
-from tests.families import FAMILIES, VARIANTS, small
-from tests.world import interrupted
+from tests.cli_helpers import interrupted
+from tests.quantised_graphs import features, traced
+from tests.small_models import FAMILIES, VARIANTS, small
 
 PLAIN = Smoothing(None, None, None)
 SEPARATE = ["eva02"]  # its projection's biases are no module's, so its input cannot be reached

@@ -14,7 +14,7 @@ from phreg_deploy.profiling.latency import profile_bundle, summarise
 from phreg_deploy.progress import SILENT
 from phreg_deploy.runtime import FeatureExtractor
 from phreg_deploy.runtime.parity import missed_gates, run_exam
-from tests.families import plant, small
+from tests.small_models import plant, small
 
 
 @pytest.fixture(scope="module")

@@ -15,9 +15,9 @@ from phreg_deploy.models.answers import read_features
 from phreg_deploy.models.checkpoint import write_student
 from phreg_deploy.models.loading import load_model, model_preprocess
 from phreg_deploy.models.registers import add_registers
-from tests.families import small
+from tests.small_models import small
 
-POOLED = ["eva", "eva02", "eva02-base", "mae"]  # families of tests/families.py with fc_norm alone
+POOLED = ["eva", "eva02", "eva02-base", "mae"]  # families of tests/small_models.py with fc_norm alone
 NAMES = [  # of timm, one of each kind
     "eva02_tiny_patch14_224", "eva02_small_patch14_336", "eva02_base_patch14_448", "eva02_large_patch14_224", "eva_giant_patch14_560",
     "eva_large_patch14_196", "vit_base_patch16_reg4_gap_256", "vit_base_patch16_rope_reg1_gap_256", "vit_so150m2_patch16_reg1_gap_256",

@@ -12,7 +12,7 @@ from phreg_deploy.export.folding import (
     patch_positions,
     prefix_tokens,
 )
-from tests.families import small
+from tests.small_models import small
 
 
 @pytest.mark.parametrize("bias", [True, False])

@@ -20,7 +20,7 @@ from phreg_deploy.runtime.backends import registry as backends
 from phreg_deploy.runtime.backends.onnxruntime_backend import HEAVY, OrtBackend, _check_assignment, settings
 from phreg_deploy.runtime.backends.options import BackendOptions
 from tests import double
-from tests.world import invoke
+from tests.cli_helpers import invoke
 
 GPU_NAMES = ("onnxruntime-cuda", "onnxruntime-tensorrt")
 
@@ -446,7 +446,7 @@ def test_auto_takes_the_gpu_where_it_is_the_fastest(copy, driver, device, monkey
     choice = importlib.import_module("phreg_deploy.runtime.auto")
     times = {"tensorrt": 1.0}
 
-    def measure(bundle, candidate, case, rivals):
+    def measure(candidate, feed, rivals):
         candidate.milliseconds = times.get(candidate.name, 9.0)
         return candidate.milliseconds
 

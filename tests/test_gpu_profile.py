@@ -236,7 +236,7 @@ def fake_extractor(parts=True):
     served = {"sizes": Sizes("fixed", ((8, 12),)), "batches": Batches(1, 2, 4), "precision": "fp16"}
     return SimpleNamespace(
         manifest=SimpleNamespace(**served), spec=TINY, runs=runs, run=run,
-        opened=backend, feed=lambda batch: {"image": batch}, bare=lambda batch: lambda: run(batch),
+        opened=backend, feed=lambda batch: {"image": batch}, graph_call=lambda batch: lambda: run(batch),
     )  # fmt: skip
 
 

@@ -8,7 +8,7 @@ from PIL import Image
 
 from phreg_deploy.errors import PhregError
 from phreg_deploy.runtime import FeatureExtractor
-from tests.world import photograph
+from tests.cli_helpers import photograph
 
 FRAME = np.asarray(photograph(3, 90, 80))
 GREY = np.asarray(photograph(3, 90, 80).convert("L"))

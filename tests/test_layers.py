@@ -242,7 +242,7 @@ CALIBRATE = """
 import json, sys
 for name in sys.argv[1].split(","):
     sys.modules[name] = None
-from tests.world import invoke
+from tests.cli_helpers import invoke
 done = invoke(*sys.argv[2:])
 heavy = [n for n in sys.argv[1].split(",") if sys.modules.get(n) is not None]
 print(json.dumps({"code": done.code, "err": done.err[-500:], "missed": done.document["missed"], "heavy": heavy}))

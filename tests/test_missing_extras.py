@@ -4,7 +4,7 @@ import sys
 
 import pytest
 
-from tests.world import without
+from tests.cli_helpers import without
 
 pytestmark = pytest.mark.usefixtures("torch", "traced_once")
 

@@ -16,7 +16,7 @@ from phreg_deploy.export.trace import trace
 from phreg_deploy.models.loading import model_preprocess
 from phreg_deploy.onnx_graph.mixed_precision import LIMITS, ROOM, float_tensors, islands, narrow
 from phreg_deploy.spec import Batches, Sizes
-from tests.families import small
+from tests.small_models import small
 
 LOW = {"fp16": TensorProto.FLOAT16, "bf16": TensorProto.BFLOAT16}
 IMAGES = np.random.default_rng(3).integers(0, 256, (1, 64, 64, 3), dtype=np.uint8)

@@ -11,7 +11,7 @@ from phreg_deploy.bundle.bundle import Bundle
 from phreg_deploy.errors import BackendMissing, PhregError
 from phreg_deploy.runtime import FeatureExtractor
 from phreg_deploy.runtime.parity import missed_gates, run_exam, worst
-from tests.world import invoke
+from tests.cli_helpers import invoke
 
 pytestmark = pytest.mark.gpu
 

@@ -241,14 +241,14 @@ def test_auto_says_what_it_chose_and_why(bundle, run_cli):
 @pytest.mark.parametrize("fastest", PROCESSOR)
 def test_auto_takes_the_faster_one_and_closes_the_other(bundle, monkeypatch, fastest):
     closed = []
-    for name, module in (("openvino", "openvino_backend"), ("onnxruntime-cpu", "ort_backend")):
+    for name, module in (("openvino", "openvino_backend"), ("onnxruntime-cpu", "onnxruntime_backend")):
         kind = next(
             v
-            for k, v in vars(importlib.import_module(f"phreg_deploy.runtime.{module}")).items()
+            for k, v in vars(importlib.import_module(f"phreg_deploy.runtime.backends.{module}")).items()
             if k.endswith("Backend")
         )
         monkeypatch.setattr(kind, "close", lambda self, name=name: closed.append(name))
-    monkeypatch.setattr(choice, "_measure", lambda _bundle, candidate, *_: 1.0 if candidate.name == fastest else 2.0)
+    monkeypatch.setattr(choice, "_measure", lambda candidate, *_: 1.0 if candidate.name == fastest else 2.0)
     opened, reason = choose(Bundle.read(bundle), BackendOptions(1))
     assert opened.name == fastest
     assert reason.startswith(f"{fastest}: ")
@@ -257,13 +257,16 @@ def test_auto_takes_the_faster_one_and_closes_the_other(bundle, monkeypatch, fas
 
 def spoiled(monkeypatch, *names):
     """Backends that compute something else."""
-    real = FeatureExtractor.run
+    real = choice.open_backend
 
-    def run(self, batch):
-        outputs = real(self, batch)
-        return {k: np.flip(v, -1) if self.backend in names else v for k, v in outputs.items()}
+    def opened(bundle, name, *others):
+        backend = real(bundle, name, *others)
+        if name in names:
+            right = backend.run
+            backend.run = lambda feed: {k: np.flip(v, -1) for k, v in right(feed).items()}
+        return backend
 
-    monkeypatch.setattr(FeatureExtractor, "run", run)
+    monkeypatch.setattr(choice, "open_backend", opened)
 
 
 @pytest.mark.parametrize("bad", PROCESSOR)

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from tests.world import leftovers
+from tests.cli_helpers import leftovers
 
 resource = pytest.importorskip("resource")
 pytestmark = pytest.mark.usefixtures("torch", "traced_once")

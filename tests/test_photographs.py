@@ -12,7 +12,7 @@ from phreg_deploy.images.decoding import read_image, to_rgb
 from phreg_deploy.images.photographs import fit, list_images, read_fitted, read_photographs
 from phreg_deploy.images.resampling import applies
 from phreg_deploy.spec import Preprocess
-from tests.world import photograph
+from tests.cli_helpers import photograph
 
 HALF = (0.5, 0.5, 0.5)
 PLAIN = Preprocess(HALF, HALF, "bicubic", "squash", 1.0)

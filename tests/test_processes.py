@@ -16,7 +16,7 @@ from phreg_deploy.runtime import FeatureExtractor
 from phreg_deploy.runtime.backends.options import BackendOptions
 from phreg_deploy.runtime.backends.registry import open_backend
 from phreg_deploy.runtime.forking import ForkSafeBackend
-from tests.world import ROOT
+from tests.cli_helpers import ROOT
 
 FRAME = np.random.default_rng(0).integers(0, 256, (64, 64, 3), dtype=np.uint8)
 FORKED = """

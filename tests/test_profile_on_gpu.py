@@ -4,7 +4,7 @@ import shutil
 
 import pytest
 
-from tests.world import invoke
+from tests.cli_helpers import invoke
 
 
 @pytest.fixture

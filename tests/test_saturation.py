@@ -87,7 +87,7 @@ OPENVINO = """
 import json, sys, numpy
 from phreg_deploy.bundle.bundle import Bundle
 from phreg_deploy.runtime import FeatureExtractor
-from phreg_deploy.runtime.backends.registry import openvino_backend
+from phreg_deploy.runtime.backends import openvino_backend
 from phreg_deploy.runtime.backends.registry import open_backend
 from phreg_deploy.runtime.backends.openvino_exact import saturates
 from phreg_deploy.runtime.parity import run_exam, worst

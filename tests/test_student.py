@@ -12,7 +12,7 @@ from phreg_deploy.models.checkpoint import read_record, write_student
 from phreg_deploy.models.loading import load_model, model_spec
 from phreg_deploy.models.registers import add_registers
 from phreg_deploy.models.weights import weights_digest
-from tests.families import FAMILIES, small
+from tests.small_models import FAMILIES, small
 
 
 @pytest.mark.parametrize("family", FAMILIES)

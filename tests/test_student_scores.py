@@ -118,7 +118,7 @@ def test_a_student_that_cannot_be_scored_is_written_all_the_same(world, run_cli,
 
 def test_an_interrupt_while_scoring_leaves_a_whole_student(world, run_cli, monkeypatch):
     from phreg_deploy.distill import distillation
-    from tests.world import leftovers
+    from tests.cli_helpers import leftovers
 
     def stopped(*arguments, **more):
         raise KeyboardInterrupt

@@ -71,7 +71,7 @@ def test_other_settings_have_another_folder(case):
 
 def twins(**changes):
     """Two models with the same weights, of which the second is built with other arguments."""
-    from tests.families import small
+    from tests.small_models import small
 
     first = small("clip")
     second = small(changes.pop("family", "clip"), **changes)

@@ -11,7 +11,7 @@ from phreg_deploy.images.photographs import read_photographs
 from phreg_deploy.models import hooks
 from phreg_deploy.models.loading import model_preprocess
 from phreg_deploy.views import draw_views, realign, seed_of, show
-from tests.families import plant, small
+from tests.small_models import plant, small
 
 
 @pytest.fixture(scope="module")

@@ -10,8 +10,8 @@ import pytest
 from phreg_deploy.errors import PhregError
 from phreg_deploy.export.engine.inspection import take_census
 from tests import nvidia
-from tests.compiled import DEPTH, PRECISIONS, ROTARY, SAME, build, graphs
-from tests.families import FAMILIES
+from tests.small_models import FAMILIES
+from tests.trt_graphs import DEPTH, PRECISIONS, ROTARY, SAME, build, graphs
 
 
 @pytest.fixture(scope="module", autouse=True)

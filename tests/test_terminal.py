@@ -9,7 +9,7 @@ import pytest
 
 from phreg_deploy import cli
 from phreg_deploy.cli.console import Result
-from tests.world import ROOT
+from tests.cli_helpers import ROOT
 
 pytestmark = pytest.mark.usefixtures("torch")
 

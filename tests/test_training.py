@@ -17,8 +17,8 @@ from phreg_deploy.models.checkpoint import write_student
 from phreg_deploy.models.loading import load_model
 from phreg_deploy.models.registers import add_registers
 from phreg_deploy.models.weights import weights_digest
-from tests.families import plant, small
-from tests.world import interrupted
+from tests.cli_helpers import interrupted
+from tests.small_models import plant, small
 
 
 @pytest.fixture(scope="module")

@@ -8,7 +8,7 @@ from phreg_deploy.distill.transplant import FLAT, _Sample, _statistics, silence,
 from phreg_deploy.errors import PhregError
 from phreg_deploy.models import hooks
 from phreg_deploy.models.registers import add_registers
-from tests.families import plant, small
+from tests.small_models import plant, small
 
 
 def batches(model, count=4):

@@ -15,7 +15,7 @@ from phreg_deploy.files import atomic as whole
 from phreg_deploy.files import renames
 from phreg_deploy.files import temporary as scratch
 from phreg_deploy.files.atomic import atomic_folder, check_target, write_atomic
-from tests.world import ROOT
+from tests.cli_helpers import ROOT
 
 STEPS = {"one step": [(whole, "exchange")], "three steps": [(os, "rename"), (whole, "claim")]}
 

@@ -19,8 +19,8 @@ from phreg_deploy.models.registers import add_registers
 from phreg_deploy.onnx_graph.linears import Linear, Wiring, find_linears
 from phreg_deploy.quantisation import Smoothing
 from phreg_deploy.spec import Batches, ModelSpec, Preprocess, Sizes
-from tests.families import small
-from tests.world import photograph
+from tests.cli_helpers import photograph
+from tests.small_models import small
 
 BATCH = 4
 DEEPER = ("augreg", "dinov2", "eva02-base")  # two blocks; the other families' blocks are traced once, for their time

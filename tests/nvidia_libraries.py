@@ -18,8 +18,8 @@ from typing import Any
 
 import pytest
 
+from tests.cli_helpers import ROOT
 from tests.nvidia_wheels import VERSIONS, default_folder
-from tests.world import ROOT
 
 NEWEST = VERSIONS[-1]  # the one whose interface TensorRT for RTX 1.7 has
 SONAMES = ("libnvinfer", "libnvinfer_plugin", "libnvonnxparser", "libnvinfer_lean")

@@ -22,8 +22,8 @@ from phreg_deploy.onnx_graph.split_qkv import split_projections
 from phreg_deploy.quantisation import Smoothing
 from phreg_deploy.spec import Batches, Sizes
 from tests import nvidia
-from tests.families import small
-from tests.world import photograph
+from tests.cli_helpers import photograph
+from tests.small_models import small
 
 DEPTH, WIDTH, HEADS = 2, 96, 3
 SIDE = 8  # patches; a smaller grid has too few tokens for fused attention in FP8, see below

@@ -70,7 +70,7 @@ import json, sys
 from dataclasses import asdict
 blocked, commands = json.loads(sys.argv[1])
 sys.modules.update(dict.fromkeys(blocked))
-from tests.world import invoke
+from tests.cli_helpers import invoke
 print(json.dumps([asdict(invoke(*command)) for command in commands]))
 """
 
