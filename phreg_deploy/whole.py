@@ -59,7 +59,7 @@ def check_target(target: Path, force: bool, reads: Iterable[Path | None] = ()) -
 def _check_replaceable(target: Path) -> None:
     if os.path.isfile(target):
         raise PhregError(f"output: {target} is a file; expected the name of a folder.")
-    if _holds_other_files(target):
+    if os.path.isdir(target) and _holds_other_files(target):
         raise PhregError(
             f"output: {target} holds files that phreg-deploy did not write, and --force replaces only what it wrote; choose another name."
         )
