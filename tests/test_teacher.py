@@ -67,7 +67,7 @@ def test_the_cache_computes_each_target_once_and_mends_what_is_damaged(photograp
     item = cache.read(photographs.digests[2])
     assert item["patches"].dtype == np.float16
     np.testing.assert_array_equal(item["image"], photographs.array(2))
-    assert all(path.suffix == ".npz" for path in cache.folder.iterdir())
+    assert all(path.suffix == ".safetensors" for path in cache.folder.iterdir())
 
 
 def test_other_settings_have_another_cache(tmp_path):

@@ -8,9 +8,8 @@ from __future__ import annotations
 
 import functools
 import hashlib
-import io
 import json
-import zipfile
+import zlib
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
@@ -19,18 +18,22 @@ from typing import Any
 
 import numpy as np
 import torch
+from safetensors import SafetensorError
+from safetensors.numpy import load, save
 
 from phreg_deploy.artifacts import cosine
 from phreg_deploy.distill import taps
 from phreg_deploy.distill.identity import model_identity
 from phreg_deploy.distill.taps import ViT
+from phreg_deploy.errors import PhregError
 from phreg_deploy.photographs import Photographs
 from phreg_deploy.scratch import remove_dead
 from phreg_deploy.spec import Preprocess
 from phreg_deploy.views import View, draw_views, gather, most_views, seed_of, show
 from phreg_deploy.whole import write_whole
 
-CACHE_FORMAT = 2  # of the files below: other formats are other folders
+CACHE_FORMAT = 3  # of the files below: other formats are other folders
+KEPT = ("image", "patches", "cls", "norms", "drift")  # arrays of a cached target
 CHUNK = 40  # views per forward; about 1 GB of activations for a ViT-B at 224 px
 
 
@@ -123,18 +126,20 @@ class Teacher:
 
 
 class TargetCache:
-    """Targets on disk, one ``.npz`` an image, named by its digest, in a folder named by the teacher's settings.
+    """Targets on disk, one ``.safetensors`` an image, named by its digest, in a folder named by the teacher's settings.
 
     Holds per image: ``image`` uint8 ``(H, W, 3)`` as fitted, so that training decodes no file; ``patches``
     float16 ``(N, C)``; ``cls`` float16 ``(2, C)`` of the image and its mirror image (empty without class token);
     ``norms`` float32 ``(N,)`` of the plain view; ``drift`` float16 ``(N,)``: 1 - cosine between it and the target.
+    ``crc32`` uint32 ``(1,)`` of the bytes of the others in this order, since safetensors has no checksum of its own.
+    Several threads may read at once.
     """
 
     def __init__(self, teacher: Teacher, folder: Path) -> None:
         self.teacher, self.folder = teacher, folder / f"targets-{teacher.digest[:16]}"
 
     def path(self, digest: str) -> Path:
-        return self.folder / f"{digest[:32]}.npz"
+        return self.folder / f"{digest[:32]}.safetensors"
 
     def fill(self, photographs: Photographs, advance: Callable[[int], None] = lambda _n: None) -> int:
         """Compute what is missing; an interrupted call goes on where it stopped. Returns how many were computed."""
@@ -147,24 +152,45 @@ class TargetCache:
             flat = target.patches.reshape(-1, target.patches.shape[-1])
             drift = 1 - cosine(target.plain, target.patches).reshape(-1)
             cls = np.zeros(0) if target.cls is None else target.cls
-            data = io.BytesIO()
-            np.savez(
-                data, image=todo.array(i), patches=flat.astype(np.float16), cls=cls.astype(np.float16),
-                norms=target.norms.reshape(-1), drift=drift.astype(np.float16),
-            )  # fmt: skip
-            write_whole(self.path(todo.digests[i]), data.getvalue())
+            item = {
+                "image": todo.array(i), "patches": flat.astype(np.float16), "cls": cls.astype(np.float16),
+                "norms": target.norms.reshape(-1), "drift": drift.astype(np.float16),
+            }  # fmt: skip
+            item = {name: np.ascontiguousarray(item[name]) for name in KEPT}
+            write_whole(self.path(todo.digests[i]), save({**item, "crc32": _checksum(item)}))
         return len(missing)
 
     def read(self, digest: str) -> dict[str, np.ndarray]:
-        with open(self.path(digest), "rb") as file, np.load(file, allow_pickle=False) as data:
-            return dict(data)
+        """The target of one image, arrays as described above, without ``crc32``; they may be read-only.
+
+        Raises:
+            OSError: there is no such file, or it cannot be read. PhregError: it is damaged.
+        """
+        path = self.path(digest)
+        try:
+            data = load(path.read_bytes())
+            item = {name: data[name] for name in KEPT}
+            whole = np.array_equal(data["crc32"], _checksum(item))
+        except (SafetensorError, ValueError, KeyError):
+            whole = False
+        if not whole:
+            raise PhregError(f"targets: {path} is damaged; remove it and run the same command again.")
+        return item
 
     def _whole(self, digest: str) -> bool:
         try:
             self.read(digest)
-        except (OSError, ValueError, EOFError, KeyError, zipfile.BadZipFile):
+        except (OSError, PhregError):
             return False
         return True
+
+
+def _checksum(item: dict[str, np.ndarray]) -> np.ndarray:
+    """CRC-32 of the arrays' bytes in the order of ``KEPT``, uint32 ``(1,)``."""
+    value = 0
+    for name in KEPT:
+        value = zlib.crc32(item[name], value)
+    return np.array([value], np.uint32)
 
 
 def precision(device: str, autocast: bool) -> AbstractContextManager:

@@ -6,7 +6,6 @@ B batch, N patch tokens, C width.
 from __future__ import annotations
 
 import math
-import threading
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -28,9 +27,6 @@ from phreg_deploy.progress import Progress
 from phreg_deploy.quantisation import Smoothing
 from phreg_deploy.spec import Preprocess
 from phreg_deploy.whole import write_error
-
-# numpy parses headers with ast, which can raise SystemError from two threads at once (seen on 3.11.7; cpython #106905)
-_PARSING = threading.Lock()
 
 
 @dataclass
@@ -178,8 +174,7 @@ def _batches(cache: TargetCache, digests: list[str], recipe: Recipe, seed: int, 
 
 
 def _load(cache: TargetCache, digests: list[str], flips: np.ndarray) -> Batch:
-    with _PARSING:
-        items = [cache.read(digest) for digest in digests]
+    items = [cache.read(digest) for digest in digests]
     grid = cache.teacher.grid
     for item, flip in zip(items, flips):
         for name in ("patches", "drift"):
