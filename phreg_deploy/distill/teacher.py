@@ -29,7 +29,7 @@ from phreg_deploy.errors import PhregError
 from phreg_deploy.photographs import Photographs
 from phreg_deploy.scratch import remove_dead
 from phreg_deploy.spec import Preprocess
-from phreg_deploy.views import View, draw_views, gather, most_views, seed_of, show
+from phreg_deploy.views import View, draw_views, most_views, seed_of, show, way_back
 from phreg_deploy.whole import write_whole
 
 CACHE_FORMAT = 3  # of the files below: other formats are other folders
@@ -107,15 +107,13 @@ class Teacher:
                 taps.normalise(torch.from_numpy(shown).to(self.device), self.preprocess.mean, self.preprocess.std),
             )
         count = self.views + 1
-        maps = seen.patches.float().cpu().numpy().reshape(len(plans), count, *self.grid, -1)  # (B, V + 1, Hp, Wp, C)
-        norms = seen.norms.cpu().numpy().reshape(len(plans), count, *self.grid)[:, 0]
-        cls = None if seen.cls is None else seen.cls.float().cpu().numpy().reshape(len(plans), count, -1)[:, [0, -1]]
-        found = []
-        for i, plan in enumerate(plans):
-            others, covered = gather(maps[i, 1:-1], plan[1:])
-            mean = (others + maps[i, 0]) / (covered + 1)[..., None]
-            found.append(Target(mean, None if cls is None else cls[i], norms[i], maps[i, 0]))
-        return found
+        # averaged where the features are: of V views, only the mean and the plain one are copied to the host
+        maps = seen.patches.reshape(len(plans), count, *self.grid, -1)  # (B, V + 1, Hp, Wp, C)
+        means = torch.stack([mean_of_views(maps[i, :-1].float(), plan) for i, plan in enumerate(plans)]).cpu().numpy()
+        plain = maps[:, 0].float().cpu().numpy()
+        norms = seen.norms.reshape(len(plans), count, *self.grid)[:, 0].cpu().numpy()
+        cls = None if seen.cls is None else seen.cls.reshape(len(plans), count, -1)[:, [0, -1]].float().cpu().numpy()
+        return [Target(means[i], None if cls is None else cls[i], norms[i], plain[i]) for i in range(len(plans))]
 
     def targets(self, photographs: Photographs, advance: Callable[[int], None] = lambda _n: None) -> Iterator[Target]:
         """Targets of every photograph, in order, without touching the cache."""
@@ -123,6 +121,20 @@ class Teacher:
         for start in range(0, len(photographs), step):
             yield from self.denoise(photographs, start, min(start + step, len(photographs)))
             advance(min(step, len(photographs) - start))
+
+
+def mean_of_views(maps: torch.Tensor, plan: list[View]) -> torch.Tensor:
+    """Mean ``(Hp, Wp, C)`` over the views that cover each patch, on the device of ``maps``.
+
+    Args:
+        maps: features ``(V, Hp, Wp, C)`` of the views of ``plan``, the first of which is plain and covers every patch.
+    """
+    total, covered = torch.zeros_like(maps[0]), maps.new_zeros(maps.shape[1:3])
+    for features, view in zip(maps[1:], plan[1:]):
+        valid, place = way_back(view, maps.shape[1:3])
+        total[place] += (features.flip(1) if view.flip else features)[valid]
+        covered[place] += 1
+    return (total + maps[0]) / (covered + 1)[..., None]
 
 
 class TargetCache:
