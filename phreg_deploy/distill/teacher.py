@@ -10,7 +10,7 @@ import functools
 import hashlib
 import json
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,6 +24,7 @@ from safetensors.numpy import load, save
 from phreg_deploy.artifacts import cosine
 from phreg_deploy.distill import taps
 from phreg_deploy.distill.identity import model_identity
+from phreg_deploy.distill.replicas import Replicas
 from phreg_deploy.distill.taps import ViT
 from phreg_deploy.errors import PhregError
 from phreg_deploy.photographs import Photographs
@@ -58,7 +59,7 @@ class Teacher:
         model: the base model, in evaluation mode.
         views: views per image, the first of them plain; 10 in the paper. At most as many as differ on the model's grid.
         seed: of the views; each image's are drawn from the seed and its own digest, so order does not matter.
-        device: where to run. autocast: bfloat16 autocast (halves the time on CPUs and GPUs that have it).
+        device: where to run. more_devices: further ones, over which ``targets`` spreads photographs. autocast: bfloat16 autocast (halves the time on CPUs and GPUs that have it).
         identity: ``model_identity(model)`` where it is known already; computing it reads every weight.
     """
 
@@ -70,11 +71,12 @@ class Teacher:
         views: int = 10,
         seed: int = 0,
         device: str = "cpu",
+        more_devices: Sequence[str] = (),
         autocast: bool = False,
         identity: dict[str, Any] | None = None,
     ) -> None:
         self.model, self.preprocess, self.seed = model.to(device), preprocess, seed
-        self.device, self.autocast = device, autocast
+        self.devices, self.autocast = (device, *more_devices), autocast
         self.patch = tuple(model.patch_embed.patch_size)
         self.grid = tuple(model.patch_embed.grid_size)
         self.views = min(views, most_views(self.grid))
@@ -89,9 +91,12 @@ class Teacher:
         }  # fmt: skip
         return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()
 
-    @torch.inference_mode()
     def denoise(self, photographs: Photographs, start: int, stop: int) -> list[Target]:
-        """Targets of ``photographs[start:stop]``, all views in one batch."""
+        """Targets of ``photographs[start:stop]``, all views in one batch on the first device."""
+        return self._denoise(self.model, self.devices[0], photographs, start, stop)
+
+    @torch.inference_mode()
+    def _denoise(self, model: ViT, device: str, photographs: Photographs, start: int, stop: int) -> list[Target]:
         plans = [
             draw_views(self.views, self.grid, seed_of(self.seed, digest)) for digest in photographs.digests[start:stop]
         ]
@@ -101,10 +106,10 @@ class Teacher:
         shown = np.stack(
             [show(image, view, self.patch) for image, plan in zip(images, plans) for view in (*plan, mirrored)]
         )
-        with precision(self.device, self.autocast):
+        with precision(device, self.autocast):
             seen = taps.forward(
-                self.model,
-                taps.normalise(torch.from_numpy(shown).to(self.device), self.preprocess.mean, self.preprocess.std),
+                model,
+                taps.normalise(torch.from_numpy(shown).to(device), self.preprocess.mean, self.preprocess.std),
             )
         count = self.views + 1
         # averaged where the features are: of V views, only the mean and the plain one are copied to the host
@@ -116,11 +121,15 @@ class Teacher:
         return [Target(means[i], None if cls is None else cls[i], norms[i], plain[i]) for i in range(len(plans))]
 
     def targets(self, photographs: Photographs, advance: Callable[[int], None] = lambda _n: None) -> Iterator[Target]:
-        """Targets of every photograph, in order, without touching the cache."""
+        """Targets of every photograph, in order, without touching the cache; on several devices, a chunk on each at a time."""
         step = max(1, CHUNK // self.views)
-        for start in range(0, len(photographs), step):
-            yield from self.denoise(photographs, start, min(start + step, len(photographs)))
-            advance(min(step, len(photographs) - start))
+        spans = [(start, min(start + step, len(photographs))) for start in range(0, len(photographs), step)]
+        found = Replicas(self.model, self.devices[: max(1, len(spans))]).spread(
+            lambda model, device, span: self._denoise(model, device, photographs, *span), spans
+        )
+        for targets in found:
+            yield from targets
+            advance(len(targets))
 
 
 def mean_of_views(maps: torch.Tensor, plan: list[View]) -> torch.Tensor:
@@ -201,7 +210,7 @@ def _checksum(item: dict[str, np.ndarray]) -> np.ndarray:
     """CRC-32 of the arrays' bytes in the order of ``KEPT``, uint32 ``(1,)``."""
     value = 0
     for name in KEPT:
-        value = zlib.crc32(item[name], value)
+        value = zlib.crc32(item[name].data, value)
     return np.array([value], np.uint32)
 
 
