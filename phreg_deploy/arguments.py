@@ -17,8 +17,9 @@ from phreg_deploy.student_record import model_path
 RECIPES = ("transplant", "random-registers", "ph-reg")  # only the first moves neurons
 FLOATS, EIGHT_BITS = ("fp32", "fp16", "bf16"), ("int8", "fp8")
 WEIGHTS = (".safetensors", ".pth", ".pt", ".bin")
-LEAST = {"epochs": 0, "batch": 1, "views": 2, "seed": 0}
+LEAST = {"epochs": 0, "batch": 1, "micro_batch": 1, "views": 2, "seed": 0}
 MOST_REGISTERS = 64
+GPU = r"cuda:(?:0|[1-9][0-9]*)"
 TIMM_NAME = re.compile(r"\w+(\.[\w-]+)?")  # an architecture, and the tag of its weights
 
 
@@ -76,7 +77,7 @@ def check_distillation(settings: Mapping[str, Any]) -> None:
         raise PhregError(f"recipe: got {given['recipe']!r}, expected {', '.join(RECIPES[:-1])} or {RECIPES[-1]}.")
     for name, least in LEAST.items():
         if name in given and given[name] < least:
-            raise PhregError(f"{name}: got {given[name]}, expected at least {least}.")
+            raise PhregError(f"{name.replace('_', '-')}: got {given[name]}, expected at least {least}.")
     if not 0 <= given.get("registers", 0) <= MOST_REGISTERS:
         raise PhregError(f"registers: got {given['registers']}, expected 0 to {MOST_REGISTERS}.")
     if not 0 < given.get("lr", 0.5) < 1:
@@ -91,7 +92,7 @@ def check_distillation(settings: Mapping[str, Any]) -> None:
         raise PhregError(f"holdout: got {given['holdout']}, expected a share from 0 to below 1.")
     if given.get("precision", "auto") not in ("auto", "fp32", "bf16"):
         raise PhregError(f"precision: got {given['precision']!r}, expected auto, fp32 or bf16.")
-    check_device(given.get("device", "auto"))
+    check_devices(given.get("device", "auto"))
 
 
 def check_resume(work: Path, resume: bool, force: bool) -> None:
@@ -107,8 +108,23 @@ def check_resume(work: Path, resume: bool, force: bool) -> None:
 
 def check_device(asked: str) -> None:
     """Raise unless ``asked`` is the name of a device; whether it is there is for PyTorch to say."""
-    if not re.fullmatch(r"auto|cpu|cuda(:\d+)?", asked, re.ASCII):
+    if not re.fullmatch(rf"auto|cpu|cuda|{GPU}", asked):
         raise PhregError(f"device: got {asked!r}, expected auto, cpu, cuda or cuda:N.")
+
+
+def check_devices(asked: str) -> None:
+    """Raise unless ``asked`` is the name of a device, or a list of different GPUs: ``cuda:0,cuda:1``."""
+    names = asked.split(",")
+    if len(names) == 1:
+        check_device(asked)
+        return
+    for name in names:
+        if not re.fullmatch(GPU, name):
+            raise PhregError(
+                f"device: got {name!r} in the list {asked!r}, expected GPUs by number, e.g. cuda:0,cuda:1."
+            )
+        if names.count(name) > 1:
+            raise PhregError(f"device: got {name} more than once in the list {asked!r}; name each GPU once.")
 
 
 def check_export(

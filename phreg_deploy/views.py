@@ -6,6 +6,7 @@ Shifts are whole patches, so the way back is an index and never an interpolation
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -91,8 +92,14 @@ def show(image: np.ndarray, view: View, patch: tuple[int, int]) -> np.ndarray:
 def realign(features: np.ndarray, view: View) -> tuple[np.ndarray, tuple[slice, slice]]:
     """Features ``(Hp, Wp, C)`` of a view back at their places: the valid part, and where it goes in the grid."""
     features = features[:, ::-1] if view.flip else features
-    (to_y, from_y), (to_x, from_x) = (_spans(o, s) for o, s in zip((view.down, view.right), features.shape))
-    return features[from_y, from_x], (to_y, to_x)
+    valid, place = way_back(view, features.shape)
+    return features[valid], place
+
+
+def way_back(view: View, grid: Sequence[int]) -> tuple[tuple[slice, slice], tuple[slice, slice]]:
+    """Where the valid part of a view lies in its own map of (Hp, Wp, ...), mirrored back where it was flipped, and where it goes in the grid."""
+    (to_y, from_y), (to_x, from_x) = (_spans(o, s) for o, s in zip((view.down, view.right), grid))
+    return (from_y, from_x), (to_y, to_x)
 
 
 def gather(maps: np.ndarray, views: list[View]) -> tuple[np.ndarray, np.ndarray]:

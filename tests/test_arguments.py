@@ -26,12 +26,19 @@ def mistakes(w):
         ([*distill, "--registers", "65"], ["got 65"]),
         ([*distill, "--epochs", "-1"], ["got -1"]),
         ([*distill, "--batch", "0"], ["batch: got 0"]),
+        ([*distill, "--micro-batch", "0"], ["micro-batch: got 0", "at least 1"]),
+        ([*distill, "--micro-batch", "-3"], ["micro-batch: got -3"]),
         ([*distill, "--lr", "2"], ["lr: got 2.0"]),
         ([*distill, "--strength", "9"], ["strength: got 9.0"]),
         ([*distill, "--holdout", "1"], ["holdout: got 1.0"]),
         ([*distill, "--views", "1"], ["views: got 1"]),
         ([*distill, "--precision", "fp8"], ["'fp8'", "auto, fp32 or bf16"]),
         ([*distill, "--device", "gpu"], ["'gpu'", "cuda:N"]),
+        ([*distill, "--device", "cuda:01"], ["'cuda:01'", "cuda:N"]),
+        ([*distill, "--device", "cuda:0,cuda:1,cuda:0"], ["got cuda:0 more than once", "name each GPU once"]),
+        ([*distill, "--device", "cpu,cuda:0"], ["got 'cpu' in the list", "cuda:0,cuda:1"]),
+        ([*distill, "--device", "cuda,cuda:1"], ["got 'cuda' in the list", "by number"]),
+        ([*distill, "--device", "cuda:0,"], ["got '' in the list"]),
         ([*distill, "--image-size", "480by640"], ["'480by640'", "HEIGHTxWIDTH"]),
         ([*distill, "--resume"], ["no interrupted run"]),
         ([*distill[:-1], nowhere], ["there is no folder", "create it first"]),
@@ -51,6 +58,7 @@ def mistakes(w):
         (["export", "./gone", "-o", w.out], ["'./gone'", "where there is nothing"]),
         ([*export, "--checkpoint", w.checkpoint], ["both the folder"]),
         ([*artifacts, "--device", "tpu"], ["'tpu'"]),
+        ([*artifacts, "--device", "cuda:0,cuda:1"], ["'cuda:0,cuda:1'", "expected auto, cpu, cuda or cuda:N."]),
         ([*artifacts, "--image-size", "large"], ["'large'"]),
         ([*artifacts, "--picture", nowhere], ["picture: there is no folder"]),
         ([*artifacts, "--backend", "tflite"], ["'tflite'", "auto, onnxruntime-cpu"]),
@@ -75,6 +83,17 @@ def test_a_bad_option_is_refused_without_pytorch(world):
             raise AssertionError(f"{' '.join(str(word) for word in command)}: {error}") from None
     assert not world.out.exists()
     assert leftovers(world.tmp) == []
+
+
+def test_every_option_of_distill_is_explained_in_one_line(run_cli):
+    lines = run_cli("distill", "--help").out.splitlines()
+    for option, word in (
+        ("--micro-batch", "less memory"),
+        ("--grad-checkpointing", "less memory"),
+        ("--device", "cuda:0,cuda:1"),
+    ):
+        (line,) = [line for line in lines if line.split()[:1] == [option]]
+        assert word in line
 
 
 def test_the_recipes_that_are_checked_are_those_there_are():

@@ -6,11 +6,11 @@ import torch
 from PIL import Image
 
 from phreg_deploy.artifacts.measures import agreement, outlier_mask
-from phreg_deploy.distill.teacher import TargetCache, Teacher
+from phreg_deploy.distill.teacher import TargetCache, Teacher, mean_of_views
 from phreg_deploy.images.photographs import read_photographs
 from phreg_deploy.models import hooks
 from phreg_deploy.models.loading import model_preprocess
-from phreg_deploy.views import draw_views, realign, seed_of, show
+from phreg_deploy.views import View, draw_views, gather, most_views, realign, seed_of, show
 from tests.small_models import plant, small
 
 
@@ -44,6 +44,41 @@ def test_the_target_is_the_mean_over_views_done_one_by_one(photographs):
             np.testing.assert_allclose(cls, seen.cls[0].numpy(), rtol=1e-3, atol=1e-4)
 
 
+@pytest.mark.parametrize("grid", [(5, 5), (4, 7), (14, 9)])
+def test_the_mean_in_torch_is_the_mean_in_numpy(grid):
+    """Against the definition, patch by patch: where each view shows patch (y, x), and the mean of what it says there."""
+    views = draw_views(min(12, most_views(grid)), grid, seed=1)
+    assert any(view.flip for view in views)
+    maps = np.random.default_rng(0).normal(size=(len(views), *grid, 3)).astype(np.float32)
+    expected = np.zeros((*grid, 3))
+    for y, x in np.ndindex(*grid):
+        shown = [(v, y - view.down, x - view.right, view.flip) for v, view in enumerate(views)]
+        there = [
+            maps[v, row, grid[1] - 1 - column if flip else column]
+            for v, row, column, flip in shown
+            if 0 <= row < grid[0] and 0 <= column < grid[1]
+        ]
+        expected[y, x] = np.mean(there, axis=0, dtype=np.float64)
+    found = mean_of_views(torch.from_numpy(maps), views)
+    assert found.dtype == torch.float32
+    np.testing.assert_allclose(found.numpy(), expected, rtol=1e-5, atol=1e-6)
+    total, count = gather(maps, views)
+    np.testing.assert_allclose(found.numpy(), total / count[..., None], rtol=1e-5, atol=1e-6)
+
+
+def test_one_view_is_its_own_mean():
+    maps = torch.randn(1, 3, 4, 2)
+    assert torch.equal(mean_of_views(maps, [View(0, 0, False)]), maps[0])
+
+
+def test_of_the_views_only_means_and_plain_ones_reach_the_host(photographs, monkeypatch):
+    model = small("augreg", side=5)
+    teacher, moved, real = Teacher(model, model_preprocess(model), views=6), [], torch.Tensor.cpu
+    monkeypatch.setattr(torch.Tensor, "cpu", lambda tensor: moved.append(tuple(tensor.shape)) or real(tensor))
+    teacher.denoise(photographs, 0, 3)
+    assert sorted(moved) == [(3, 2, 48), (3, 5, 5), (3, 5, 5, 48), (3, 5, 5, 48)]
+
+
 def test_averaging_takes_a_planted_artifact_out(photographs):
     """The planted token sits at one place of the grid; the image moves under it, so other views see past it."""
     model = plant(small("augreg", side=5))
@@ -67,7 +102,7 @@ def test_the_cache_computes_each_target_once_and_mends_what_is_damaged(photograp
     item = cache.read(photographs.digests[2])
     assert item["patches"].dtype == np.float16
     np.testing.assert_array_equal(item["image"], photographs.array(2))
-    assert all(path.suffix == ".npz" for path in cache.folder.iterdir())
+    assert all(path.suffix == ".safetensors" for path in cache.folder.iterdir())
 
 
 def test_other_settings_have_another_cache(tmp_path):

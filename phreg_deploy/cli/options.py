@@ -77,3 +77,6 @@ checkpoint_option = click.option(
     help="Weights for a timm name: .safetensors, or .pth read with weights_only.",
 )
 device_option = click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda or cuda:N.")
+devices_option = click.option(
+    "--device", default="auto", show_default=True, help="auto, cpu, cuda, cuda:N, or several GPUs: cuda:0,cuda:1."
+)

@@ -29,7 +29,7 @@ from phreg_deploy.files.atomic import atomic_folder, check_target
 from phreg_deploy.images.photographs import Photographs, read_photographs
 from phreg_deploy.models.batches import Batches, spread
 from phreg_deploy.models.checkpoint import write_record, write_student
-from phreg_deploy.models.hardware import find_autocast, find_device, quickest_attention
+from phreg_deploy.models.hardware import find_autocast, find_devices, quickest_attention
 from phreg_deploy.models.hooks import ViT
 from phreg_deploy.models.identity import model_identity
 from phreg_deploy.models.loading import load_model, model_preprocess
@@ -52,7 +52,9 @@ class Request:
     ``registers``, ``epochs``, ``lr`` and ``batch`` None: the recipe's. ``strength``: of a transplanted neuron, as a share
     of what it had on outlier tokens; None for ``STRENGTH``. ``holdout``: share of the images, chosen by name, that scores
     are taken on and that training never sees. ``views``: per image and target. ``int8_aware``: distil through fake
-    quantisation.
+    quantisation. ``device``: ``auto``, a device, or several GPUs, ``cuda:0,cuda:1``, over which targets and batches are
+    spread. ``micro_batch``: most images per forward and backward pass. ``grad_checkpointing``: recompute each block in the
+    backward pass. The last two and the number of GPUs change the student by rounding alone.
     """
 
     model: str
@@ -72,6 +74,8 @@ class Request:
     device: str = "auto"
     precision: str = "auto"
     int8_aware: bool = False
+    micro_batch: int | None = None
+    grad_checkpointing: bool = False
 
 
 def distill(
@@ -99,8 +103,8 @@ def distill(
     started = time.perf_counter()
     check_distillation(vars(request))
     check_target(output, force, [model_path(request.model), request.images, request.checkpoint])
-    recipe, device = _recipe(request), find_device(request.device)
-    autocast = find_autocast(request.precision, device)
+    recipe, devices = _recipe(request), find_devices(request.device)
+    device, autocast = devices[0], all(find_autocast(request.precision, name) for name in devices)
     base = load_model(request.model, checkpoint=request.checkpoint, image_size=request.image_size)
     origin = find_origin(request.model, check_model(request.model, request.checkpoint), request.checkpoint)
     check_views(request.views, tuple(base.patch_embed.grid_size))
@@ -109,7 +113,7 @@ def distill(
     photographs = read_photographs(request.images, tuple(base.patch_embed.img_size), preprocess, say=progress.say)
     training, held = split(photographs, request.holdout)
     progress.say(
-        f"{len(training)} images to train on, {len(held) if held else 0} held out for scores; {device}, {'bfloat16 autocast' if autocast else 'float32'}."
+        f"{len(training)} images to train on, {len(held) if held else 0} held out for scores; {','.join(devices)}, {'bfloat16 autocast' if autocast else 'float32'}."
     )
 
     student = add_registers(base, recipe.registers, request.seed)  # refuses before hours of targets
@@ -137,6 +141,7 @@ def distill(
             views=request.views,
             seed=request.seed,
             device=device,
+            more_devices=devices[1:],
             autocast=autocast,
             identity=identity,
         ),
@@ -154,15 +159,15 @@ def distill(
     if recipe.epochs:
         history = train(
             student, targets, training.digests, preprocess, recipe,
-            seed=request.seed, device=device, autocast=autocast, work=work, resume=resume, progress=progress,
-            ranges_on=ranges_on,
+            seed=request.seed, devices=devices, autocast=autocast, work=work, resume=resume, progress=progress,
+            ranges_on=ranges_on, micro_batch=request.micro_batch, grad_checkpointing=request.grad_checkpointing,
         )  # fmt: skip
     grids = observe(student.to(device), ranges_on, Smoothing()) if recipe.int8 else None
     record: dict[str, Any] = {
         "source": {**origin, "checkpoint": request.checkpoint.name if request.checkpoint else None, "weights_sha256": identity["weights"]},
         "recipe": recipe.to_json(),
         "registers": recipe.registers, "strength": strength, "views": request.views, "seed": request.seed,
-        "preprocess": preprocess.to_json(), "image_size": list(base.patch_embed.img_size), "autocast": autocast, "device": device,
+        "preprocess": preprocess.to_json(), "image_size": list(base.patch_embed.img_size), "autocast": autocast, "device": ",".join(devices),
         "images": {"trained": len(training), "digest": training.digest(), "held_out": held.names if held else [], "skipped": len(photographs.skipped)},
         "register_neurons": [{**n.to_json(), "left": left.get(n)} for n in found.neurons] if found else [],
         "history": history, "scores": {"missing": "the run ended before scoring did"},

@@ -8,10 +8,9 @@ from __future__ import annotations
 
 import functools
 import hashlib
-import io
 import json
-import zipfile
-from collections.abc import Callable, Iterator
+import zlib
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,8 +18,12 @@ from typing import Any
 
 import numpy as np
 import torch
+from safetensors import SafetensorError
+from safetensors.numpy import load, save
 
 from phreg_deploy.artifacts.measures import cosine
+from phreg_deploy.distill.replicas import Replicas
+from phreg_deploy.errors import PhregError
 from phreg_deploy.files.atomic import write_atomic
 from phreg_deploy.files.temporary import remove_dead
 from phreg_deploy.images.photographs import Photographs
@@ -28,9 +31,10 @@ from phreg_deploy.models import hooks
 from phreg_deploy.models.hooks import ViT
 from phreg_deploy.models.identity import model_identity
 from phreg_deploy.spec import Preprocess
-from phreg_deploy.views import View, draw_views, gather, most_views, seed_of, show
+from phreg_deploy.views import View, draw_views, most_views, seed_of, show, way_back
 
-CACHE_FORMAT = 2  # of the files below: other formats are other folders
+CACHE_FORMAT = 3  # of the files below: other formats are other folders
+KEPT = ("image", "patches", "cls", "norms", "drift")  # arrays of a cached target
 CHUNK = 40  # views per forward; about 1 GB of activations for a ViT-B at 224 px
 
 
@@ -55,7 +59,7 @@ class Teacher:
         model: the base model, in evaluation mode.
         views: views per image, the first of them plain; 10 in the paper. At most as many as differ on the model's grid.
         seed: of the views; each image's are drawn from the seed and its own digest, so order does not matter.
-        device: where to run. autocast: bfloat16 autocast (halves the time on CPUs and GPUs that have it).
+        device: where to run. more_devices: further ones, over which ``targets`` spreads photographs. autocast: bfloat16 autocast (halves the time on CPUs and GPUs that have it).
         identity: ``model_identity(model)`` where it is known already; computing it reads every weight.
     """
 
@@ -67,11 +71,12 @@ class Teacher:
         views: int = 10,
         seed: int = 0,
         device: str = "cpu",
+        more_devices: Sequence[str] = (),
         autocast: bool = False,
         identity: dict[str, Any] | None = None,
     ) -> None:
         self.model, self.preprocess, self.seed = model.to(device), preprocess, seed
-        self.device, self.autocast = device, autocast
+        self.devices, self.autocast = (device, *more_devices), autocast
         self.patch = tuple(model.patch_embed.patch_size)
         self.grid = tuple(model.patch_embed.grid_size)
         self.views = min(views, most_views(self.grid))
@@ -86,9 +91,12 @@ class Teacher:
         }  # fmt: skip
         return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()
 
-    @torch.inference_mode()
     def denoise(self, photographs: Photographs, start: int, stop: int) -> list[Target]:
-        """Targets of ``photographs[start:stop]``, all views in one batch."""
+        """Targets of ``photographs[start:stop]``, all views in one batch on the first device."""
+        return self._denoise(self.model, self.devices[0], photographs, start, stop)
+
+    @torch.inference_mode()
+    def _denoise(self, model: ViT, device: str, photographs: Photographs, start: int, stop: int) -> list[Target]:
         plans = [
             draw_views(self.views, self.grid, seed_of(self.seed, digest)) for digest in photographs.digests[start:stop]
         ]
@@ -98,43 +106,61 @@ class Teacher:
         shown = np.stack(
             [show(image, view, self.patch) for image, plan in zip(images, plans) for view in (*plan, mirrored)]
         )
-        with precision(self.device, self.autocast):
+        with precision(device, self.autocast):
             seen = hooks.forward(
-                self.model,
-                hooks.normalise(torch.from_numpy(shown).to(self.device), self.preprocess.mean, self.preprocess.std),
+                model,
+                hooks.normalise(torch.from_numpy(shown).to(device), self.preprocess.mean, self.preprocess.std),
             )
         count = self.views + 1
-        maps = seen.patches.float().cpu().numpy().reshape(len(plans), count, *self.grid, -1)  # (B, V + 1, Hp, Wp, C)
-        norms = seen.norms.cpu().numpy().reshape(len(plans), count, *self.grid)[:, 0]
-        cls = None if seen.cls is None else seen.cls.float().cpu().numpy().reshape(len(plans), count, -1)[:, [0, -1]]
-        found = []
-        for i, plan in enumerate(plans):
-            others, covered = gather(maps[i, 1:-1], plan[1:])
-            mean = (others + maps[i, 0]) / (covered + 1)[..., None]
-            found.append(Target(mean, None if cls is None else cls[i], norms[i], maps[i, 0]))
-        return found
+        # averaged where the features are: of V views, only the mean and the plain one are copied to the host
+        maps = seen.patches.reshape(len(plans), count, *self.grid, -1)  # (B, V + 1, Hp, Wp, C)
+        means = torch.stack([mean_of_views(maps[i, :-1].float(), plan) for i, plan in enumerate(plans)]).cpu().numpy()
+        plain = maps[:, 0].float().cpu().numpy()
+        norms = seen.norms.reshape(len(plans), count, *self.grid)[:, 0].cpu().numpy()
+        cls = None if seen.cls is None else seen.cls.reshape(len(plans), count, -1)[:, [0, -1]].float().cpu().numpy()
+        return [Target(means[i], None if cls is None else cls[i], norms[i], plain[i]) for i in range(len(plans))]
 
     def targets(self, photographs: Photographs, advance: Callable[[int], None] = lambda _n: None) -> Iterator[Target]:
-        """Targets of every photograph, in order, without touching the cache."""
+        """Targets of every photograph, in order, without touching the cache; on several devices, a chunk on each at a time."""
         step = max(1, CHUNK // self.views)
-        for start in range(0, len(photographs), step):
-            yield from self.denoise(photographs, start, min(start + step, len(photographs)))
-            advance(min(step, len(photographs) - start))
+        spans = [(start, min(start + step, len(photographs))) for start in range(0, len(photographs), step)]
+        found = Replicas(self.model, self.devices[: max(1, len(spans))]).spread(
+            lambda model, device, span: self._denoise(model, device, photographs, *span), spans
+        )
+        for targets in found:
+            yield from targets
+            advance(len(targets))
+
+
+def mean_of_views(maps: torch.Tensor, plan: list[View]) -> torch.Tensor:
+    """Mean ``(Hp, Wp, C)`` over the views that cover each patch, on the device of ``maps``.
+
+    Args:
+        maps: features ``(V, Hp, Wp, C)`` of the views of ``plan``, the first of which is plain and covers every patch.
+    """
+    total, covered = torch.zeros_like(maps[0]), maps.new_zeros(maps.shape[1:3])
+    for features, view in zip(maps[1:], plan[1:]):
+        valid, place = way_back(view, maps.shape[1:3])
+        total[place] += (features.flip(1) if view.flip else features)[valid]
+        covered[place] += 1
+    return (total + maps[0]) / (covered + 1)[..., None]
 
 
 class TargetCache:
-    """Targets on disk, one ``.npz`` an image, named by its digest, in a folder named by the teacher's settings.
+    """Targets on disk, one ``.safetensors`` an image, named by its digest, in a folder named by the teacher's settings.
 
     Holds per image: ``image`` uint8 ``(H, W, 3)`` as fitted, so that training decodes no file; ``patches``
     float16 ``(N, C)``; ``cls`` float16 ``(2, C)`` of the image and its mirror image (empty without class token);
     ``norms`` float32 ``(N,)`` of the plain view; ``drift`` float16 ``(N,)``: 1 - cosine between it and the target.
+    ``crc32`` uint32 ``(1,)`` of the bytes of the others in this order, since safetensors has no checksum of its own.
+    Several threads may read at once.
     """
 
     def __init__(self, teacher: Teacher, folder: Path) -> None:
         self.teacher, self.folder = teacher, folder / f"targets-{teacher.digest[:16]}"
 
     def path(self, digest: str) -> Path:
-        return self.folder / f"{digest[:32]}.npz"
+        return self.folder / f"{digest[:32]}.safetensors"
 
     def fill(self, photographs: Photographs, advance: Callable[[int], None] = lambda _n: None) -> int:
         """Compute what is missing; an interrupted call goes on where it stopped. Returns how many were computed."""
@@ -147,24 +173,45 @@ class TargetCache:
             flat = target.patches.reshape(-1, target.patches.shape[-1])
             drift = 1 - cosine(target.plain, target.patches).reshape(-1)
             cls = np.zeros(0) if target.cls is None else target.cls
-            data = io.BytesIO()
-            np.savez(
-                data, image=todo.array(i), patches=flat.astype(np.float16), cls=cls.astype(np.float16),
-                norms=target.norms.reshape(-1), drift=drift.astype(np.float16),
-            )  # fmt: skip
-            write_atomic(self.path(todo.digests[i]), data.getvalue())
+            item = {
+                "image": todo.array(i), "patches": flat.astype(np.float16), "cls": cls.astype(np.float16),
+                "norms": target.norms.reshape(-1), "drift": drift.astype(np.float16),
+            }  # fmt: skip
+            item = {name: np.ascontiguousarray(item[name]) for name in KEPT}
+            write_atomic(self.path(todo.digests[i]), save({**item, "crc32": _checksum(item)}))
         return len(missing)
 
     def read(self, digest: str) -> dict[str, np.ndarray]:
-        with open(self.path(digest), "rb") as file, np.load(file, allow_pickle=False) as data:
-            return dict(data)
+        """The target of one image, arrays as described above, without ``crc32``; they may be read-only.
+
+        Raises:
+            OSError: there is no such file, or it cannot be read. PhregError: it is damaged.
+        """
+        path = self.path(digest)
+        try:
+            data = load(path.read_bytes())
+            item = {name: data[name] for name in KEPT}
+            whole = np.array_equal(data["crc32"], _checksum(item))
+        except (SafetensorError, ValueError, KeyError):
+            whole = False
+        if not whole:
+            raise PhregError(f"targets: {path} is damaged; remove it and run the same command again.")
+        return item
 
     def _whole(self, digest: str) -> bool:
         try:
             self.read(digest)
-        except (OSError, ValueError, EOFError, KeyError, zipfile.BadZipFile):
+        except (OSError, PhregError):
             return False
         return True
+
+
+def _checksum(item: dict[str, np.ndarray]) -> np.ndarray:
+    """CRC-32 of the arrays' bytes in the order of ``KEPT``, uint32 ``(1,)``."""
+    value = 0
+    for name in KEPT:
+        value = zlib.crc32(item[name].data, value)
+    return np.array([value], np.uint32)
 
 
 def precision(device: str, autocast: bool) -> AbstractContextManager:

@@ -6,9 +6,9 @@ B batch, N patch tokens, C width.
 from __future__ import annotations
 
 import math
-import threading
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,6 +20,7 @@ from torch import nn
 
 from phreg_deploy.distill.fake_quantisation import observe, quantised
 from phreg_deploy.distill.recipes import Recipe, unlocked
+from phreg_deploy.distill.replicas import Replicas
 from phreg_deploy.distill.teacher import TargetCache, precision
 from phreg_deploy.errors import PhregError, write_error
 from phreg_deploy.models import hooks
@@ -27,9 +28,6 @@ from phreg_deploy.models.hooks import ViT
 from phreg_deploy.progress import Progress
 from phreg_deploy.quantisation import Smoothing
 from phreg_deploy.spec import Preprocess
-
-# numpy parses headers with ast, which can raise SystemError from two threads at once (seen on 3.11.7; cpython #106905)
-_PARSING = threading.Lock()
 
 
 @dataclass
@@ -43,6 +41,21 @@ class Batch:
 
 
 @dataclass
+class Part:
+    """The images of a batch that one forward and backward pass takes.
+
+    As in ``Batch``, but ``weight`` ``(B, N)`` of each patch token, which has a mean of 1 over the whole batch; ``share``
+    of the batch's images that are in this part.
+    """
+
+    images: torch.Tensor
+    patches: torch.Tensor
+    cls: torch.Tensor | None
+    weight: torch.Tensor
+    share: float
+
+
+@dataclass
 class Scale:
     """Variances of the targets: what squared errors are measured in."""
 
@@ -52,8 +65,8 @@ class Scale:
 
 def train(
     student: ViT, cache: TargetCache, digests: list[str], preprocess: Preprocess, recipe: Recipe, *,
-    seed: int, device: str, autocast: bool, work: Path, resume: bool, progress: Progress,
-    ranges_on: Iterable[torch.Tensor] = (),
+    seed: int, devices: Sequence[str], autocast: bool, work: Path, resume: bool, progress: Progress,
+    ranges_on: Iterable[torch.Tensor] = (), micro_batch: int | None = None, grad_checkpointing: bool = False,
 ) -> dict[str, Any]:  # fmt: skip
     """Distil ``student`` in place against cached targets; the state after every epoch is kept in ``work``.
 
@@ -63,6 +76,10 @@ def train(
             depends on the seed and its number only, so that a resumed run gives the same student.
         ranges_on: normalised images ``(B, 3, H, W)`` that the grids of fake quantisation are observed on, anew before
             each epoch.
+        devices: the first holds ``student`` and ``ranges_on``; each other one a copy, to which parts of every batch go.
+        micro_batch: most images per forward and backward pass; by default a batch, or a device's share of it.
+        grad_checkpointing: recompute each block in the backward pass instead of keeping its activations (arXiv 1604.06174).
+            None of the last three changes the student, except by rounding.
 
     Returns:
         The history: mean loss per epoch.
@@ -70,7 +87,7 @@ def train(
     Raises:
         PhregError: a loss that is not finite; ``work`` then still holds the last good epoch.
     """
-    student.to(device)
+    student.to(devices[0])
     free = unlocked(student, recipe.unlock)
     groups = [
         {"params": [p for p in free if p.ndim > 1 or recipe.decays_vectors], "weight_decay": recipe.weight_decay},
@@ -82,7 +99,7 @@ def train(
     state = work / "state.pt"
     if resume and state.is_file():
         try:
-            kept = torch.load(state, map_location=device, weights_only=True)
+            kept = torch.load(state, map_location=devices[0], weights_only=True)
         except Exception as error:  # torch raises pickle, zip, EOF and runtime errors for damaged files
             raise PhregError(
                 f"resume: {state} is damaged ({type(error).__name__}); add --force instead of --resume to start over."
@@ -92,6 +109,17 @@ def train(
         history = kept["history"]
     scale = target_scale(cache, digests) if recipe.scale_free else Scale()
     student.train()
+    student.set_grad_checkpointing(grad_checkpointing)
+    replicas = Replicas(student, devices)
+
+    def learn(model: ViT, device: str, part: Part) -> float:
+        """Add the gradient of a part's loss to ``model``, and return that loss."""
+        with precision(device, autocast):
+            seen = hooks.forward(model, hooks.normalise(part.images.to(device), preprocess.mean, preprocess.std))
+        loss = objective(seen, part, recipe, scale, device)
+        loss.backward()
+        return loss.item()
+
     with progress.task("distilling", recipe.epochs * len(digests)) as advance:
         advance(len(history) * len(digests))
         for epoch in range(len(history), recipe.epochs):
@@ -100,39 +128,64 @@ def train(
             for step, batch in enumerate(_batches(cache, digests, recipe, seed, epoch)):
                 for group in optimizer.param_groups:
                     group["lr"] = rate(recipe, (epoch * steps + step) / (recipe.epochs * steps))
-                with precision(device, autocast), quantised(student, grids):
-                    seen = hooks.forward(
-                        student, hooks.normalise(batch.images.to(device), preprocess.mean, preprocess.std)
-                    )
-                loss = objective(seen, batch, recipe, scale, device)
-                if not torch.isfinite(loss):
+                optimizer.zero_grad(set_to_none=True)
+                with ExitStack() as stack:  # open in the backward pass too, which may compute blocks again
+                    for model in replicas.models:
+                        stack.enter_context(quantised(model, grids))
+                    loss = sum(replicas.spread(learn, divide(batch, recipe, micro_batch, len(devices))))
+                if not math.isfinite(loss):
                     raise PhregError(
-                        f"distill: the loss became {loss.item()} in epoch {epoch + 1}, step {step + 1}. The state after epoch {epoch} is kept in "
+                        f"distill: the loss became {loss} in epoch {epoch + 1}, step {step + 1}. The state after epoch {epoch} is kept in "
                         f"{work}; try a smaller --lr, or --precision fp32."
                     )
-                optimizer.zero_grad(set_to_none=True)
-                loss.backward()
+                replicas.sum_gradients()
                 if recipe.clip:
                     nn.utils.clip_grad_norm_(free, recipe.clip)
                 optimizer.step()
-                losses.append(loss.item())
+                replicas.share_weights()
+                losses.append(loss)
                 advance(len(batch.images), note=f"loss {np.mean(losses[-20:]):.4f}")
             history.append(float(np.mean(losses)))
             _keep(state, {"student": student.state_dict(), "optimizer": optimizer.state_dict(), "history": history})
     student.eval().cpu()
+    student.set_grad_checkpointing(False)
     for parameter in student.parameters():
         parameter.requires_grad_(True)
     return {"loss": history, "steps_per_epoch": steps}
 
 
-def objective(seen: hooks.Features, batch: Batch, recipe: Recipe, scale: Scale, device: str) -> torch.Tensor:
-    """(1 - cos) + MSE on patch tokens (arXiv 2505.21501 section 3.2), and the same on the class token where asked."""
-    weight = 1 + recipe.hard_weight * batch.drift.to(device)
-    loss = _distance(seen.patches.float(), batch.patches.to(device), weight / weight.mean(), scale.patches)
-    if recipe.class_weight and seen.cls is not None and batch.cls is not None:
-        one = torch.ones(len(batch.images), device=device)
-        loss = loss + recipe.class_weight * _distance(seen.cls.float(), batch.cls.to(device), one, scale.cls)
-    return loss
+def divide(batch: Batch, recipe: Recipe, micro_batch: int | None, devices: int) -> list[Part]:
+    """A batch in parts of at most ``micro_batch`` images, at least as many as there are devices where it has the images.
+
+    The losses of the parts add up to that of the whole batch, and so do their gradients: patch weights are normalised
+    over the whole batch, and each part counts by its share of the images.
+    """
+    count = len(batch.images)
+    size = min(micro_batch or count, math.ceil(count / devices))
+    weight = 1 + recipe.hard_weight * batch.drift
+    weight = weight / weight.mean()
+    return [
+        Part(
+            batch.images[start : start + size],
+            batch.patches[start : start + size],
+            None if batch.cls is None else batch.cls[start : start + size],
+            weight[start : start + size],
+            min(size, count - start) / count,
+        )
+        for start in range(0, count, size)
+    ]
+
+
+def objective(seen: hooks.Features, part: Part, recipe: Recipe, scale: Scale, device: str) -> torch.Tensor:
+    """What a part adds to its batch's loss, with ``seen`` the student's features of it.
+
+    (1 - cos) + MSE on patch tokens (arXiv 2505.21501 section 3.2), and the same on the class token where asked.
+    """
+    loss = _distance(seen.patches.float(), part.patches.to(device), part.weight.to(device), scale.patches)
+    if recipe.class_weight and seen.cls is not None and part.cls is not None:
+        one = torch.ones(len(part.images), device=device)
+        loss = loss + recipe.class_weight * _distance(seen.cls.float(), part.cls.to(device), one, scale.cls)
+    return loss * part.share
 
 
 def rate(recipe: Recipe, done: float) -> float:
@@ -177,8 +230,7 @@ def _batches(cache: TargetCache, digests: list[str], recipe: Recipe, seed: int, 
 
 
 def _load(cache: TargetCache, digests: list[str], flips: np.ndarray) -> Batch:
-    with _PARSING:
-        items = [cache.read(digest) for digest in digests]
+    items = [cache.read(digest) for digest in digests]
     grid = cache.teacher.grid
     for item, flip in zip(items, flips):
         for name in ("patches", "drift"):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from phreg_deploy.arguments import check_device
+from phreg_deploy.arguments import check_device, check_devices
 from phreg_deploy.errors import BackendMissing
 from phreg_deploy.models.hooks import ViT
 
@@ -27,6 +27,16 @@ def find_device(asked: str) -> str:
     if asked != "cuda" and int(asked[5:]) >= torch.cuda.device_count():
         raise BackendMissing(f"device: got {asked!r}, but there are {torch.cuda.device_count()} GPUs, numbered from 0.")
     return asked
+
+
+def find_devices(asked: str) -> tuple[str, ...]:
+    """What ``find_device`` takes, or several GPUs, ``cuda:0,cuda:1`` -> devices that work here, at least one.
+
+    Raises:
+        BackendMissing: one of them is not there. PhregError: another word, or a GPU named twice.
+    """
+    check_devices(asked)
+    return tuple(find_device(name) for name in asked.split(","))
 
 
 def find_autocast(asked: str, device: str) -> bool:

@@ -11,7 +11,7 @@ from phreg_deploy.arguments import check_distillation, check_model, check_resume
 from phreg_deploy.cli.console import Result
 from phreg_deploy.cli.options import (
     checkpoint_option,
-    device_option,
+    devices_option,
     force_option,
     images_option,
     output_options,
@@ -41,6 +41,8 @@ from phreg_deploy.student_record import model_path
 @click.option("--image-size", help="e.g. 518 or 480x640; by default the model's own.")
 @click.option("--epochs", type=int, help="0 gives the training-free student; by default the recipe's.")
 @click.option("--batch", type=int, help="Images per step; by default the recipe's.")
+@click.option("--micro-batch", type=int, help="Images per forward and backward pass, for less memory; by default all.")
+@click.option("--grad-checkpointing", is_flag=True, help="Recompute each block in the backward pass, for less memory.")
 @click.option("--lr", type=float, help="Peak learning rate; by default the recipe's.")
 @click.option("--unlock", type=click.Choice(["all", "paper"]), help="Weights that train; by default the recipe's.")
 @click.option(
@@ -50,7 +52,7 @@ from phreg_deploy.student_record import model_path
 @click.option("--views", default=10, show_default=True, help="Shifted and flipped views per teacher target.")
 @click.option("--holdout", default=0.1, show_default=True, help="Share of the images, chosen by name, kept for scores.")
 @click.option("--seed", default=0, show_default=True, type=click.IntRange(0, 2**32 - 1))
-@device_option
+@devices_option
 @click.option("--precision", default="auto", show_default=True, help="auto, fp32 or bf16 autocast.")
 @click.option(
     "--cache", type=click.Path(path_type=Path), help="Where teacher targets are kept; by default ~/.cache/phreg-deploy."

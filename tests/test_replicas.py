@@ -1,0 +1,188 @@
+"""Work over several devices in one process. The devices are the CPU, named more than once: GPUs are not tested here."""
+
+import copy
+import threading
+import time
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+
+from phreg_deploy.distill import distillation, hardware, training
+from phreg_deploy.distill.distillation import Request, distill
+from phreg_deploy.distill.recipes import RECIPES
+from phreg_deploy.distill.replicas import AHEAD, Replicas
+from phreg_deploy.distill.teacher import Teacher
+from phreg_deploy.errors import BackendMissing, PhregError
+from phreg_deploy.models.loading import load_model
+from tests.schooling import School, descent
+from tests.small_models import small
+
+TWO, THREE = ("cpu", "cpu"), ("cpu", "cpu", "cpu")
+
+
+@pytest.fixture(scope="module")
+def school(photos, tmp_path_factory):
+    return School("augreg", photos, tmp_path_factory.mktemp("school"))
+
+
+def test_results_come_in_the_order_of_the_jobs():
+    """The first device is slow; the second goes on by itself, but not further ahead than it may."""
+    replicas, started = Replicas(torch.nn.Linear(1, 1), TWO), []
+
+    def work(model, device, job):
+        assert device == "cpu"
+        started.append(job)
+        time.sleep(0.02 if model is replicas.models[0] else 0)
+        return job, replicas.models.index(model), threading.get_ident()
+
+    results = replicas.spread(work, iter(range(11)))
+    first = next(results)
+    assert max(started) <= 2 * AHEAD
+    found = [first, *results]
+    assert [job for job, _, _ in found] == list(range(11))
+    assert [place for _, place, _ in found] == [job % 2 for job in range(11)]
+    assert len({thread for _, _, thread in found}) == 2
+
+
+def test_one_device_needs_no_thread():
+    replicas = Replicas(torch.nn.Linear(1, 1), ["cpu"])
+    assert list(replicas.spread(lambda *_: threading.current_thread(), [1, 2])) == 2 * [threading.main_thread()]
+
+
+@pytest.mark.parametrize("error", [PhregError, KeyboardInterrupt])
+def test_what_a_worker_raises_comes_out_and_no_thread_stays(error):
+    def work(_model, _device, job):
+        if job == 3:
+            raise error("here")
+        return job
+
+    before, found = threading.active_count(), []
+    with pytest.raises(error, match="here"):
+        found.extend(Replicas(torch.nn.Linear(1, 1), TWO).spread(work, range(20)))
+    assert threading.active_count() == before
+
+
+def test_gradients_are_summed_and_weights_are_shared():
+    replicas = Replicas(torch.nn.Sequential(torch.nn.Linear(3, 2), torch.nn.Linear(2, 1)), THREE)
+    replicas.models[0][1].bias.requires_grad_(False)
+    for i, model in enumerate(replicas.models):
+        for parameter in model.parameters():
+            parameter.grad = None if i == 1 else torch.full_like(parameter, 10.0**i)
+    replicas.models[0][0].bias.grad = None
+    replicas.sum_gradients()
+    sums = [parameter.grad.unique().tolist() for parameter in replicas.models[0].parameters()]
+    assert sums == [[101], [100], [101], [101]]
+    assert all(parameter.grad is None for model in replicas.models[1:] for parameter in model.parameters())
+    with torch.no_grad():
+        for parameter in replicas.models[0].parameters():
+            parameter.add_(1)
+    replicas.share_weights()
+    for model in replicas.models[1:]:
+        same = [torch.equal(a, b) for a, b in zip(replicas.models[0].parameters(), model.parameters())]
+        assert same == [True, True, True, False]  # what does not train is not copied
+
+
+@pytest.mark.parametrize("devices", [TWO, THREE])
+def test_targets_are_identical(school, monkeypatch, devices):
+    from phreg_deploy.distill import teacher
+
+    settings = {"views": 18, "seed": 1}  # two photographs a chunk
+    model, seen, real, told = school.model, [], teacher.hooks.forward, []
+    alone = list(Teacher(model, school.preprocess, **settings).targets(school.photographs))
+    monkeypatch.setattr(teacher.taps, "forward", lambda model, images: seen.append(id(model)) or real(model, images))
+    spread = Teacher(model, school.preprocess, device=devices[0], more_devices=devices[1:], **settings)
+    assert spread.digest == Teacher(model, school.preprocess, **settings).digest
+    together = list(spread.targets(school.photographs, told.append))
+    assert len(set(seen)) == len(devices)
+    assert len(seen) == 4
+    assert told == [2, 2, 2, 1]
+    for one, other in zip(alone, together, strict=True):
+        for name in ("patches", "cls", "norms", "plain"):
+            assert np.array_equal(getattr(one, name), getattr(other, name))
+
+
+@pytest.mark.parametrize(
+    ("name", "int8", "devices", "options"),
+    [
+        ("transplant", False, TWO, {}),
+        ("transplant", False, THREE, {}),  # three images, one for each; and a last batch of one image
+        ("ph-reg", False, TWO, {}),
+        ("transplant", True, TWO, {}),
+        ("transplant", False, TWO, {"micro_batch": 1, "grad_checkpointing": True}),
+        ("transplant", True, TWO, {"micro_batch": 1, "grad_checkpointing": True}),
+    ],
+)
+def test_several_devices_give_the_weights_of_one(school, monkeypatch, name, int8, devices, options):
+    descent(monkeypatch)
+    recipe = replace(RECIPES[name], batch=3, epochs=2, lr=0.05, lr_end=0.04, int8=int8)
+    if int8:  # one step: an input that rounds to the next value of its grid would grow into another student
+        recipe = replace(recipe, batch=7, epochs=1, lr=0.5)
+    alone, made = school.train(recipe), []
+    monkeypatch.setattr(training, "Replicas", lambda *args: made.append(Replicas(*args)) or made[-1])
+    together = school.train(recipe, devices, **options)
+    alone.compare(together, within=1e-2 if int8 else 1e-4)
+    (replicas,) = made
+    assert [len(set(map(id, replicas.models)))] == [len(devices)]
+    for model in replicas.models[1:]:
+        for parameter, first in zip(model.parameters(), replicas.models[0].parameters()):
+            assert torch.equal(parameter, first)
+
+
+def test_a_run_repeated_on_two_devices_gives_the_same_bits(school):
+    recipe = replace(RECIPES["transplant"], batch=5, epochs=2)
+    school.train(recipe, TWO).same(school.train(recipe, TWO))
+
+
+def test_a_distillation_over_two_devices(base, photos, tmp_path, monkeypatch):
+    request = Request(str(base), photos, epochs=1, batch=8, views=3, device="cpu", precision="fp32", lr=1e-6)
+    monkeypatch.setattr(distillation, "find_devices", lambda asked: TWO)
+    record = distill(request, tmp_path / "two", cache=tmp_path / "cache")
+    monkeypatch.undo()
+    alone = distill(request, tmp_path / "one", cache=tmp_path / "cache")
+    assert (record["device"], alone["device"]) == ("cpu,cpu", "cpu")
+    assert record["seconds"]["targets_computed"] > 0
+    assert alone["seconds"]["targets_computed"] == 0  # the same targets
+    assert record["scores"]["student"]["fidelity"]["mean"] == pytest.approx(
+        alone["scores"]["student"]["fidelity"]["mean"]
+    )
+    one, two = (load_model(str(tmp_path / name)).state_dict() for name in ("one", "two"))
+    for name, value in one.items():
+        np.testing.assert_allclose(two[name].numpy(), value.numpy(), rtol=1e-4, atol=1e-5, err_msg=name)
+
+
+def test_a_copy_keeps_what_trains_and_how_attention_runs():
+    model = small("augreg").train()
+    model.blocks[1].attn.fused_attn = False
+    model.blocks[0].requires_grad_(False)
+    model.set_grad_checkpointing()
+    first, second = Replicas(copy.deepcopy(model), TWO).models
+    for one in (first, second):
+        assert one.training
+        assert one.grad_checkpointing
+        assert one.blocks[1].attn.fused_attn is False
+        assert {n for n, p in one.named_parameters() if p.requires_grad} == {
+            n for n, p in model.named_parameters() if p.requires_grad
+        }
+    assert not {p.data_ptr() for p in first.parameters()} & {p.data_ptr() for p in second.parameters()}
+
+
+# --- which devices
+
+
+def test_gpus_of_this_machine_are_found(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    assert hardware.find_devices("cuda:1,cuda:0") == ("cuda:1", "cuda:0")
+    assert hardware.find_devices("auto") == ("cuda",)
+    with pytest.raises(BackendMissing, match=r"got 'cuda:2', but there are 2 GPUs, numbered from 0"):
+        hardware.find_devices("cuda:0,cuda:2")
+
+
+def test_gpus_that_are_not_there_are_refused_before_any_work(base, photos, run_cli, tmp_path, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    words = ["distill", base, "--images", photos, "-o", tmp_path / "out", "--cache", tmp_path / "cache", "--json"]
+    run_cli(*words, "--device", "cuda:0,cuda:1").refused(4, "got 'cuda:0'", "sees no usable GPU", "--device cpu")
+    assert list(tmp_path.iterdir()) == []
+    assert hardware.find_devices("cpu") == hardware.find_devices("auto") == ("cpu",)
