@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from phreg_deploy.bundle.bundle import Bundle
-from phreg_deploy.bundle.plans import list_engines
+from phreg_deploy.bundle.plans import list_plans
 from phreg_deploy.errors import BackendMissing, PhregError
 from phreg_deploy.runtime import FeatureExtractor
 from tests import double
@@ -570,7 +570,7 @@ def test_export_builds_the_engine(student, workshop, traced_once, tmp_path):
     done = invoke("export", student, "-o", output, "--format", "onnx", "--format", "trt", "--json")
     assert done.code == 0, done.err
     assert done.document["engine"]["cached"] is False
-    assert [e.path for e in list_engines(Bundle.read(output))] == [Path(done.document["engine"]["engine"])]
+    assert [e.path for e in list_plans(Bundle.read(output))] == [Path(done.document["engine"]["engine"])]
     Bundle.read(output).verify()
 
 

@@ -14,16 +14,15 @@ from phreg_deploy.bundle.bundle import Bundle
 from phreg_deploy.bundle.plans import (
     FOLDER,
     BuildSettings,
-    Key,
-    Shapes,
-    find_engine,
-    list_engines,
+    PlanKey,
+    find_plan,
+    list_plans,
     make_key,
     prefer,
-    profiles_of,
     write_plan,
     write_sidecar,
 )
+from phreg_deploy.bundle.profiles import ProfileShapes, profiles_of
 from phreg_deploy.bundle.writing import write_manifest
 from phreg_deploy.errors import BackendMissing, PhregError
 from phreg_deploy.spec import Batches, Sizes
@@ -34,7 +33,9 @@ pytestmark = pytest.mark.usefixtures("torch")
 
 ORIN = ("Orin", 87, "10.3.0", 12)
 PLAN = bytes(range(256)) * 400
-KEY = Key("ab" * 32, "fp16", "0123456789abcdef", "Orin", 87, "10.3.0", 12, "linux-aarch64", BuildSettings().to_json())
+KEY = PlanKey(
+    "ab" * 32, "fp16", "0123456789abcdef", "Orin", 87, "10.3.0", 12, "linux-aarch64", BuildSettings().to_json()
+)
 
 
 @pytest.fixture
@@ -59,7 +60,7 @@ def alter(engine, **changes):
 
 def refusal(bundle, gpu=ORIN) -> str:
     with pytest.raises(BackendMissing) as caught:
-        find_engine(bundle, *gpu)
+        find_plan(bundle, *gpu)
     assert str(caught.value).endswith(f"Run on this machine: phreg-deploy build {bundle.folder}")
     return str(caught.value)
 
@@ -72,13 +73,13 @@ def refusal(bundle, gpu=ORIN) -> str:
 def test_every_fact_is_in_the_name(changes):
     other = dataclasses.replace(KEY, **changes)
     assert other.name != KEY.name
-    assert Key.from_json(json.loads(json.dumps(other.to_json()))) == other
-    assert Key.from_json(json.loads(json.dumps(KEY.to_json()))).name == KEY.name, "a key has one name for ever"
+    assert PlanKey.from_json(json.loads(json.dumps(other.to_json()))) == other
+    assert PlanKey.from_json(json.loads(json.dumps(KEY.to_json()))).name == KEY.name, "a key has one name for ever"
 
 
 def test_the_table_of_changes_names_every_field():
     table = test_every_fact_is_in_the_name.pytestmark[0].args[1]
-    assert {name for changes in table for name in changes} == {field.name for field in dataclasses.fields(Key)}
+    assert {name for changes in table for name in changes} == {field.name for field in dataclasses.fields(PlanKey)}
 
 
 @pytest.mark.parametrize("gpu", ["NVIDIA GeForce RTX 4090", "a/b\\c:d", "../../etc", "", "Grafikkarte ß\n"])
@@ -86,7 +87,7 @@ def test_names_are_safe_for_files(fresh, gpu):
     engine = put(fresh, (gpu, 89, "11.4.0.106", 13))
     assert re.fullmatch(r"[0-9a-f]{12}-[0-9a-f]{8}-sm89-trt11\.4\.0\.106-cuda13\.plan", engine.path.name)
     assert engine.path.parent == fresh.folder / FOLDER
-    assert find_engine(fresh, gpu, 89, "11.4.0.106", 13).key.gpu == gpu
+    assert find_plan(fresh, gpu, 89, "11.4.0.106", 13).key.gpu == gpu
 
 
 @pytest.mark.parametrize(("name", "value"), [("compatibility", "all"), ("effort", 6), ("effort", -1)])
@@ -96,32 +97,32 @@ def test_settings_that_are_none(name, value):
 
 
 def test_what_is_stored_is_found(fresh):
-    assert list_engines(fresh) == []
+    assert list_plans(fresh) == []
     assert "holds no TensorRT engine" in refusal(fresh)
     engine = put(fresh)
-    assert find_engine(fresh, *ORIN) == engine
+    assert find_plan(fresh, *ORIN) == engine
     assert engine.read() == PLAN == engine.path.read_bytes(), "raw, as trtexec and Triton read it"
     assert {p.suffix for p in (fresh.folder / FOLDER).iterdir()} == {".plan", ".json"}
     assert leftovers(fresh.folder) == []
     assert put(fresh, plan=b"second").path == engine.path
-    assert find_engine(fresh, *ORIN).read() == b"second"
-    assert find_engine(fresh, *ORIN).report == {"seconds": 1.5, "serial": 1}
-    assert find_engine(fresh, *ORIN).profiles == profiles_of(fresh.manifest)
+    assert find_plan(fresh, *ORIN).read() == b"second"
+    assert find_plan(fresh, *ORIN).report == {"seconds": 1.5, "serial": 1}
+    assert find_plan(fresh, *ORIN).profiles == profiles_of(fresh.manifest)
 
 
 def test_the_newest_of_several_is_taken(fresh):
     first, second = put(fresh, plan=b"first"), put(fresh, plan=b"second", effort=5)
     os.utime(first.path, (2_000, 2_000))  # clocks and copies do not count
     os.utime(second.path, (1_000, 1_000))
-    assert find_engine(fresh, *ORIN).read() == b"second"
+    assert find_plan(fresh, *ORIN).read() == b"second"
     assert prefer(fresh, second) == second
     assert prefer(fresh, first).report["serial"] == 3
-    assert find_engine(fresh, *ORIN).read() == b"first"
+    assert find_plan(fresh, *ORIN).read() == b"first"
     assert prefer(fresh, second).report["serial"] == 4
-    assert find_engine(fresh, *ORIN).read() == b"second"
+    assert find_plan(fresh, *ORIN).read() == b"second"
     second.path.unlink()
-    assert find_engine(fresh, *ORIN).read() == b"first", "one that is gone is not preferred"
-    assert len(list_engines(fresh)) == 2
+    assert find_plan(fresh, *ORIN).read() == b"first", "one that is gone is not preferred"
+    assert len(list_plans(fresh)) == 2
 
 
 @pytest.mark.parametrize(
@@ -131,14 +132,14 @@ def test_a_changed_plan_is_not_run(fresh, change):
     engine = put(fresh)
     engine.path.write_bytes(change(PLAN))
     with pytest.raises(PhregError, match="was changed or damaged, and is not run") as caught:
-        find_engine(fresh, *ORIN).read()
+        find_plan(fresh, *ORIN).read()
     assert str(caught.value).endswith(f"Run: phreg-deploy build {fresh.folder} --force")
 
 
 def test_a_plan_that_is_gone(fresh):
     put(fresh).path.unlink()
     with pytest.raises(PhregError, match=r"cannot be read \(No such file") as caught:
-        find_engine(fresh, *ORIN).read()
+        find_plan(fresh, *ORIN).read()
     assert str(caught.value).endswith(f"Run: phreg-deploy build {fresh.folder} --force")
 
 
@@ -153,10 +154,10 @@ def test_a_damaged_sidecar_does_not_count(fresh, damage):
     sidecar = put(fresh).path.with_suffix(".json")
     changed = damage(sidecar.read_text())
     sidecar.write_bytes(changed if isinstance(changed, bytes) else changed.encode())
-    assert list_engines(fresh) == []
+    assert list_plans(fresh) == []
     assert "holds no TensorRT engine" in refusal(fresh)
     put(fresh)
-    assert find_engine(fresh, *ORIN).read() == PLAN, "building again mends it"
+    assert find_plan(fresh, *ORIN).read() == PLAN, "building again mends it"
 
 
 WRONG_TYPES = {
@@ -170,14 +171,14 @@ WRONG_TYPES = {
 @pytest.mark.parametrize("which", WRONG_TYPES)
 def test_a_sidecar_of_another_format_or_of_wrong_types_does_not_count(fresh, which):
     alter(put(fresh), **WRONG_TYPES[which])
-    assert list_engines(fresh) == []
+    assert list_plans(fresh) == []
     assert "holds no TensorRT engine" in refusal(fresh, ("Thor", 110, "11.4.1", 13))
 
 
 def test_an_engine_of_another_graph_does_not_count(world, fresh):
     engine = put(fresh)
     alter(engine, key={"graph": "0" * 64})
-    assert list_engines(fresh) == []
+    assert list_plans(fresh) == []
     other = Bundle.read(world.wide_bundle)
     assert other.manifest.files["model.onnx"] != fresh.manifest.files["model.onnx"]
     target = Path(shutil.copytree(other.folder, world.tmp / "wide"))
@@ -233,7 +234,7 @@ A2000, A10, A100, H100, T4 = ("A2000", 86), ("A10", 86), ("A100", 80), ("H100", 
 def test_compatibility(fresh, compatibility, built, here, runs):
     engine = put(fresh, (*built, 12), compatibility=compatibility)
     if runs:
-        assert find_engine(fresh, *here, 12) == engine
+        assert find_plan(fresh, *here, 12) == engine
     else:
         refusal(fresh, (*here, 12))
     assert "with CUDA 12, and this is CUDA 13" in refusal(fresh, (*here, 13)), "nothing crosses CUDA's major version"
@@ -259,7 +260,7 @@ def test_a_folder_that_refuses(fresh, monkeypatch, call, number):
     monkeypatch.undo()
     assert leftovers(fresh.folder) == []
     if call != "unlink":
-        assert list_engines(fresh) == []
+        assert list_plans(fresh) == []
 
 
 @pytest.mark.parametrize("old", [False, True])
@@ -276,7 +277,7 @@ def test_a_full_disk_leaves_no_engine_that_counts(fresh, old, size):
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
     assert leftovers(fresh.folder) == []
-    assert all(engine.read() == b"old" for engine in list_engines(fresh))
+    assert all(engine.read() == b"old" for engine in list_plans(fresh))
     if size == 500:
         plans = {p.read_bytes() for p in (fresh.folder / FOLDER).glob("*.plan")}
         assert b"small" not in plans, "a plan without its sidecar is dead weight on a full disk"
@@ -322,7 +323,7 @@ def test_profiles_of_a_list(world):
     assert second.inputs["image"][1] == [3, 64, 64, 3]
     assert first.holds({"image": (8, 48, 96, 3)})
     assert not first.holds({"image": (8, 64, 64, 3)})
-    assert Shapes.from_json(json.loads(json.dumps(first.to_json()))) == first
+    assert ProfileShapes.from_json(json.loads(json.dumps(first.to_json()))) == first
 
 
 @pytest.mark.parametrize("shapes", [{"image": (1, 64)}, {"image": (1, 64, 64, 3, 1)}, {"imago": (1, 64, 64, 3)}])
@@ -354,7 +355,7 @@ def test_sealing_a_folder_that_holds_engines(fresh):
     again = Bundle.read(fresh.folder)
     again.verify()
     assert again.manifest.files == fresh.manifest.files
-    assert find_engine(again, *ORIN).read() == PLAN
+    assert find_plan(again, *ORIN).read() == PLAN
 
 
 def test_a_manifest_that_does_not_give_the_graphs_hash(fresh):
@@ -362,4 +363,4 @@ def test_a_manifest_that_does_not_give_the_graphs_hash(fresh):
     files = {name: digest for name, digest in fresh.manifest.files.items() if name != "model.onnx"}
     bundle = dataclasses.replace(fresh, manifest=dataclasses.replace(fresh.manifest, files=files))
     engine = put(bundle)
-    assert find_engine(bundle, *ORIN) == engine
+    assert find_plan(bundle, *ORIN) == engine

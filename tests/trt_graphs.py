@@ -6,7 +6,7 @@ from types import SimpleNamespace
 import numpy as np
 import onnx
 
-from phreg_deploy.bundle.plans import profiles_of
+from phreg_deploy.bundle.profiles import profiles_of
 from phreg_deploy.calibration.calibrator import FP8_SMOOTHING
 from phreg_deploy.calibration.fp8 import FUSED_FROM
 from phreg_deploy.calibration.ranges import Ranges, observe, watch
@@ -34,7 +34,8 @@ SAME = {"dino": "augreg"}  # made small, the two are one model
 BUILD = """
 from pathlib import Path
 import tensorrt as trt
-from phreg_deploy.bundle.plans import BuildSettings, Shapes
+from phreg_deploy.bundle.plans import BuildSettings
+from phreg_deploy.bundle.profiles import ProfileShapes
 from phreg_deploy.errors import PhregError
 from phreg_deploy.export.engine.builder import build_plan
 from tests import nvidia
@@ -42,7 +43,7 @@ from tests import nvidia
 said = {}
 for path, profiles in given.items():
     try:
-        built = build_plan(trt, Path(path), [Shapes(inputs) for inputs in profiles], BuildSettings())
+        built = build_plan(trt, Path(path), [ProfileShapes(inputs) for inputs in profiles], BuildSettings())
     except PhregError as error:
         said[path] = str(error)
     else:

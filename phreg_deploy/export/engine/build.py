@@ -12,15 +12,15 @@ from phreg_deploy.bundle.manifest import CALIBRATION
 from phreg_deploy.bundle.plans import (
     FOLDER,
     BuildSettings,
-    Engine,
-    Key,
-    list_engines,
+    PlanKey,
+    StoredPlan,
+    list_plans,
     make_key,
     prefer,
-    profiles_of,
     write_plan,
     write_sidecar,
 )
+from phreg_deploy.bundle.profiles import profiles_of
 from phreg_deploy.errors import GateFailed, PhregError, write_error
 from phreg_deploy.export.engine.builder import build_plan
 from phreg_deploy.export.engine.inspection import Census, read_layers, shortfalls, take_census
@@ -80,7 +80,7 @@ def build_engine(request: BuildRequest, *, force: bool = False, progress: Progre
     key = make_key(
         bundle, cuda.gpu.name, cuda.gpu.architecture, trt.__version__, cuda.gpu.driver // 1000, request.settings
     )
-    there = next((e for e in list_engines(bundle) if e.key == key and _whole(e.report, request.check)), None)
+    there = next((e for e in list_plans(bundle) if e.key == key and _whole(e.report, request.check)), None)
     if there is not None and not force:
         there.read()  # its hash
         there = prefer(bundle, there)
@@ -143,7 +143,7 @@ def _whole(report: dict[str, Any], examined: bool) -> bool:
         return False
 
 
-def _timing_cache(request: BuildRequest, bundle: Bundle, key: Key) -> Path:
+def _timing_cache(request: BuildRequest, bundle: Bundle, key: PlanKey) -> Path:
     """The file of timings, in a folder that is there and can be written: asked before the build, not after it."""
     chosen = request.timing_cache
     if chosen is not None and (chosen.is_dir() or not chosen.absolute().parent.is_dir()):
@@ -169,7 +169,7 @@ def _keep(cache: Path, timings: bytes) -> list[str]:
     return []
 
 
-def examine(bundle: Bundle, engine: Engine, device: int = 0) -> dict[str, Any]:
+def examine(bundle: Bundle, engine: StoredPlan, device: int = 0) -> dict[str, Any]:
     """``parity`` of a saved plan with the bundle's reference, ``gates``, ``missed`` as sentences, and ``passed``."""
     with FeatureExtractor(bundle, TensorRtBackend(bundle, BackendOptions(), device, engine)) as extractor:
         parity = worst([case.parity for case in run_exam(extractor.bundle, extractor.run)])

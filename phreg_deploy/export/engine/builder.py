@@ -11,7 +11,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from phreg_deploy.bundle.plans import BuildSettings, Shapes
+from phreg_deploy.bundle.plans import BuildSettings
+from phreg_deploy.bundle.profiles import ProfileShapes
 from phreg_deploy.errors import BackendMissing, PhregError
 from phreg_deploy.progress import SILENT, Progress
 from phreg_deploy.runtime.gpu.trt_library import make_logger
@@ -30,7 +31,7 @@ class Built:
 
 
 def build_plan(
-    trt: Any, graph: Path, profiles: list[Shapes], settings: BuildSettings, *, workspace: int | None = None,
+    trt: Any, graph: Path, profiles: list[ProfileShapes], settings: BuildSettings, *, workspace: int | None = None,
     timing_cache: bytes = b"", strict_cache: bool = True, progress: Progress = SILENT,
 ) -> Built:  # fmt: skip
     """Build an engine from an ONNX file as it stands: every type is the graph's own.
