@@ -92,8 +92,8 @@ def build(
 ) -> BuildReport:
     """Build the TensorRT plan of a bundle for this machine's GPU, unless the bundle holds it already.
 
-    The saved plan is read back, its layers are counted, and its answers are compared with the bundle's exam. A plan that
-    fails is removed.
+    The saved plan is read back, its layers are counted, and its answers are compared with the bundle's exam. A plan
+    that fails is removed.
 
     Args:
         bundle: a folder that ``export`` or ``calibrate`` wrote.

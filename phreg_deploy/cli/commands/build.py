@@ -70,7 +70,7 @@ def build(bundle: Path, no_check: bool, as_json: bool, quiet: bool, **options: A
 
 
 def run_build(bundle: Path, result: Result, *, bisect: bool, **options: Any) -> BuildReport:
-    """Build and print, for ``build`` and ``export --format trt``; ``options`` as ``phreg_deploy.export.build`` takes."""
+    """Build and print, for ``build`` and ``export --format trt``; for ``options`` see ``phreg_deploy.export.build``."""
     from phreg_deploy.export import build as build_plan
 
     try:

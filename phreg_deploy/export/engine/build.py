@@ -1,4 +1,4 @@
-"""Build a bundle's TensorRT plan, inspect it, and examine it on the GPU that will run it. Needs neither torch nor onnx."""
+"""Build a bundle's TensorRT plan, inspect it, and examine it on the GPU that will run it."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ class BuildRequest:
 
 
 def build_engine(request: BuildRequest, *, force: bool = False, progress: Progress = SILENT) -> BuildReport:
-    """Build the plan of a bundle for this machine's GPU, unless it is there already; see ``phreg_deploy.export.build``."""
+    """Build the plan of a bundle for this machine's GPU; see ``phreg_deploy.export.build``."""
     bundle = Bundle.read(request.bundle)
     bundle.verify()
     eight_bit = eight_bit_layers(bundle)
@@ -173,9 +173,9 @@ def _examine_and_keep(
             report = replace(report, verdict=examine(bundle, plan, request.device))
         if report.missed and not force:
             raise GateFailed(
-                f"parity: {bundle.folder} on TensorRT {report.key.tensorrt}: {'; '.join(report.missed)}. The engine was "
-                f"not kept. See where it diverges: phreg-deploy build {bundle.folder} --bisect (needs onnx, onnxruntime "
-                "and a second build); or --force to keep it.",
+                f"parity: {bundle.folder} on TensorRT {report.key.tensorrt}: {'; '.join(report.missed)}. The engine "
+                f"was not kept. See where it diverges: phreg-deploy build {bundle.folder} --bisect (needs onnx, "
+                "onnxruntime and a second build); or --force to keep it.",
                 report.to_sidecar(),
             )
         return BuildReport.from_plan(write_sidecar(bundle, plan, report.to_sidecar()), cached=False)

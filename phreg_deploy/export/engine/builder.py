@@ -22,7 +22,7 @@ MIB = 2**20
 
 @dataclass(frozen=True)
 class SerializedPlan:
-    """``plan``: the serialised engine. ``timing_cache``: makes the next build faster. ``warnings``: TensorRT's own text."""
+    """``plan``: the serialised engine. ``timing_cache``: for the next build. ``warnings``: TensorRT's own text."""
 
     plan: bytes
     timing_cache: bytes
@@ -79,7 +79,8 @@ def _open_builder(trt: Any, logger: Any) -> Any:
         return trt.Builder(logger)
     except (TypeError, RuntimeError) as error:  # the bindings get a null pointer where CUDA does not start
         raise BackendMissing(
-            f"TensorRT: {trt.__version__} cannot build here: {error}; {logger.reason()}. A GPU and its driver are needed."
+            f"TensorRT: {trt.__version__} cannot build here: {error}; {logger.reason()}. "
+            "A GPU and its driver are needed."
         ) from None
 
 
