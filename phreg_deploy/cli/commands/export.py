@@ -14,13 +14,7 @@ from phreg_deploy.bundle.bundle import Bundle
 from phreg_deploy.cli.commands.build import run_build
 from phreg_deploy.cli.commands.calibrate import run_calibration
 from phreg_deploy.cli.console import Result
-from phreg_deploy.cli.options import (
-    checkpoint_option,
-    device_number,
-    force_option,
-    images_option,
-    output_options,
-)
+from phreg_deploy.cli.options import checkpoint_option, device_number, force_option, images_option, output_options
 from phreg_deploy.cli.tables.export import show_bundle, show_parity
 from phreg_deploy.errors import BackendMissing, GateFailed, PhregError
 from phreg_deploy.extras import CALIBRATION, EXPORT, require
