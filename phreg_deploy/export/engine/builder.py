@@ -65,10 +65,10 @@ def build_plan(
         reason = logger.reason()
         hint = " Use --workspace, or a smaller batch." if "memory" in reason.lower() else ""
         raise PhregError(f"TensorRT: {trt.__version__} builds no engine from {graph}: {reason}.{hint}")
-    timings = config.get_timing_cache()
+    cache = config.get_timing_cache()
     return SerializedPlan(
         plan=bytes(plan),
-        timing_cache=b"" if timings is None else bytes(timings.serialize()),
+        timing_cache=b"" if cache is None else bytes(cache.serialize()),
         seconds=time.perf_counter() - started,
         warnings=logger.warnings(),
     )
@@ -100,9 +100,9 @@ def _parse(trt: Any, builder: Any, graph: Path, logger: Any) -> Any:
 def _add_profile(builder: Any, network: Any, config: Any, shapes: ProfileShapes, logger: Any) -> None:
     profile = builder.create_optimization_profile()
     for i in range(network.num_inputs):
-        name = network.get_input(i).name
-        low, best, high = (tuple(shape) for shape in shapes.inputs[name])
-        profile.set_shape(name, low, best, high)
+        tensor = network.get_input(i)
+        low, best, high = (tuple(shape) for shape in shapes.inputs[tensor.name])
+        profile.set_shape(tensor.name, low, best, high)
     if config.add_optimization_profile(profile) < 0:
         raise PhregError(f"TensorRT: it refuses the optimization profile {shapes.inputs}: {logger.reason()}.")
 

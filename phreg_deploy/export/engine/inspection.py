@@ -108,8 +108,8 @@ def _multiplies(layer: dict[str, Any]) -> bool:
 
 
 def _reads_eight_bits(layer: dict[str, Any]) -> bool:
-    inputs = [tensor for tensor in layer.get("Inputs", []) if isinstance(tensor, dict)]
-    return any(EIGHT_BIT_TYPE.search(str(tensor.get("Format/Datatype", tensor.get("Format", "")))) for tensor in inputs)
+    inputs = [entry for entry in layer.get("Inputs", []) if isinstance(entry, dict)]
+    return any(EIGHT_BIT_TYPE.search(str(entry.get("Format/Datatype", entry.get("Format", "")))) for entry in inputs)
 
 
 def _text(layer: dict[str, Any], *keys: str) -> str:
