@@ -13,6 +13,8 @@ import pytest
 from phreg_deploy.bundle.bundle import Bundle
 from phreg_deploy.bundle.plans import list_plans
 from phreg_deploy.errors import BackendMissing, PhregError
+from phreg_deploy.export import build as build_plan
+from phreg_deploy.export import export
 from phreg_deploy.runtime import FeatureExtractor
 from tests import double
 from tests.cli_helpers import ROOT, invoke, leftovers
@@ -30,10 +32,8 @@ def device(device):
 @pytest.fixture(scope="module")
 def half_bundle(tmp_path_factory, student) -> Path:
     """The student in FP16, in which attention is fused."""
-    from phreg_deploy.export.exporter import ExportRequest, export_bundle
-
     folder = tmp_path_factory.mktemp("bundles") / "half"
-    export_bundle(ExportRequest(str(student), precision="fp16"), folder)
+    assert export(str(student), folder, precision="fp16").folder == folder
     return folder
 
 
@@ -141,6 +141,17 @@ def test_the_second_build_finds_the_engine(copy, workshop):
     assert {**second.document, "cached": False} == first
     assert len(workshop.builds) == 1
     assert "It was there already" in invoke("build", folder).out
+
+
+def test_the_function_returns_what_the_command_prints(copy, workshop):
+    folder = copy("half_bundle")
+    report = build_plan(folder, effort=2)
+    assert report.plan.name in plan_files(folder)
+    assert report.key.settings["effort"] == 2
+    assert report.census.fused_attention == tuple(f"blocks.{i}.attn" for i in range(3))
+    assert report.cosine_p1 > 0.999
+    printed = build(folder, "--effort", "2").document
+    assert printed == json.loads(json.dumps({**report.to_json(), "cached": True, "bundle": str(folder)}))
 
 
 def test_force_builds_again(copy, workshop):

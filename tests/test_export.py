@@ -1,3 +1,6 @@
+import subprocess
+import sys
+
 import numpy as np
 import onnx
 import onnxruntime
@@ -5,6 +8,8 @@ import pytest
 import torch
 
 from phreg_deploy.artifacts.measures import agreement
+from phreg_deploy.errors import PhregError
+from phreg_deploy.export import export
 from phreg_deploy.export.dense_vit import DenseViT
 from phreg_deploy.export.folding import patch_positions
 from phreg_deploy.export.trace import OPSET, trace
@@ -117,3 +122,24 @@ def test_the_same_weights_give_the_same_bytes_and_no_trace_of_the_machine():
     assert texts[0] == texts[1]
     for word in (b"/home", b"/work", b"/root", b"site-packages", b"stack_trace", b".py"):
         assert word not in texts[0]
+
+
+def test_importing_the_function_imports_nothing_heavy():
+    code = "import sys, phreg_deploy.export; print(*{'torch', 'timm', 'onnx', 'numpy', 'tensorrt'} & set(sys.modules))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == ""
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        ({"precision": "int8"}, "got int8, which `phreg-deploy calibrate` makes from an fp32 bundle"),
+        ({"precision": "fp64"}, "got 'fp64', expected fp32"),
+        ({"keep_fp32": ["blocks"]}, "with --precision fp32 everything does"),
+        ({"batch": "many"}, "got 'many', expected one number"),
+    ],
+)
+def test_bad_arguments_are_refused(tmp_path, arguments, words):
+    with pytest.raises(PhregError, match=words):
+        export("vit_tiny_patch16_224", tmp_path / "out", **arguments)
+    assert not (tmp_path / "out").exists()
