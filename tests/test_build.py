@@ -147,7 +147,7 @@ def test_the_function_returns_what_the_command_prints(copy, workshop):
     folder = copy("half_bundle")
     report = build_plan(folder, effort=2)
     assert report.plan.name in plan_files(folder)
-    assert report.key.settings["effort"] == 2
+    assert report.key.settings.effort == 2
     assert report.census.fused_attention == tuple(f"blocks.{i}.attn" for i in range(3))
     assert report.cosine_p1 > 0.999
     printed = build(folder, "--effort", "2").document

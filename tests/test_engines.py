@@ -33,9 +33,7 @@ pytestmark = pytest.mark.usefixtures("torch")
 
 ORIN = ("Orin", 87, "10.3.0", 12)
 PLAN = bytes(range(256)) * 400
-KEY = PlanKey(
-    "ab" * 32, "fp16", "0123456789abcdef", "Orin", 87, "10.3.0", 12, "linux-aarch64", BuildSettings().to_json()
-)
+KEY = PlanKey("ab" * 32, "fp16", "0123456789abcdef", "Orin", 87, "10.3.0", 12, "linux-aarch64", BuildSettings())
 
 
 @pytest.fixture
@@ -74,9 +72,9 @@ CHANGES = [
     {"tensorrt": "10.3.1"},
     {"cuda": 13},
     {"system": "linux-x86_64"},
-    {"settings": BuildSettings(tf32=True).to_json()},
-    {"settings": BuildSettings(effort=4).to_json()},
-    {"settings": BuildSettings(compatibility="version").to_json()},
+    {"settings": BuildSettings(tf32=True)},
+    {"settings": BuildSettings(effort=4)},
+    {"settings": BuildSettings(compatibility="version")},
 ]
 
 

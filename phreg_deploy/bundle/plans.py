@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 import platform
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -64,7 +64,12 @@ class PlanKey(Stored):
     tensorrt: str
     cuda: int
     system: str
-    settings: dict[str, Any] = field(default_factory=dict)
+    settings: BuildSettings
+
+    @classmethod
+    def from_json(cls, data: dict[str, Any]) -> PlanKey:
+        settings = BuildSettings.from_json(data["settings"])
+        return super().from_json({**data, "settings": settings})
 
     @property
     def name(self) -> str:
@@ -115,7 +120,7 @@ def make_key(bundle: Bundle, gpu: str, architecture: int, tensorrt: str, cuda: i
         tensorrt=tensorrt,
         cuda=cuda,
         system=f"{platform.system().lower()}-{platform.machine()}",
-        settings=settings.to_json(),
+        settings=settings,
     )
 
 
@@ -198,7 +203,6 @@ def _read_sidecar(path: Path) -> StoredPlan:
     numbers = (key.architecture, key.cuda)
     if not all(isinstance(text, str) for text in texts) or not all(type(number) is int for number in numbers):
         raise TypeError(f"{path}: a field of another type")
-    BuildSettings.from_json(key.settings)
     if not profiles or not all(isinstance(d, dict) for d in (data["report"], *(p.inputs for p in profiles))):
         raise TypeError(f"{path}: no object")
     if any(len(low) != len(high) for p in profiles for low, _, high in p.inputs.values()):
@@ -248,16 +252,15 @@ def _differences(key: PlanKey, here: PlanKey) -> list[str]:
 
 
 def _runs_on_other_gpu(key: PlanKey, here: PlanKey) -> bool:
-    compatibility = key.settings.get("compatibility", "none")
-    if compatibility == "ampere+":
+    if key.settings.compatibility == "ampere+":
         return here.architecture >= 80 and key.architecture >= 80
-    return bool(compatibility == "same-cc") and key.architecture == here.architecture
+    return key.settings.compatibility == "same-cc" and key.architecture == here.architecture
 
 
 def _runs_on_later_tensorrt(key: PlanKey, here: PlanKey) -> bool:
     """NVIDIA promises version-compatible plans to later releases of the same major version."""
     built, now = _version_numbers(key.tensorrt), _version_numbers(here.tensorrt)
-    return key.settings.get("compatibility", "none") == "version" and now[:1] == built[:1] and now >= built
+    return key.settings.compatibility == "version" and now[:1] == built[:1] and now >= built
 
 
 def _version_numbers(version: str) -> tuple[int, ...]:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import itertools
 from dataclasses import dataclass
-from typing import Any
 
 from phreg_deploy.bundle.manifest import Manifest
 from phreg_deploy.spec import Stored
@@ -14,14 +13,14 @@ from phreg_deploy.spec import Stored
 class ProfileShapes(Stored):
     """One optimization profile: input name -> (smallest, best, largest) shape."""
 
-    inputs: dict[str, Any]
+    inputs: dict[str, list[list[int]]]
 
     def holds(self, shapes: dict[str, tuple[int, ...]]) -> bool:
         """Return whether inputs of these shapes run in this profile."""
         return all(name in self.inputs and _within(self.inputs[name], shape) for name, shape in shapes.items())
 
 
-def _within(profile: Any, shape: tuple[int, ...]) -> bool:
+def _within(profile: list[list[int]], shape: tuple[int, ...]) -> bool:
     lowest, _, highest = profile
     return len(shape) == len(lowest) and all(a <= side <= b for a, side, b in zip(lowest, shape, highest))
 
@@ -39,7 +38,7 @@ def profiles_of(manifest: Manifest) -> list[ProfileShapes]:
     full = (batches.lowest, batches.best, batches.highest)
     alone = [(batches.lowest,) * 3] if batches.lowest < batches.best else []
     for numbers, triple in itertools.product([*alone, full], triples):
-        inputs: dict[str, Any] = {"image": [[b, *size, 3] for b, size in zip(numbers, triple)]}
+        inputs = {"image": [[b, *size, 3] for b, size in zip(numbers, triple)]}
         if "pos_embed" in manifest.inputs:
             inputs["pos_embed"] = [[1, (h // patch[0]) * (w // patch[1]), width] for h, w in triple]
         profiles.append(ProfileShapes(inputs))

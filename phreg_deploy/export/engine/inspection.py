@@ -35,6 +35,43 @@ class Census(Stored):
     unread: int
 
 
+@dataclass(frozen=True)
+class _Layer:
+    """One layer of an engine. ``nodes``: the ONNX nodes that it was made from. ``types``: of its inputs."""
+
+    name: str
+    nodes: list[str]
+    kernel: str
+    kind: str
+    types: list[str]
+
+    @classmethod
+    def read(cls, entry: dict[str, Any]) -> _Layer:
+        def text(*keys: str) -> str:
+            return " ".join(str(entry.get(key, "")) for key in keys)
+
+        inputs = [value for value in entry.get("Inputs", []) if isinstance(value, dict)]
+        return cls(
+            name=text("Name"),
+            nodes=ONNX.findall(text("Metadata")) or re.findall(r"blocks\.\d+\.[\w.]+/\w+", text("Name")),
+            kernel=text("Name", "TacticName", "LayerType", "Kernel"),
+            kind=text("LayerType", "TacticName", "ParameterType"),
+            types=[str(value.get("Format/Datatype", value.get("Format", ""))) for value in inputs],
+        )
+
+    def is_fused_attention(self, products: list[str], softmaxes: set[str]) -> bool:
+        """Whether it is one whole attention: by its nodes (both products and the softmax), or by its kernel's name."""
+        if len(softmaxes) == 1 and sum(product in softmaxes for product in products) >= 2:
+            return True
+        named = re.search("mha|attention", self.kernel, re.IGNORECASE)
+        return named is not None and len({*products, *softmaxes}) == 1
+
+    def multiplies(self) -> bool:
+        """Whether it is the matrix product itself, and not an epilogue that the compiler split off."""
+        kind = re.search(r"gemm|matmul|matrix|fully|xmma|cutlass|cask", self.kind, re.IGNORECASE)
+        return bool(kind or re.search(r"/MatMul|gemm|fc_", self.name, re.IGNORECASE))
+
+
 def read_layers(trt: Any, engine: Any) -> list[dict[str, Any]]:
     """Return the layers that TensorRT's engine inspector lists, one dictionary each.
 
@@ -47,34 +84,32 @@ def read_layers(trt: Any, engine: Any) -> list[dict[str, Any]]:
         # Not strict: the inspector separates names by control characters.
         layers = json.loads(text, strict=False)["Layers"]
     except (ValueError, KeyError, TypeError):
-        raise PhregError(
-            "engine: TensorRT's inspector gave no account of the layers; build the engine again."
-        ) from None
+        raise PhregError("engine: TensorRT's inspector lists no layers; build the engine again.") from None
     return [{"Name": layer} if isinstance(layer, str) else layer for layer in layers]
 
 
 def take_census(layers: list[dict[str, Any]]) -> Census:
     """Count fused attentions, and linear layers in 8 bits and in float.
 
-    A plan with several profiles lists a layer once per profile: one unfused or float layer decides for its block.
+    An engine with several profiles lists a layer once per profile: one unfused or float layer decides for its block.
     """
     fused: dict[str, None] = {}
     unfused: set[str] = set()
     eight_bit: dict[str, None] = {}
     in_float: dict[str, None] = {}
     unread = 0
-    for layer in layers:
-        nodes = _onnx_nodes(layer)
-        unread += not nodes
-        products = [match[1] for node in nodes if (match := ATTENTION.match(node))]
-        softmaxes = {node.split("/")[0] for node in nodes if node.endswith("/Softmax")}
-        if _is_fused(layer, products, softmaxes):
+    for layer in map(_Layer.read, layers):
+        unread += not layer.nodes
+        products = [match[1] for node in layer.nodes if (match := ATTENTION.match(node))]
+        softmaxes = {node.split("/")[0] for node in layer.nodes if node.endswith("/Softmax")}
+        if layer.is_fused_attention(products, softmaxes):
             fused.update(dict.fromkeys(sorted({*products, *softmaxes})))
-        elif _multiplies(layer) or len(softmaxes) > 1:
+        elif layer.multiplies() or len(softmaxes) > 1:
             unfused.update(products)
-        linears = {match[1] for node in nodes if (match := LINEAR.match(node)) and not ATTENTION.match(node)}
-        if linears and _multiplies(layer):
-            (eight_bit if _reads_eight_bits(layer) else in_float).update(dict.fromkeys(sorted(linears)))
+        linears = {match[1] for node in layer.nodes if (match := LINEAR.match(node)) and not ATTENTION.match(node)}
+        if linears and layer.multiplies():
+            reads_eight_bits = any(EIGHT_BIT_TYPE.search(kind) for kind in layer.types)
+            (eight_bit if reads_eight_bits else in_float).update(dict.fromkeys(sorted(linears)))
     return Census(
         layers=len(layers),
         fused_attention=tuple(name for name in fused if name not in unfused),
@@ -82,38 +117,6 @@ def take_census(layers: list[dict[str, Any]]) -> Census:
         float_linear=tuple(in_float),
         unread=unread,
     )
-
-
-def _onnx_nodes(layer: dict[str, Any]) -> list[str]:
-    """The ONNX nodes that a layer was made from."""
-    names = ONNX.findall(str(layer.get("Metadata", "")))
-    return names or re.findall(r"blocks\.\d+\.[\w.]+/\w+", str(layer.get("Name", "")))
-
-
-def _is_fused(layer: dict[str, Any], products: list[str], softmaxes: set[str]) -> bool:
-    """Whether a layer is one whole attention: by its nodes (both products and the softmax), or by its kernel's name."""
-    if len(softmaxes) == 1 and sum(product in softmaxes for product in products) >= 2:
-        return True
-    kernel = _text(layer, "Name", "TacticName", "LayerType", "Kernel")
-    return bool(re.search("mha|attention", kernel, re.IGNORECASE)) and len({*products, *softmaxes}) == 1
-
-
-def _multiplies(layer: dict[str, Any]) -> bool:
-    """Whether a layer is the matrix product itself, and not an epilogue that the compiler split off."""
-    kind = _text(layer, "LayerType", "TacticName", "ParameterType")
-    return bool(
-        re.search(r"gemm|matmul|matrix|fully|xmma|cutlass|cask", kind, re.IGNORECASE)
-        or re.search(r"/MatMul|gemm|fc_", _text(layer, "Name"), re.IGNORECASE)
-    )
-
-
-def _reads_eight_bits(layer: dict[str, Any]) -> bool:
-    inputs = [entry for entry in layer.get("Inputs", []) if isinstance(entry, dict)]
-    return any(EIGHT_BIT_TYPE.search(str(entry.get("Format/Datatype", entry.get("Format", "")))) for entry in inputs)
-
-
-def _text(layer: dict[str, Any], *keys: str) -> str:
-    return " ".join(str(layer.get(key, "")) for key in keys)
 
 
 def shortfalls(census: Census, manifest: Manifest, eight_bit: list[str]) -> list[str]:

@@ -138,6 +138,6 @@ class TensorRtBackend(Plan):
         found = engine or find_plan(
             bundle, cuda.gpu.name, cuda.gpu.architecture, trt.__version__, cuda.gpu.driver // 1000
         )
-        portable = found.key.settings.get("compatibility") == "version"
+        portable = found.key.settings.compatibility == "version"
         super().__init__(trt, cuda, found.read(), found.profiles, host_code=portable)
         self.found = found
