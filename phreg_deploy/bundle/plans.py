@@ -68,8 +68,8 @@ class PlanKey(Stored):
 
     @classmethod
     def from_json(cls, data: dict[str, Any]) -> PlanKey:
-        settings = BuildSettings.from_json(data["settings"])
-        return super().from_json({**data, "settings": settings})
+        """Build the key and its settings; raises as ``Stored.from_json``, or ``KeyError`` without settings."""
+        return super().from_json({**data, "settings": BuildSettings.from_json(data["settings"])})
 
     @property
     def name(self) -> str:
