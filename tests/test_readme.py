@@ -146,6 +146,13 @@ def test_every_link_has_a_target(page):
             assert fragment in {anchor(title) for title in re.findall(r"^#+ (.*)$", path.read_text(), re.M)}, target
 
 
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+def test_every_path_exists(page):
+    """Paths of the repository; NAME and VERB stand for what a contributor adds."""
+    paths = re.findall(r"`((?:phreg_deploy|tests|benchmarks|docs)/[\w./-]*)`", page.read_text())
+    assert [path for path in paths if not re.search(r"NAME|VERB", path) and not (ROOT / path).exists()] == []
+
+
 def test_every_page_of_docs_is_in_the_navigation():
     navigation = (ROOT / "mkdocs.yml").read_text()
     assert [page.name for page in sorted((ROOT / "docs").glob("*.md")) if f": {page.name}\n" not in navigation] == []
