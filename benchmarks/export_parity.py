@@ -1,9 +1,9 @@
-"""Parity of exported graphs with PyTorch: big names, with and without registers, three sizes, several batches.
+"""Compare exported graphs with PyTorch: big models, with and without registers, three sizes, several batches.
 
     python benchmarks/export_parity.py --json OUT
 
-Random weights (seed 0), scaled so that every path carries signal (timm's initial LayerScale would hide the blocks).
-One bundle a model with a range of sizes, so that the runtime's own position embeddings are in the comparison.
+Random weights (seed 0), scaled to make every path carry signal (timm's initial LayerScale would hide the blocks). Each
+model is one bundle with a range of sizes, which puts the runtime's own position embeddings into the comparison.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ CASES = (((14, 14), 1), ((16, 12), 8), ((21, 27), 2))  # patch grid, batch
 
 
 def stir(model: torch.nn.Module) -> None:
-    """LayerScale near one and norms and biases off their initial values."""
+    """Set LayerScale near one, and move norms and biases off their initial values."""
     generator = torch.Generator().manual_seed(1)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
@@ -52,7 +52,7 @@ def stir(model: torch.nn.Module) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--json", type=Path)
-    asked = parser.parse_args()
+    args = parser.parse_args()
     rows = []
     for name in NAMES:
         for registers in (0, 4):
@@ -71,15 +71,15 @@ def main() -> None:
                     for grid, batch in CASES:
                         size = (grid[0] * patch, grid[1] * patch)
                         images = np.random.default_rng(0).integers(0, 256, (batch, *size, 3), dtype=np.uint8)
-                        got = extractor.run(images)
+                        outputs = extractor.run(images)
                         sized = load_model(str(folder), image_size=size)
                         with torch.inference_mode():
-                            seen = hooks.forward(sized, hooks.normalise(images, preprocess.mean, preprocess.std))
+                            features = hooks.forward(sized, hooks.normalise(images, preprocess.mean, preprocess.std))
                         expected = {
-                            "features": seen.patches.numpy().reshape(got["features"].shape),
-                            "token_norm": seen.norms.numpy().reshape(got["token_norm"].shape),
+                            "features": features.patches.numpy().reshape(outputs["features"].shape),
+                            "token_norm": features.norms.numpy().reshape(outputs["token_norm"].shape),
                         }
-                        parity = compare_runs(got, expected)
+                        parity = compare_runs(outputs, expected)
                         rows.append(
                             {"model": name, "registers": registers, "size": size, "batch": batch, **parity.to_json()}
                         )
@@ -87,8 +87,8 @@ def main() -> None:
     worst = min(row["cosine_p1"] for row in rows)
     report = {"worst_cosine_p1": worst, "rows": rows}
     print(json.dumps({"worst_cosine_p1": worst}))  # noqa: T201
-    if asked.json:
-        asked.json.write_text(json.dumps(report, indent=1) + "\n")
+    if args.json:
+        args.json.write_text(json.dumps(report, indent=1) + "\n")
 
 
 if __name__ == "__main__":

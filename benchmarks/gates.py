@@ -1,9 +1,10 @@
-"""The worst parity that sound bundles give, by precision: what the bars of ``phreg_deploy/bundle/gates.py`` leave a margin to.
+"""Measure the worst parity of sound bundles by precision, which the bars of ``bundle/gates.py`` leave a margin to.
 
     python benchmarks/gates.py --data DIR --bundles DIR --json OUT
 
-``--bundles`` holds MODEL.bundle (fp32), MODEL-fp16, -bf16, -518 (480x640) and -def8.bundle (``calibrate``, defaults) of real
-models. Each is compared with its own reference and with the FP32 bundle on photographs, on every backend that loads it.
+``--bundles`` holds MODEL.bundle (fp32), MODEL-fp16, -bf16, -518 (480x640) and -def8.bundle (``calibrate``, defaults)
+of real models. Each is compared with its own exam and, on photographs, with the FP32 bundle, on every backend that
+loads it.
 """
 
 from __future__ import annotations
@@ -28,14 +29,15 @@ COUNTS = {"camvid_train": 48, "distil_imagenet1000": 64}
 
 
 def on_photographs(extractor: FeatureExtractor, full: FeatureExtractor, data: Path) -> Parity:
-    tally, size = ParityAccumulator(), full.manifest.sizes.default
+    """Compare a bundle with the FP32 bundle ``full`` on photographs of both data sets."""
+    parity, size = ParityAccumulator(), full.manifest.sizes.default
     for name, count in COUNTS.items():
-        found = read_photographs(data / name, size, full.manifest.preprocess, count, spread=True)
-        for i in range(len(found)):
-            image = found.batch(i, i + 1)
-            got = {key: value.astype(np.float32) for key, value in extractor.run(image).items()}
-            tally.add(got, full.run(image))
-    return tally.parity()
+        photographs = read_photographs(data / name, size, full.manifest.preprocess, count, spread=True)
+        for i in range(len(photographs)):
+            image = photographs.batch(i, i + 1)
+            outputs = {key: value.astype(np.float32) for key, value in extractor.run(image).items()}
+            parity.add(outputs, full.run(image))
+    return parity.parity()
 
 
 def main() -> None:
@@ -43,9 +45,9 @@ def main() -> None:
     for option in ("--data", "--bundles"):
         parser.add_argument(option, type=Path, required=True)
     parser.add_argument("--json", type=Path)
-    asked = parser.parse_args()
+    args = parser.parse_args()
     rows: list[dict[str, Any]] = []
-    for path in sorted(asked.bundles.glob("*-*.bundle")) + sorted(asked.bundles.glob("*[!8].bundle")):
+    for path in sorted(args.bundles.glob("*-*.bundle")) + sorted(args.bundles.glob("*[!8].bundle")):
         for backend, compute in OPENED:
             try:
                 extractor = FeatureExtractor.load(path, backend, compute=compute, threads=2)
@@ -55,10 +57,10 @@ def main() -> None:
             full = path.parent / f"{path.stem.split('-')[0]}.bundle"
             with extractor, FeatureExtractor.load(full, "onnxruntime-cpu", threads=2) as other:
                 exam = worst([case.parity for case in run_exam(extractor.bundle, extractor.run)])
-                found = {"exam, own runtime" if writes_exams(extractor.manifest, extractor.backend) else "exam": exam}
+                by_kind = {"exam, own runtime" if writes_exams(extractor.manifest, extractor.backend) else "exam": exam}
                 if extractor.manifest.sizes == other.manifest.sizes and path != full:
-                    found["photographs"] = on_photographs(extractor, other, asked.data)
-                for kind, parity in found.items():
+                    by_kind["photographs"] = on_photographs(extractor, other, args.data)
+                for kind, parity in by_kind.items():
                     row = {
                         "bundle": path.name,
                         "backend": backend,
@@ -74,13 +76,13 @@ def main() -> None:
         precision, kind = row["precision"], row["on"]
         own = GATES[precision] if kind == "photographs" else exam_bars(precision, kind.endswith("runtime"))
         bars.setdefault(precision, {})[kind] = own
-        kept = worst_of.setdefault(precision, {}).setdefault(kind, {})
+        figures = worst_of.setdefault(precision, {}).setdefault(kind, {})
         for name in own:
             pick = min if name in AT_LEAST else max
-            kept[name] = pick(kept.get(name, row[name]), row[name])
-    if asked.json:
+            figures[name] = pick(figures.get(name, row[name]), row[name])
+    if args.json:
         document = {"processor": processor(), "photographs": COUNTS, "worst": worst_of, "bars": bars, "rows": rows}
-        asked.json.write_text(json.dumps(document, indent=1) + "\n")
+        args.json.write_text(json.dumps(document, indent=1) + "\n")
 
 
 if __name__ == "__main__":

@@ -1,13 +1,13 @@
-"""Our runtime on an NVIDIA GPU beside PyTorch eager and ``torch.compile``: latency, share of the GPU's own peak, distillation.
+"""Compare our runtime on an NVIDIA GPU with PyTorch eager and ``torch.compile``: latency, share of peak, distillation.
 
     python benchmarks/gpu.py --json OUT [--models vit_small_patch14_reg4_dinov2] [--sizes 224,518] [--batches 1,8,32]
-                             [--backends tensorrt,onnxruntime-cuda] [--precisions fp16,bf16] [--seconds 2] [--distil]
+        [--backends tensorrt,onnxruntime-cuda] [--precisions fp16,bf16] [--seconds 2] [--distil]
 
-Random weights, ViT-S/B/L-14 with 4 registers. Every configuration of one row is called in turn, so that clocks that drift
-treat all alike; milliseconds are medians of whole calls with images and features in device memory, synchronised at the end.
-PyTorch runs in bfloat16 (channels-last pixels already normalised), ours normalises itself. The peak is that of PyTorch's own
-8192 x 8192 bfloat16 product in the same process. Rows whose backend is missing say why. Needs torch with CUDA and timm;
-TensorRT's columns need TensorRT; onnxruntime-cuda needs onnxruntime-gpu.
+Random weights, ViT-S/B/L-14 with 4 registers. All configurations of a row are called in turn, so drifting clocks treat
+them alike. Milliseconds are medians of whole calls with images and features in device memory, synchronised at the end.
+PyTorch runs in bfloat16 on normalised channels-last pixels; ours normalises itself. The peak is that of PyTorch's own
+8192 x 8192 bfloat16 product in the same process. A row whose backend is missing says why. Needs torch with CUDA and
+timm; TensorRT's columns need TensorRT, and onnxruntime-cuda needs onnxruntime-gpu.
 """
 
 from __future__ import annotations
@@ -65,7 +65,8 @@ def main() -> None:
         for size in (int(s) for s in args.sizes.split(",")):
             for batch in (int(b) for b in args.batches.split(",")):
                 report["rows"].append(row(name, size, batch, args, report["peak_bf16_tflops"]))
-                args.json.write_text(json.dumps(report, indent=1) + "\n")  # what was measured is not lost with the rest
+                # Write after every row: an interruption loses one row.
+                args.json.write_text(json.dumps(report, indent=1) + "\n")
     if args.distil:
         report["distillation"] = distillation()
     args.json.write_text(json.dumps(report, indent=1) + "\n")
@@ -112,7 +113,7 @@ def row(name: str, size: int, batch: int, args: argparse.Namespace, top: float) 
         flops = operations(extractors, batch, size) or None
         for extractor in extractors:
             extractor.close()
-    found = {
+    results = {
         label: {
             "ms": ms,
             "images_per_second": 1e3 * batch / ms,
@@ -120,13 +121,11 @@ def row(name: str, size: int, batch: int, args: argparse.Namespace, top: float) 
         }
         for label, ms in times.items()
     }
-    click.echo(
-        f"{name} {size} px, batch {batch}: "
-        + "; ".join(f"{label} {value['ms']:.3f} ms" for label, value in found.items())
-    )
+    line = "; ".join(f"{label} {value['ms']:.3f} ms" for label, value in results.items())
+    click.echo(f"{name} {size} px, batch {batch}: {line}")
     for label, reason in missing.items():
         click.echo(f"  {label}: {reason}")
-    return {"model": name, "size": size, "batch": batch, "results": found, "missing": missing}
+    return {"model": name, "size": size, "batch": batch, "results": results, "missing": missing}
 
 
 def device_call(extractor: FeatureExtractor, images: torch.Tensor) -> Call:
@@ -158,7 +157,7 @@ def interleaved(calls: dict[str, Call], seconds: float) -> dict[str, float]:
 
 
 def distillation() -> dict[str, float]:
-    """Teacher views and student steps per second on scenes drawn by the demo, the loader included."""
+    """Teacher views and student images per second on scenes drawn by the demo, including the loader."""
     from phreg_deploy.demo.scenes import write_scenes
     from phreg_deploy.distill.distillation import Request, distill
 

@@ -1,13 +1,14 @@
-"""README's headline: a base model in PyTorch beside the INT8 bundle that three commands make of it.
+r"""Compare a base model in PyTorch with the INT8 bundle that three commands make of it: the headline of README.
 
     phreg-deploy distill   NAME --checkpoint FILE --images DIR/distil_imagenet1000 -o student
     phreg-deploy export    student -o student.bundle --image-size 224,352x480
     phreg-deploy calibrate student.bundle --images DIR/distil_imagenet1000 -o student-int8.bundle
-    python benchmarks/headline.py --data DIR --base NAME --checkpoint FILE --student student --bundle student-int8.bundle --json OUT
+    python benchmarks/headline.py --data DIR --base NAME --checkpoint FILE --student student \
+        --bundle student-int8.bundle --json OUT
 
-Quality as in quality.py, of the bundle that is served. Photographs: those that the student's record names as held out, without
-those that calibrate drew. Milliseconds: one
-image at 224 px, interleaved, medians, on the backend that "auto" chose.
+Quality is measured as in quality.py, on the photographs that the student's record names as held out and that
+``calibrate`` did not draw. Milliseconds are medians of interleaved calls with one image at 224 px, on the backend that
+"auto" chose.
 """
 
 from __future__ import annotations
@@ -31,11 +32,12 @@ from phreg_deploy.profiling.latency import processor
 from phreg_deploy.runtime.backends.instructions import eight_bits
 from phreg_deploy.runtime.features import FeatureExtractor
 
-ROUNDS, PAUSE = 60, 0.1  # a pause before each call: the threads of one runtime spin after a call and slow the next one
+ROUNDS = 60
+PAUSE = 0.1  # seconds before each call: the threads of one runtime spin after a call and slow the next one down
 
 
 def timed(base: Subject, bundle: Path, threads: int) -> tuple[dict[str, float], FeatureExtractor]:
-    """Median milliseconds of the base model in PyTorch eager FP32 and of the bundle, one image a call, in turn."""
+    """Median milliseconds of the base model in PyTorch eager FP32 and of the bundle, called in turn with one image."""
     torch.set_num_threads(threads)
     model = load_model(base.place, checkpoint=base.checkpoint).eval()
     steps, image = model_preprocess(model), np.random.default_rng(0).integers(0, 256, (1, *NATIVE, 3), dtype=np.uint8)
@@ -65,32 +67,36 @@ def main() -> None:
         parser.add_argument(option, required=True)
     parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)))
     parser.add_argument("--json", type=Path)
-    asked = parser.parse_args()
-    base = Subject("base", asked.base, asked.checkpoint)
-    milliseconds, extractor = timed(base, asked.bundle, asked.threads)
-    drawn = json.loads((asked.bundle / "calibration.json").read_text())["images"]
-    compared = Comparison(
-        base, asked.data, asked.student, without={d for part in drawn.values() for d in part["sha256"]}
-    )
+    args = parser.parse_args()
+    base = Subject("base", args.base, args.checkpoint)
+    milliseconds, extractor = timed(base, args.bundle, args.threads)
+    drawn = json.loads((args.bundle / "calibration.json").read_text())["images"]
+    calibrated = {digest for part in drawn.values() for digest in part["sha256"]}
+    compared = Comparison(base, args.data, args.student, without=calibrated)
     report: dict[str, Any] = {
-        "model": asked.base, "processor": processor(), "eight_bit_instructions": eight_bits().names, "threads": asked.threads,
-        "backend": f"{extractor.backend}, {extractor.compute} around 8 bits", "choice": extractor.choice,
-        "photographs": len(compared.photographs), "torch": torch.__version__,
-    }  # fmt: skip
-    subjects = {"base": base, "served": Subject("served", str(asked.bundle), backend=extractor.backend)}
-    found = {name: compared.row(subject, base=name == "base") for name, subject in subjects.items()}
-    parameters = sum(p.numel() for p in load_model(asked.base, checkpoint=asked.checkpoint).parameters())
-    sizes = {"base": 4 * parameters, "served": (asked.bundle / "model.onnx").stat().st_size}  # bytes
-    for name, (row, parts) in found.items():
+        "model": args.base,
+        "processor": processor(),
+        "eight_bit_instructions": eight_bits().names,
+        "threads": args.threads,
+        "backend": f"{extractor.backend}, {extractor.compute} around 8 bits",
+        "choice": extractor.choice,
+        "photographs": len(compared.photographs),
+        "torch": torch.__version__,
+    }
+    subjects = {"base": base, "served": Subject("served", str(args.bundle), backend=extractor.backend)}
+    measured = {name: compared.row(subject, base=name == "base") for name, subject in subjects.items()}
+    parameters = sum(p.numel() for p in load_model(args.base, checkpoint=args.checkpoint).parameters())
+    sizes = {"base": 4 * parameters, "served": (args.bundle / "model.onnx").stat().st_size}  # bytes
+    for name, (row, parts) in measured.items():
         report[name] = {
             "ms": milliseconds[name],
             "megabytes": sizes[name] / 1e6,
             **row,
-            **intervals([parts], found["base"][1]),
+            **intervals([parts], measured["base"][1]),
         }
     print(json.dumps(report, indent=1))  # noqa: T201
-    if asked.json:
-        asked.json.write_text(json.dumps(report, indent=1) + "\n")
+    if args.json:
+        args.json.write_text(json.dumps(report, indent=1) + "\n")
 
 
 if __name__ == "__main__":

@@ -1,10 +1,10 @@
-"""What registers do for INT8: the same ladder of measures on the base model and on its students.
+"""Measure what registers do for INT8: the same ladder of measures on the base model and on its students.
 
     python benchmarks/int8_ladder.py --photographs DIR --base NAME --checkpoint FILE --model NAME=FOLDER ... --json OUT
 
-Every linear layer in 8 bits but for the last rungs; 1 - cosine of patch tokens with the model's own FP32, ONNX Runtime CPU,
-256 photographs for ranges and rounding, 32 to order layers on, and scored are those that the first student's record names as
-held out, at most 96. Each rung keeps those before it.
+Every linear layer runs in 8 bits, except on the last rungs. A figure is 1 - cosine of patch tokens with the model's
+own FP32, on ONNX Runtime's CPU provider. 256 photographs give ranges and rounding, 32 the order of layers. At most 96
+are scored: those that the first student's record names as held out. Each rung keeps the measures before it.
 """
 
 from __future__ import annotations
@@ -37,17 +37,17 @@ NONE = Smoothing(None, None, None)
 RANGED, CHOSEN, SCORED = 256, 32, 96
 
 
-def plain(found: Range, kind: str, smoothing: Smoothing) -> Grid:
-    """Symmetric, per tensor, nothing moved: what "INT8" means without further thought."""
-    top = float(max(-found.low.min(), found.high.max(), 1e-5))
-    return Grid(np.zeros_like(found.low), np.ones_like(found.low), top / 127, 128)
+def plain(observed: Range, kind: str, smoothing: Smoothing) -> Grid:
+    """Symmetric, per tensor, without smoothing."""
+    top = float(max(-observed.low.min(), observed.high.max(), 1e-5))
+    return Grid(np.zeros_like(observed.low), np.ones_like(observed.low), top / 127, 128)
 
 
-def offset(found: Range, kind: str, smoothing: Smoothing) -> Grid:
-    """The same, with a zero point for hidden units."""
-    return (
-        make_grid(found, kind, replace(smoothing, hidden=None)) if kind == "hidden" else plain(found, kind, smoothing)
-    )
+def offset(observed: Range, kind: str, smoothing: Smoothing) -> Grid:
+    """As ``plain``, with a zero point for hidden units."""
+    if kind == "hidden":
+        return make_grid(observed, kind, replace(smoothing, hidden=None))
+    return plain(observed, kind, smoothing)
 
 
 RUNGS = (
@@ -60,10 +60,11 @@ RUNGS = (
 
 
 def climb(folder: Path, photographs: str, student: str) -> dict[str, Any]:
+    """Figures of every rung for the FP32 bundle in ``folder``."""
     with FeatureExtractor.load(folder, "onnxruntime-cpu") as extractor:
         manifest = extractor.manifest
-        seen, unseen = held_out(Path(photographs), manifest.sizes.default, manifest.preprocess, student)
-        pool = spread(seen, RANGED + CHOSEN)
+        trained, unseen = held_out(Path(photographs), manifest.sizes.default, manifest.preprocess, student)
+        pool = spread(trained, RANGED + CHOSEN)
         order = [int(i) for i in np.random.default_rng(0).permutation(len(pool))]
         images = [pool.array(i) for i in order] + [unseen.array(i) for i in range(min(SCORED, len(unseen)))]
         feeds = [(extractor.feed(image[None]), 1) for image in images]
@@ -105,20 +106,20 @@ def main() -> None:
         parser.add_argument(option, required=True)
     parser.add_argument("--model", action="append", required=True, metavar="NAME=FOLDER")
     parser.add_argument("--json", type=Path)
-    asked = parser.parse_args()
+    args = parser.parse_args()
     models = {
-        "base": (asked.base, Path(asked.checkpoint)),
-        **{e.split("=", 1)[0]: (e.split("=", 1)[1], None) for e in asked.model},
+        "base": (args.base, Path(args.checkpoint)),
+        **{e.split("=", 1)[0]: (e.split("=", 1)[1], None) for e in args.model},
     }
-    report, student = {}, asked.model[0].split("=", 1)[1]
+    report, student = {}, args.model[0].split("=", 1)[1]
     for name, (model, checkpoint) in models.items():
         with tempfile.TemporaryDirectory() as scratch:
             click.echo(name)
             folder = Path(scratch, "fp32.bundle")
             export_bundle(ExportRequest(model=model, checkpoint=checkpoint), folder)
-            report[name] = climb(folder, asked.photographs, student)
-    if asked.json:
-        asked.json.write_text(json.dumps(report, indent=1) + "\n")
+            report[name] = climb(folder, args.photographs, student)
+    if args.json:
+        args.json.write_text(json.dumps(report, indent=1) + "\n")
 
 
 if __name__ == "__main__":

@@ -1,10 +1,12 @@
-"""INT8 on a processor without 8-bit dot products: agreement with FP32, by an emulated or a forced processor.
+r"""Compare INT8 with FP32 on a processor without 8-bit dot products, emulated or forced.
 
-    python benchmarks/int8_without_vnni.py --data DIR --student FOLDER --model NAME=FP32-BUNDLE=INT8-BUNDLE ... --json OUT
+    python benchmarks/int8_without_vnni.py --data DIR --student FOLDER \
+        --model NAME=FP32-BUNDLE=INT8-BUNDLE ... --json OUT
 
-ONNX Runtime runs on QEMU's model of a Haswell (AVX2, no VNNI; Debian's package qemu-user), where times mean nothing. OpenVINO
-runs on this processor with ONEDNN_MAX_CPU_ISA=AVX2, where times say what its AVX2 kernels take here. Photographs: the first 24
-that the student's record names as held out. Rows measured on a real processor of this kind are kept in ZEN3.
+ONNX Runtime runs on QEMU's model of a Haswell (AVX2, no VNNI; Debian's package qemu-user), where times mean nothing.
+OpenVINO runs on this processor with ONEDNN_MAX_CPU_ISA=AVX2, where times are those of its AVX2 kernels. The
+photographs are the first 24 that the student's record names as held out. ZEN3 holds rows measured on a real processor
+of this kind.
 """
 
 from __future__ import annotations
@@ -27,8 +29,8 @@ from phreg_deploy.bundle.bundle import Bundle
 from phreg_deploy.profiling.latency import processor
 
 COUNT = 24
-# 2 cores of an AMD Zen 3 (AVX2, no VNNI), onnxruntime 1.32.0, openvino 2026.4.1, ViT-Tiny base model, every linear layer in
-# 8 bits, 50 photographs: figures of the report that named the defect.
+# 2 cores of an AMD Zen 3 (AVX2, no VNNI), onnxruntime 1.32.0, openvino 2026.4.1, ViT-Tiny base model, every linear
+# layer in 8 bits, 50 photographs: figures of the report that named the defect.
 ZEN3 = [
     ("ONNX Runtime, default kernels", 0.9877, 0.9494, 27.7),
     ("ONNX Runtime, session.x64quantprecision (ours)", 0.9938, 0.9703, 28.9),
@@ -58,17 +60,18 @@ else:
     compiled = core.compile_model(model, "CPU", {"INFERENCE_PRECISION_HINT": "f32", "INFERENCE_NUM_THREADS": 2})
     index = next(i for i, output in enumerate(compiled.outputs) if "features" in output.get_names())
     run = lambda image: compiled({"image": image})[index]
-found, times = [], []
+features, times = [], []
 for image in images:
     before = time.perf_counter()
-    found.append(np.array(run(image[None]))[0])
+    features.append(np.array(run(image[None]))[0])
     times.append(time.perf_counter() - before)
-np.save(out, np.stack(found))
+np.save(out, np.stack(features))
 print(1e3 * float(np.median(times[2:])))
 """
 
 
 def run(kind: str, bundle: str, images: Path, prefix: tuple[str, ...] = (), **more: str) -> tuple[np.ndarray, float]:
+    """Features of a bundle and median milliseconds, from a process behind ``prefix`` with ``more`` environment."""
     with tempfile.TemporaryDirectory() as folder:
         out = Path(folder) / "features.npy"
         command = [*prefix, sys.executable, "-c", RUN, kind, bundle, str(images), str(out)]
@@ -82,22 +85,22 @@ def main() -> None:
     parser.add_argument("--student", required=True)
     parser.add_argument("--model", action="append", required=True, metavar="NAME=FP32-BUNDLE=INT8-BUNDLE")
     parser.add_argument("--json", type=Path)
-    asked = parser.parse_args()
+    args = parser.parse_args()
     haswell, forced = ("qemu-x86_64", "-cpu", "Haswell"), {"ONEDNN_MAX_CPU_ISA": "AVX2"}
     emulated, here = "QEMU's Haswell", f"{processor()}, oneDNN held to AVX2"
     rows: list[dict[str, Any]] = [
         {"what": what, "model": "ViT-Tiny, base", "mean": mean, "p1": p1, "ms": ms, "where": "AMD Zen 3, 2 cores"}
         for what, mean, p1, ms in ZEN3
     ]
-    for entry in asked.model:
+    for entry in args.model:
         name, full, eight = entry.split("=")
         manifest = Bundle.read(full).manifest
-        _, found = held_out(
-            asked.data / "distil_imagenet1000", manifest.sizes.default, manifest.preprocess, asked.student
+        _, unseen = held_out(
+            args.data / "distil_imagenet1000", manifest.sizes.default, manifest.preprocess, args.student
         )
         with tempfile.TemporaryDirectory() as folder:
             images = Path(folder) / "images.npy"
-            np.save(images, found.batch(0, COUNT))
+            np.save(images, unseen.batch(0, COUNT))
             expected, _ = run("ort", full, images)
             for what, kind, bundle, prefix, more, where in (
                 ("ONNX Runtime, this processor's own kernels", "ort-exact", eight, (), {}, processor()),
@@ -107,8 +110,8 @@ def main() -> None:
                 ("OpenVINO, weights folded into float32 (ours)", "openvino-exact", eight, (), forced, here),
                 ("OpenVINO, FP32", "openvino", full, (), forced, here),
             ):
-                got, ms = run(kind, bundle, images, prefix, **more)
-                values = cosine(got, expected)
+                features, ms = run(kind, bundle, images, prefix, **more)
+                values = cosine(features, expected)
                 row = {
                     "what": what,
                     "model": name,
@@ -117,8 +120,8 @@ def main() -> None:
                 }
                 rows.append({**row, "ms": None if prefix else ms, "where": where, "photographs": COUNT})
                 click.echo(json.dumps(rows[-1]))
-    if asked.json:
-        asked.json.write_text(json.dumps({"rows": rows}, indent=1) + "\n")
+    if args.json:
+        args.json.write_text(json.dumps({"rows": rows}, indent=1) + "\n")
 
 
 if __name__ == "__main__":

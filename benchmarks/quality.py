@@ -1,11 +1,12 @@
-"""Base, trivial fix, students and bundles side by side: fidelity, class token, norm outliers, CamVid probe.
+"""Compare base model, trivial fix, students and bundles: fidelity, class token, norm outliers, CamVid probe.
 
     python benchmarks/quality.py --data DIR --base NAME --checkpoint FILE --subject NAME=PLACE ... --json OUT
 
-PLACE is a student's folder or a bundle that serves 224 px and 352x480. A NAME given several times is one row with several
-seeds: its figures are means over them. Fidelity and class drift are taken on the photographs of ``DIR/distil_imagenet1000``
-that the first student's record names as held out, against denoised targets of 20 views with a seed of their own in float32;
-norm outliers on ``DIR/camvid_val``, squashed to 224 px, against the base model's median there; the probe: segmentation.py.
+PLACE is a student's folder or a bundle that serves 224 px and 352x480. A NAME given several times is one row with
+several seeds, which holds means over them. Fidelity and class token are measured on the photographs of
+``DIR/distil_imagenet1000`` that the first student's record names as held out, against denoised targets of 20 views
+with a seed of their own in float32. Norm outliers are counted on ``DIR/camvid_val``, squashed to 224 px, against the
+base model's median there. The probe is that of segmentation.py.
 """
 
 from __future__ import annotations
@@ -34,9 +35,9 @@ NATIVE = (224, 224)
 
 
 class Comparison:
-    """The base model's answers, and what others are compared with.
+    """The base model's answers on photographs and scenes, with which other models are compared.
 
-    ``student``: whose record names the photographs; ``without``: sha256 of those that something else has seen.
+    ``student``: its record names the photographs. ``without``: sha256 of photographs to leave out.
     """
 
     def __init__(self, base: Subject, data: Path, student: str, without: Collection[str] = ()) -> None:
@@ -56,50 +57,52 @@ class Comparison:
         self.median = float(np.median(gather(answer, self.scenes)["norms"]))
         self.camvid = CamVid(data, model.patch_embed.patch_size[0])
         self.grid = tuple(s // model.patch_embed.patch_size[0] for s in SIZE)
-        self.seen = self._frames(base)
-        middle = float(np.median(self.seen["val"]["norms"]))
-        self.marked = {name: outlier_mask(found["norms"], middle) for name, found in self.seen.items()}
+        self.frames = self._frames(base)
+        middle = float(np.median(self.frames["val"]["norms"]))
+        self.marked = {name: outlier_mask(answers["norms"], middle) for name, answers in self.frames.items()}
 
     def _frames(self, subject: Subject) -> dict[str, dict[str, np.ndarray]]:
         answer = subject.at(SIZE)
         return {name: gather(answer, images, 4) for name, images in self.camvid.images.items()}
 
     def row(self, subject: Subject, base: bool = False) -> tuple[dict[str, Any], np.ndarray]:
-        """Figures of one model or bundle, and per frame what its mean IoU is made of."""
+        """Figures of one model or bundle, and the parts of its mean IoU by frame."""
         answer = subject.at(NATIVE)
-        seen, scenes = gather(answer, self.photographs), gather(answer, self.scenes)
+        answers, scenes = gather(answer, self.photographs), gather(answer, self.scenes)
         row = {
             "norm_outliers": asdict(norm_outliers(scenes["norms"], self.median)),
-            "fidelity": asdict(agreement(seen["patches"], self.target, self.outliers)),
-            "class_cosine": float(cosine(seen["cls"], self.first["cls"]).mean()),
+            "fidelity": asdict(agreement(answers["patches"], self.target, self.outliers)),
+            "class_cosine": float(cosine(answers["cls"], self.first["cls"]).mean()),
         }
-        if "logits" in seen:
-            row["top1_agreement"] = float(np.mean(seen["logits"].argmax(1) == self.first["logits"].argmax(1)))
-        frames = self.seen if base else self._frames(subject)
+        if "logits" in answers:
+            same = answers["logits"].argmax(1) == self.first["logits"].argmax(1)
+            row["top1_agreement"] = float(np.mean(same))
+        frames = self.frames if base else self._frames(subject)
         return self._probed(row, frames["train"]["patches"], frames["val"]["patches"])
 
     def trivial(self) -> tuple[dict[str, Any], np.ndarray]:
+        """The same for the base model with each outlier token replaced by the nearest ordinary one."""
         fixed = nearest_interior(self.first["patches"], self.outliers, (14, 14))
         row = {"fidelity": asdict(agreement(fixed, self.target, self.outliers))}
-        frames = {n: nearest_interior(f["patches"], self.marked[n], self.grid) for n, f in self.seen.items()}
+        frames = {n: nearest_interior(f["patches"], self.marked[n], self.grid) for n, f in self.frames.items()}
         return self._probed(row, frames["train"], frames["val"])
 
     def _probed(self, row: dict[str, Any], train: np.ndarray, val: np.ndarray) -> tuple[dict[str, Any], np.ndarray]:
-        found = self.camvid.read(self.camvid.probe(train, val), self.marked["val"])
-        parts = found.pop("parts")
-        return {**row, **found}, parts
+        scores = self.camvid.read(self.camvid.probe(train, val), self.marked["val"])
+        parts = scores.pop("parts")
+        return {**row, **scores}, parts
 
 
 def mean(rows: list[dict[str, Any]]) -> dict[str, Any]:
     """Means of the same figures of several seeds."""
-    found: dict[str, Any] = {}
+    means: dict[str, Any] = {}
     for key, value in rows[0].items():
         values = [row[key] for row in rows]
         if isinstance(value, dict):
-            found[key] = mean(values)
+            means[key] = mean(values)
         else:
-            found[key] = None if value is None else float(np.mean(values))
-    return found
+            means[key] = None if value is None else float(np.mean(values))
+    return means
 
 
 def main() -> None:
@@ -109,21 +112,20 @@ def main() -> None:
     parser.add_argument("--checkpoint", type=Path, required=True)
     parser.add_argument("--subject", action="append", default=[], metavar="NAME=PLACE")
     parser.add_argument("--json", type=Path)
-    asked = parser.parse_args()
+    args = parser.parse_args()
     named: dict[str, list[str]] = {}
-    for entry in asked.subject:
+    for entry in args.subject:
         name, place = entry.split("=", 1)
         named.setdefault(name, []).append(place)
-    base = Subject("base", asked.base, asked.checkpoint)
-    compared = Comparison(
-        base, asked.data, next(p for places in named.values() for p in places if Path(p, "phreg.json").is_file())
-    )
+    base = Subject("base", args.base, args.checkpoint)
+    student = next(place for places in named.values() for place in places if Path(place, "phreg.json").is_file())
+    compared = Comparison(base, args.data, student)
     row, first = compared.row(base, base=True)
     rows = {"base": {"seeds": 1, **row, **intervals([first], first)}}
     fixed, parts = compared.trivial()
     rows["trivial fix"] = {"seeds": 1, **fixed, **intervals([parts], first)}
     for name, places in named.items():
-        found = [compared.row(Subject(name, place)) for place in places]
+        measured = [compared.row(Subject(name, place)) for place in places]
         records = [json.loads(p.read_text()) for place in places if (p := Path(place, "phreg.json")).is_file()]
         training = (
             {"epochs": records[0]["recipe"]["epochs"], "seconds": [r["seconds"]["total"] for r in records]}
@@ -133,18 +135,23 @@ def main() -> None:
         rows[name] = {
             "seeds": len(places),
             **training,
-            **mean([r for r, _ in found]),
-            **intervals([p for _, p in found], first),
+            **mean([r for r, _ in measured]),
+            **intervals([p for _, p in measured], first),
         }
         click.echo(f"{name}: {json.dumps(rows[name])}")
     report = {
-        "model": asked.base, "photographs": len(compared.photographs), "scenes": len(compared.scenes),
+        "model": args.base,
+        "photographs": len(compared.photographs),
+        "scenes": len(compared.scenes),
         "frames": {name: len(images) for name, images in compared.camvid.images.items()},
-        "outlier_tokens": int(compared.marked["val"].sum()), "views": REFERENCE_VIEWS, "rows": rows,
-        "processor": processor(), "torch": torch.__version__,
-    }  # fmt: skip
-    if asked.json:
-        asked.json.write_text(json.dumps(report, indent=1) + "\n")
+        "outlier_tokens": int(compared.marked["val"].sum()),
+        "views": REFERENCE_VIEWS,
+        "rows": rows,
+        "processor": processor(),
+        "torch": torch.__version__,
+    }
+    if args.json:
+        args.json.write_text(json.dumps(report, indent=1) + "\n")
 
 
 if __name__ == "__main__":

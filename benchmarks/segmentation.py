@@ -1,9 +1,10 @@
-"""Linear probe on CamVid with bootstrap intervals: what a segmentation head reads out of dense features.
+"""Fit a linear probe on CamVid, with bootstrap intervals: what a segmentation head reads out of dense features.
 
-Images and labels are cut to 480 x 352 (the lowest 8 rows go), so that 16 px patches fit. A patch's label is its commonest
-class; patches that are mostly void are left out. The probe is multinomial logistic regression on standardised features,
-full-batch L-BFGS, weight decay 1e-4, trained on ``camvid_train`` and read on ``camvid_val``, each model on its own features.
-``camvid_val`` is one drive of seven seconds, so that its intervals say nothing of other drives.
+Images and labels are cut to 480 x 352 px (without the lowest 8 rows) to fit 16 px patches. The label of a patch is its
+commonest class; patches that are mostly void are left out. The probe is multinomial logistic regression on
+standardised features: full-batch L-BFGS, weight decay 1e-4, trained on ``camvid_train`` and read on ``camvid_val``,
+each model on its own features. ``camvid_val`` is one drive of seven seconds, so the intervals do not cover other
+drives.
 """
 
 from __future__ import annotations
@@ -39,13 +40,14 @@ class CamVid:
             return (((torch.from_numpy(val) - mean) / spread) @ weight + bias).argmax(-1).numpy()
 
     def read(self, predicted: np.ndarray, outliers: np.ndarray) -> dict[str, Any]:
-        """Accuracy of all patches and of the base model's outlier tokens, and per frame what mean IoU is made of."""
+        """Accuracy of all patches and of the base model's outlier tokens, and the parts of mean IoU by frame."""
         labels = self.labels["val"]
         known, right = labels != VOID, predicted == labels
         parts = [
-            [((p == k) & (t == k) & m).sum(), (((p == k) | (t == k)) & m).sum(), ((t == k) & m).sum()]
-            for p, t, m in zip(predicted, labels, known) for k in range(CLASSES)
-        ]  # fmt: skip
+            [(m & (p == k) & (t == k)).sum(), (m & ((p == k) | (t == k))).sum(), (m & (t == k)).sum()]
+            for p, t, m in zip(predicted, labels, known)
+            for k in range(CLASSES)
+        ]
         return {
             "accuracy": float(right[known].mean()),
             "accuracy_outliers": float(right[known & outliers].mean()) if (known & outliers).any() else None,
@@ -60,24 +62,28 @@ def mean_iou(parts: np.ndarray) -> float:
 
 
 def intervals(seeds: list[np.ndarray], base: np.ndarray) -> dict[str, Any]:
-    """Mean IoU over seeds, and its 95 % intervals and those of the difference to the base, over resampled frames."""
+    """Mean IoU over seeds and its gain over the base, each with a 95 % interval over resampled frames."""
     rng = np.random.default_rng(0)
-    found = []
+    resampled = []
     for _ in range(RESAMPLES):
         chosen = rng.integers(0, len(base), len(base))
         value = float(np.mean([mean_iou(parts[chosen]) for parts in seeds]))
-        found.append((value, value - mean_iou(base[chosen])))
-    low, high = np.quantile(np.array(found), (0.025, 0.975), axis=0)
+        resampled.append((value, value - mean_iou(base[chosen])))
+    low, high = np.quantile(np.array(resampled), (0.025, 0.975), axis=0)
     value = float(np.mean([mean_iou(parts) for parts in seeds]))
     verdict = "better" if low[1] > 0 else "worse" if high[1] < 0 else "not told apart"
     return {
-        "miou": value, "miou_interval": [float(low[0]), float(high[0])], "miou_seeds": [mean_iou(p) for p in seeds],
-        "gain": value - mean_iou(base), "gain_interval": [float(low[1]), float(high[1])], "against_base": verdict,
-    }  # fmt: skip
+        "miou": value,
+        "miou_interval": [float(low[0]), float(high[0])],
+        "miou_seeds": [mean_iou(parts) for parts in seeds],
+        "gain": value - mean_iou(base),
+        "gain_interval": [float(low[1]), float(high[1])],
+        "against_base": verdict,
+    }
 
 
 def nearest_interior(x: np.ndarray, outliers: np.ndarray, grid: tuple[int, int]) -> np.ndarray:
-    """The trivial fix: each outlier token is replaced by the nearest token of its image that is none."""
+    """The trivial fix: replace each outlier token by the nearest ordinary token of its image."""
     rows, columns = np.divmod(np.arange(grid[0] * grid[1]), grid[1])
     fixed = x.copy()
     for m in range(len(x)):

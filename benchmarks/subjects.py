@@ -1,4 +1,4 @@
-"""What the benchmarks compare: PyTorch models and bundles behind one call, and the photographs that no student was trained on."""
+"""Open PyTorch models and bundles behind one call, and list the photographs that no student was trained on."""
 
 from __future__ import annotations
 
@@ -38,9 +38,10 @@ class Subject:
 
         @torch.inference_mode()
         def answer(images: np.ndarray) -> Answers:
-            seen = hooks.forward(model, hooks.normalise(images, steps.mean, steps.std))
-            found = {"patches": seen.patches.numpy(), "norms": seen.norms.numpy(), "cls": seen.cls.numpy()}
-            return {**found, "logits": model.forward_head(seen.given).numpy()} if heads else found
+            features = hooks.forward(model, hooks.normalise(images, steps.mean, steps.std))
+            patches, norms, cls = (t.numpy() for t in (features.patches, features.norms, features.cls))
+            answers = {"patches": patches, "norms": norms, "cls": cls}
+            return {**answers, "logits": model.forward_head(features.given).numpy()} if heads else answers
 
         return answer
 
@@ -57,21 +58,25 @@ class Subject:
 
 
 def gather(answer: Callable[[np.ndarray], Answers], images: np.ndarray, step: int = 8) -> Answers:
-    """The answers to many images, ``step`` at a time."""
+    """Answers to many images, computed ``step`` at a time."""
     parts = [answer(images[i : i + step]) for i in range(0, len(images), step)]
     return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
 
 
 def held_out(folder: Path, size: tuple[int, int], steps: Preprocess, student: str) -> tuple[Photographs, Photographs]:
-    """Photographs of ``folder`` that the student was trained on, and those that its record names as held out."""
+    """Photographs of ``folder`` that the student was trained on, and those that its record names as held out.
+
+    Raises ``SystemExit`` if a held-out photograph is missing.
+    """
     record: dict[str, Any] = json.loads((Path(student) / "phreg.json").read_text())
     names = set(record["images"]["held_out"])
-    found = read_photographs(folder, size, steps)
-    seen, unseen = (
-        found.subset(i for i, name in enumerate(found.names) if (name in names) == wanted) for wanted in (False, True)
+    photographs = read_photographs(folder, size, steps)
+    trained, unseen = (
+        photographs.subset(i for i, name in enumerate(photographs.names) if (name in names) == wanted)
+        for wanted in (False, True)
     )
     if len(unseen) != len(names):
         raise SystemExit(
             f"{student} names {len(names)} photographs as held out, {len(unseen)} of them are in {folder}."
         )
-    return seen, unseen
+    return trained, unseen

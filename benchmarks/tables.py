@@ -1,8 +1,8 @@
-"""Writes the tables of README and benchmarks/README.md from the JSON beside this file; a test compares them.
+"""Write the tables of README and docs from the JSON beside this file; a test compares them.
 
     python -m benchmarks.tables
 
-A table stands between ``<!-- figures: NAME -->`` and ``<!-- end -->``.
+A table stands between ``<!-- figures: NAME -->`` and ``<!-- end -->`` on a page of ``PAGES``.
 """
 
 from __future__ import annotations
@@ -14,7 +14,8 @@ from pathlib import Path
 from typing import Any
 
 HERE = Path(__file__).resolve().parent
-PAGES = (HERE.parent / "README.md", HERE / "README.md", HERE.parent / "docs" / "int8.md")
+ROOT = HERE.parent
+PAGES = (ROOT / "README.md", ROOT / "docs" / "figures.md", ROOT / "docs" / "int8.md")
 MARK = re.compile(r"(<!-- figures: (?P<name>[\w-]+) -->\n).*?(<!-- end -->)", re.DOTALL)
 Row = dict[str, Any]
 
@@ -29,7 +30,7 @@ def table(columns: list[str], rows: list[list[str]]) -> str:
 
 
 def three(value: float | None) -> str:
-    """A cosine or a share: .967, and 1 for itself."""
+    """A cosine or share with three digits, as ".967"; "1" above .99995."""
     return "-" if value is None else "1" if value > 0.99995 else f"{value:.3f}".removeprefix("0")
 
 
@@ -42,18 +43,24 @@ def _interval(low_high: list[float]) -> str:
 
 
 def quality(name: str) -> str:
-    """Rows of ``quality.py``, one column a model."""
+    """The rows of ``quality.py`` as columns, one for each model."""
     rows = load(name)["rows"]
     columns = [f"{n} ({r['seeds']} seeds)" if r["seeds"] > 1 else n for n, r in rows.items()]
 
     def line(title: str, read: Callable[[Row], str]) -> list[str]:
         return [title, *(read(row) for row in rows.values())]
 
+    def outliers(row: Row, read: Callable[[Row], str]) -> str:
+        return read(row["norm_outliers"]) if "norm_outliers" in row else "-"
+
+    def gain(row: Row, text: str) -> str:
+        return text if row["gain"] else "-"
+
     return table(
         ["", *columns],
         [
-            line("norm-outlier rate, CamVid val", lambda r: percent(r["norm_outliers"]["rate"], 3) if "norm_outliers" in r else "-"),
-            line("largest norm / median", lambda r: f"{r['norm_outliers']['largest']:.2f}" if "norm_outliers" in r else "-"),
+            line("norm-outlier rate, CamVid val", lambda r: outliers(r, lambda o: percent(o["rate"], 3))),
+            line("largest norm / median", lambda r: outliers(r, lambda o: f"{o['largest']:.2f}")),
             line("cosine to the denoised target, mean", lambda r: three(r["fidelity"]["mean"])),
             line("1st percentile", lambda r: three(r["fidelity"]["p1"])),
             line("over the base's outlier tokens", lambda r: three(r["fidelity"]["chosen"])),
@@ -61,106 +68,135 @@ def quality(name: str) -> str:
             line("top-1 agreement", lambda r: three(r.get("top1_agreement"))),
             line("CamVid probe, accuracy on outlier tokens", lambda r: three(r["accuracy_outliers"])),
             line("CamVid probe, mean IoU", lambda r: percent(r["miou"])),
-            line("95 % interval of the gain over base, points", lambda r: _interval(r["gain_interval"]) if r["gain"] else "-"),
-            line("against base", lambda r: r["against_base"] if r["gain"] else "-"),
+            line("95 % interval of the gain over base, points", lambda r: gain(r, _interval(r["gain_interval"]))),
+            line("against base", lambda r: gain(r, r["against_base"])),
         ],
-    )  # fmt: skip
+    )
 
 
 def headline(name: str) -> str:
     """Rows of ``headline.py``: the base model in PyTorch beside the bundle that three commands make of it."""
-    found = load(name)
-    base, served, eight = found["base"], found["served"], found["eight_bit_instructions"]
-    kind = f"with {', '.join(eight)}" if eight else "without 8-bit dot products"
+    report = load(name)
+    base, served, instructions = report["base"], report["served"], report["eight_bit_instructions"]
+    kind = f"with {', '.join(instructions)}" if instructions else "without 8-bit dot products"
+    model = report["model"].split(".")[0]
+    title = f"{model} on {report['processor']} {kind}, {report['threads']} threads"
+    models = (base, served)
+    verdicts = ("", f" ({served['against_base']})")
     return table(
-        [f"{found['model'].split('.')[0]} on {found['processor']} {kind}, {found['threads']} threads", "base, PyTorch FP32", f"INT8 bundle, {found['backend']}"],
+        [title, "base, PyTorch FP32", f"INT8 bundle, {report['backend']}"],
         [
-            ["milliseconds an image", f"{base['ms']:.1f}", f"{served['ms']:.1f}"],
-            ["weights on disk", f"{base['megabytes']:.1f} MB", f"{served['megabytes']:.1f} MB"],
-            ["norm-outlier rate", percent(base["norm_outliers"]["rate"], 2), percent(served["norm_outliers"]["rate"], 2)],
-            ["cosine to the denoised target: mean", three(base["fidelity"]["mean"]), three(served["fidelity"]["mean"])],
-            ["over the base's outlier tokens", three(base["fidelity"]["chosen"]), three(served["fidelity"]["chosen"])],
-            ["CamVid probe, mean IoU", percent(base["miou"]), f"{percent(served['miou'])} ({served['against_base']})"],
+            ["milliseconds an image", *(f"{m['ms']:.1f}" for m in models)],
+            ["weights on disk", *(f"{m['megabytes']:.1f} MB" for m in models)],
+            ["norm-outlier rate", *(percent(m["norm_outliers"]["rate"], 2) for m in models)],
+            ["cosine to the denoised target: mean", *(three(m["fidelity"]["mean"]) for m in models)],
+            ["over the base's outlier tokens", *(three(m["fidelity"]["chosen"]) for m in models)],
+            ["CamVid probe, mean IoU", *(percent(m["miou"]) + verdict for m, verdict in zip(models, verdicts))],
         ],
-    )  # fmt: skip
+    )
 
 
 SHORT = (
-    "PyTorch eager FP32", "torch.compile bf16", "ORT FP32, stock export", "ours OpenVINO FP32", "ours OpenVINO bf16",
-    "NNCF on OpenVINO, default, bf16 rest", "ours ORT INT8, every linear layer",
+    "PyTorch eager FP32",
+    "torch.compile bf16",
+    "ORT FP32, stock export",
+    "ours OpenVINO FP32",
+    "ours OpenVINO bf16",
+    "NNCF on OpenVINO, default, bf16 rest",
+    "ours ORT INT8, every linear layer",
     "ours OpenVINO INT8, every linear layer, bf16 rest",
-)  # fmt: skip
+)
 
 
 def demo(_name: str) -> str:
     """``phreg-deploy demo --json``."""
-    found = load("demo")
+    report = load("demo")
     columns = [
-        f"on {found['scenes']} scenes that nothing was trained on",
+        f"on {report['scenes']} scenes that nothing was trained on",
         "base",
         "student",
         "served, ONNX Runtime",
         "served in INT8",
     ]
-    return table(columns, [[str(cell or "") for cell in row] for row in found["table"]])
+    return table(columns, [[str(cell or "") for cell in row] for row in report["table"]])
 
 
 def speed(name: str) -> str:
-    """Milliseconds of ``peers.json``, models with random weights; in README a part of the rows."""
-    models = {title: found["ms"] for title, found in load("peers")["models"].items() if "fidelity" not in found}
+    """Milliseconds of ``peers.json``, models with random weights; "speed-short" shows the rows of ``SHORT``."""
+    reports = load("peers")["models"]
+    models = {title: report["ms"] for title, report in reports.items() if "fidelity" not in report}
     names = SHORT if name.endswith("short") else dict.fromkeys(key for ms in models.values() for key in ms)
     eager = "PyTorch eager FP32"
-    cell = lambda ms, name: f"{ms[name]:.1f} ({ms[eager] / ms[name]:.2f}x)" if name in ms else "-"  # noqa: E731
+
+    def cell(ms: dict[str, float], name: str) -> str:
+        return f"{ms[name]:.1f} ({ms[eager] / ms[name]:.2f}x)" if name in ms else "-"
+
     return table(["", *models], [[key, *(cell(ms, key) for ms in models.values())] for key in names])
 
 
 def no_vnni(_name: str) -> str:
     """``int8_without_vnni.json``: agreement with FP32, and milliseconds where they were measured."""
     rows = load("int8_without_vnni")["rows"]
-    return table(
-        ["", "model", "cosine to own FP32: mean / 1st percentile", "ms", "measured on"],
-        [
-            [r["what"], r["model"], "1" if r["mean"] is None else f"{r['mean']:.4f} / {r['p1']:.4f}", "-" if r["ms"] is None else f"{r['ms']:.1f}", r["where"]]
-            for r in rows
-        ],
-    )  # fmt: skip
+
+    def line(row: Row) -> list[str]:
+        cosine = "1" if row["mean"] is None else f"{row['mean']:.4f} / {row['p1']:.4f}"
+        milliseconds = "-" if row["ms"] is None else f"{row['ms']:.1f}"
+        return [row["what"], row["model"], cosine, milliseconds, row["where"]]
+
+    columns = ["", "model", "cosine to own FP32: mean / 1st percentile", "ms", "measured on"]
+    return table(columns, [line(row) for row in rows])
 
 
 def choices(_name: str) -> str:
     """``int8_choices.json``: one calibration on two kinds of processor."""
-    found = load("int8_choices")
-    same = lambda key: "the same" if found[key][0] == found[key][1] else f"{found[key][0]} / {found[key][1]}"  # noqa: E731
-    p1 = found["fidelity"]["cosine_p1"]
+    report = load("int8_choices")
+
+    def both(key: str) -> str:
+        first, second = report[key]
+        return "the same" if first == second else f"{first} / {second}"
+
+    p1, largest = report["fidelity"]["cosine_p1"], report["largest_weight_difference"]
     return table(
         ["", "AVX512-VNNI / AVX2"],
         [
-            ["smoothing that was chosen", same("smoothing")],
-            ["layers that were left in float", same("float_layers")],
+            ["smoothing that was chosen", both("smoothing")],
+            ["layers that were left in float", both("float_layers")],
             ["1st-percentile cosine of the report", f"{p1[0]:.5f} / {p1[1]:.5f}"],
-            ["int8 weights that differ", f"{found['weights_that_differ']} of {found['weights']}, by at most {found['largest_weight_difference']}"],
+            [
+                "int8 weights that differ",
+                f"{report['weights_that_differ']} of {report['weights']}, by at most {largest}",
+            ],
         ],
-    )  # fmt: skip
+    )
 
 
 def gates(_name: str) -> str:
-    """``gates.json``: the worst figure of each kind that a sound bundle gave, by precision, beside the bars."""
-    found = load("gates")
+    """``gates.json``: the worst figure of each kind by precision, beside its bar."""
+    report = load("gates")
     rows = []
-    for precision, kinds in found["worst"].items():
+    for precision, kinds in report["worst"].items():
         for kind, figures in kinds.items():
-            bars = found["bars"][precision][kind]
+            bars = report["bars"][precision][kind]
             rows += [[precision, kind, name, f"{figures[name]:.6g}", f"{bar:g}"] for name, bar in bars.items()]
     return table(["precision", "compared on", "figure", "worst measured", "bar"], rows)
 
 
 TABLES: dict[str, Callable[[str], str]] = {
-    "students": quality, "students-deit": quality, "headline": headline, "headline-deit": headline, "speed": speed, "speed-short": speed, "demo": demo,
-    "int8-without-vnni": no_vnni, "int8-choices": choices, "gates": gates,
-}  # fmt: skip
+    "students": quality,
+    "students-deit": quality,
+    "headline": headline,
+    "headline-deit": headline,
+    "speed": speed,
+    "speed-short": speed,
+    "demo": demo,
+    "int8-without-vnni": no_vnni,
+    "int8-choices": choices,
+    "gates": gates,
+}
 
 
 def render(page: str) -> str:
-    """The page with every table written anew."""
+    """The page, with every table replaced by that of its JSON."""
     return MARK.sub(lambda m: f"{m[1]}{TABLES[m['name']](m['name'].replace('-', '_'))}\n{m[3]}", page)
 
 

@@ -1,11 +1,12 @@
-"""Which graphs NVIDIA's parser and builder take, and what they fuse: every family, precision and kind of size; no GPU needed.
+"""List which graphs NVIDIA's parser and builder take and what they fuse, by family, precision and sizes; without a GPU.
 
     python -m tests.nvidia_wheels                        # the wheels, once
     python -m benchmarks.tensorrt_acceptance --json OUT [--depth 12] [--width 384] [--heads 6] [--side 16]
 
-Full depth and the width of a ViT-S, 4 registers, random weights; ranges from two photographs. Fixed: one size, batch 1. Range:
-two patches a side below to two above, batch 1 to 8. A cell is fused attentions / linear layers in 8 bits (FP8: also how many
-of the attentions are in FP8). Run on TensorRT for RTX, as the tests do: acceptance and fusion, not speed and not numbers.
+Full depth and the width of a ViT-S, 4 registers, random weights; ranges from two photographs. Fixed: one size, batch
+1. Range: two patches a side below to two above, batch 1 to 8. A cell is fused attentions / linear layers in 8 bits
+(FP8: also the number of attentions in FP8). Run on TensorRT for RTX, as the tests do; this covers neither speed nor
+numbers.
 """
 
 from __future__ import annotations
@@ -14,7 +15,6 @@ import argparse
 import json
 import tempfile
 import time
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -37,50 +37,43 @@ def main() -> None:
     for family in [name for name in (*FAMILIES, *VARIANTS) if name not in SAME]:
         for sizes in ("fixed",) if family in ROTARY else ("fixed", "range"):
             cells[f"{family}, {sizes}"] = row(family, sizes, args)
-            click.echo(
-                f"| {family} | {sizes} | "
-                + " | ".join(str(cells[f"{family}, {sizes}"][p]["said"]) for p in PRECISIONS)
-                + " |"
-            )
-            args.json.write_text(
-                json.dumps(
-                    {"settings": {name: value for name, value in vars(args).items() if name != "json"}, "cells": cells},
-                    indent=1,
-                )
-                + "\n"
-            )
+            texts = [str(cells[f"{family}, {sizes}"][precision]["said"]) for precision in PRECISIONS]
+            click.echo(f"| {family} | {sizes} | {' | '.join(texts)} |")
+            settings = {name: value for name, value in vars(args).items() if name != "json"}
+            args.json.write_text(json.dumps({"settings": settings, "cells": cells}, indent=1) + "\n")
 
 
 def row(family: str, sizes: str, args: argparse.Namespace) -> dict[str, Any]:
     """One family at one kind of size in every precision."""
     here = graphs(family, sizes, args.width, args.heads, args.side, args.depth)
-    written, found = {}, {}
+    written, cells = {}, {}
     for precision in PRECISIONS:
         try:
             graph = here.write(precision)
             onnx.checker.check_model(graph)
             written[precision] = (graph, here.profiles)
         except PhregError as error:
-            found[precision] = {"said": f"not written: {error}"}
+            cells[precision] = {"said": f"not written: {error}"}
     started = time.perf_counter()
     with tempfile.TemporaryDirectory() as folder:
         for precision, steps in build(written, Path(folder)).items():
             if isinstance(steps, str):
-                found[precision] = {"said": f"refused: {steps}"}
+                cells[precision] = {"said": f"refused: {steps}"}
                 continue
-            seen, times = nvidia.census(steps), len(here.profiles)  # a plan has every kernel once a profile
-            seen = replace(
-                seen,
-                fused_attention=seen.fused_attention // times,
-                eight_bit_attention=seen.eight_bit_attention // times,
-            )
-            said = f"{seen.fused_attention}" + (f" / {len(seen.eight_bit)}" if precision in ("int8", "fp8") else "")
-            found[precision] = {
-                "said": said + (f" ({seen.eight_bit_attention} in FP8)" if precision == "fp8" else ""), "fused_attention": seen.fused_attention,
-                "attention_in_8_bits": seen.eight_bit_attention, "eight_bit": len(seen.eight_bit), "float_linears": sorted(seen.floats),
-            }  # fmt: skip
+            # A plan holds every kernel once for each profile.
+            census, times = nvidia.census(steps), len(here.profiles)
+            fused, fused_in_fp8 = census.fused_attention // times, census.eight_bit_attention // times
+            layers = f" / {len(census.eight_bit)}" if precision in ("int8", "fp8") else ""
+            in_fp8 = f" ({fused_in_fp8} in FP8)" if precision == "fp8" else ""
+            cells[precision] = {
+                "said": f"{fused}{layers}{in_fp8}",
+                "fused_attention": fused,
+                "attention_in_8_bits": fused_in_fp8,
+                "eight_bit": len(census.eight_bit),
+                "float_linears": sorted(census.floats),
+            }
     graphs.cache_clear()
-    return found | {"seconds": time.perf_counter() - started}
+    return cells | {"seconds": time.perf_counter() - started}
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Figures of README, benchmarks and docs are those of the JSON beside the benchmarks, and every JSON has a table or a section."""
+"""Compare the tables of README and docs with the JSON in benchmarks/; every JSON is listed in benchmarks/README.md."""
 
 import re
 
@@ -15,8 +15,8 @@ def test_tables_are_those_of_the_json(page):
 
 
 def test_every_table_stands_somewhere():
-    found = {match["name"] for page in PAGES for match in MARK.finditer(page.read_text())}
-    assert found == set(TABLES)
+    names = {match["name"] for page in PAGES for match in MARK.finditer(page.read_text())}
+    assert names == set(TABLES)
 
 
 def test_the_headline_says_which_processor_it_speaks_of():

@@ -1,7 +1,9 @@
-"""The README keeps its word: every command is in it, every command it shows exists with those options."""
+"""Check README, CONTRIBUTING, docs/ and benchmarks/README.md: commands parse, Python runs, links have a target."""
 
+import ast
 import re
 import shlex
+import shutil
 from pathlib import Path
 
 import click
@@ -9,35 +11,148 @@ import pytest
 
 from phreg_deploy.cli import main
 
-README = (Path(__file__).parents[1] / "README.md").read_text()
-BLOCKS = re.findall(r"```bash\n(.*?)```", README, re.S)
-LINES = [
-    line.split("#")[0].strip() for block in BLOCKS for line in block.splitlines() if line.startswith("phreg-deploy ")
-]
+ROOT = Path(__file__).resolve().parents[1]
+README = ROOT / "README.md"
+PAGES = [README, ROOT / "CONTRIBUTING.md", ROOT / "benchmarks" / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+MAKEFILE = (ROOT / "Makefile").read_text()
+PYPROJECT = (ROOT / "pyproject.toml").read_text()
+# click keeps the help option of the first context that a command sees.
+SETTINGS = {"help_option_names": main.context_settings["help_option_names"]}
+NEEDS_GPU = "<!-- needs a GPU -->"
+# Programs of the system, which the project does not define.
+OTHER_PROGRAMS = {"sudo", "apt-get", "git", "cd", "python3", ".", "VIT"}
 
 
-def test_every_command_is_in_the_readme():
-    assert {name for name in main.commands if f"phreg-deploy {name}" not in README} == set()
+def blocks(page: Path, language: str) -> list[tuple[int, str, bool]]:
+    """Code blocks of a page: line number of the first line, code, and whether it needs a GPU."""
+    text = page.read_text()
+    found = re.finditer(rf"({re.escape(NEEDS_GPU)}\n)?```{language}\n(.*?)```", text, re.S)
+    return [(text[: block.start(2)].count("\n") + 1, block[2], bool(block[1])) for block in found]
 
 
-@pytest.mark.parametrize("line", LINES)
-def test_every_line_of_the_readme_parses(line):
-    words = shlex.split(line)[1:]
+def at(page: Path, line: int) -> str:
+    return f"{page.relative_to(ROOT)}:{line}"
+
+
+def commands() -> list[object]:
+    """Every command line of every page, with its continuation lines joined and its comment cut."""
+    params = []
+    for page in PAGES:
+        for start, code, _ in blocks(page, "bash"):
+            for line in code.replace("\\\n", " " * 2).splitlines():
+                for part in re.split(r"\s&&\s", line):
+                    words = shlex.split(part, comments=True)
+                    if words:
+                        params.append(pytest.param(words, id=f"{at(page, start)} {' '.join(words)[:60]}"))
+    return params
+
+
+def check_phreg(words: list[str]) -> None:
+    """A command of the command line takes these words."""
     command = main.commands[words[0]]
-    context = click.Context(command)
-    _, rest, _ = command.make_parser(context).parse_args(words[1:])
-    known = {o for p in command.params for o in p.opts}
+    _, rest, _ = command.make_parser(click.Context(command, **SETTINGS)).parse_args(list(words[1:]))
+    known = {option for parameter in command.params for option in parameter.opts}
     assert all(word in known for word in words if word.startswith("--"))
     assert rest == []
 
 
-def test_the_two_commands_exist():
-    makefile = (Path(__file__).parents[1] / "Makefile").read_text()
-    assert "\ndemo: " in makefile
-    assert "\ntest: " in makefile
-    assert "make demo" in (Path(__file__).parents[1] / ".ci" / "run").read_text()
+def check_script(script: Path, words: list[str]) -> None:
+    """A script of benchmarks/ or tests/ exists and declares every option."""
+    assert script.is_file(), script
+    code = script.read_text()
+    assert [word for word in words if word.startswith("--") and f'"{word}"' not in code] == []
 
 
-def test_every_link_points_to_a_file():
-    for target in re.findall(r"\]\(([^)#:]+)\)", README):
-        assert (Path(__file__).parents[1] / target).exists(), target
+@pytest.mark.parametrize("words", commands())
+def test_every_command_line_parses(words):
+    program, *rest = words
+    if "phreg_deploy" in rest[:3] and rest[:2] == ["-m", "phreg_deploy"]:
+        check_phreg(rest[2:])
+    elif program == "phreg-deploy":
+        if ">" in rest:
+            rest = rest[: rest.index(">")]
+        check_phreg(rest)
+    elif program == "make":
+        assert f"\n{rest[0]}: " in MAKEFILE
+    elif program == "pip":
+        for extra in re.findall(r"\[(.*?)\]", " ".join(rest)):
+            assert all(f"\n{name} = [" in PYPROJECT for name in extra.split(",")), extra
+    elif program == "pytest":
+        assert rest == ["-m", "gpu"]
+        assert '"gpu: ' in PYPROJECT
+    elif program == "python" and rest[0] == "-m":
+        check_script(ROOT / f"{rest[1].replace('.', '/')}.py", rest[2:])
+    elif program == "python":
+        check_script(ROOT / rest[0], rest[1:])
+    elif program.startswith(".venv/bin/"):
+        assert f'"{Path(program).name}>=' in PYPROJECT
+    else:
+        assert program.split("=")[0] in OTHER_PROGRAMS, words
+
+
+def python_blocks() -> list[object]:
+    return [
+        pytest.param(code, needs_gpu, id=at(page, line))
+        for page in PAGES
+        for line, code, needs_gpu in blocks(page, "python")
+    ]
+
+
+@pytest.mark.parametrize(("code", "needs_gpu"), python_blocks())
+def test_every_python_block_runs(code, needs_gpu, request, tmp_path, monkeypatch):
+    tree = ast.parse(code)
+    if needs_gpu:
+        pytest.skip("needs a GPU: parsed only")
+    if "timm" in code:
+        pytest.importorskip("timm")
+        shutil.copytree(request.getfixturevalue("student"), tmp_path / "student")
+    if "student.bundle" in code:
+        shutil.copytree(request.getfixturevalue("bundle"), tmp_path / "student.bundle")
+        shutil.copy(request.getfixturevalue("photos") / "frame-03.jpg", tmp_path / "photo.jpg")
+    monkeypatch.chdir(tmp_path)
+    exec(compile(tree, "page", "exec"), {})
+
+
+def test_every_command_is_in_the_readme():
+    assert {name for name in main.commands if f"phreg-deploy {name}" not in README.read_text()} == set()
+
+
+def test_the_readme_is_short_and_shows_a_small_picture():
+    assert len(README.read_text().splitlines()) <= 130
+    picture = ROOT / "docs" / "images" / "before-after.png"
+    assert f"]({picture.relative_to(ROOT)})" in README.read_text()
+    assert picture.stat().st_size < 300_000
+
+
+def test_continuous_integration_runs_the_readme():
+    runner = (ROOT / ".ci" / "run").read_text()
+    for target in ("demo", "test", "docs"):
+        assert f"\n{target}: " in MAKEFILE
+        assert f"\nmake {target}\n" in runner
+
+
+def anchor(heading: str) -> str:
+    """The anchor of a heading, as Markdown viewers and mkdocs make it."""
+    return re.sub(r"\s+", "-", re.sub(r"[^\w\s-]", "", heading.replace("`", "").lower()).strip())
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+def test_every_link_has_a_target(page):
+    for target in re.findall(r"\]\(([^):]+)\)", page.read_text()):
+        name, _, fragment = target.partition("#")
+        path = (page.parent / name).resolve() if name else page
+        assert path.exists(), target
+        if fragment:
+            assert fragment in {anchor(title) for title in re.findall(r"^#+ (.*)$", path.read_text(), re.M)}, target
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+def test_every_path_exists(page):
+    """Paths of the repository; NAME and VERB stand for what a contributor adds."""
+    paths = re.findall(r"`((?:phreg_deploy|tests|benchmarks|docs)/[\w./-]*)`", page.read_text())
+    assert [path for path in paths if not re.search(r"NAME|VERB", path) and not (ROOT / path).exists()] == []
+
+
+def test_every_page_of_docs_is_in_the_navigation():
+    navigation = (ROOT / "mkdocs.yml").read_text()
+    assert [page.name for page in sorted((ROOT / "docs").glob("*.md")) if f": {page.name}\n" not in navigation] == []
