@@ -31,13 +31,6 @@ def images_option(required: bool, text: str) -> Callable[..., Any]:
     return click.option("--images", type=click.Path(path_type=Path), required=required, help=text)
 
 
-def runtime_extra(backend: str) -> dict[str, tuple[str, ...]]:
-    """The extra of a runtime and its module, where none is installed that ``--backend auto`` could take."""
-    from phreg_deploy.runtime.backends.registry import BACKENDS, is_installed
-
-    return {} if backend != "auto" or any(is_installed(name) for name in BACKENDS) else {"cpu": ("onnxruntime",)}
-
-
 def _known_backend(_ctx: click.Context, _param: click.Parameter, name: str) -> str:
     from phreg_deploy.runtime.backends.registry import check_name
 

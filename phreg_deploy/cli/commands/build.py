@@ -143,7 +143,7 @@ def show_bisection(
     from phreg_deploy.runtime.backends.options import BackendOptions as Plain
     from phreg_deploy.verify.bisection import bisect
 
-    found = bisect(Bundle.read(bundle), backend, tuning or Plain(), device=device, **how)
+    found = bisect(Bundle.read(bundle), backend, tuning or Plain(), device=device, **how).to_json()
     result.table(
         f"{bundle} on {backend} against FP32, after each half-block",
         ["after", "cosine p1", "relative L2", "not finite", "largest in FP32"],
