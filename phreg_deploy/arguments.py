@@ -20,15 +20,18 @@ WEIGHTS = (".safetensors", ".pth", ".pt", ".bin")
 LEAST = {"epochs": 0, "batch": 1, "micro_batch": 1, "views": 2, "seed": 0}
 MOST_REGISTERS = 64
 GPU = r"cuda:(?:0|[1-9][0-9]*)"
-TIMM_NAME = re.compile(r"\w+(\.[\w-]+)?")  # an architecture, and the tag of its weights
+# An architecture, and the tag of its weights.
+TIMM_NAME = re.compile(r"\w+(\.[\w-]+)?")
+# ``pathlib`` makes one slash of two; "local-dir:/folder" is no URL.
+URL = re.compile(r"(?:^|=)((?:[A-Za-z][A-Za-z0-9+.-]*://|(?:https?|s3|gs|ftp):/)\S*)")
 
 
 def refuse_url(text: str) -> None:
-    """Raise for a URL: every command reads files of this machine."""
-    found = re.search(r"(?:^|=)([A-Za-z][A-Za-z0-9+.-]*://\S*)", text)
-    if found:
+    """Raise ``PhregError`` for a URL, or for one after "=": every command reads files of this machine."""
+    match = URL.search(text)
+    if match:
         raise PhregError(
-            f"got the URL {found[1]}, expected a file or a folder on this machine. Download it first and give its path; "
+            f"got the URL {match[1]}, expected a file or a folder on this machine. Download it first and give its path; "
             "weights on the Hugging Face hub that timm knows are given by their timm name."
         )
 
