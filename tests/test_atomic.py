@@ -11,13 +11,11 @@ import time
 import pytest
 
 from phreg_deploy.errors import PhregError
-from phreg_deploy.files import atomic as whole
-from phreg_deploy.files import renames
-from phreg_deploy.files import temporary as scratch
+from phreg_deploy.files import atomic, renames, temporary
 from phreg_deploy.files.atomic import atomic_folder, check_target, write_atomic
 from tests.cli_helpers import ROOT
 
-STEPS = {"one step": [(whole, "exchange")], "three steps": [(os, "rename"), (whole, "claim")]}
+STEPS = {"one step": [(atomic, "exchange")], "three steps": [(os, "rename"), (atomic, "claim")]}
 
 
 @pytest.fixture(params=STEPS)
@@ -154,15 +152,15 @@ def test_a_refused_temporary_folder_removes_nobody_elses(tmp_path, monkeypatch):
     taken = tmp_path / ".out.writing-000000000000"
     taken.mkdir()
     (taken / "theirs").write_text("kept")
-    monkeypatch.setattr(scratch.secrets, "token_hex", lambda _: "0" * 12)
-    monkeypatch.setattr(whole, "remove_dead", lambda *_: None)
+    monkeypatch.setattr(temporary.secrets, "token_hex", lambda _: "0" * 12)
+    monkeypatch.setattr(atomic, "remove_dead", lambda *_: None)
     with pytest.raises(PhregError, match="cannot be written"):
         write(tmp_path / "out", "new")
     assert (taken / "theirs").read_text() == "kept"
 
 
 def leave(folder, kind, text, target="out"):
-    path = scratch.temporary(folder / target, kind)
+    path = temporary.temporary(folder / target, kind)
     path.mkdir()
     for name in ("manifest.json", "other"):
         (path / name).write_text(text)
@@ -174,10 +172,10 @@ def test_leftovers_of_the_dead_go_and_those_of_the_living_stay(tmp_path):
     leave(tmp_path, "writing", "half")
     other = leave(tmp_path, "writing", "half", "another")
     alive = leave(tmp_path, "writing", "half")
-    held = scratch.take(alive)
+    lock = temporary.open_locked(alive)
     write(tmp_path / "out", "new")
     assert {p.name for p in tmp_path.iterdir()} == {"out", alive.name, other.name}
-    os.close(held)
+    os.close(lock)
     write(tmp_path / "out", "newer")
     assert {p.name for p in tmp_path.iterdir()} == {"out", other.name}
 
