@@ -5,7 +5,7 @@ import json
 import pytest
 
 from phreg_deploy.bundle.bundle import Bundle
-from phreg_deploy.cli.commands import inspect
+from phreg_deploy.cli.tables.inspect import source_rows
 from phreg_deploy.student_record import read_record
 
 pytestmark = pytest.mark.usefixtures("torch", "traced_once")
@@ -83,7 +83,7 @@ def test_inspect_shows_licence_and_origin(world, run_cli):
 
 
 def test_a_source_from_before_licences_were_kept_is_shown():
-    rows = dict(inspect._origin({"model": "student", "weights_sha256": "ab" * 32, "distilled": "transplant"}))
+    rows = dict(source_rows({"model": "student", "weights_sha256": "ab" * 32, "distilled": "transplant"}))
     assert rows["base model"].startswith("student, weights abab")
     assert rows["license of its weights"] == "not recorded"
 
