@@ -1,4 +1,4 @@
-"""A bundle names the base model and the licence of its weights, through a student's record and through calibration."""
+"""A bundle names its base model and the licence of the weights, also after distillation and calibration."""
 
 import json
 
@@ -89,9 +89,9 @@ def test_a_source_from_before_licences_were_kept_is_shown():
 
 
 def test_random_weights_have_no_licence(world, run_cli):
-    asked = ["export", "vit_tiny_patch16_224", "--random-weights", "--image-size", "32", "-o", world.out, "--no-check"]
-    done = run_cli(*asked, "--json")
-    assert done.code == 0, done.err
-    source = done.document["manifest"]["source"]
+    words = ["export", "vit_tiny_patch16_224", "--random-weights", "--image-size", "32", "-o", world.out, "--no-check"]
+    outcome = run_cli(*words, "--json")
+    assert outcome.code == 0, outcome.err
+    source = outcome.document["manifest"]["source"]
     assert (source["model"], source["license"]) == ("vit_tiny_patch16_224", None)
     assert "not stated by timm" in run_cli("inspect", world.out).out
