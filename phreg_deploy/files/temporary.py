@@ -1,7 +1,7 @@
 """Temporary names beside an output, locked by the process that writes them.
 
-A lock ends with its process, so another process can tell leftovers of a killed one from work in progress. Process numbers
-cannot say this: those of containers repeat.
+A lock ends with its process, so another process can tell leftovers of a killed one from work in progress. Process
+numbers cannot tell: those of containers repeat.
 """
 
 from __future__ import annotations
