@@ -1,4 +1,4 @@
-"""Files that others may have written: JSON that is read whole or refused with one kind of error, and files that end."""
+"""Read JSON files that others may have written, and refuse devices and pipes in place of files."""
 
 from __future__ import annotations
 
@@ -11,32 +11,38 @@ from typing import Any
 
 from phreg_deploy.errors import PhregError
 
-LARGEST = 64 << 20  # bytes; the largest of ours, the record of a calibration, has less than one hundredth of it
-
-DEVICES = ("/proc", "/sys", "/dev")  # a link into them may name what never ends
+# Bytes of a JSON file. The largest that we write, calibration.json, takes less than one hundredth of it.
+MOST_BYTES = 64 << 20
+# A link into these may name a file without end.
+DEVICES = ("/proc", "/sys", "/dev")
 
 
 def read_json(path: Path) -> Any:
-    """What a JSON file holds.
+    """Return the content of a JSON file.
 
     Raises:
-        ValueError: too large, not UTF-8, not JSON, nested too deeply, or text that cannot be printed. OSError: the system
-            refuses.
+        ValueError: it is too large, not UTF-8, not JSON, nested too deeply, or holds text that cannot be printed.
+        OSError: the file cannot be read.
     """
     with open(path, "rb") as file:
-        data = file.read(LARGEST + 1)
-    if len(data) > LARGEST:
-        raise ValueError(f"it has more than {LARGEST >> 20} MB")
+        data = file.read(MOST_BYTES + 1)
+    if len(data) > MOST_BYTES:
+        raise ValueError(f"it has more than {MOST_BYTES >> 20} MB")
     try:
         value = json.loads(data.decode())
-        json.dumps(value, ensure_ascii=False).encode()  # half a surrogate pair can be read, but not written again
+        # Half a surrogate pair can be read, but not written again.
+        json.dumps(value, ensure_ascii=False).encode()
     except RecursionError:
         raise ValueError("it is nested too deeply") from None
     return value
 
 
 def check_regular(folder: Path, names: Sequence[str]) -> None:
-    """Raise unless these are files, or links to files, that end: no devices, pipes or views of the kernel."""
+    """Check that these are regular files, or links to some: no devices, pipes or files of the kernel.
+
+    Raises:
+        PhregError: one is missing, or is no regular file.
+    """
     missing = []
     for name in names:
         path = folder / name

@@ -1,6 +1,6 @@
-"""Frozen facts that are stored with every artifact: the model, its preprocessing, the sizes and batches it serves.
+"""What every student and bundle stores: the model, its preprocessing, the sizes and batches that it serves.
 
-No constant of these (mean, patch size, interpolation) lives anywhere else in the project.
+This is the only place for such constants (mean, patch size, interpolation).
 """
 
 from __future__ import annotations
@@ -15,13 +15,14 @@ S = TypeVar("S", bound="Stored")
 
 
 class Stored:
-    """A dataclass that goes to JSON and back; unknown or missing keys are an error that names them."""
+    """A dataclass with conversion to JSON and back."""
 
     def to_json(self) -> dict[str, Any]:
         return asdict(self)  # type: ignore[call-overload,no-any-return]
 
     @classmethod
     def from_json(cls: type[S], data: dict[str, Any]) -> S:
+        """Build the dataclass; raises ``PhregError`` for unknown or missing keys and names them."""
         known = {f.name for f in fields(cls)}  # type: ignore[arg-type]
         if not isinstance(data, dict) or set(data) != known:
             got = sorted(data) if isinstance(data, dict) else type(data).__name__
@@ -33,14 +34,14 @@ class Stored:
 
 @dataclass(frozen=True)
 class ModelSpec(Stored):
-    """What a reader of the features must know about the model.
+    """The architecture of a model, as far as readers of its features need it.
 
-    ``patch`` is (height, width) in pixels, ``grid`` the native (Hp, Wp) of its position embedding. Token order is
-    always [class, registers, patches], as in timm.
+    ``family``: "vit" (timm VisionTransformer) or "eva". ``patch``: (height, width) in pixels. ``grid``: the native
+    (Hp, Wp) of its position embedding. The order of tokens is always [class, registers, patches], as in timm.
     """
 
     architecture: str
-    family: str  # "vit" (timm VisionTransformer) or "eva"
+    family: str
     patch: tuple[int, int]
     grid: tuple[int, int]
     width: int
@@ -57,12 +58,12 @@ class ModelSpec(Stored):
 
 @dataclass(frozen=True)
 class Preprocess(Stored):
-    """How an image becomes the uint8 array that a model reads; the same steps as timm's evaluation transform.
+    """How an image becomes the uint8 array that a model reads, with the steps of timm's evaluation transform.
 
     ``crop_mode`` "squash" resizes the whole image to the input size; "center" resizes the short side to
     size / ``crop_pct`` and cuts out the centre. ``mean`` and ``std`` are per RGB channel on a scale of 0-1. ``exif``:
-    files are turned upright by their EXIF orientation, which timm does not do. ``fast``: large images are resized by
-    ``resampling.shrink``. Both are False in what was stored before they existed.
+    turn files upright by their EXIF orientation, which timm does not do. ``fast``: resize large images by
+    ``resampling.shrink``. Files from before ``exif`` and ``fast`` existed mean False.
     """
 
     mean: tuple[float, float, float]
@@ -93,7 +94,7 @@ class Preprocess(Stored):
 class Sizes(Stored):
     """The input sizes that a bundle serves, (height, width) in pixels.
 
-    ``mode`` "fixed": exactly ``sizes[0]``; "list": any of ``sizes``; "range": from ``sizes[0]`` to ``sizes[2]`` in
+    ``mode``: "fixed" serves ``sizes[0]``, "list" any of ``sizes``, "range" all from ``sizes[0]`` to ``sizes[2]`` in
     steps of a patch, tuned for ``sizes[1]``.
     """
 
@@ -113,7 +114,8 @@ class Sizes(Stored):
         """Read ``518``, ``480x640``, ``224,518,480x640`` (a list) or ``224:518:1036`` (a range).
 
         Raises:
-            PhregError: not of these forms, or a side that is not a multiple of the patch (the nearest two are named).
+            PhregError: the text has another form, or a side is not a multiple of the patch; the message names the two
+                nearest.
         """
         parts = text.split(":") if ":" in text else text.split(",")
         sizes = tuple(_size(part.strip(), text, patch) for part in parts)
@@ -135,15 +137,14 @@ class Sizes(Stored):
 
     def check(self, size: tuple[int, int], patch: tuple[int, int]) -> None:
         """Raise ``PhregError`` unless ``size`` (height, width) is served."""
-        lowest, highest = self.sizes[0], self.sizes[-1]
-        served = (
-            lowest[0] <= size[0] <= highest[0] and lowest[1] <= size[1] <= highest[1]
-            and size[0] % patch[0] == 0 and size[1] % patch[1] == 0
-            if self.mode == "range" else size in self.sizes
-        )  # fmt: skip
+        served = size in self.sizes
+        if self.mode == "range":
+            sides = zip(self.sizes[0], size, self.sizes[-1], patch)
+            served = all(low <= side <= high and side % step == 0 for low, side, high, step in sides)
         if not served:
+            got = f"{size[0]}x{size[1]}"
             raise PhregError(
-                f"image size: got {size[0]}x{size[1]}, expected {self}. Resize the image, or export with --image-size {size[0]}x{size[1]}."
+                f"image size: got {got}, expected {self}. Resize the image, or export with --image-size {got}."
             )
 
     def __str__(self) -> str:
@@ -175,9 +176,11 @@ class Batches(Stored):
         return self.lowest != self.highest
 
     def check(self, batch: int) -> None:
+        """Raise ``PhregError`` unless a batch of so many images is served."""
         if not self.lowest <= batch <= self.highest:
+            wider = f"{self.lowest}:{self.best}:{max(batch, self.highest)}"
             raise PhregError(
-                f"batch: got {batch} images, expected {self}. Split the batch, or export with --batch {self.lowest}:{self.best}:{max(batch, self.highest)}."
+                f"batch: got {batch} images, expected {self}. Split the batch, or export with --batch {wider}."
             )
 
     def __str__(self) -> str:

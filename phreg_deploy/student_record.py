@@ -1,4 +1,4 @@
-"""``phreg.json``: the story of a student, as ``distill`` wrote it. Read without PyTorch."""
+"""Read ``phreg.json``, the record that ``distill`` writes beside a student. Needs no PyTorch."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ RECORD_VERSION = 1
 
 
 def model_path(name: str) -> Path:
-    """Where a model's name points if it names a folder, ``FOLDER`` or ``local-dir:FOLDER``; nothing is there for a timm name."""
+    """Return the path in ``FOLDER`` or ``local-dir:FOLDER``; for a timm name, a path that does not exist."""
     return Path(name.removeprefix("local-dir:"))
 
 
 def read_record(folder: Path) -> dict[str, Any] | None:
-    """The student's story, or None for a folder that ``distill`` did not write, or none at all.
+    """Return a student's record, None if the folder has none or does not exist.
 
     Raises:
         PhregError: the record is damaged, or of a newer format.
@@ -42,7 +42,11 @@ def read_record(folder: Path) -> dict[str, Any] | None:
 
 
 def recorded(record: dict[str, Any], folder: Path, *keys: str) -> Any:
-    """``record[key][key]...``; a record without it is damaged."""
+    """Return ``record[key][key]...``.
+
+    Raises:
+        PhregError: a key is missing, so the record is damaged.
+    """
     value: Any = record
     for key in keys:
         if not isinstance(value, dict) or key not in value:
@@ -54,15 +58,16 @@ def recorded(record: dict[str, Any], folder: Path, *keys: str) -> Any:
 
 
 def scored(record: dict[str, Any], folder: Path, *keys: str) -> Any:
-    """``record["scores"][key]...``; None for a student that could not be scored."""
+    """Return ``record["scores"][key]...``, None for a student that could not be scored; raises as ``recorded``."""
     return None if "missing" in recorded(record, folder, "scores") else recorded(record, folder, "scores", *keys)
 
 
 def recorded_median(record: dict[str, Any], folder: Path) -> float | None:
-    """The base model's median norm, None where nobody measured it."""
+    """Return the base model's median patch-token norm, None if it was not measured; raises as ``recorded``."""
     median = scored(record, folder, "median_norm")
     if median is None or (type(median) in (int, float) and 0 < median < float("inf")):
         return median  # type: ignore[no-any-return]
     raise PhregError(
-        f"student: {folder / RECORD} is damaged (median norm {str(median)[:60]}, expected a number above 0); copy or distil the student again."
+        f"student: {folder / RECORD} is damaged (median norm {str(median)[:60]}, expected a number above 0); "
+        "copy or distil the student again."
     )

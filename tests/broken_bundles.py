@@ -1,4 +1,4 @@
-"""Bundles that answer wrongly: a graph with nodes appended to its outputs, sealed again so that every hash holds."""
+"""Make bundles that answer wrongly: nodes are appended to the outputs of the graph, and all hashes are correct."""
 
 import shutil
 from pathlib import Path
@@ -32,7 +32,7 @@ class Broken:
         return name
 
     def output(self, name: str) -> str:
-        """The true value of an output, whose name is free from now on."""
+        """Rename an output inside the graph; return its new name. The old name can be given to another value."""
         true = f"{name}/true"
         for node in self.model.graph.node:
             node.input[:] = [true if i == name else i for i in node.input]
@@ -63,22 +63,22 @@ def another_class_token(broken: Broken, value: np.ndarray) -> None:
 
 
 def shifted(broken: Broken) -> None:
-    """Features one patch to the right; the last column comes first."""
+    """Shift features one patch to the right; the last column comes first."""
     true, columns = broken.output("features"), broken.grid[1]
     order = broken.constant([(i - 1) % columns for i in range(columns)], np.int64)
     broken.give("features", broken.node("Gather", true, order, axis=2))
 
 
 def garbage_token(broken: Broken, pixel: tuple[int, int, int] | None = None, value: int = 0) -> None:
-    """The first patch token is noise; with ``pixel`` (row, column, channel) only in images that have ``value`` there."""
+    """Make the first patch token noise; with ``pixel`` (row, column, channel) only in images with ``value`` there."""
     rng, (rows, columns) = np.random.default_rng(0), broken.grid
     mask = np.zeros((1, rows, columns, 1), bool)
     mask[0, 0, 0] = True
     where = broken.constant(mask, np.bool_)
     if pixel is not None:
         starts, ends, axes = (broken.constant(v, np.int64) for v in (pixel, [p + 1 for p in pixel], [1, 2, 3]))
-        found = broken.node("Cast", broken.node("Slice", "image", starts, ends, axes), to=TensorProto.INT32)
-        here = broken.node("Equal", found, broken.constant([value], np.int32))
-        where = broken.node("And", where, here)
+        pixels = broken.node("Cast", broken.node("Slice", "image", starts, ends, axes), to=TensorProto.INT32)
+        equal = broken.node("Equal", pixels, broken.constant([value], np.int32))
+        where = broken.node("And", where, equal)
     noise = broken.constant(rng.normal(0, 2, (1, 1, 1, broken.width)))
     broken.give("features", broken.node("Where", where, noise, broken.output("features")))

@@ -1,4 +1,4 @@
-"""Seeded damage to a bundle whose hashes are right again, and what became of it: for a test, and for longer runs by hand."""
+"""Damage bundles at random, by a seed, correct their hashes, and judge the outcome; for a test and for longer runs."""
 
 import copy
 import hashlib
@@ -16,28 +16,28 @@ from tests.cli_helpers import invoke, photograph
 
 BACKEND = "onnxruntime-cpu"
 VALUES = [
-    None, True, False, 0, 1, -1, 2, 3, 64, 65, 100_000, 2**31, 2**63, 10**30, 0.5, 0.01, -0.5, 1e-9, 1e308, float("nan"), float("inf"), "", "x",
-    "64", "center", "nearest", "fp16", "int8", "range", "model.onnx", "../x", "/etc/passwd", "x" * 5000, [], {}, [[]], [64, 64], [1, 2, 3], {"a": 1},
-    [None] * 3, [[48, 48], [64, 64], [96, 96]],
+    None, True, False, 0, 1, -1, 2, 3, 64, 65, 100_000, 2**31, 2**63, 10**30, 0.5, 0.01, -0.5, 1e-9, 1e308,
+    float("nan"), float("inf"), "", "x", "64", "center", "nearest", "fp16", "int8", "range", "model.onnx", "../x",
+    "/etc/passwd", "x" * 5000, [], {}, [[]], [64, 64], [1, 2, 3], {"a": 1}, [None] * 3, [[48, 48], [64, 64], [96, 96]],
 ]  # fmt: skip
 
 
 def answers(folder, verify=True):
-    """What a bundle serves of one photograph; it is resized to the bundle's size."""
+    """Return what a bundle serves for one photograph, which is resized to the bundle's size."""
     with FeatureExtractor.load(folder, BACKEND, threads=1, verify=verify) as extractor:
         dense = extractor(photograph(77, 90, 70))
     return {"features": dense.features, "cls": dense.cls, "token_norm": dense.token_norm, "rate": dense.artifact_rate}
 
 
 def verdict(folder, expected, verify=True):
-    """ "refused", "harmless", "caught by check", or what changed without a word; another exception is not caught."""
+    """Return "refused", "harmless", "caught by check", or what changed silently; pass on any other exception."""
     try:
         got = answers(folder, verify)
     except PhregError:
         return "refused"
     finally:
-        looked = invoke("inspect", folder, "--json")
-        assert looked.code in (0, 2), looked.err
+        inspected = invoke("inspect", folder, "--json")
+        assert inspected.code in (0, 2), inspected.err
     changed = difference(got, expected)
     checked = invoke("check", folder, "--backend", BACKEND, "--threads", "1", "--json")
     assert checked.code in (0, 2, 3), checked.err
@@ -47,7 +47,7 @@ def verdict(folder, expected, verify=True):
 
 
 def difference(got, expected):
-    """The first kind of answer that differs, or None."""
+    """Return the first kind of answer that differs, or None."""
     for name, value in expected.items():
         if np.shape(got[name]) != np.shape(value):
             return f"shape of {name}"
@@ -62,11 +62,11 @@ def difference(got, expected):
 
 
 class Mutator:
-    """Copies of a bundle, each with one seeded change of its manifest, its reference, its graph or its position embedding.
+    """Makes copies of a bundle, each with one seeded change of its manifest, exam, graph or position embedding.
 
     Args:
-        flips: change single bytes of the files as well, also of the graph.
-        hashes: write the right ones into the manifest.
+        flips: also change single bytes of the files.
+        hashes: write the correct hashes into the manifest.
     """
 
     def __init__(self, bundle: Path, work: Path, *, flips: bool = False, hashes: bool = True) -> None:
@@ -74,7 +74,7 @@ class Mutator:
         self.kinds = [self.manifest, self.reference, self.graph]
 
     def make(self, seed: int) -> tuple[Path, str]:
-        """The folder of a mutant, and what was done to it."""
+        """Return the folder of a mutant, and a description of the change."""
         self.draw = random.Random(seed)
         shutil.rmtree(self.work, ignore_errors=True)
         shutil.copytree(self.bundle, self.work)
@@ -91,7 +91,7 @@ class Mutator:
             for name in [n for n in files if (self.work / n).is_file()]:
                 files[name] = hashlib.sha256((self.work / name).read_bytes()).hexdigest()
         except (ValueError, TypeError, KeyError, OSError):
-            return  # the change was there
+            return  # the manifest itself was changed
         path.write_text(json.dumps(manifest))
 
     def flip(self):
@@ -120,9 +120,8 @@ class Mutator:
         elif kind == "add" and isinstance(holder[key], dict):
             holder[key][self.draw.choice(["x", "../x", "/proc/kmsg", "engines"])] = self.draw.choice(VALUES)
         elif kind == "number" and number:
-            holder[key] = self.draw.choice(
-                [holder[key] + 1, holder[key] * 2, holder[key] / 2, -holder[key], str(holder[key])]
-            )
+            value = holder[key]
+            holder[key] = self.draw.choice([value + 1, value * 2, value / 2, -value, str(value)])
         else:
             holder[key] = self.draw.choice(VALUES)
         path.write_text(json.dumps(data))
@@ -133,16 +132,20 @@ class Mutator:
             arrays = dict(file)
         name = self.draw.choice(sorted(arrays))
         value, rng = arrays[name], np.random.default_rng(self.draw.randrange(2**32))
+        names = ["x", "0", "/", "1/image", "99999999999/image", "a/b/c"]
+        types = ["f8", "i8", "c16", "f2", "?", "U3"]
+        shapes = lambda: [value[0], value[..., :1], value[None], value[:0], value.reshape(-1)]  # noqa: E731
+        replace = lambda other: arrays.update({name: other})  # noqa: E731
         changes = {
             "delete": lambda: arrays.pop(name),
-            "rename": lambda: arrays.update({self.draw.choice(["x", "0", "/", "1/image", "99999999999/image", "a/b/c"]): arrays.pop(name)}),
-            "type": lambda: arrays.update({name: value.astype(self.draw.choice(["f8", "i8", "c16", "f2", "?", "U3"]))}),
-            "shape": lambda: arrays.update({name: self.draw.choice([value[0], value[..., :1], value[None], value[:0], value.reshape(-1)])}),
-            "zeros": lambda: arrays.update({name: np.zeros_like(value)}),
-            "noise": lambda: arrays.update({name: (value + 200 * rng.standard_normal(value.shape)).astype(value.dtype)}),
-            "scale": lambda: arrays.update({name: (value * self.draw.choice([-1.0, 0.5, 2.0])).astype(value.dtype)}),
-            "not a number": lambda: arrays.update({name: np.full(value.shape, np.nan, "f4")}),
-        }  # fmt: skip
+            "rename": lambda: arrays.update({self.draw.choice(names): arrays.pop(name)}),
+            "type": lambda: replace(value.astype(self.draw.choice(types))),
+            "shape": lambda: replace(self.draw.choice(shapes())),
+            "zeros": lambda: replace(np.zeros_like(value)),
+            "noise": lambda: replace((value + 200 * rng.standard_normal(value.shape)).astype(value.dtype)),
+            "scale": lambda: replace((value * self.draw.choice([-1.0, 0.5, 2.0])).astype(value.dtype)),
+            "not a number": lambda: replace(np.full(value.shape, np.nan, "f4")),
+        }
         kind = self.draw.choice(sorted(changes))
         changes[kind]()
         write_npz(self.work / "reference.npz", arrays)
@@ -153,9 +156,14 @@ class Mutator:
 
         model = onnx.load(self.work / "model.onnx")
         changes = {
-            "metadata": self._metadata, "drop a node": self._drop_node, "rename an output": self._rename, "another operator": self._operator,
-            "swap outputs": self._swap, "weights": self._weights, "no output": lambda m: m.graph.output.pop() and "",
-        }  # fmt: skip
+            "metadata": self._metadata,
+            "drop a node": self._drop_node,
+            "rename an output": self._rename,
+            "another operator": self._operator,
+            "swap outputs": self._swap,
+            "weights": self._weights,
+            "no output": lambda m: m.graph.output.pop() and "",
+        }
         kind = self.draw.choice(sorted(changes) + ["weights"] * 4)
         done = changes[kind](model)
         (self.work / "model.onnx").write_bytes(model.SerializeToString())
@@ -191,17 +199,16 @@ class Mutator:
         tensor = self.draw.choice(floats)
         value = numpy_helper.to_array(tensor)
         factor = self.draw.choice([0.0, -1.0, 0.5, 2.0, np.nan, 1e30, "mix"])
-        mixed = (
-            np.random.default_rng(1).permutation(value.reshape(-1)).reshape(value.shape)
-            if factor == "mix"
-            else value * factor
-        )
-        tensor.CopyFrom(numpy_helper.from_array(np.asarray(mixed, value.dtype), tensor.name))
+        if factor == "mix":
+            changed = np.random.default_rng(1).permutation(value.reshape(-1)).reshape(value.shape)
+        else:
+            changed = value * factor
+        tensor.CopyFrom(numpy_helper.from_array(np.asarray(changed, value.dtype), tensor.name))
         return f"{tensor.name} {factor}"
 
 
 def _places(data, named=""):
-    """Every holder and key of a JSON document."""
+    """Yield every container and key of a JSON document, with its dotted name."""
     for key in list(data) if isinstance(data, dict) else range(len(data)):
         yield data, key, f"{named}.{key}"
         if isinstance(data[key], (dict, list)):

@@ -1,4 +1,4 @@
-"""Bundles that are missing, damaged, changed or too new, and everything that can be wrong beside them: one table."""
+"""Bundles that are missing, damaged, changed or too new, and wrong arguments beside a bundle, are refused."""
 
 import hashlib
 import json
@@ -24,7 +24,7 @@ def half(data):
 
 
 def edit(**changes):
-    """A change of the manifest's keys; None takes one away."""
+    """Return a function that changes the manifest's keys; None removes one."""
 
     def change(data):
         manifest = {**json.loads(data), **changes}
@@ -34,7 +34,7 @@ def edit(**changes):
 
 
 def graph(change):
-    """A change of the graph, as a model of the onnx package; what it says of itself stays."""
+    """Return a function that changes the graph by ``change``, which takes an ``onnx.ModelProto``."""
 
     def changed(data):
         import onnx
@@ -51,7 +51,7 @@ def misname(model):
 
 
 def rehashed(folder):
-    """The manifest agrees with the files again: what a careless tool leaves behind."""
+    """Write the correct hashes into the manifest, as a tool that edits bundles might."""
     manifest = json.loads((folder / "manifest.json").read_text())
     manifest["files"] = {name: hashlib.sha256((folder / name).read_bytes()).hexdigest() for name in manifest["files"]}
     (folder / "manifest.json").write_text(json.dumps(manifest))
@@ -59,7 +59,7 @@ def rehashed(folder):
 
 
 def rewritten(folder, **changes):
-    """Manifest and graph say something else, in agreement: what another exporter might have written."""
+    """Change manifest and graph alike, as another exporter might have written them."""
     manifest = json.loads((folder / "manifest.json").read_text()) | changes
 
     def write_onnx_metadata(model):
@@ -76,41 +76,63 @@ def write(w, name, data):
     return w.tmp / name
 
 
-BUNDLES = {  # id: (bundle, fragments) for every reader
+def damaged(name="bundle", **files):
+    """Return a function that copies a bundle with changed files."""
+    return lambda w: w.copy(name, **files)
+
+
+# Name -> the bundle, and fragments of the message of every reader.
+BUNDLES = {
     "no folder": (lambda w: w.tmp / "none", ["none", "there is nothing"]),
     "a file": (lambda w: w.photos / "frame-01.jpg", ["frame-01.jpg", "there is a file"]),
-    "newer format": (lambda w: w.copy("bundle", manifest=edit(format=4)), ["got format 4", "at most 3", "Upgrade phreg-deploy"]),
-    "no format": (lambda w: w.copy("bundle", manifest=edit(format=None)), ["manifest.json", "no format number"]),
-    "manifest empty": (lambda w: w.copy("bundle", manifest=b""), ["manifest.json", "not valid JSON"]),
-    "manifest truncated": (lambda w: w.copy("bundle", manifest=half), ["manifest.json", "not valid JSON", "export the bundle again"]),
-    "manifest not text": (lambda w: w.copy("bundle", manifest=b"\xff\xfe\x80"), ["manifest.json", "not valid JSON"]),
-    "manifest a list": (lambda w: w.copy("bundle", manifest=b"[]"), ["manifest.json", "damaged or not ours"]),
-    "key missing": (lambda w: w.copy("bundle", manifest=edit(sizes=None)), ["manifest.json", "['sizes']"]),
-    "key of calibration missing": (lambda w: w.copy("bundle", manifest=edit(quantisation=None)), ["manifest.json", "['quantisation']"]),
-    "key unknown": (lambda w: w.copy("bundle", manifest=edit(colour=1)), ["manifest.json", "['colour']"]),
-    "model no object": (lambda w: w.copy("bundle", manifest=edit(model=3)), ["manifest.json", "ModelSpec", "int"]),
-    "sizes malformed": (lambda w: w.copy("bundle", manifest=edit(sizes={"mode": "fixed", "sizes": [64]})), ["manifest.json", "sizes"]),
-    "precision unknown": (lambda w: w.copy("bundle", manifest=edit(precision="int3")), ["manifest.json", "int3"]),
-    "files no object": (lambda w: w.copy("bundle", manifest=edit(files=7)), ["manifest.json", "files"]),
-    "graph changed": (lambda w: w.copy("bundle", model=lambda b: b[:-1] + b"?"), ["model.onnx", "another sha256", "changed or damaged"]),
-    "graph truncated": (lambda w: w.copy("bundle", model=half), ["model.onnx", "another sha256"]),
-    "graph empty": (lambda w: w.copy("bundle", model=b""), ["model.onnx", "another sha256"]),
-    "graph missing": (lambda w: w.copy("bundle", model=None), ["lacks model.onnx", "export the bundle again"]),
-    "reference truncated": (lambda w: w.copy("bundle", reference=half), ["reference.npz", "another sha256"]),
-    "reference missing": (lambda w: w.copy("bundle", reference=None), ["lacks reference.npz"]),
-    "positions changed": (lambda w: w.copy("wide_bundle", pos_embed=half), ["pos_embed.npy", "another sha256"]),
-}  # fmt: skip
+    "newer format": (damaged(manifest=edit(format=4)), ["got format 4", "at most 3", "Upgrade phreg-deploy"]),
+    "no format": (damaged(manifest=edit(format=None)), ["manifest.json", "no format number"]),
+    "manifest empty": (damaged(manifest=b""), ["manifest.json", "not valid JSON"]),
+    "manifest truncated": (damaged(manifest=half), ["manifest.json", "not valid JSON", "export the bundle again"]),
+    "manifest not text": (damaged(manifest=b"\xff\xfe\x80"), ["manifest.json", "not valid JSON"]),
+    "manifest a list": (damaged(manifest=b"[]"), ["manifest.json", "damaged or not ours"]),
+    "key missing": (damaged(manifest=edit(sizes=None)), ["manifest.json", "['sizes']"]),
+    "key of calibration missing": (damaged(manifest=edit(quantisation=None)), ["manifest.json", "['quantisation']"]),
+    "key unknown": (damaged(manifest=edit(colour=1)), ["manifest.json", "['colour']"]),
+    "model no object": (damaged(manifest=edit(model=3)), ["manifest.json", "ModelSpec", "int"]),
+    "sizes malformed": (damaged(manifest=edit(sizes={"mode": "fixed", "sizes": [64]})), ["manifest.json", "sizes"]),
+    "precision unknown": (damaged(manifest=edit(precision="int3")), ["manifest.json", "int3"]),
+    "files no object": (damaged(manifest=edit(files=7)), ["manifest.json", "files"]),
+    "graph changed": (damaged(model=lambda b: b[:-1] + b"?"), ["model.onnx", "another sha256", "changed or damaged"]),
+    "graph truncated": (damaged(model=half), ["model.onnx", "another sha256"]),
+    "graph empty": (damaged(model=b""), ["model.onnx", "another sha256"]),
+    "graph missing": (damaged(model=None), ["lacks model.onnx", "export the bundle again"]),
+    "reference truncated": (damaged(reference=half), ["reference.npz", "another sha256"]),
+    "reference missing": (damaged(reference=None), ["lacks reference.npz"]),
+    "positions changed": (damaged("wide_bundle", pos_embed=half), ["pos_embed.npy", "another sha256"]),
+}
+# Name -> the command, and fragments of its message.
 OTHERS = {
     "check: a student": (lambda w: ["check", w.student], ["no manifest.json", "run `phreg-deploy export` on it first"]),
     "inspect: an empty folder": (lambda w: ["inspect", w.tmp], ["neither manifest.json nor config.json"]),
     "inspect: config damaged": (lambda w: ["inspect", w.copy("student", config=b"{")], ["copy-of-student", "damaged"]),
     "inspect: config a list": (lambda w: ["inspect", w.copy("student", config=b"[]")], ["config.json", "damaged"]),
     "inspect: record damaged": (lambda w: ["inspect", w.copy("student", phreg=half)], ["damaged"]),
-    "inspect: record without scores": (lambda w: ["inspect", w.copy("student", phreg=b'{"format": 1}')], ["phreg.json", "damaged"]),
-    "inspect: newer record": (lambda w: ["inspect", w.copy("student", phreg=edit(format=2))], ["format 2", "at most 1"]),
-    "check: reference of noise": (lambda w: ["check", rehashed(w.copy("bundle", reference=b"noise"))], ["reference.npz", "cannot be read"]),
-    "check: reference truncated": (lambda w: ["check", rehashed(w.copy("bundle", reference=half))], ["reference.npz", "cannot be read"]),
-    "check: reference empty": (lambda w: ["check", rehashed(w.copy("bundle", reference=b""))], ["reference.npz", "cannot be read"]),
+    "inspect: record without scores": (
+        lambda w: ["inspect", w.copy("student", phreg=b'{"format": 1}')],
+        ["phreg.json", "damaged"],
+    ),
+    "inspect: newer record": (
+        lambda w: ["inspect", w.copy("student", phreg=edit(format=2))],
+        ["format 2", "at most 1"],
+    ),
+    "check: reference of noise": (
+        lambda w: ["check", rehashed(w.copy("bundle", reference=b"noise"))],
+        ["reference.npz", "cannot be read"],
+    ),
+    "check: reference truncated": (
+        lambda w: ["check", rehashed(w.copy("bundle", reference=half))],
+        ["reference.npz", "cannot be read"],
+    ),
+    "check: reference empty": (
+        lambda w: ["check", rehashed(w.copy("bundle", reference=b""))],
+        ["reference.npz", "cannot be read"],
+    ),
     "extract: graph of noise": (
         lambda w: READERS["extract"](w, rehashed(w.copy("bundle", model=b"noise"))),
         ["model.onnx", "cannot be read", "no ONNX file"],
@@ -123,25 +145,58 @@ OTHERS = {
         lambda w: READERS["extract"](w, rehashed(w.copy("wide_bundle", pos_embed=half))),
         ["pos_embed.npy", "cannot be read"],
     ),
-    "check: reference without images": (lambda w: ["check", w.bundle, "--reference", w.student], ["--reference needs --images"]),
+    "check: reference without images": (
+        lambda w: ["check", w.bundle, "--reference", w.student],
+        ["--reference needs --images"],
+    ),
     "check: base without images": (lambda w: ["check", w.bundle, "--base", w.base], ["--base", "--images"]),
     "check: reference missing": (
         lambda w: ["check", w.bundle, "--images", w.photos, "--reference", "local-dir:gone"],
         ["local-dir:gone names no folder"],
     ),
     "check: images missing": (lambda w: ["check", w.bundle, "--images", w.tmp / "none"], ["there is nothing"]),
-    "check: report nowhere": (lambda w: ["check", w.bundle, "--report", w.tmp / "no" / "r.html"], ["no folder", "create it first"]),
+    "check: report nowhere": (
+        lambda w: ["check", w.bundle, "--report", w.tmp / "no" / "r.html"],
+        ["no folder", "create it first"],
+    ),
     "check: no limit": (lambda w: ["check", w.bundle, "--limit", "0"], ["--limit", "x>=1"]),
     "check: no thread": (lambda w: ["check", w.bundle, "--threads", "0"], ["--threads"]),
-    "check: unknown backend": (lambda w: ["check", w.bundle, "--backend", "tflite"], ["'tflite'", "auto, onnxruntime-cpu"]),
-    "extract: size not served": (lambda w: [*READERS["extract"](w, w.bundle), "--image-size", "72"], ["72x72", "expected 64x64"]),
-    "extract: size out of range": (lambda w: [*READERS["extract"](w, w.wide_bundle), "--image-size", "48x104"], ["48x104", "48x48 to 96x96"]),
-    "extract: size not a multiple": (lambda w: [*READERS["extract"](w, w.wide_bundle), "--image-size", "60"], ["60x60"]),
-    "extract: image missing": (lambda w: ["extract", w.bundle, w.tmp / "x.jpg", "-o", w.out], ["there is no file", "x.jpg"]),
-    "extract: an address": (lambda w: ["extract", w.bundle, "https://example.org/a.jpg", "-o", w.out], ["got the URL https://example.org/a.jpg"]),
-    "extract: outputs unknown": (lambda w: [*READERS["extract"](w, w.bundle), "--outputs", "features,depth"], ["'features,depth'", "cls, token_norm"]),
-    "extract: resume and force": (lambda w: [*READERS["extract"](w, w.bundle), "--resume", "--force"], ["--resume and --force", "one of them"]),
-    "extract: text for an image": (lambda w: ["extract", w.bundle, w.odd_images / "text.jpg", "-o", w.out], ["text.jpg", "not an image"]),
+    "check: unknown backend": (
+        lambda w: ["check", w.bundle, "--backend", "tflite"],
+        ["'tflite'", "auto, onnxruntime-cpu"],
+    ),
+    "extract: size not served": (
+        lambda w: [*READERS["extract"](w, w.bundle), "--image-size", "72"],
+        ["72x72", "expected 64x64"],
+    ),
+    "extract: size out of range": (
+        lambda w: [*READERS["extract"](w, w.wide_bundle), "--image-size", "48x104"],
+        ["48x104", "48x48 to 96x96"],
+    ),
+    "extract: size not a multiple": (
+        lambda w: [*READERS["extract"](w, w.wide_bundle), "--image-size", "60"],
+        ["60x60"],
+    ),
+    "extract: image missing": (
+        lambda w: ["extract", w.bundle, w.tmp / "x.jpg", "-o", w.out],
+        ["there is no file", "x.jpg"],
+    ),
+    "extract: an address": (
+        lambda w: ["extract", w.bundle, "https://example.org/a.jpg", "-o", w.out],
+        ["got the URL https://example.org/a.jpg"],
+    ),
+    "extract: outputs unknown": (
+        lambda w: [*READERS["extract"](w, w.bundle), "--outputs", "features,depth"],
+        ["'features,depth'", "cls, token_norm"],
+    ),
+    "extract: resume and force": (
+        lambda w: [*READERS["extract"](w, w.bundle), "--resume", "--force"],
+        ["--resume and --force", "one of them"],
+    ),
+    "extract: text for an image": (
+        lambda w: ["extract", w.bundle, w.odd_images / "text.jpg", "-o", w.out],
+        ["text.jpg", "not an image"],
+    ),
     "extract: empty folder": (lambda w: ["extract", w.bundle, w.tmp, "-o", w.out], ["holds no image"]),
     "extract: no image named": (lambda w: ["extract", w.bundle, "-o", w.out], ["Missing argument", "IMAGES"]),
     "artifacts: checkpoint with a bundle": (
@@ -149,25 +204,44 @@ OTHERS = {
         ["--checkpoint goes with a timm name"],
     ),
     "artifacts: size not served": (lambda w: [*READERS["artifacts"](w, w.bundle), "--image-size", "72"], ["72x72"]),
-    "artifacts: picture nowhere": (lambda w: [*READERS["artifacts"](w, w.bundle), "--picture", w.tmp / "no" / "p.png"], ["p.png"]),
-    "profile: batch not served": (lambda w: [*READERS["profile"](w, w.bundle), "--batch", "2"], ["got 2 images", "--batch 1:1:2"]),
+    "artifacts: picture nowhere": (
+        lambda w: [*READERS["artifacts"](w, w.bundle), "--picture", w.tmp / "no" / "p.png"],
+        ["p.png"],
+    ),
+    "profile: batch not served": (
+        lambda w: [*READERS["profile"](w, w.bundle), "--batch", "2"],
+        ["got 2 images", "--batch 1:1:2"],
+    ),
     "profile: batch of words": (lambda w: [*READERS["profile"](w, w.bundle), "--batch", "1,b"], ["'1,b'", "1,4,8"]),
-    "profile: frame of words": (lambda w: [*READERS["profile"](w, w.bundle), "--frame", "1080p"], ["'1080p'", "HEIGHTxWIDTH"]),
-    "profile: frame too large": (lambda w: [*READERS["profile"](w, w.bundle), "--frame", "99999x10"], ["99999x10", "16384"]),
+    "profile: frame of words": (
+        lambda w: [*READERS["profile"](w, w.bundle), "--frame", "1080p"],
+        ["'1080p'", "HEIGHTxWIDTH"],
+    ),
+    "profile: frame too large": (
+        lambda w: [*READERS["profile"](w, w.bundle), "--frame", "99999x10"],
+        ["99999x10", "16384"],
+    ),
     "profile: no time": (lambda w: ["profile", w.bundle, "--seconds", "0"], ["--seconds"]),
-    "profile: baseline missing": (lambda w: [*READERS["profile"](w, w.bundle), "--baseline", w.tmp / "b.json"], ["b.json", "cannot be read"]),
-    "profile: baseline a folder": (lambda w: [*READERS["profile"](w, w.bundle), "--baseline", w.tmp], ["cannot be read"]),
-}  # fmt: skip
+    "profile: baseline missing": (
+        lambda w: [*READERS["profile"](w, w.bundle), "--baseline", w.tmp / "b.json"],
+        ["b.json", "cannot be read"],
+    ),
+    "profile: baseline a folder": (
+        lambda w: [*READERS["profile"](w, w.bundle), "--baseline", w.tmp],
+        ["cannot be read"],
+    ),
+}
 
 
 @pytest.mark.parametrize("name", BUNDLES)
 @pytest.mark.parametrize("reader", READERS)
 def test_a_bad_bundle_is_refused_by_every_reader(world, run_cli, reader, name):
     make, fragments = BUNDLES[name]
-    asked = READERS[reader](world, make(world))
+    command = READERS[reader](world, make(world))
     if reader in ("artifacts", "inspect") and name in ("no folder", "a file"):
-        fragments = fragments[:1]  # a path that is no bundle may also be a model: both are named
-    run_cli(*asked, "--json").refused(2, *fragments)
+        # A path that is no bundle may also be a model: the message names both.
+        fragments = fragments[:1]
+    run_cli(*command, "--json").refused(2, *fragments)
     assert not world.out.exists()
     assert leftovers(world.tmp) == []
 
@@ -182,10 +256,10 @@ def test_a_mistake_beside_a_bundle_is_exit_code_2(world, run_cli, name):
 
 @pytest.mark.parametrize(("backend", "extra"), [("onnxruntime-cuda", "gpu"), ("tensorrt", "trt")])
 @pytest.mark.parametrize("reader", ["check", "profile", "extract", "artifacts"])
-def test_a_backend_that_is_not_here_is_exit_code_4(world, run_cli, monkeypatch, reader, backend, extra):
+def test_a_missing_backend_is_exit_code_4(world, run_cli, monkeypatch, reader, backend, extra):
     for module in ("tensorrt", "tensorrt_lean"):
         monkeypatch.setitem(sys.modules, module, None)
     monkeypatch.setattr("onnxruntime.get_available_providers", lambda: ["CPUExecutionProvider"])
-    asked = READERS[reader](world, world.bundle)
-    run_cli(*asked, "--backend", backend, "--json").refused(4, f"phreg-deploy[{extra}]")
+    command = READERS[reader](world, world.bundle)
+    run_cli(*command, "--backend", backend, "--json").refused(4, f"phreg-deploy[{extra}]")
     assert not world.out.exists()

@@ -1,4 +1,4 @@
-"""Bundles that answer wrongly miss a gate, in FP32 and in 8 bits, against their own reference and against PyTorch."""
+"""Bundles that answer wrongly miss a gate, in FP32 and in 8 bits, against their own exam and against PyTorch."""
 
 import numpy as np
 import pytest
@@ -36,8 +36,8 @@ def pictures(folder, photos):
 @both
 def test_the_bundles_themselves_pass_and_list_every_gate(world, which, run_cli):
     folder = getattr(world, which)
-    outcome = run_cli("check", folder, "--backend", "onnxruntime-cpu", "--reference", world.student, "--images", world.photos,
-        "--limit", LIMIT, "--json")  # fmt: skip
+    comparison = ("--reference", world.student, "--images", world.photos, "--limit", LIMIT)
+    outcome = run_cli("check", folder, "--backend", "onnxruntime-cpu", *comparison, "--json")
     assert outcome.code == 0, outcome.err[-500:]
     assert outcome.document["passed"] is True
     precision = outcome.document["precision"]
@@ -59,7 +59,7 @@ def test_one_garbage_token_in_every_image(broken, run_cli):
 
 
 def test_one_garbage_token_in_one_image_of_eight(broken, world, run_cli):
-    """An image that the own reference does not hold: only the comparison on photographs can see it."""
+    """The bundle's exam does not hold this image: only the comparison on photographs sees the error."""
     images = pictures(broken.folder, world.photos).batch(0, LIMIT).astype(int)
     alone = np.abs(images[3] - np.delete(images, 3, axis=0)).min(0)
     pixel = tuple(int(i) for i in np.unravel_index(alone.argmax(), alone.shape))
@@ -97,7 +97,7 @@ def test_token_norms_that_are_off_by_five_percent(broken, run_cli, factor):
 @pytest.mark.parametrize("precision", GATES)
 @pytest.mark.parametrize("exam", [True, False])
 def test_thirteen_garbage_tokens_of_1369(precision, exam):
-    """Fewer than one in a hundred: the 1st percentile does not see them."""
+    """They are fewer than one in a hundred: the 1st percentile does not see them."""
     rng = np.random.default_rng(0)
     true = {"features": rng.normal(size=(1, 37, 37, 64)), "token_norm": rng.uniform(5, 6, (1, 37, 37))}
     got = {name: value.copy() for name, value in true.items()}
@@ -109,7 +109,7 @@ def test_thirteen_garbage_tokens_of_1369(precision, exam):
 
 def test_an_eight_bit_check_says_what_it_compares_with(eight, run_cli):
     outcome = run_cli("check", eight, "--backend", "onnxruntime-cpu")
-    said = " ".join(outcome.err.split() + outcome.out.split())
+    printed = " ".join(outcome.err.split() + outcome.out.split())
     fidelity = Bundle.read(eight).manifest.quantisation["fidelity"]
-    assert "holds the INT8 graph's answers in ONNX Runtime, not those of FP32" in said
-    assert f"1st percentile {fidelity['cosine_p1']:.5f}" in said
+    assert "holds the INT8 graph's answers in ONNX Runtime, not those of FP32" in printed
+    assert f"1st percentile {fidelity['cosine_p1']:.5f}" in printed

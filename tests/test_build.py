@@ -1,4 +1,4 @@
-"""`phreg-deploy build` and `export --format trt`, on a GPU and a TensorRT that are not there (``tests/double.py``)."""
+"""`phreg-deploy build` and `export --format trt`, on a fake GPU and a fake TensorRT (``tests/double.py``)."""
 
 import json
 import shutil
@@ -11,8 +11,10 @@ import numpy as np
 import pytest
 
 from phreg_deploy.bundle.bundle import Bundle
-from phreg_deploy.bundle.plans import list_engines
+from phreg_deploy.bundle.plans import list_plans
 from phreg_deploy.errors import BackendMissing, PhregError
+from phreg_deploy.export import build as build_plan
+from phreg_deploy.export import export
 from phreg_deploy.runtime import FeatureExtractor
 from tests import double
 from tests.cli_helpers import ROOT, invoke, leftovers
@@ -22,7 +24,7 @@ BLOCKED = ("torch", "timm", "onnx", "onnxscript", "safetensors", "torchvision")
 
 @pytest.fixture
 def device(device):
-    """On which nothing may be left either."""
+    """The fake GPU, on which nothing may be left allocated."""
     yield device
     assert device.live() == {}
 
@@ -30,10 +32,8 @@ def device(device):
 @pytest.fixture(scope="module")
 def half_bundle(tmp_path_factory, student) -> Path:
     """The student in FP16, in which attention is fused."""
-    from phreg_deploy.export.exporter import ExportRequest, export_bundle
-
     folder = tmp_path_factory.mktemp("bundles") / "half"
-    export_bundle(ExportRequest(str(student), precision="fp16"), folder)
+    assert export(str(student), folder, precision="fp16").folder == folder
     return folder
 
 
@@ -49,7 +49,7 @@ def eight_trt(tmp_path_factory, bundle, photos) -> Path:
 
 @pytest.fixture
 def copy(request, tmp_path):
-    """A fixture's bundle, to write an engine into."""
+    """A function that copies a fixture's bundle, to write an engine into."""
 
     def make(name):
         return Path(shutil.copytree(request.getfixturevalue(name), tmp_path / name))
@@ -57,8 +57,8 @@ def copy(request, tmp_path):
     return make
 
 
-def engines(folder):
-    """Every file below ``engines/`` that is an engine's."""
+def plan_files(folder):
+    """Return the names of the plans and sidecars in ``engines/``."""
     return sorted(p.name for p in (folder / "engines").glob("*") if p.suffix in (".plan", ".json"))
 
 
@@ -74,17 +74,17 @@ def test_an_engine_and_its_sidecar_are_written_and_serve(copy, name, workshop):
     folder = copy(name)
     done = build(folder)
     assert done.code == 0, done.err
-    said = done.document
-    (sidecar, plan) = engines(folder)
-    assert said["engine"] == str(folder / "engines" / plan)
-    assert said["cached"] is False
-    assert said["missed"] == said["short"] == []
-    assert said["warnings"] == ["the double is slower than a GPU"]
-    assert said["census"]["fused_attention"] == (
+    report = done.document
+    (sidecar, plan) = plan_files(folder)
+    assert report["engine"] == str(folder / "engines" / plan)
+    assert report["cached"] is False
+    assert report["missed"] == report["short"] == []
+    assert report["warnings"] == ["the double is slower than a GPU"]
+    assert report["census"]["fused_attention"] == (
         [f"blocks.{i}.attn" for i in range(3)] if name == "half_bundle" else []
     )
     stored = json.loads((folder / "engines" / sidecar).read_text())
-    assert stored["report"]["parity"] == said["parity"]
+    assert stored["report"]["parity"] == report["parity"]
     assert stored["key"]["gpu"] == "NVIDIA Double"
     assert leftovers(folder) == []
     Bundle.read(folder).verify()
@@ -143,19 +143,30 @@ def test_the_second_build_finds_the_engine(copy, workshop):
     assert "It was there already" in invoke("build", folder).out
 
 
+def test_the_function_returns_what_the_command_prints(copy, workshop):
+    folder = copy("half_bundle")
+    report = build_plan(folder, effort=2)
+    assert report.plan.name in plan_files(folder)
+    assert report.key.settings.effort == 2
+    assert report.census.fused_attention == tuple(f"blocks.{i}.attn" for i in range(3))
+    assert report.cosine_p1 > 0.999
+    printed = build(folder, "--effort", "2").document
+    assert printed == json.loads(json.dumps({**report.to_json(), "cached": True, "bundle": str(folder)}))
+
+
 def test_force_builds_again(copy, workshop):
     folder = copy("bundle")
     build(folder)
     done = build(folder, "--force")
     assert (done.code, done.document["cached"]) == (0, False)
     assert len(workshop.builds) == 2
-    assert len(engines(folder)) == 2
+    assert len(plan_files(folder)) == 2
 
 
 def test_other_settings_are_another_engine_beside_the_first(copy, workshop):
     folder = copy("bundle")
     assert build(folder).code == build(folder, "--effort", 4).code == 0
-    assert len(engines(folder)) == 4
+    assert len(plan_files(folder)) == 4
 
 
 # What is refused
@@ -194,12 +205,12 @@ def test_an_engine_of_another_machine_is_refused_with_the_command(copy, device, 
 
 
 def test_gpus_of_one_architecture_share_a_bundle(copy, device, workshop):
-    """Timings of one GPU are none of the other's, though both are SM 8.9."""
+    """They have separate timings, though both are SM 8.9."""
     folder = copy("bundle")
     assert build(folder).code == 0
     device.name = "NVIDIA Other"
     assert build(folder).code == 0
-    assert len(engines(folder)) == 4
+    assert len(plan_files(folder)) == 4
 
 
 def test_a_portable_engine_runs_on_a_later_tensorrt(copy, device, workshop, monkeypatch):
@@ -233,32 +244,32 @@ def test_unfused_attention_is_not_kept(copy, workshop):
     done = build(folder)
     done.refused(3, "2 of 3 attentions are fused", "--allow-unfused")
     assert done.document["census"]["fused_attention"] == ["blocks.0.attn", "blocks.2.attn"]
-    assert engines(folder) == []
+    assert plan_files(folder) == []
 
 
-def test_unfused_attention_is_kept_where_it_is_allowed(copy, workshop):
+def test_unfused_attention_is_kept_if_allowed(copy, workshop):
     folder, workshop.unfused = copy("half_bundle"), {1}
     done = build(folder, "--allow-unfused")
     assert done.code == 0
     assert done.document["short"] == ["2 of 3 attentions are fused"]
-    assert len(engines(folder)) == 2
+    assert len(plan_files(folder)) == 2
     assert "Missed: 2 of 3 attentions are fused." in invoke("build", folder).out
 
 
-def test_an_engine_in_eight_bits_is_counted(copy, workshop):
+def test_eight_bit_layers_are_counted(copy, workshop):
     folder = copy("eight_trt")
     done = build(folder)
     assert done.code == 0, done.err
     layers = json.loads((folder / "calibration.json").read_text())["layers"]
-    meant = {layer["name"] for layer in layers if layer["precision"] != "float"}
-    assert meant <= set(done.document["census"]["eight_bit"])
+    expected = {layer["name"] for layer in layers if layer["precision"] != "float"}
+    assert expected <= set(done.document["census"]["eight_bit"])
     assert len(done.document["census"]["fused_attention"]) == 3
 
 
-def test_eight_bits_that_fell_out_are_not_kept(copy, workshop):
+def test_an_engine_that_lacks_eight_bit_layers_is_not_kept(copy, workshop):
     folder, workshop.floats = copy("eight_trt"), {"blocks.1.mlp.fc2"}
     build(folder).refused(3, "linear layers that were meant to run in 8 bits run in float, e.g. blocks.1.mlp.fc2")
-    assert engines(folder) == []
+    assert plan_files(folder) == []
 
 
 def test_eight_bits_for_the_processor_are_refused_with_the_command(copy, workshop):
@@ -271,7 +282,7 @@ def test_an_engine_that_answers_wrongly_is_not_kept(copy, workshop, name):
     done = build(folder)
     done.refused(3, "parity:", "The engine was not kept", "--bisect")
     assert done.document["missed"]
-    assert engines(folder) == []
+    assert plan_files(folder) == []
     assert leftovers(folder) == []
 
 
@@ -280,23 +291,23 @@ def test_force_keeps_an_engine_that_answers_wrongly_and_says_so(copy, workshop):
     done = build(folder, "--force")
     assert done.code == 0
     assert done.document["missed"]
-    assert len(engines(folder)) == 2
+    assert len(plan_files(folder)) == 2
     assert "Missed: 1st-percentile patch cosine" in invoke("build", folder).out
 
 
 def test_an_engine_that_was_good_stays_when_a_forced_one_is_refused(copy, workshop):
     folder = copy("half_bundle")
     build(folder)
-    before = [(folder / "engines" / name).read_bytes() for name in engines(folder)]
+    before = [(folder / "engines" / name).read_bytes() for name in plan_files(folder)]
     workshop.unfused = {0}
     build(folder, "--force").refused(3, "attentions are fused")
-    assert [(folder / "engines" / name).read_bytes() for name in engines(folder)] == before
+    assert [(folder / "engines" / name).read_bytes() for name in plan_files(folder)] == before
 
 
 def test_an_engine_whose_exam_broke_off_does_not_count(copy, workshop):
     folder, workshop.fail_enqueue = copy("bundle"), 1
     build(folder).refused(2, "could not start the inference")
-    assert engines(folder) == []
+    assert plan_files(folder) == []
     assert build(folder).document["cached"] is False
 
 
@@ -310,20 +321,20 @@ def test_an_engine_whose_exam_was_interrupted_does_not_count(copy, workshop, mon
     with monkeypatch.context() as patch:
         patch.setattr(engine, "run_exam", ctrl_c)
         build(folder).refused(130, "Interrupted")
-    assert engines(folder) == []
+    assert plan_files(folder) == []
     assert leftovers(folder) == []
     assert build(folder).document["cached"] is False
 
 
 @pytest.mark.parametrize("where", ["nowhere/mine.cache", "."])
-def test_a_timing_cache_that_cannot_be_written_is_said_before_the_build(copy, workshop, tmp_path, where):
+def test_a_timing_cache_that_cannot_be_written_is_refused_before_the_build(copy, workshop, tmp_path, where):
     folder = copy("bundle")
     build(folder, "--timing-cache", tmp_path / where).refused(2, "expected a file in a folder that exists")
     assert workshop.builds == []
-    assert engines(folder) == []
+    assert plan_files(folder) == []
 
 
-def test_an_engine_that_was_not_examined_is_built_again_when_its_exam_is_asked_for(copy, workshop):
+def test_an_engine_without_exam_is_built_again_if_the_exam_is_wanted(copy, workshop):
     folder = copy("bundle")
     assert build(folder, "--no-check").document["cached"] is False
     assert build(folder, "--no-check").document["cached"] is True
@@ -333,7 +344,7 @@ def test_an_engine_that_was_not_examined_is_built_again_when_its_exam_is_asked_f
     assert build(folder).document["cached"] is True
 
 
-def test_of_two_engines_the_one_that_was_asked_for_last_is_served(copy, workshop):
+def test_the_engine_that_was_built_last_is_served(copy, workshop):
     folder = copy("bundle")
     paths = {effort: build(folder, "--effort", effort).document["engine"] for effort in ("2", "5")}
 
@@ -346,12 +357,12 @@ def test_of_two_engines_the_one_that_was_asked_for_last_is_served(copy, workshop
     assert served() == paths["2"]
 
 
-def test_the_plan_that_was_built_is_examined_and_not_an_older_one(copy, workshop):
+def test_the_new_plan_is_examined_and_not_an_older_one(copy, workshop):
     folder = copy("bundle")
     assert build(folder, "--effort", "5").code == 0
     workshop.spoiled = "blocks.1."
     build(folder, "--effort", "2").refused(3, "1st-percentile patch cosine")
-    assert len([name for name in engines(folder) if name.endswith(".plan")]) == 1
+    assert len([name for name in plan_files(folder) if name.endswith(".plan")]) == 1
 
 
 @pytest.mark.parametrize(
@@ -375,7 +386,7 @@ def test_a_damaged_sidecar_is_built_again(copy, workshop, damage):
 @pytest.mark.parametrize(
     ("precision", "architecture", "words"), [("bf16", 75, "needs SM 8.0"), ("fp8", 87, "needs SM 8.9")]
 )
-def test_a_gpu_without_the_arithmetic_is_told_before_the_build(bundle, precision, architecture, words):
+def test_a_gpu_without_the_precision_is_refused_before_the_build(bundle, precision, architecture, words):
     from types import SimpleNamespace
 
     from phreg_deploy.export.engine.build import _check_gpu
@@ -387,7 +398,7 @@ def test_a_gpu_without_the_arithmetic_is_told_before_the_build(bundle, precision
     _check_gpu(fake, SimpleNamespace(name="Some GPU", architecture=90))
 
 
-def test_a_missing_onnx_does_not_hide_the_failure_that_bisect_was_to_explain(copy, workshop, monkeypatch):
+def test_a_missing_onnx_does_not_hide_the_gate_that_bisect_explains(copy, workshop, monkeypatch):
     workshop.spoiled = "blocks.1."
     monkeypatch.setattr(
         "phreg_deploy.verify.bisection.bisect",
@@ -414,10 +425,10 @@ def test_bisect_names_the_block_that_is_wrong(copy, workshop, name, weight, plac
     folder, workshop.spoiled = copy(name), weight
     done = build(folder, "--bisect")
     done.refused(3, f"The first that diverges is {place}")
-    found = done.document["bisection"]
-    assert found["first"] == place
-    assert len(found["steps"]) == 6
-    assert engines(folder) == []
+    bisection = done.document["bisection"]
+    assert bisection["first"] == place
+    assert len(bisection["steps"]) == 6
+    assert plan_files(folder) == []
 
 
 def test_what_the_parser_refuses_is_named_with_its_node(copy, workshop):
@@ -426,7 +437,7 @@ def test_what_the_parser_refuses_is_named_with_its_node(copy, workshop):
         name for name, kind, _ in double.read_nodes((folder / "model.onnx").read_bytes()) if kind == "Gelu"
     )
     build(folder).refused(2, f"node {workshop.refused} (Gelu): no plugin and no importer for it")
-    assert engines(folder) == []
+    assert plan_files(folder) == []
 
 
 @pytest.mark.parametrize(
@@ -436,7 +447,7 @@ def test_what_the_parser_refuses_is_named_with_its_node(copy, workshop):
         ("Requested amount of GPU memory could not be had", True),
     ],
 )
-def test_a_build_that_finds_nothing_says_what_tensorrt_said(copy, workshop, reason, hint):
+def test_a_failed_build_gives_tensorrts_reason(copy, workshop, reason, hint):
     folder = copy("bundle")
     real = workshop.tensorrt.Builder.build_serialized_network
 
@@ -464,8 +475,8 @@ def test_an_interrupted_build_leaves_nothing(copy, workshop, at):
     workshop.on_step = ctrl_c
     before, handler = sorted(folder.rglob("*")), signal.getsignal(signal.SIGINT)
     build(folder).refused(130, "Interrupted")
-    assert steps[-1] == at, "the build was stopped, not sat out"
-    assert engines(folder) == []
+    assert steps[-1] == at, "the build stopped at once"
+    assert plan_files(folder) == []
     assert leftovers(folder) == []
     assert [p for p in sorted(folder.rglob("*")) if p.is_file()] == [p for p in before if p.is_file()]
     assert signal.getsignal(signal.SIGINT) is handler
@@ -481,8 +492,9 @@ def test_a_bar_that_cannot_be_drawn_stops_the_build(copy, workshop, monkeypatch)
 
     folder = copy("bundle")
     monkeypatch.setattr(Bars, "update", broken)
-    assert build(folder).code == 0  # as every command does whose reader went away
-    assert engines(folder) == []
+    # As with every command whose reader went away.
+    assert build(folder).code == 0
+    assert plan_files(folder) == []
 
 
 def test_a_full_disk_leaves_no_engine(copy, workshop, monkeypatch):
@@ -495,7 +507,7 @@ def test_a_full_disk_leaves_no_engine(copy, workshop, monkeypatch):
 
     monkeypatch.setattr(module, "write_atomic", full)
     build(folder).refused(2, "the disk is full")
-    assert engines(folder) == []
+    assert plan_files(folder) == []
 
 
 # Timing caches
@@ -512,7 +524,7 @@ def test_the_timing_cache_is_written_and_read(copy, workshop):
     assert Bundle.read(folder).verify() is None
 
 
-def test_a_timing_cache_of_ones_own_is_written_and_read(copy, workshop, tmp_path):
+def test_a_given_timing_cache_is_written_and_read(copy, workshop, tmp_path):
     folder, cache = copy("bundle"), tmp_path / "mine.cache"
     assert build(folder, "--timing-cache", cache).code == 0
     written = cache.read_bytes()
@@ -526,7 +538,7 @@ def test_a_timing_cache_of_another_gpu_is_refused(copy, workshop, tmp_path):
     build(copy("bundle"), "--timing-cache", tmp_path / "other.cache").refused(2, "of another GPU or TensorRT")
 
 
-# Where there is no TensorRT, no GPU, or no PyTorch
+# Without TensorRT, a GPU or PyTorch
 
 
 @pytest.fixture
@@ -570,7 +582,7 @@ def test_export_builds_the_engine(student, workshop, traced_once, tmp_path):
     done = invoke("export", student, "-o", output, "--format", "onnx", "--format", "trt", "--json")
     assert done.code == 0, done.err
     assert done.document["engine"]["cached"] is False
-    assert [e.path for e in list_engines(Bundle.read(output))] == [Path(done.document["engine"]["engine"])]
+    assert [e.path for e in list_plans(Bundle.read(output))] == [Path(done.document["engine"]["engine"])]
     Bundle.read(output).verify()
 
 
@@ -586,12 +598,13 @@ cuda._load = lambda: device.runtime
 sys.modules["tensorrt"] = double.Workshop(device).tensorrt
 done = invoke("build", sys.argv[2], "--json")
 heavy = [n for n in sys.argv[1].split(",") if sys.modules.get(n) is not None]
-print(json.dumps({"code": done.code, "err": done.err[-800:], "heavy": heavy, "live": device.live(), "missed": done.document.get("missed")}))
+missed = done.document.get("missed")
+print(json.dumps({"code": done.code, "err": done.err[-800:], "heavy": heavy, "live": device.live(), "missed": missed}))
 """
 
 
 @pytest.mark.parametrize("name", ["wide_bundle", "half_bundle", "eight_trt"])
-def test_build_runs_where_torch_and_onnx_are_not(copy, name):
+def test_build_runs_without_torch_and_onnx(copy, name):
     folder = copy(name)
     done = subprocess.run(
         [sys.executable, "-W", "error", "-c", ALONE, ",".join(BLOCKED), str(folder)],
@@ -601,6 +614,6 @@ def test_build_runs_where_torch_and_onnx_are_not(copy, name):
         cwd=ROOT,
     )
     assert done.returncode == 0, done.stderr
-    said = json.loads(done.stdout.splitlines()[-1])
-    assert (said["code"], said["heavy"], said["live"], said["missed"]) == (0, [], {}, []), said
-    assert len(engines(folder)) == 2
+    outcome = json.loads(done.stdout.splitlines()[-1])
+    assert (outcome["code"], outcome["heavy"], outcome["live"], outcome["missed"]) == (0, [], {}, []), outcome
+    assert len(plan_files(folder)) == 2

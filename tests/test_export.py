@@ -1,3 +1,6 @@
+import subprocess
+import sys
+
 import numpy as np
 import onnx
 import onnxruntime
@@ -5,6 +8,8 @@ import pytest
 import torch
 
 from phreg_deploy.artifacts.measures import agreement
+from phreg_deploy.errors import PhregError
+from phreg_deploy.export import export
 from phreg_deploy.export.dense_vit import DenseViT
 from phreg_deploy.export.folding import patch_positions
 from phreg_deploy.export.trace import OPSET, trace
@@ -18,13 +23,13 @@ from tests.small_models import FAMILIES, small
 
 
 def served(model, images, *, sizes=None, batch="1", precision="fp32", keep=()):
-    """What ONNX Runtime and PyTorch say of the same uint8 images."""
+    """Answer uint8 images with ONNX Runtime and with PyTorch; return both answers and the graph."""
     patch = tuple(model.patch_embed.patch_size)
     sizes = sizes or Sizes("fixed", (tuple(images.shape[1:3]),))
     preprocess = model_preprocess(model)
     positions = patch_positions(model)
     grid = None if positions is None else positions.reshape(*model.patch_embed.grid_size, -1).numpy()
-    sized = type(model) and model
+    sized = model
     if tuple(model.patch_embed.img_size) != sizes.default:
         sized.set_input_size(img_size=sizes.default)
     traced = trace(DenseViT(sized, preprocess, positions_as_input=sizes.dynamic), sizes, Batches.parse(batch))
@@ -42,8 +47,8 @@ def served(model, images, *, sizes=None, batch="1", precision="fp32", keep=()):
     if tuple(sized.patch_embed.img_size) != tuple(images.shape[1:3]):
         sized.set_input_size(img_size=tuple(images.shape[1:3]))
     with torch.no_grad():
-        seen = hooks.forward(sized, hooks.normalise(images, preprocess.mean, preprocess.std))
-    return got, seen, proto
+        expected = hooks.forward(sized, hooks.normalise(images, preprocess.mean, preprocess.std))
+    return got, expected, proto
 
 
 def pictures(batch, size, seed=0):
@@ -57,16 +62,16 @@ def test_every_family_is_served_as_pytorch_computes_it(family, registers):
     if registers:
         model = add_registers(model, registers)
     images = pictures(1, tuple(model.patch_embed.img_size))
-    got, seen, _ = served(model, images)
-    patches = seen.patches.numpy()
+    got, expected, _ = served(model, images)
+    patches = expected.patches.numpy()
     assert agreement(got["features"].reshape(patches.shape), patches).minimum > 0.999999
     np.testing.assert_allclose(
         got["features"].reshape(patches.shape), patches, rtol=1e-3, atol=2e-4 * np.abs(patches).max()
     )
-    np.testing.assert_allclose(got["token_norm"].reshape(seen.norms.shape), seen.norms.numpy(), rtol=1e-4)
+    np.testing.assert_allclose(got["token_norm"].reshape(expected.norms.shape), expected.norms.numpy(), rtol=1e-4)
     assert ("cls" in got) == (model.cls_token is not None)
     if "cls" in got:
-        np.testing.assert_allclose(got["cls"], seen.cls.numpy(), rtol=1e-3, atol=2e-4 * np.abs(patches).max())
+        np.testing.assert_allclose(got["cls"], expected.cls.numpy(), rtol=1e-3, atol=2e-4 * np.abs(patches).max())
 
 
 @pytest.mark.parametrize("family", ["dinov2", "clip-quickgelu", "siglip", "eva"])
@@ -76,24 +81,24 @@ def test_one_graph_serves_a_range_of_sizes_and_batches(family, size, batch):
     patch = model.patch_embed.patch_size[0]
     sizes = Sizes.parse(f"{2 * patch}:{4 * patch}:{9 * patch}", (patch, patch))
     images = pictures(batch, tuple(patch * s for s in size))
-    got, seen, _ = served(model, images, sizes=sizes, batch="1:2:8")
+    got, expected, _ = served(model, images, sizes=sizes, batch="1:2:8")
     assert got["features"].shape == (batch, *size, 48)
-    assert agreement(got["features"].reshape(batch, -1, 48), seen.patches.numpy()).minimum > 0.999999
+    assert agreement(got["features"].reshape(batch, -1, 48), expected.patches.numpy()).minimum > 0.999999
 
 
 def test_rotary_models_are_served_at_sizes_that_are_not_square():
     model = add_registers(small("eva02"), 4)
-    got, seen, _ = served(model, pictures(1, (42, 70)))
-    assert agreement(got["features"].reshape(1, -1, 48), seen.patches.numpy()).minimum > 0.999999
+    got, expected, _ = served(model, pictures(1, (42, 70)))
+    assert agreement(got["features"].reshape(1, -1, 48), expected.patches.numpy()).minimum > 0.999999
 
 
 @pytest.mark.parametrize("family", ["dinov2", "clip-quickgelu", "siglip", "eva02"])
 def test_float16_graphs_stay_close(family):
     model = add_registers(small(family), 4)
-    got, seen, proto = served(model, pictures(1, tuple(model.patch_embed.img_size)), precision="fp16")
+    got, expected, proto = served(model, pictures(1, tuple(model.patch_embed.img_size)), precision="fp16")
     assert got["features"].dtype == np.float16
     assert got["token_norm"].dtype == np.float32
-    assert agreement(got["features"].reshape(1, -1, 48), seen.patches.numpy()).p1 > 0.999
+    assert agreement(got["features"].reshape(1, -1, 48), expected.patches.numpy()).p1 > 0.999
     weights = [i for i in proto.graph.initializer if i.data_type == onnx.TensorProto.FLOAT16]
     assert len(weights) > 20
 
@@ -117,3 +122,24 @@ def test_the_same_weights_give_the_same_bytes_and_no_trace_of_the_machine():
     assert texts[0] == texts[1]
     for word in (b"/home", b"/work", b"/root", b"site-packages", b"stack_trace", b".py"):
         assert word not in texts[0]
+
+
+def test_importing_the_function_imports_nothing_heavy():
+    code = "import sys, phreg_deploy.export; print(*{'torch', 'timm', 'onnx', 'numpy', 'tensorrt'} & set(sys.modules))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == ""
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        ({"precision": "int8"}, "got int8, which `phreg-deploy calibrate` makes from an fp32 bundle"),
+        ({"precision": "fp64"}, "got 'fp64', expected fp32"),
+        ({"keep_fp32": ["blocks"]}, "with --precision fp32 everything does"),
+        ({"batch": "many"}, "got 'many', expected one number"),
+    ],
+)
+def test_bad_arguments_are_refused(tmp_path, arguments, words):
+    with pytest.raises(PhregError, match=words):
+        export("vit_tiny_patch16_224", tmp_path / "out", **arguments)
+    assert not (tmp_path / "out").exists()

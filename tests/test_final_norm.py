@@ -1,4 +1,4 @@
-"""Models whose only final norm stands behind the pooling: EVA02, EVA-g, and ViTs of timm that average their patches."""
+"""Models whose only final norm comes after the pooling: EVA02, EVA-g, and timm's ViTs that average their patches."""
 
 import numpy as np
 import pytest
@@ -17,11 +17,20 @@ from phreg_deploy.models.loading import load_model, model_preprocess
 from phreg_deploy.models.registers import add_registers
 from tests.small_models import small
 
-POOLED = ["eva", "eva02", "eva02-base", "mae"]  # families of tests/small_models.py with fc_norm alone
-NAMES = [  # of timm, one of each kind
-    "eva02_tiny_patch14_224", "eva02_small_patch14_336", "eva02_base_patch14_448", "eva02_large_patch14_224", "eva_giant_patch14_560",
-    "eva_large_patch14_196", "vit_base_patch16_reg4_gap_256", "vit_base_patch16_rope_reg1_gap_256", "vit_so150m2_patch16_reg1_gap_256",
-]  # fmt: skip
+# Families of tests/small_models.py that have fc_norm alone.
+POOLED = ["eva", "eva02", "eva02-base", "mae"]
+# timm names, one of each kind.
+NAMES = [
+    "eva02_tiny_patch14_224",
+    "eva02_small_patch14_336",
+    "eva02_base_patch14_448",
+    "eva02_large_patch14_224",
+    "eva_giant_patch14_560",
+    "eva_large_patch14_196",
+    "vit_base_patch16_reg4_gap_256",
+    "vit_base_patch16_rope_reg1_gap_256",
+    "vit_so150m2_patch16_reg1_gap_256",
+]
 ON_TOKENS = [
     "vit_tiny_patch16_224",
     "vit_small_patch14_dinov2",
@@ -32,7 +41,7 @@ ON_TOKENS = [
 
 @pytest.fixture
 def cases(photos):
-    """Photographs at the size of a model, and its preprocessing."""
+    """A function that returns photographs at a model's input size, and its preprocessing."""
 
     def fitted(model):
         preprocess = model_preprocess(model)
@@ -59,7 +68,7 @@ def test_other_models_keep_the_norm_on_their_tokens(name):
 
 @pytest.mark.parametrize("family", POOLED)
 def test_teacher_student_and_graph_apply_it_to_every_token(family, cases):
-    """A raw residual's norm would otherwise decide how much each view of a patch weighs in the target."""
+    """Without it, the norm of the raw residual would weight the views of a patch in the target."""
     model = small(family)
     photographs, preprocess = cases(model)
     pixels = photographs.batch(0, 3)
@@ -81,7 +90,7 @@ def test_teacher_student_and_graph_apply_it_to_every_token(family, cases):
 
 @pytest.mark.parametrize("family", POOLED)
 def test_the_head_still_gets_what_timm_gives_it(family, cases):
-    """And not a token that is normed twice."""
+    """The head does not get a token that was normed twice."""
     model = small(family)
     photographs, preprocess = cases(model)
     with torch.no_grad():
@@ -93,9 +102,13 @@ def test_a_pooled_model_distils_towards_normed_tokens(photos, tmp_path):
     base = small("eva02-base")
     (tmp_path / "base").mkdir()
     write_student(base, {"scores": {}}, tmp_path / "base")
-    asked = Request(str(tmp_path / "base"), photos, epochs=6, batch=8, lr=3e-4, views=2, precision="fp32", device="cpu")
-    record = distill(asked, tmp_path / "student", cache=tmp_path / "cache")
+    request = Request(
+        str(tmp_path / "base"), photos, epochs=6, batch=8, lr=3e-4, views=2, precision="fp32", device="cpu"
+    )
+    record = distill(request, tmp_path / "student", cache=tmp_path / "cache")
     student = load_model(str(tmp_path / "student"))
-    assert torch.equal(student.fc_norm.weight, load_model(str(tmp_path / "base")).fc_norm.weight)  # the head's, kept
+    assert torch.equal(
+        student.fc_norm.weight, load_model(str(tmp_path / "base")).fc_norm.weight
+    )  # the head's: unchanged
     assert record["history"]["loss"][-1] < 0.9 * record["history"]["loss"][0]
     assert record["scores"]["student"]["fidelity"]["mean"] > 0.5

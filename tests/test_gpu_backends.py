@@ -12,7 +12,7 @@ import onnxruntime
 import pytest
 
 from phreg_deploy.bundle.bundle import Bundle
-from phreg_deploy.bundle.plans import profiles_of
+from phreg_deploy.bundle.profiles import profiles_of
 from phreg_deploy.errors import BackendMissing, PhregError
 from phreg_deploy.export.engine.build import BuildRequest, build_engine
 from phreg_deploy.runtime import FeatureExtractor

@@ -1,4 +1,4 @@
-"""The facts that a graph carries about itself, read without the onnx package, against the onnx package."""
+"""Metadata of a graph, read without the onnx package, equals what the onnx package reads."""
 
 import pytest
 
@@ -16,21 +16,21 @@ def model(pairs, **fields):
     return made
 
 
-def test_of_a_bundle(bundle, wide_bundle):
+def test_metadata_of_a_bundle(bundle, wide_bundle):
     from phreg_deploy.bundle.bundle import Bundle
 
     for folder in (bundle, wide_bundle):
         loaded = onnx.load(folder / "model.onnx")
-        found = read_metadata(folder / "model.onnx")
-        assert found == {entry.key: entry.value for entry in loaded.metadata_props}
-        assert found == onnx_metadata(Bundle.read(folder).manifest)
+        metadata = read_metadata(folder / "model.onnx")
+        assert metadata == {entry.key: entry.value for entry in loaded.metadata_props}
+        assert metadata == onnx_metadata(Bundle.read(folder).manifest)
 
 
 @pytest.mark.parametrize(
     "pairs",
     [[], [("a", "1")], [("", "x"), ("b", "")], [("κλειδί", "値" * 5000)], [(str(i), "v" * i) for i in range(300)]],
 )
-def test_of_any_model(tmp_path, pairs):
+def test_metadata_of_any_model(tmp_path, pairs):
     made = model(
         pairs, ir_version=10, producer_name="p", model_version=2**62, graph=onnx.GraphProto(name="g" * 100_000)
     )
@@ -39,7 +39,7 @@ def test_of_any_model(tmp_path, pairs):
 
 
 def test_the_graph_is_not_read(tmp_path):
-    """A graph of 8 GB, which takes no room on the disk, is passed over."""
+    """A sparse file stands for a graph of 8 GB, which is skipped."""
     tail = model([("a", "1")]).SerializeToString()
     length, size = bytearray(), 8 << 30
     rest = size

@@ -1,4 +1,4 @@
-"""What a manifest, and the files that it names, may not say: each is refused at once, with the hashes right."""
+"""Manifests, and files that they name, with correct hashes and wrong content are refused at once."""
 
 import copy
 import hashlib
@@ -27,7 +27,7 @@ def load(folder):
 
 
 def altered(w, name, path, value):
-    """A bundle whose manifest has another value at a dotted path, or no such key."""
+    """Copy a bundle, and change the manifest's value at a dotted path; None removes the key."""
     folder = w.copy(name)
     data = json.loads((folder / "manifest.json").read_text())
     place, keys = data, path.split(".")
@@ -41,11 +41,21 @@ def altered(w, name, path, value):
     return folder
 
 
-EDITED = {  # plausible, so that only the graph's own facts contradict it
-    "preprocess.crop_pct": 0.5, "preprocess.crop_mode": "center", "preprocess.interpolation": "nearest", "preprocess.mean": [0.1, 0.1, 0.1],
-    "norm_median": 1, "precision": "fp16", "model.registers": 3, "model.heads": 2, "source.model": "another", "random_weights": True,
-    "float_parts": ["everything"], "versions.onnx": "0",
-}  # fmt: skip
+# Plausible values: only the graph's metadata contradicts them.
+EDITED = {
+    "preprocess.crop_pct": 0.5,
+    "preprocess.crop_mode": "center",
+    "preprocess.interpolation": "nearest",
+    "preprocess.mean": [0.1, 0.1, 0.1],
+    "norm_median": 1,
+    "precision": "fp16",
+    "model.registers": 3,
+    "model.heads": 2,
+    "source.model": "another",
+    "random_weights": True,
+    "float_parts": ["everything"],
+    "versions.onnx": "0",
+}
 EDITED_WIDE = {"sizes.sizes.1": [96, 96], "sizes.sizes.2": [640, 640], "batches.highest": 64, "batches.best": 3}
 
 
@@ -56,34 +66,63 @@ def test_an_edit_that_the_graph_contradicts(world, run_cli, command, which, path
     run_cli(command, folder, "--json").refused(2, "manifest.json and model.onnx disagree on " + path.split(".")[0])
 
 
-def test_another_bundles_graph_is_refused_though_its_hash_is_right(world):
+def test_another_bundles_graph_with_a_correct_hash_is_refused(world):
     folder = world.copy("bundle")
     (folder / "model.onnx").write_bytes((world.wide_bundle / "model.onnx").read_bytes())
     with pytest.raises(PhregError, match=r"disagree on .*sizes"):
         load(rehashed(folder))
 
 
-def test_a_graph_that_says_nothing_of_itself_is_refused(world):
+def test_a_graph_without_metadata_is_refused(world):
     folder = rehashed(world.copy("bundle", model=graph(lambda m: m.ClearField("metadata_props"))))
     with pytest.raises(PhregError, match="does not say how it is fed"):
         load(folder)
 
 
 ABSURD = {
-    "files": {}, "files.model.onnx": 3, "model.patch": [0, 8], "model.width": "48", "model.depth": -1, "model.heads": 1.5,
-    "model.class_token": 1, "model.registers": 1e99, "model.family": ["vit"], "model.architecture": {}, "model.parameters": None,
-    "preprocess.crop_pct": 0.01, "preprocess.crop_mode": [], "preprocess.std": [0, 1, 1], "preprocess.mean": [[1], 2, 3],
-    "sizes.mode": {}, "sizes.sizes": [[64.5, 64]], "sizes.sizes.0": [65, 64], "sizes": {"mode": "fixed", "sizes": []},
-    "batches.lowest": 100_000, "batches.highest": 0, "batches": {"lowest": 2, "best": 1, "highest": 3}, "precision": ["fp32"], "opset": "20",
-    "inputs": {}, "outputs.features": [], "outputs.features.shape": [1, 8, 8], "outputs.cls": None, "outputs.features.dtype": "object",
-    "source": {}, "source.weights_sha256": 7, "versions": {"onnx": 1}, "norm_median": float("nan"), "float_parts": [1], "random_weights": 0,
-    "quantisation": {}, "format": True,
-}  # fmt: skip
+    "files": {},
+    "files.model.onnx": 3,
+    "model.patch": [0, 8],
+    "model.width": "48",
+    "model.depth": -1,
+    "model.heads": 1.5,
+    "model.class_token": 1,
+    "model.registers": 1e99,
+    "model.family": ["vit"],
+    "model.architecture": {},
+    "model.parameters": None,
+    "preprocess.crop_pct": 0.01,
+    "preprocess.crop_mode": [],
+    "preprocess.std": [0, 1, 1],
+    "preprocess.mean": [[1], 2, 3],
+    "sizes.mode": {},
+    "sizes.sizes": [[64.5, 64]],
+    "sizes.sizes.0": [65, 64],
+    "sizes": {"mode": "fixed", "sizes": []},
+    "batches.lowest": 100_000,
+    "batches.highest": 0,
+    "batches": {"lowest": 2, "best": 1, "highest": 3},
+    "precision": ["fp32"],
+    "opset": "20",
+    "inputs": {},
+    "outputs.features": [],
+    "outputs.features.shape": [1, 8, 8],
+    "outputs.cls": None,
+    "outputs.features.dtype": "object",
+    "source": {},
+    "source.weights_sha256": 7,
+    "versions": {"onnx": 1},
+    "norm_median": float("nan"),
+    "float_parts": [1],
+    "random_weights": 0,
+    "quantisation": {},
+    "format": True,
+}
 
 
 @pytest.mark.parametrize("verify", [True, False])
 @pytest.mark.parametrize("path", ABSURD)
-def test_absurd_facts(world, path, verify):
+def test_absurd_values(world, path, verify):
     value = ABSURD[path]
     if path == "files.model.onnx":
         data = json.loads((world.bundle / "manifest.json").read_text())
@@ -98,7 +137,7 @@ def test_absurd_facts(world, path, verify):
 @pytest.mark.parametrize(
     "path", ["quantisation.fidelity", "quantisation.missed", "quantisation.images", "quantisation.target"]
 )
-def test_absurd_facts_of_a_calibration(world, run_cli, path):
+def test_absurd_values_of_a_calibration(world, run_cli, path):
     for value in ("x", 7, [], None):
         folder = altered(world, "eight", path, value)
         if (path, value) != ("quantisation.missed", []):
@@ -109,19 +148,19 @@ def test_absurd_facts_of_a_calibration(world, run_cli, path):
 @pytest.mark.parametrize(
     "text", ["[" * 100_000, '{"format": ' + "9" * 5000 + "}", '{"format": 1e999}', '{"format": "\\ud800"}', "\ufeff{}"]
 )
-def test_json_that_python_chokes_on(world, run_cli, text):
+def test_json_that_python_cannot_parse(world, run_cli, text):
     folder = world.copy("bundle", manifest=text.encode())
     run_cli("inspect", folder, "--json").refused(2, "manifest.json")
     student = world.copy("student", phreg=text.encode())
     run_cli("inspect", student, "--json").refused(2, "phreg.json")
-    if "1e999" not in text:  # a number that no key of the configuration minds
+    if "1e999" not in text:  # valid in a configuration
         (student / "phreg.json").unlink()
         (student / "config.json").write_text(text)
         run_cli("inspect", student, "--json").refused(2, "config.json")
 
 
 @pytest.mark.parametrize("missing", ["model.onnx", "reference.npz", "pos_embed.npy"])
-def test_every_file_that_is_read_has_a_hash(world, missing):
+def test_every_required_file_needs_a_hash(world, missing):
     files = json.loads((world.wide_bundle / "manifest.json").read_text())["files"]
     folder = altered(world, "wide_bundle", "files", {k: v for k, v in files.items() if k != missing})
     with pytest.raises(PhregError, match=f"no hash of {missing}"):
@@ -159,7 +198,7 @@ def test_only_regular_files_are_read(world, run_cli, name, kind):
 
 
 def test_links_to_files_are_read(world):
-    """As in the cache of a model hub, where every file of a snapshot is a link."""
+    """In the cache of a model hub every file of a snapshot is a link."""
     folder = world.copy("bundle")
     (folder / "model.onnx").rename(world.tmp / "blob")
     (folder / "model.onnx").symlink_to("../blob")
@@ -224,7 +263,7 @@ def header(shape, kind="<f4"):
 
 
 def bomb(folder, compression):
-    """A reference that declares 8 GB, and one that unpacks to 64 MB of nothing."""
+    """Write an exam with a tensor that declares 8 GB, and one that unpacks to 64 MB of zeros."""
     with zipfile.ZipFile(folder / "reference.npz", "w", compression) as archive:
         for name, value in arrays_of_zero.items():
             archive.writestr(f"0/{name}.npy", value)
@@ -260,11 +299,19 @@ def saved(array):
 @pytest.mark.parametrize(
     "data",
     [
-        saved(np.zeros((8, 8), np.float32)), saved(np.zeros((1, 8, 8, 48), np.float32)), saved(np.zeros((7, 8, 48), np.float32)),
-        saved(np.zeros((8, 8, 48))), saved(np.float32(1)), header((8, 8, 48)), header((2**40, 8, 48)), header((8, 8, 48))[:-20], b"\x93NUMPY\x09\x00",
-        b"\x93NUMPY\x01\x00\x10\x00" + b"(" * 16, b"",
+        saved(np.zeros((8, 8), np.float32)),
+        saved(np.zeros((1, 8, 8, 48), np.float32)),
+        saved(np.zeros((7, 8, 48), np.float32)),
+        saved(np.zeros((8, 8, 48))),
+        saved(np.float32(1)),
+        header((8, 8, 48)),
+        header((2**40, 8, 48)),
+        header((8, 8, 48))[:-20],
+        b"\x93NUMPY\x09\x00",
+        b"\x93NUMPY\x01\x00\x10\x00" + b"(" * 16,
+        b"",
     ],
-)  # fmt: skip
+)
 def test_a_position_embedding_of_another_shape(world, data):
     folder = rehashed(world.copy("wide_bundle", pos_embed=data))
     with pytest.raises(PhregError, match=r"pos_embed.npy cannot be read"):
@@ -281,9 +328,9 @@ def rename_output(model):
 
 
 def drop_output(model):
-    kept = [o for o in model.graph.output if o.name != "cls"]
+    others = [o for o in model.graph.output if o.name != "cls"]
     del model.graph.output[:]
-    model.graph.output.extend(kept)
+    model.graph.output.extend(others)
 
 
 @pytest.mark.parametrize("backend", ["onnxruntime-cpu", "openvino"])
@@ -296,7 +343,7 @@ def test_a_graph_that_lacks_an_output(world, change, name, backend):
 
 
 def test_a_graph_that_answers_in_another_shape(world):
-    """Two outputs that exchange names."""
+    """Two outputs exchange their names."""
 
     def exchange(model):
         names = {"cls": "token_norm", "token_norm": "cls"}
@@ -315,7 +362,7 @@ def test_a_graph_that_answers_in_another_shape(world):
 
 
 def test_a_graph_that_cannot_run(world):
-    """It loads, and fails at the first image: a reshape to another size."""
+    """The graph reshapes to another size: it loads, and fails at the first image."""
     import onnx
 
     def break_reshape(model):
@@ -376,7 +423,7 @@ def test_a_bundle_of_the_first_format_is_read(world):
 
 
 def test_another_exporters_bundle_is_read(world):
-    """What is refused above is the contradiction, and not the fact."""
+    """An unusual value is accepted if manifest and graph agree on it."""
     folder = rewritten(world.copy("bundle"), norm_median=1.5)
     with load(folder) as extractor:
         assert extractor(np.zeros((64, 64, 3), np.uint8)).norm_median == 1.5

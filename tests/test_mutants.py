@@ -1,4 +1,4 @@
-"""Bundles that were damaged at random, with the right hashes: refused, harmless or caught by ``check``, and never a traceback."""
+"""Bundles that were damaged at random, with correct hashes, are refused, harmless or caught by ``check``."""
 
 from collections import Counter
 
@@ -12,19 +12,20 @@ pytestmark = pytest.mark.usefixtures("torch")
 COUNTS = {"bundle": 90, "wide_bundle": 30}
 
 
-@pytest.mark.filterwarnings("ignore::RuntimeWarning")  # figures of weights that are not finite
+# Weights that are not finite make numpy warn.
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")
 @pytest.mark.parametrize("which", COUNTS)
 def test_no_mutant_is_served_wrongly_or_ends_in_a_traceback(request, tmp_path, which):
     folder = request.getfixturevalue(which)
-    expected, mutator, seen = answers(folder), Mutator(folder, tmp_path / "mutant"), Counter()
+    expected, mutator, outcomes = answers(folder), Mutator(folder, tmp_path / "mutant"), Counter()
     assert verdict(folder, expected) == "harmless"
     assert np.isfinite(expected["features"]).all()
     for seed in range(COUNTS[which]):
-        mutant, done = mutator.make(seed)
+        mutant, change = mutator.make(seed)
         try:
-            said = verdict(mutant, expected)
+            outcome = verdict(mutant, expected)
         except Exception as error:
-            raise AssertionError(f"seed {seed}: {done}") from error
-        assert not said.startswith("silent"), f"seed {seed}: {done}: {said}"
-        seen[said] += 1
-    assert min(seen["refused"], seen["caught by check"]) > 5, seen
+            raise AssertionError(f"seed {seed}: {change}") from error
+        assert not outcome.startswith("silent"), f"seed {seed}: {change}: {outcome}"
+        outcomes[outcome] += 1
+    assert min(outcomes["refused"], outcomes["caught by check"]) > 5, outcomes

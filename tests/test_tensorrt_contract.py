@@ -1,6 +1,6 @@
-"""Every name of TensorRT's that the code uses exists in 10.3, 10.16 and 11.4: NVIDIA's own bindings are asked, without a GPU.
+"""Every TensorRT name that the code uses exists in NVIDIA's own bindings of 10.3, 10.16 and 11.4; no GPU is needed.
 
-What the code uses is read from the code: everything on a variable ``trt``, and on variables that are named for objects of
+The names are collected from the code: attributes of a variable ``trt``, and of variables that are named for objects of
 TensorRT, such as ``builder`` or ``self._context``.
 """
 
@@ -14,25 +14,26 @@ from tests import nvidia
 from tests.cli_helpers import ROOT
 
 PACKAGE = ROOT / "phreg_deploy"
-CLASSES = {  # what a variable is named -> the class of what it holds
+# Name of a variable -> the class of what it holds.
+CLASSES = {
     "builder": "Builder", "config": "IBuilderConfig", "network": "INetworkDefinition", "parser": "OnnxParser",
     "error": "ParserError", "tensor": "ITensor", "profile": "IOptimizationProfile", "engine": "ICudaEngine",
     "context": "IExecutionContext", "runtime": "Runtime", "inspector": "EngineInspector", "cache": "ITimingCache",
-    "kept": "ITimingCache", "monitor": "IProgressMonitor", "diary": "ILogger", "logger": "ILogger",
+    "monitor": "IProgressMonitor", "diary": "ILogger", "logger": "ILogger",
 }  # fmt: skip
-ELSE = {
-    ("build.py", "engine"),
-    ("build.py", "cache"),
-    ("trt_context.py", "profile"),
-}  # (file, variable): of a class of ours
+# (file, variable): variables that hold an object of a class of ours.
+OUR_VARIABLES = {("build.py", "cache"), ("trt_context.py", "profile")}
 METHODS = {
     "Builder": {"create_network", "create_builder_config", "create_optimization_profile", "build_serialized_network"},
     "IBuilderConfig": {
-        "add_optimization_profile", "builder_optimization_level", "clear_flag", "create_timing_cache", "get_timing_cache",
-        "hardware_compatibility_level", "profiling_verbosity", "progress_monitor", "set_flag", "set_memory_pool_limit",
-        "set_timing_cache",
+        "add_optimization_profile", "builder_optimization_level", "clear_flag", "create_timing_cache",
+        "get_timing_cache", "hardware_compatibility_level", "profiling_verbosity", "progress_monitor", "set_flag",
+        "set_memory_pool_limit", "set_timing_cache",
     },
-    "INetworkDefinition": {"add_input", "add_matrix_multiply", "mark_output", "get_input", "get_layer", "get_output", "num_inputs", "num_layers", "num_outputs"},
+    "INetworkDefinition": {
+        "add_input", "add_matrix_multiply", "mark_output", "get_input", "get_layer", "get_output", "num_inputs",
+        "num_layers", "num_outputs",
+    },
     "OnnxParser": {"get_error", "num_errors", "parse", "parse_from_file"},
     "ParserError": {"code", "desc", "node", "node_name", "node_operator"},
     "ITensor": {"dtype", "name", "shape"},
@@ -53,24 +54,29 @@ METHODS = {
     "ILogger": {"log"},
     "IProfiler": {"report_layer_time"},
 }  # fmt: skip
-CALLED = ("IProgressMonitor", "ILogger", "IProfiler")  # whose methods TensorRT calls: a subclass must have them all
-# Names that 10.3 does not have. The code asks for them by hasattr, or by getattr with a default.
+# TensorRT calls the methods of these: a subclass must have them all.
+CALLED = ("IProgressMonitor", "ILogger", "IProfiler")
+# Names that 10.3 does not have. The code checks for them by hasattr, or by getattr with a default.
 OPTIONAL = {"HardwareCompatibilityLevel.SAME_COMPUTE_CAPABILITY"}
 
 
 @dataclass
 class Uses:
-    """What files use: each name of TensorRT's -> the places where it stands."""
+    """The TensorRT names that files use -> the places where they are used.
 
-    names: dict[str, set[str]] = field(default_factory=dict)  # on the module
-    attributes: dict[tuple[str, str], set[str]] = field(default_factory=dict)  # (class, name)
-    keywords: dict[tuple[str, str, str], set[str]] = field(default_factory=dict)  # (class, method, keyword)
-    guarded: dict[str, set[str]] = field(default_factory=dict)  # asked for by hasattr or getattr with a default
-    subclasses: dict[str, list[set[str]]] = field(default_factory=dict)  # class -> what each of ours has
+    ``names``: of the module. ``attributes``: by (class, name). ``keywords``: by (class, method, keyword). ``guarded``:
+    checked for by hasattr, or getattr with a default. ``subclasses``: class -> the attributes of each subclass of ours.
+    """
+
+    names: dict[str, set[str]] = field(default_factory=dict)
+    attributes: dict[tuple[str, str], set[str]] = field(default_factory=dict)
+    keywords: dict[tuple[str, str, str], set[str]] = field(default_factory=dict)
+    guarded: dict[str, set[str]] = field(default_factory=dict)
+    subclasses: dict[str, list[set[str]]] = field(default_factory=dict)
 
 
 def chain(node):
-    """``self.trt.Logger`` as ["self", "trt", "Logger"]; empty for anything else."""
+    """Split ``self.trt.Logger`` into ["self", "trt", "Logger"]; empty for anything else."""
     parts = []
     while isinstance(node, ast.Attribute):
         parts.append(node.attr)
@@ -79,7 +85,7 @@ def chain(node):
 
 
 def on_module(parts):
-    """What stands after ``trt`` or ``self.trt``, dotted; empty where the chain does not start so."""
+    """Return the dotted name after ``trt`` or ``self.trt``; empty if the chain starts otherwise."""
     for root in (["trt"], ["self", "trt"], ["self", "_trt"]):
         if parts[: len(root)] == root:
             return ".".join(parts[len(root) :])
@@ -87,7 +93,7 @@ def on_module(parts):
 
 
 def read(file, uses):
-    """Add what one file uses. A file without a variable ``trt`` has nothing to do with TensorRT."""
+    """Add what one file uses; a file without a variable ``trt`` uses nothing."""
     tree = ast.parse(Path(file).read_text())
     names = {n.id for n in ast.walk(tree) if isinstance(n, ast.Name)} | {
         n.arg for n in ast.walk(tree) if isinstance(n, ast.arg)
@@ -100,11 +106,11 @@ def read(file, uses):
         if isinstance(node, ast.Attribute):
             note(uses, node.value, node.attr, place, caught)
         elif isinstance(node, ast.Call):
-            asked = isinstance(node.func, ast.Name) and node.func.id in ("hasattr", "getattr", "setattr")
-            if asked and len(node.args) > 1 and isinstance(node.args[1], ast.Constant):
+            by_name = isinstance(node.func, ast.Name) and node.func.id in ("hasattr", "getattr", "setattr")
+            if by_name and len(node.args) > 1 and isinstance(node.args[1], ast.Constant):
                 guard = node.func.id == "hasattr" or (node.func.id == "getattr" and len(node.args) == 3)
                 note(uses, node.args[0], node.args[1].value, place, caught, guard)
-            holder = held(node.func.value, place, caught) if isinstance(node.func, ast.Attribute) else None
+            holder = class_of(node.func.value, place, caught) if isinstance(node.func, ast.Attribute) else None
             for keyword in node.keywords if holder else []:
                 uses.keywords.setdefault((holder, node.func.attr, keyword.arg), set()).add(place)
         elif isinstance(node, ast.ClassDef):
@@ -119,18 +125,18 @@ def read(file, uses):
                     uses.subclasses.setdefault(on_module(chain(base)), []).append(own)
 
 
-def held(node, place, caught):
-    """The class of what a variable or an attribute holds, by its name; None for one that is not of TensorRT."""
+def class_of(node, place, caught):
+    """Return the TensorRT class of what a variable or an attribute holds, by its name; None for another class."""
     name = node.id if isinstance(node, ast.Name) else node.attr if isinstance(node, ast.Attribute) else ""
     bare = name.lstrip("_")
-    known = bare in CLASSES and name not in caught and (place.partition(":")[0], bare) not in ELSE
+    known = bare in CLASSES and name not in caught and (place.partition(":")[0], bare) not in OUR_VARIABLES
     return CLASSES[bare] if known else None
 
 
 def note(uses, holder, name, place, caught, guard=False):
     parts = chain(holder)
     module = on_module([*parts, name])
-    kind = None if module else held(holder, place, caught)
+    kind = None if module else class_of(holder, place, caught)
     if guard and (module or kind):
         uses.guarded.setdefault(module or f"{kind}.{name}", set()).add(place)
     elif module:
@@ -152,24 +158,24 @@ def uses():
 
 
 def unknown(uses):
-    """Attributes that the table does not know: not TensorRT's as far as anybody checked, nor of a subclass of ours."""
-    found = {}
+    """Return attributes that are neither in ``METHODS`` nor of a subclass of ours."""
+    unknown_names = {}
     for (kind, name), places in uses.attributes.items():
         ours = {attribute for own in uses.subclasses.get(kind, []) for attribute in own}
         if name not in METHODS[kind] | ours and f"{kind}.{name}" not in OPTIONAL:
-            found[f"{kind}.{name}"] = places
-    return found
+            unknown_names[f"{kind}.{name}"] = places
+    return unknown_names
 
 
 MISSING = """
 import tensorrt as trt
 
-def there(name):
-    found = trt
+def exists(name):
+    value = trt
     for part in name.split("."):
-        if not hasattr(found, part):
+        if not hasattr(value, part):
             return False
-        found = getattr(found, part)
+        value = getattr(value, part)
     return True
 
 def takes(kind, method, keyword):
@@ -177,17 +183,17 @@ def takes(kind, method, keyword):
 
 print(json.dumps({
     "version": trt.__version__,
-    "names": [name for name in given["names"] if not there(name)],
-    "keywords": [k for k in given["keywords"] if there(".".join(k[:2])) and not takes(*k)],
+    "names": [name for name in given["names"] if not exists(name)],
+    "keywords": [k for k in given["keywords"] if exists(".".join(k[:2])) and not takes(*k)],
 }))
 """
 
 
 def missing(version, names, keywords=()):
-    """Which of these a version of TensorRT does not have."""
-    said = nvidia.inside(version, MISSING, {"names": sorted(names), "keywords": sorted(keywords)})
-    assert said["version"] == version
-    return {*said["names"], *(f"{kind}.{method}({keyword}=)" for kind, method, keyword in said["keywords"])}
+    """Return which of these a version of TensorRT does not have."""
+    answer = nvidia.inside(version, MISSING, {"names": sorted(names), "keywords": sorted(keywords)})
+    assert answer["version"] == version
+    return {*answer["names"], *(f"{kind}.{method}({keyword}=)" for kind, method, keyword in answer["keywords"])}
 
 
 def test_the_code_uses_tensorrt_where_this_test_looks(uses):
@@ -197,7 +203,7 @@ def test_the_code_uses_tensorrt_where_this_test_looks(uses):
 
 
 @pytest.mark.parametrize("version", nvidia.VERSIONS)
-def test_every_name_that_the_code_uses_is_there(uses, version):
+def test_every_name_that_the_code_uses_exists(uses, version):
     absent = missing(version, set(uses.names) - OPTIONAL)
     assert not {name: uses.names[name] for name in absent}
 
@@ -212,22 +218,22 @@ def test_the_table_is_true_and_keywords_are_taken(uses, version):
     assert not missing(version, {f"{kind}.{name}" for kind, names in METHODS.items() for name in names}, theirs)
 
 
-def test_what_is_optional_is_asked_for_before_it_is_used(uses):
+def test_optional_names_are_checked_for_before_use(uses):
     used = set(uses.names) | {f"{kind}.{name}" for kind, name in uses.attributes}
     assert set(uses.guarded) <= OPTIONAL, "a name that every version has needs no guard; one that 10.3 lacks is listed"
     assert used & OPTIONAL <= set(uses.guarded)
     for name in used & OPTIONAL:
         files = [{place.partition(":")[0] for place in places.get(name, ())} for places in (uses.names, uses.guarded)]
-        assert files[0] <= files[1], f"{name} is used in a file that does not ask for it"
+        assert files[0] <= files[1], f"{name} is used in a file that does not check for it"
 
 
-def test_what_is_optional_came_after_the_oldest_version():
+def test_optional_names_came_after_the_oldest_version():
     assert missing(nvidia.VERSIONS[0], OPTIONAL) == OPTIONAL
     assert not missing(nvidia.NEWEST, OPTIONAL)
 
 
 @pytest.mark.parametrize("kind", CALLED)
-def test_what_tensorrt_calls_is_all_there(uses, kind):
+def test_subclasses_have_all_methods_that_tensorrt_calls(uses, kind):
     for own in uses.subclasses.get(kind, []):
         assert METHODS[kind] <= own
         assert "__init__" in own, "without the base's __init__ the bindings refuse the object"
@@ -298,7 +304,7 @@ def test_names_that_do_not_exist_are_missed_in_the_bindings(planted, version, ab
 
 
 def test_nothing_is_made_without_a_library():
-    """The shim alone answers NULL, which the bindings turn into an error, as they do where CUDA does not start."""
+    """The shim alone returns NULL, which the bindings turn into an error, as where CUDA does not start."""
     code = """
 import tensorrt as trt
 try:
@@ -310,7 +316,7 @@ except (TypeError, RuntimeError) as error:
 
 
 def test_the_lean_runtime_has_what_serving_needs():
-    """Everything that the runtime's files use; reading an engine's layers is the builder's business."""
+    """It has every name that the runtime's files use; only the builder reads an engine's layers."""
     needed = Uses()
     for file in sorted((ROOT / "phreg_deploy" / "runtime").rglob("*.py")):
         read(file, needed)
@@ -319,12 +325,12 @@ def test_the_lean_runtime_has_what_serving_needs():
     code = """
 import functools
 import tensorrt as trt
-def there(name):
+def exists(name):
     try:
         functools.reduce(getattr, name.split("."), trt)
     except AttributeError:
         return False
     return True
-print(json.dumps([name for name in given if not there(name)]))
+print(json.dumps([name for name in given if not exists(name)]))
 """
     assert nvidia.inside("lean", code, sorted(wanted - OPTIONAL)) == []

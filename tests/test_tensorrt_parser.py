@@ -1,7 +1,7 @@
-"""NVIDIA's own parser and builder on every family's graph: that it is taken, that attention is fused, that 8 bits stay 8 bits.
+"""NVIDIA's parser and builder accept every family's graph, fuse its attention, and keep its 8-bit layers in 8 bits.
 
-TensorRT for RTX 1.7 stands in for TensorRT 11, on a machine without a GPU. It proves what a compiler of NVIDIA's makes of
-the graph, and neither speed nor numbers.
+TensorRT for RTX 1.7 stands in for TensorRT 11, on a machine without a GPU. This tests how NVIDIA's compiler treats the
+graph, and neither speed nor numbers.
 """
 
 import onnx
@@ -16,7 +16,7 @@ from tests.trt_graphs import DEPTH, PRECISIONS, ROTARY, SAME, build, graphs
 
 @pytest.fixture(scope="module", autouse=True)
 def compiler():
-    """Everything here needs the bindings, the shim under them and TensorRT for RTX; nothing is traced where they are not."""
+    """Skip before anything is traced if the bindings, the shim under them or TensorRT for RTX are missing."""
     nvidia.bindings(nvidia.NEWEST)
     nvidia.rtx_libraries()
     nvidia.shims(nvidia.NEWEST.partition(".")[0])
@@ -33,29 +33,29 @@ CELLS = [
 
 @pytest.fixture(scope="module")
 def plans(request, tmp_path_factory):
-    """Of every cell that this run asks for: its graph and the steps of its plan, or the error that it ended in; one process a precision."""
-    wanted = [
+    """For every selected cell, its graph and the steps of its plan, or an error; one process per precision."""
+    selected = [
         item.callspec.params["cell"]
         for item in request.session.items
         if "cell" in getattr(getattr(item, "callspec", None), "params", {})
     ]
-    found, written = {}, {}
-    for family, sizes, precision in dict.fromkeys((SAME.get(f, f), s, p) for f, s, p in wanted):
+    results, written = {}, {}
+    for family, sizes, precision in dict.fromkeys((SAME.get(f, f), s, p) for f, s, p in selected):
         here = graphs(family, sizes)
         try:
             graph = here.write(precision)
             onnx.checker.check_model(graph)
             written.setdefault(precision, {})[family, sizes, precision] = (graph, here.profiles)
         except PhregError as error:
-            found[family, sizes, precision] = (None, error)
+            results[family, sizes, precision] = (None, error)
     for precision, part in written.items():
         built = build(part, tmp_path_factory.mktemp(precision))
-        found.update({cell: (part[cell][0], steps) for cell, steps in built.items()})
-    return found
+        results.update({cell: (part[cell][0], steps) for cell, steps in built.items()})
+    return results
 
 
 def in_eight_bits(graph):
-    """Names of the linear layers, parts of parted ones by their own, whose weight a graph holds in 8 bits."""
+    """Return the linear layers whose weight the graph stores in 8 bits; for split projections, their parts."""
     makers = {name: node for node in graph.graph.node for name in node.output}
     products = [node for node in graph.graph.node if node.op_type == "MatMul" and node.input[1] in makers]
     return {
@@ -67,25 +67,26 @@ def in_eight_bits(graph):
 
 
 @pytest.mark.parametrize("cell", CELLS, ids="-".join)
-def test_the_graph_is_built_as_it_is_meant(plans, cell):
+def test_the_plan_has_the_expected_kernels(plans, cell):
     family, sizes, precision = cell
     graph, steps = plans[SAME.get(family, family), sizes, precision]
     if isinstance(steps, PhregError):
         raise steps
     assert not isinstance(steps, str), steps
-    seen = nvidia.census(steps)
-    times = len(graphs(SAME.get(family, family), sizes).profiles)  # a plan has every kernel once a profile
+    census = nvidia.census(steps)
+    # A plan has every kernel once per profile.
+    times = len(graphs(SAME.get(family, family), sizes).profiles)
     linears = {linear.name for linear in graphs(SAME.get(family, family), sizes).linears}
     attentions = {f"blocks.{i}.attn" for i in range(DEPTH)}
     if precision == "fp32":  # NVIDIA fuses no attention in FP32
-        assert seen == nvidia.Census(0, 0, frozenset(), frozenset(linears | attentions | {"dense"}))
+        assert census == nvidia.Census(0, 0, frozenset(), frozenset(linears | attentions | {"dense"}))
     elif precision in ("fp16", "bf16"):
-        assert seen == nvidia.Census(times * DEPTH, 0, frozenset(), frozenset(linears | {"dense"}))
+        assert census == nvidia.Census(times * DEPTH, 0, frozenset(), frozenset(linears | {"dense"}))
     else:
-        meant = in_eight_bits(graph)
-        assert {name if name in linears else name.rpartition(".")[0] for name in meant} == linears
-        assert seen == nvidia.Census(
-            times * DEPTH, times * DEPTH if precision == "fp8" else 0, frozenset(meant), frozenset({"dense"})
+        expected = in_eight_bits(graph)
+        assert {name if name in linears else name.rpartition(".")[0] for name in expected} == linears
+        assert census == nvidia.Census(
+            times * DEPTH, times * DEPTH if precision == "fp8" else 0, frozenset(expected), frozenset({"dense"})
         )
 
 
@@ -95,7 +96,7 @@ def steps_of(graph, here, folder):
 
 
 def as_inspected(steps):
-    """The steps of a plan as the inspector of an engine gives them, as far as ``take_census`` reads it."""
+    """Describe the steps of a plan as TensorRT's engine inspector does, as far as ``take_census`` reads it."""
 
     def layer(step):
         kind = "gemm" if step.kind in ("fully_connected", "runtime_fusion") else "kgen"
@@ -112,21 +113,21 @@ def as_inspected(steps):
 
 
 @pytest.mark.parametrize("family", ["augreg", "dinov2-giant", "eva02", "eva02-base"])
-def test_the_account_of_an_engine_names_layers_as_calibration_does(family, tmp_path):
+def test_the_census_names_layers_as_calibration_does(family, tmp_path):
     here = graphs(family)
-    seen = take_census(as_inspected(steps_of(here.write("int8"), here, tmp_path)))
-    assert set(seen.eight_bit) == {linear.name for linear in here.linears}
-    assert set(seen.fused_attention) == {f"blocks.{i}.attn" for i in range(DEPTH)}
+    census = take_census(as_inspected(steps_of(here.write("int8"), here, tmp_path)))
+    assert set(census.eight_bit) == {linear.name for linear in here.linears}
+    assert set(census.fused_attention) == {f"blocks.{i}.attn" for i in range(DEPTH)}
 
 
 @pytest.mark.parametrize("precision", ["int8", "fp8"])
 def test_a_fused_projection_would_be_computed_in_floats(precision, tmp_path):
-    """Why projections are parted; and that the census sees a layer that falls out of 8 bits."""
+    """This is why projections are split. The census sees that they are not in 8 bits."""
     here = graphs("augreg")
-    seen = nvidia.census(steps_of(here.write(precision, parted=False), here, tmp_path))
+    census = nvidia.census(steps_of(here.write(precision, split=False), here, tmp_path))
     fused = {f"blocks.{i}.attn.qkv" for i in range(DEPTH)}
-    assert fused <= seen.floats
-    assert seen.eight_bit == {linear.name for linear in here.linears} - fused
+    assert fused <= census.floats
+    assert census.eight_bit == {linear.name for linear in here.linears} - fused
 
 
 @pytest.mark.parametrize(("head", "fused"), [(8, 0), (16, DEPTH), (256, DEPTH), (264, 0)])
@@ -143,9 +144,9 @@ def test_attention_in_fp8_is_fused_from_32_tokens_on(precision, fused, tmp_path)
 
 def test_attention_on_fewer_tokens_is_left_in_fp16_and_fused(tmp_path):
     here = graphs("augreg", side=5)
-    seen = nvidia.census(steps_of(here.write("fp8", tokens=30), here, tmp_path))
-    assert (seen.fused_attention, seen.eight_bit_attention) == (DEPTH, 0)
-    assert seen.floats == {"dense"}
+    census = nvidia.census(steps_of(here.write("fp8", tokens=30), here, tmp_path))
+    assert (census.fused_attention, census.eight_bit_attention) == (DEPTH, 0)
+    assert census.floats == {"dense"}
 
 
 def test_what_the_parser_refuses_is_named(tmp_path):
@@ -153,6 +154,6 @@ def test_what_the_parser_refuses_is_named(tmp_path):
     graph = here.write("fp16")
     node = next(node for node in graph.graph.node if node.name == "blocks.1.mlp.act/Gelu")
     node.op_type, node.domain = "Wrong", "nobody"
-    said = steps_of(graph, here, tmp_path)
-    assert isinstance(said, str)
-    assert "blocks.1.mlp.act/Gelu" in said
+    refusal = steps_of(graph, here, tmp_path)
+    assert isinstance(refusal, str)
+    assert "blocks.1.mlp.act/Gelu" in refusal

@@ -244,13 +244,13 @@ def test_a_tensor_of_another_type_is_refused_in_words(load):
 
 
 def test_a_plan_of_another_graph_is_refused(load, device, workshop):
-    from phreg_deploy.bundle.plans import Shapes
+    from phreg_deploy.bundle.profiles import ProfileShapes
     from phreg_deploy.runtime.backends.tensorrt_backend import Plan
     from phreg_deploy.runtime.gpu.cuda import Cuda
 
     plan = load("bundle").opened.found.read()
     with pytest.raises(PhregError, match="not of this bundle"):
-        Plan(workshop.tensorrt, Cuda(), plan, [Shapes({"other": [[1], [1], [1]]})])
+        Plan(workshop.tensorrt, Cuda(), plan, [ProfileShapes({"other": [[1], [1], [1]]})])
 
 
 def test_a_plan_in_float32_is_asked_for_nothing_else(load, device):

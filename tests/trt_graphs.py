@@ -1,4 +1,4 @@
-"""Graphs of every family as ``export`` and ``calibrate --target trt`` write them, and the plans that NVIDIA's builder makes of them."""
+"""Graphs of every family as ``export`` and ``calibrate --target trt`` write them, and the plans that NVIDIA builds."""
 
 import functools
 from types import SimpleNamespace
@@ -6,7 +6,7 @@ from types import SimpleNamespace
 import numpy as np
 import onnx
 
-from phreg_deploy.bundle.plans import profiles_of
+from phreg_deploy.bundle.profiles import profiles_of
 from phreg_deploy.calibration.calibrator import FP8_SMOOTHING
 from phreg_deploy.calibration.fp8 import FUSED_FROM
 from phreg_deploy.calibration.ranges import Ranges, observe, watch
@@ -26,33 +26,37 @@ from tests.cli_helpers import photograph
 from tests.small_models import small
 
 DEPTH, WIDTH, HEADS = 2, 96, 3
-SIDE = 8  # patches; a smaller grid has too few tokens for fused attention in FP8, see below
+# Patches per side. A smaller grid has too few tokens for fused attention in FP8.
+SIDE = 8
 PRECISIONS = ("fp32", "fp16", "bf16", "int8", "fp8")
-ROTARY = ("eva02", "eva02-base")  # baked for one size
-SAME = {"dino": "augreg"}  # made small, the two are one model
+# Families with a rotary embedding, which is baked for one size.
+ROTARY = ("eva02", "eva02-base")
+# Families whose small models are equal.
+SAME = {"dino": "augreg"}
 
 BUILD = """
 from pathlib import Path
 import tensorrt as trt
-from phreg_deploy.bundle.plans import BuildSettings, Shapes
+from phreg_deploy.bundle.plans import BuildSettings
+from phreg_deploy.bundle.profiles import ProfileShapes
 from phreg_deploy.errors import PhregError
 from phreg_deploy.export.engine.builder import build_plan
 from tests import nvidia
 
-said = {}
+results = {}
 for path, profiles in given.items():
     try:
-        built = build_plan(trt, Path(path), [Shapes(inputs) for inputs in profiles], BuildSettings())
+        built = build_plan(trt, Path(path), [ProfileShapes(inputs) for inputs in profiles], BuildSettings())
     except PhregError as error:
-        said[path] = str(error)
+        results[path] = str(error)
     else:
-        said[path] = [[step.kind, step.kernel, step.nodes] for step in nvidia.operators(built.plan)]
-print(json.dumps(said))
+        results[path] = [[step.kind, step.kernel, step.nodes] for step in nvidia.operators(built.plan)]
+print(json.dumps(results))
 """
 
 
 class Graphs:
-    """One small model, its FP32 graph and what calibration sees of it on two photographs."""
+    """One small model, its FP32 graph, and what calibration observes in it on two photographs."""
 
     def __init__(self, family: str, sizes: str, width: int, heads: int, side: int, depth: int = DEPTH) -> None:
         model = add_registers(small(family, depth=depth, width=width, heads=heads, side=side), 4)
@@ -77,7 +81,7 @@ class Graphs:
         self.ranges: Ranges = observe(self.graph, self.linears, spec, feeds, silent)
         self.largest = watch(self.graph, feeds, silent)
 
-    def write(self, precision: str, *, parted: bool = True, tokens: int = FUSED_FROM) -> onnx.ModelProto:
+    def write(self, precision: str, *, split: bool = True, tokens: int = FUSED_FROM) -> onnx.ModelProto:
         """The graph as ``export`` or ``calibrate --target trt`` write it."""
         graph = onnx.ModelProto()
         graph.CopyFrom(self.graph)
@@ -87,7 +91,7 @@ class Graphs:
             return narrow(graph, precision, self.largest).model
         search = Search(Wiring(graph), self.linears, self.ranges, "trt", None, None, precision, self.largest, tokens)
         eight = search.graph(Smoothing() if precision == "int8" else FP8_SMOOTHING, set(), share=True)
-        return narrow(split_projections(eight) if parted else eight, "fp16", self.largest).model
+        return narrow(split_projections(eight) if split else eight, "fp16", self.largest).model
 
 
 @functools.cache
@@ -98,14 +102,14 @@ def graphs(
 
 
 def build(written, folder):
-    """Plans of graphs, built in one process: key -> its steps, or the refusal in words."""
+    """Build plans of graphs in one process; return key -> the plan's steps, or the error message."""
     given, keys = {}, {}
     for number, (key, (graph, profiles)) in enumerate(written.items()):
         path = folder / f"{number}.onnx"
         path.write_bytes(graph.SerializeToString())
         given[str(path)], keys[str(path)] = [profile.inputs for profile in profiles], key
-    said = nvidia.inside(nvidia.NEWEST, BUILD, given, rtx=True)
+    results = nvidia.inside(nvidia.NEWEST, BUILD, given, rtx=True)
     return {
-        keys[path]: found if isinstance(found, str) else [nvidia.Operator(*step) for step in found]
-        for path, found in said.items()
+        keys[path]: steps if isinstance(steps, str) else [nvidia.Operator(*step) for step in steps]
+        for path, steps in results.items()
     }

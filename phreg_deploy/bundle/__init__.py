@@ -1,1 +1,1 @@
-"""The bundle on disk: manifest, graph, exam, TensorRT plans. ``docs/bundle-format.md`` is its written contract."""
+"""The bundle on disk: manifest, graph, exam, TensorRT plans (``docs/bundle-format.md``)."""

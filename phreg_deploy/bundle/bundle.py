@@ -1,4 +1,4 @@
-"""The bundle: a folder that a device serves dense features from. ``docs/bundle-format.md`` is its written contract."""
+"""Read and verify a bundle, the folder that a device serves dense features from (``docs/bundle-format.md``)."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import zipfile
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import numpy as np
 
@@ -24,7 +24,9 @@ from phreg_deploy.json_files import check_regular, read_json
 
 T = TypeVar("T")
 
-METADATA_PREFIX = "phreg."  # before each key of the graph's metadata
+# Starts each key of the graph's metadata.
+METADATA_PREFIX = "phreg."
+# numpy and zipfile raise these on damaged or foreign files.
 UNREADABLE = (
     OSError,
     ValueError,
@@ -35,12 +37,12 @@ UNREADABLE = (
     OverflowError,
     struct.error,
     zipfile.BadZipFile,
-)  # fmt: skip  (what numpy and zipfile raise on files that others wrote)
+)
 
 
 @dataclass(frozen=True)
 class Bundle:
-    """A bundle on disk that has been read; ``verify`` compares every file with its hash."""
+    """A bundle on disk whose manifest was read; ``verify`` compares every file with its hash."""
 
     folder: Path
     manifest: Manifest
@@ -50,27 +52,14 @@ class Bundle:
         """Read the manifest.
 
         Raises:
-            PhregError: no folder, no manifest, damaged, of a newer format, or a file that is missing.
+            PhregError: there is no folder or no manifest, the manifest is damaged or of a newer format, or a file is
+                missing.
         """
         refuse_url(str(folder))
         folder = Path(folder)
         path = folder / MANIFEST
         if not os.path.isfile(path):
-            found = (
-                "there is nothing"
-                if not os.path.exists(folder)
-                else "there is a file"
-                if os.path.isfile(folder)
-                else "the folder holds no manifest.json"
-            )
-            hint = (
-                " It holds a model: run `phreg-deploy export` on it first."
-                if os.path.isfile(folder / "model.safetensors")
-                else ""
-            )
-            raise PhregError(
-                f"bundle: got {folder}, where {found}; expected a folder written by `phreg-deploy export`.{hint}"
-            )
+            raise PhregError(_no_bundle(folder))
         check_regular(folder, [MANIFEST])
         try:
             manifest = read_manifest(read_json(path))
@@ -87,25 +76,30 @@ class Bundle:
         return self.folder / GRAPH
 
     def verify(self) -> None:
-        """Raise ``PhregError`` unless every file has the hash that the manifest gives it, and the graph says what it says."""
+        """Check the hash of every file, and that the graph's metadata is the manifest.
+
+        Raises:
+            PhregError: a file was changed, or belongs to another bundle.
+        """
         check_files(self.manifest.files, self.manifest.required())
         for name, expected in self.manifest.files.items():
             if self._load(name, file_digest) != expected:
                 raise PhregError(
-                    f"bundle: {self.folder / name} has another sha256 than {MANIFEST} says, {expected[:16]}…: it was changed or damaged. Copy or export the bundle again."
+                    f"bundle: {self.folder / name} has another sha256 than {MANIFEST} says, {expected[:16]}…: it was "
+                    "changed or damaged. Copy or export the bundle again."
                 )
-        self._compare()
+        self._compare_with_graph()
 
-    def _compare(self) -> None:
-        """Raise unless the manifest is the one that was written into the graph, of which there is a hash."""
-        written = self._load(GRAPH, read_metadata)
+    def _compare_with_graph(self) -> None:
+        """Raise unless the manifest is the one in the graph's metadata; ``verify`` has checked the graph's hash."""
+        metadata = self._load(GRAPH, read_metadata)
         try:
-            facts = {
-                k.removeprefix(METADATA_PREFIX): json.loads(v)
-                for k, v in written.items()
-                if k.startswith(METADATA_PREFIX)
+            values = {
+                key.removeprefix(METADATA_PREFIX): json.loads(value)
+                for key, value in metadata.items()
+                if key.startswith(METADATA_PREFIX)
             }
-            graph = read_manifest({**facts, "files": self.manifest.files})
+            graph = read_manifest({**values, "files": self.manifest.files})
         except (PhregError, ValueError, RecursionError) as error:
             raise PhregError(
                 f"bundle: {self.graph} does not say how it is fed ({error}); copy or export the bundle again."
@@ -113,18 +107,20 @@ class Bundle:
         differing = [key for key in Manifest.__dataclass_fields__ if getattr(graph, key) != getattr(self.manifest, key)]
         if differing:
             raise PhregError(
-                f"bundle: {self.folder / MANIFEST} and {GRAPH} disagree on {', '.join(differing)}: one of them was edited, or is another bundle's. Copy or export the bundle again."
+                f"bundle: {self.folder / MANIFEST} and {GRAPH} disagree on {', '.join(differing)}: one of them was "
+                "edited, or is another bundle's. Copy or export the bundle again."
             )
 
     def positions(self) -> np.ndarray:
-        """The base position embedding, float32 ``(gh, gw, C)``; only in bundles with several sizes."""
+        """Read the position embedding at the model's own grid, float32 ``(gh, gw, C)``; only for several sizes."""
         model = self.manifest.model
         return self._load(POSITIONS, lambda path: read_positions(path, (*model.grid, model.width)))
 
     def cases(self) -> list[dict[str, np.ndarray]]:
-        """The reference: seeded inputs and the right answers, one dictionary per case.
+        """Read the exam: seeded inputs and the right answers, one dictionary per case.
 
-        Each holds ``image``, ``features``, ``token_norm``, and ``cls`` where the bundle has it, of shapes that the manifest allows.
+        Each holds ``image``, ``features``, ``token_norm`` and, if the model has a class token, ``cls``; their shapes
+        are checked against the manifest.
         """
         return self._load(REFERENCE, lambda path: read_cases(path, self.manifest))
 
@@ -137,20 +133,28 @@ class Bundle:
             raise PhregError(f"bundle: {path} cannot be read ({error}); copy or export the bundle again.") from None
 
 
+def _no_bundle(folder: Path) -> str:
+    """The message for a folder without manifest."""
+    there = "the folder holds no manifest.json"
+    if not os.path.exists(folder):
+        there = "there is nothing"
+    elif os.path.isfile(folder):
+        there = "there is a file"
+    hint = ""
+    if os.path.isfile(folder / "model.safetensors"):
+        hint = " It holds a model: run `phreg-deploy export` on it first."
+    return f"bundle: got {folder}, where {there}; expected a folder written by `phreg-deploy export`.{hint}"
+
+
 def file_digest(path: Path) -> str:
-    """sha256 of a file, read in pieces."""
-    with open(path, "rb") as file:
-        return (
-            hashlib.file_digest(file, "sha256").hexdigest() if hasattr(hashlib, "file_digest") else _digest_3_10(file)
-        )
-
-
-def _digest_3_10(file: Any) -> str:
+    """Return the sha256 of a file, in hexadecimal digits."""
     digest = hashlib.sha256()
-    while piece := file.read(1 << 20):
-        digest.update(piece)
+    with open(path, "rb") as file:
+        while piece := file.read(1 << 20):
+            digest.update(piece)
     return digest.hexdigest()
 
 
 def is_bundle(path: Path | str) -> bool:
+    """Return whether a folder holds a manifest."""
     return os.path.isfile(Path(path) / MANIFEST)

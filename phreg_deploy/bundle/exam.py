@@ -1,4 +1,4 @@
-"""Arrays in a bundle, read header first: what a header declares is compared with the manifest before memory is taken."""
+"""Read the arrays of a bundle. Their headers are compared with the manifest before memory is allocated."""
 
 from __future__ import annotations
 
@@ -12,39 +12,38 @@ import numpy as np
 from phreg_deploy.bundle.manifest import Manifest
 from phreg_deploy.errors import PhregError
 
-SLACK = 1 << 20  # bytes of a reference beside its arrays
+# Bytes of an exam's file beside its arrays, at most.
+SLACK = 1 << 20
 HEADERS = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}
 
 Check = Callable[[tuple[int, ...], str], None]
 
 
 def read_positions(path: Path, shape: tuple[int, ...]) -> np.ndarray:
-    """The ``.npy`` file of a position embedding of this shape, float32.
+    """Read a position embedding of this shape, float32, from a ``.npy`` file.
 
     Raises:
-        ValueError: another shape or type, or no array. OSError: the system refuses.
+        ValueError: it has another shape or type, or is no array. OSError: the file cannot be read.
     """
 
-    def check(found: tuple[int, ...], kind: str) -> None:
-        if found != shape or kind != "float32":
-            raise ValueError(f"it holds {kind} {found}, expected float32 {shape}")
+    def check(got: tuple[int, ...], dtype: str) -> None:
+        if got != shape or dtype != "float32":
+            raise ValueError(f"it holds {dtype} {got}, expected float32 {shape}")
 
     with open(path, "rb") as file:
         return _read(file, check)
 
 
 def read_cases(path: Path, manifest: Manifest) -> list[dict[str, np.ndarray]]:
-    """The cases of a reference: ``image``, ``features``, ``token_norm``, and ``cls`` where the manifest has it.
+    """Read the cases of an exam: ``image``, ``features``, ``token_norm``, and ``cls`` if the manifest lists it.
 
     Raises:
-        ValueError, zipfile.BadZipFile: no cases, a missing or unknown tensor, or one that the manifest does not allow.
-            OSError: the system refuses.
+        ValueError, zipfile.BadZipFile: there are no cases, a tensor is missing or unknown, or the manifest does not
+            allow its shape or type. OSError: the file cannot be read.
     """
-    tensors = [
-        name for name in ("image", "features", "token_norm", "cls") if name == "image" or name in manifest.outputs
-    ]
+    tensors = ["image", *(name for name in ("features", "token_norm", "cls") if name in manifest.outputs)]
     most = len(manifest.sizes.sizes)
-    size, allowed = path.stat().st_size, SLACK + sum(_bytes(manifest, size) for size in manifest.sizes.sizes)
+    size, allowed = path.stat().st_size, SLACK + sum(_case_bytes(manifest, size) for size in manifest.sizes.sizes)
     if size > allowed:
         raise ValueError(f"it has {size} bytes, expected at most {allowed} for {most} cases")
     with open(path, "rb") as file, zipfile.ZipFile(file) as archive:
@@ -63,27 +62,29 @@ def read_cases(path: Path, manifest: Manifest) -> list[dict[str, np.ndarray]]:
 def _case(
     archive: zipfile.ZipFile, members: dict[str, zipfile.ZipInfo], case: int, tensors: Sequence[str], manifest: Manifest
 ) -> dict[str, np.ndarray]:
-    """One case, the image first: its shape says what the others have."""
-    found: dict[str, np.ndarray] = {}
+    """Read one case, the image first, because the shapes of the answers follow from its shape."""
+    arrays: dict[str, np.ndarray] = {}
     for name in tensors:
         member = members[f"{case}/{name}.npy"]
         if member.compress_type != zipfile.ZIP_STORED or member.flag_bits & 1:
             raise ValueError(f"{member.filename} is compressed or encrypted, expected it stored without either")
 
-        def check(shape: tuple[int, ...], kind: str, name: str = name) -> None:
-            place = f"{case}/{name}"
+        def check(shape: tuple[int, ...], dtype: str, name: str = name) -> None:
             if name == "image":
-                if len(shape) != 4 or shape[3] != 3 or kind != "uint8" or not _served(manifest, shape):
-                    raise ValueError(
-                        f"{place} is {kind} {shape}, expected uint8 (B, H, W, 3) of a batch and size that are served"
-                    )
-            elif shape != answer_shape(manifest, name, found["image"].shape) or kind not in ("float16", "float32"):
-                expected = answer_shape(manifest, name, found["image"].shape)
-                raise ValueError(f"{place} is {kind} {shape}, expected float32 {expected}")
+                _check_image(f"{case}/{name}", shape, dtype, manifest)
+                return
+            expected = answer_shape(manifest, name, arrays["image"].shape)
+            if shape != expected or dtype not in ("float16", "float32"):
+                raise ValueError(f"{case}/{name} is {dtype} {shape}, expected float32 {expected}")
 
         with archive.open(member) as file:
-            found[name] = _read(file, check)
-    return found
+            arrays[name] = _read(file, check)
+    return arrays
+
+
+def _check_image(name: str, shape: tuple[int, ...], dtype: str, manifest: Manifest) -> None:
+    if len(shape) != 4 or shape[3] != 3 or dtype != "uint8" or not _served(manifest, shape):
+        raise ValueError(f"{name} is {dtype} {shape}, expected uint8 (B, H, W, 3) of a batch and size that are served")
 
 
 def _served(manifest: Manifest, image: tuple[int, ...]) -> bool:
@@ -96,37 +97,42 @@ def _served(manifest: Manifest, image: tuple[int, ...]) -> bool:
 
 
 def answer_shape(manifest: Manifest, name: str, image: Sequence[int]) -> tuple[int, ...]:
-    """The shape of an output for images ``(B, H, W, 3)``."""
+    """Return the shape of an output for images of shape ``(B, H, W, 3)``."""
     patch, width = manifest.model.patch, manifest.model.width
     grid = (image[1] // patch[0], image[2] // patch[1])
     return {"features": (image[0], *grid, width), "token_norm": (image[0], *grid), "cls": (image[0], width)}[name]
 
 
 def check_shapes(manifest: Manifest, answers: Mapping[str, np.ndarray], image: Sequence[int]) -> None:
-    """Raise ``PhregError`` unless a graph's answers to images ``(B, H, W, 3)`` are all there, in the shapes that readers expect."""
+    """Check the shapes of a graph's answers to images of shape ``(B, H, W, 3)``.
+
+    Raises:
+        PhregError: an output is missing, or has another shape than the manifest says.
+    """
     for name in manifest.outputs:
         got, expected = np.shape(answers[name]) if name in answers else None, answer_shape(manifest, name, image)
         if got != expected:
             raise PhregError(
-                f"graph: got {name} of shape {got}, expected {expected}; the graph is not this bundle's. Copy or export the bundle again."
+                f"graph: got {name} of shape {got}, expected {expected}; the graph is not this bundle's. "
+                "Copy or export the bundle again."
             )
 
 
-def _bytes(manifest: Manifest, size: tuple[int, int]) -> int:
-    """Bytes at most of a case at a size, in float32."""
+def _case_bytes(manifest: Manifest, size: tuple[int, int]) -> int:
+    """Return how many bytes a case of this size takes at most, in float32."""
     image = (manifest.batches.highest, *size, 3)
     answers = sum(int(np.prod(answer_shape(manifest, name, image), dtype=object)) for name in manifest.outputs)
     return int(np.prod(image, dtype=object)) + 4 * answers
 
 
 def _read(file: IO[bytes], check: Check) -> np.ndarray:
-    """An array in numpy's format, after ``check`` has seen its shape and type."""
+    """Read an array in numpy's format, after ``check`` was called with its shape and type."""
     version = np.lib.format.read_magic(file)
     if version not in HEADERS:
         raise ValueError(f"its arrays are of numpy's format {version}, expected 1.0 or 2.0")
     try:
         shape, fortran, dtype = HEADERS[version](file)
-    except Exception as error:  # numpy parses a header as Python, whose parsers raise many kinds
+    except Exception as error:  # numpy parses the header as Python, which raises many kinds
         raise ValueError(f"the header of an array cannot be read ({error})") from None
     check(shape, dtype.name)
     size = int(np.prod(shape, dtype=object)) * dtype.itemsize

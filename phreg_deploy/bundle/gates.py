@@ -1,16 +1,17 @@
-"""The bars of parity by precision, and what each compares.
+"""The parity gates of each precision: what is compared, and the bar.
 
-Every bar was measured on real weights with a margin (``benchmarks/gates.json``: ViT-Tiny and DeiT-Tiny, 224 px and 480x640,
-ONNX Runtime and OpenVINO, 112 photographs). What the margins are for: floating point differs between runtimes and
-processors; in 8 bits a value near a rounding boundary goes the other way, and single tokens of DeiT-Tiny whose norm grows
-from block to block then end elsewhere. A garbage token has a cosine near 0, so that ``cosine_min`` finds it all the same.
+Every bar was measured on real weights, with a margin (``benchmarks/gates.json``: ViT-Tiny and DeiT-Tiny, 224 px and
+480x640, ONNX Runtime and OpenVINO, 112 photographs). The margin covers differences between runtimes and processors: in
+8 bits a value near a rounding boundary rounds the other way, and single tokens of DeiT-Tiny whose norm grows from block
+to block then differ strongly. A garbage token has a cosine near 0, which ``cosine_min`` still finds.
 """
 
 from __future__ import annotations
 
-# "cosine_*": per patch token, at least. "cls_cosine": of the worst image, at least. "relative_l2" of the features,
-# "norm_bias" (median of token norms) and "norm_difference" (worst token): relative, at most. "outlier_points": change of the
-# norm-outlier rate in percentage points, at most. "neighbours": share of patches with the same nearest patch, at least.
+# "cosine_*": of each patch token, at least. "cls_cosine": of the worst image, at least. "relative_l2" of the features,
+# "norm_bias" (median of the token norms) and "norm_difference" (worst token): relative, at most. "outlier_points":
+# change of the norm-outlier rate in percentage points, at most. "neighbours": share of patches whose nearest patch is
+# the same, at least.
 GATES: dict[str, dict[str, float]] = {
     "fp32": {
         "cosine_p1": 0.99999, "cosine_min": 0.9999, "cls_cosine": 0.99999, "relative_l2": 1e-3, "norm_bias": 1e-3,
@@ -33,8 +34,8 @@ GATES: dict[str, dict[str, float]] = {
         "norm_difference": 2.0, "outlier_points": 0.1, "neighbours": 0.75,
     },
 }  # fmt: skip
-# Against a bundle's own reference, which holds PyTorch's answers to seeded images, or, in 8 bits, those of the graph in
-# ONNX Runtime: two runtimes on one graph round differently, and every rounding moves others. FP32 and FP16 have the bars above.
+# Bars for the bundle's own exam, which holds PyTorch's answers or, in 8 bits, those of the 8-bit graph in ONNX Runtime.
+# Two runtimes round one 8-bit graph differently, and each rounding changes others. FP32 and FP16 use the bars above.
 EXAM: dict[str, dict[str, float]] = {
     "bf16": {
         "cosine_p1": 0.997, "cosine_min": 0.97, "cls_cosine": 0.999, "relative_l2": 0.06, "norm_bias": 0.01,
@@ -49,8 +50,8 @@ EXAM: dict[str, dict[str, float]] = {
         "norm_difference": 0.4, "outlier_points": 0.1,
     },
 }  # fmt: skip
-# The same where the runtime that wrote the answers gives them again, on another processor: between AVX2 and AVX512-VNNI
-# the 1st percentile was .995.
+# Bars for the runtime that wrote the answers, on another processor: between AVX2 and AVX512-VNNI the 1st percentile was
+# .995.
 AGAIN: dict[str, float] = {
     "cosine_p1": 0.99, "cosine_min": 0.97, "cls_cosine": 0.995, "relative_l2": 0.1, "norm_bias": 0.01,
     "norm_difference": 0.1, "outlier_points": 0.1,
@@ -71,10 +72,10 @@ AT_LEAST = {"cosine_p1", "cosine_min", "cls_cosine", "neighbours"}
 
 
 def exam_bars(precision: str, again: bool = False) -> dict[str, float]:
-    """The bars for a bundle's own reference.
+    """Return the bars for a bundle's own exam.
 
     Args:
-        again: the runtime that wrote the answers gives them again; only 8-bit answers are a runtime's own.
+        again: the answers are compared with those of the same runtime; this matters in 8 bits only.
     """
     if again and precision in ("int8", "fp8"):
         return AGAIN

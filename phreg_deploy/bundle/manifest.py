@@ -1,4 +1,4 @@
-"""The manifest of a bundle as data. ``docs/bundle-format.md`` is its written contract."""
+"""The manifest of a bundle (``docs/bundle-format.md``)."""
 
 from __future__ import annotations
 
@@ -15,12 +15,13 @@ CALIBRATION = "calibration.json"
 
 @dataclass(frozen=True)
 class Manifest:
-    """What ``manifest.json`` says. ``inputs`` and ``outputs`` map names to ``{"dtype", "shape"}``.
+    """The content of ``manifest.json``.
 
-    ``norm_median``: the base model's median pre-norm patch-token norm, which live artifact rates are measured against;
-    None where nobody measured it. ``source``: where the weights came from, with their sha256. ``float_parts``: what
-    stayed in a higher precision than ``precision``. ``quantisation``: what ``calibrate`` did and measured; None in a
-    bundle that was not calibrated.
+    ``inputs`` and ``outputs`` map names to ``{"dtype", "shape"}``. ``source``: where the weights came from, with their
+    sha256. ``norm_median``: the base model's median pre-norm patch-token norm, to which live artifact rates are
+    relative; None if it was not measured. ``float_parts``: the nodes in a higher precision than ``precision``.
+    ``quantisation``: what ``calibrate`` did and measured; None if the bundle was not calibrated. ``files``: name ->
+    sha256.
     """
 
     model: ModelSpec
@@ -46,16 +47,21 @@ class Manifest:
 
     @classmethod
     def from_json(cls, data: Any) -> Manifest:
-        """Read a manifest's JSON; an unknown key, a wrong type or an absurd number is a ``PhregError``."""
+        """Build the manifest from JSON; see ``validity.read_manifest`` for the check of its values.
+
+        Raises:
+            PhregError: an unknown or missing key, a newer format, or a value that is not an object.
+        """
         version = data.get("format") if isinstance(data, dict) else None
         if type(version) is not int or version < 1:
             raise PhregError("manifest: it has no format number; it is damaged or not ours.")
         if version > FORMAT:
             raise PhregError(
-                f"manifest: got format {version}, expected at most {FORMAT}. Upgrade phreg-deploy, or export the bundle again."
+                f"manifest: got format {version}, expected at most {FORMAT}. Upgrade phreg-deploy, or export the "
+                "bundle again."
             )
         fields = {k: v for k, v in data.items() if k != "format"}
-        if version == 1:  # before calibration
+        if version == 1:  # older than calibration
             fields.setdefault("quantisation", None)
         missing = sorted(set(cls.__dataclass_fields__) - set(fields))
         unknown = sorted(set(fields) - set(cls.__dataclass_fields__))
@@ -64,17 +70,17 @@ class Manifest:
                 f"manifest: missing keys {missing}, unknown keys {unknown}; it is damaged. Export the bundle again."
             )
         fields.update(
-            model=ModelSpec.from_json(fields["model"]), preprocess=Preprocess.from_json(fields["preprocess"]),
-            sizes=Sizes.from_json(fields["sizes"]), batches=Batches.from_json(fields["batches"]),
-        )  # fmt: skip
+            model=ModelSpec.from_json(fields["model"]),
+            preprocess=Preprocess.from_json(fields["preprocess"]),
+            sizes=Sizes.from_json(fields["sizes"]),
+            batches=Batches.from_json(fields["batches"]),
+        )
         for key in ("inputs", "outputs", "source", "versions", "files"):
             if not isinstance(fields[key], dict):
                 raise PhregError(f"manifest: {key} is no object; it is damaged. Export the bundle again.")
         return cls(**fields)
 
     def required(self) -> list[str]:
-        """Names of the files that are read."""
-        return [
-            GRAPH, REFERENCE,
-            *([POSITIONS] if "pos_embed" in self.inputs else []), *([CALIBRATION] if self.quantisation else []),
-        ]  # fmt: skip
+        """Return the names of the files that a reader needs."""
+        positions = [POSITIONS] if "pos_embed" in self.inputs else []
+        return [GRAPH, REFERENCE, *positions, *([CALIBRATION] if self.quantisation else [])]

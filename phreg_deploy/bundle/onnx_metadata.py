@@ -1,7 +1,7 @@
-"""The ``metadata_props`` of an ONNX file without the onnx package: protobuf's wire format, top-level fields only.
+"""Read the ``metadata_props`` of an ONNX file without the onnx package, from protobuf's wire format.
 
-A field is a key, 8 * number + type, and a value; a value of type 2 says its length first. The graph is skipped by its
-length, so that a file of gigabytes costs a few reads.
+A field is a key, 8 * number + type, and a value; a value of type 2 starts with its length. The graph is skipped by its
+length: a file of gigabytes costs a few reads. Source: https://protobuf.dev/programming-guides/encoding/
 """
 
 from __future__ import annotations
@@ -10,18 +10,20 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import BinaryIO
 
-METADATA, KEY, VALUE = 14, 1, 2  # fields: ModelProto.metadata_props, StringStringEntryProto.key and .value
+# Field numbers of ModelProto.metadata_props, StringStringEntryProto.key and .value.
+METADATA, KEY, VALUE = 14, 1, 2
 VARINT, EIGHT_BYTES, LENGTH, FOUR_BYTES = 0, 1, 2, 5
-MOST_FIELDS, MOST_BYTES = 10_000, 16 << 20  # at the top level, and in one entry
+# Fields at the top level, and bytes of one entry, at most.
+MOST_FIELDS, MOST_BYTES = 10_000, 16 << 20
 
 
 def read_metadata(path: Path) -> dict[str, str]:
-    """The keys and values of the metadata in an ONNX file.
+    """Return the keys and values of the metadata in an ONNX file.
 
     Raises:
-        ValueError: it is no ONNX file, or its metadata is too large. OSError: the system refuses.
+        ValueError: it is no ONNX file, or its metadata is too large. OSError: the file cannot be read.
     """
-    found: dict[str, str] = {}
+    metadata: dict[str, str] = {}
     with open(path, "rb") as file:
         for number, start, length in _fields(file, 0, file.seek(0, 2)):
             if number != METADATA:
@@ -32,12 +34,12 @@ def read_metadata(path: Path) -> dict[str, str]:
             for part, at, size in _fields(file, start, start + length):
                 file.seek(at)
                 pair[part] = file.read(size).decode()
-            found[pair[KEY]] = pair[VALUE]
-    return found
+            metadata[pair[KEY]] = pair[VALUE]
+    return metadata
 
 
 def _fields(file: BinaryIO, position: int, end: int) -> Iterator[tuple[int, int, int]]:
-    """Number, start and length of every field of type ``LENGTH`` between two positions."""
+    """Yield number, start and length of every field of type ``LENGTH`` between two positions."""
     for _ in range(MOST_FIELDS):
         if position == end:
             return
@@ -63,7 +65,7 @@ def _fields(file: BinaryIO, position: int, end: int) -> Iterator[tuple[int, int,
 
 
 def _varint(file: BinaryIO) -> int:
-    """A number of 7 bits a byte, the lowest first; the top bit says that another byte follows."""
+    """Read a number with 7 bits per byte, lowest first; a set top bit means that another byte follows."""
     value = 0
     for shift in range(0, 70, 7):
         byte = file.read(1)

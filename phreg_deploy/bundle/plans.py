@@ -1,20 +1,22 @@
-"""TensorRT plans in a bundle: ``engines/NAME.plan``, raw, each with a JSON sidecar. A cache, never the source.
+"""Store and find the TensorRT plans of a bundle: ``engines/NAME.plan``, raw, each with a JSON sidecar.
 
-A plan is executable: it is read only when its hash is the sidecar's, and a sidecar is believed only for this bundle's graph.
+A *plan* is the serialised file; TensorRT loads it as an *engine*. Plans are a cache: they can be built again from the
+graph. A plan is executable code, so it is read only if its sha256 is the sidecar's, and a sidecar counts only if it
+names the hash of this bundle's graph.
 """
 
 from __future__ import annotations
 
 import hashlib
-import itertools
 import json
 import platform
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from phreg_deploy.bundle.bundle import Bundle, file_digest
-from phreg_deploy.bundle.manifest import GRAPH, Manifest
+from phreg_deploy.bundle.manifest import GRAPH
+from phreg_deploy.bundle.profiles import ProfileShapes, profiles_of
 from phreg_deploy.errors import BackendMissing, PhregError, write_error
 from phreg_deploy.files.atomic import write_atomic
 from phreg_deploy.files.temporary import remove_dead
@@ -27,27 +29,12 @@ COMPATIBILITY = ("none", "version", "ampere+", "same-cc")
 
 
 @dataclass(frozen=True)
-class Shapes(Stored):
-    """One optimization profile: input -> (smallest, best, largest) shape."""
-
-    inputs: dict[str, Any]
-
-    def holds(self, shapes: dict[str, tuple[int, ...]]) -> bool:
-        """Whether inputs of these shapes run in this profile."""
-        return all(name in self.inputs and _within(self.inputs[name], shape) for name, shape in shapes.items())
-
-
-def _within(profile: Any, shape: tuple[int, ...]) -> bool:
-    lowest, _, highest = profile
-    return len(shape) == len(lowest) and all(a <= side <= b for a, side, b in zip(lowest, shape, highest))
-
-
-@dataclass(frozen=True)
 class BuildSettings(Stored):
-    """How an engine is built.
+    """How a plan is built.
 
-    ``tf32``: let FP32 products drop to 10 bits of mantissa; parity wants it off. ``compatibility``: "none", "version" (plan
-    for later TensorRT), "ampere+" or "same-cc" (plan for other GPUs). ``effort``: TensorRT's builder optimization level, 0-5.
+    ``tf32``: compute FP32 products with 10 bits of mantissa, which fails the FP32 parity gate. ``compatibility``:
+    "none", "version" (for later TensorRT versions too), "ampere+" or "same-cc" (for other GPUs too). ``effort``:
+    TensorRT's builder optimization level, 0-5.
     """
 
     tf32: bool = False
@@ -62,8 +49,12 @@ class BuildSettings(Stored):
 
 
 @dataclass(frozen=True)
-class Key(Stored):
-    """What a plan depends on. ``gpu``: the device's name; ``architecture``: compute capability times ten."""
+class PlanKey(Stored):
+    """Everything a plan depends on.
+
+    ``graph``: sha256 of ``model.onnx``. ``profiles``: digest of the optimization profiles. ``gpu``: the device's name.
+    ``architecture``: compute capability times ten. ``cuda``: the driver's major CUDA version.
+    """
 
     graph: str
     precision: str
@@ -71,77 +62,70 @@ class Key(Stored):
     gpu: str
     architecture: int
     tensorrt: str
-    cuda: int  # major
+    cuda: int
     system: str
-    settings: dict[str, Any] = field(default_factory=dict)
+    settings: BuildSettings
+
+    @classmethod
+    def from_json(cls, data: dict[str, Any]) -> PlanKey:
+        """Build the key and its settings; raises as ``Stored.from_json``, or ``KeyError`` without settings."""
+        return super().from_json({**data, "settings": BuildSettings.from_json(data["settings"])})
 
     @property
     def name(self) -> str:
-        whole = hashlib.sha256(json.dumps(asdict(self), sort_keys=True).encode()).hexdigest()
-        return f"{self.graph[:12]}-{whole[:8]}-sm{self.architecture}-trt{self.tensorrt}-cuda{self.cuda}"
+        """The plan's file name without suffix; every field of the key changes it."""
+        digest = hashlib.sha256(json.dumps(asdict(self), sort_keys=True).encode()).hexdigest()
+        return f"{self.graph[:12]}-{digest[:8]}-sm{self.architecture}-trt{self.tensorrt}-cuda{self.cuda}"
 
 
 @dataclass(frozen=True)
-class Engine:
-    """A plan that was found, with what its sidecar says."""
+class StoredPlan:
+    """A plan file and the content of its sidecar; ``report`` is the JSON of the build that wrote it."""
 
     path: Path
-    key: Key
+    key: PlanKey
     sha256: str
-    profiles: list[Shapes]
+    profiles: list[ProfileShapes]
     report: dict[str, Any]
 
     def read(self) -> bytes:
-        """The plan's bytes, hash checked.
+        """Read the plan's bytes and check their sha256.
 
         Raises:
-            PhregError: missing or changed since it was built.
+            PhregError: the file is missing, or was changed since it was built.
         """
+        command = f"Run: phreg-deploy build {self.path.parent.parent} --force"
         try:
             data = self.path.read_bytes()
         except OSError as error:
-            raise PhregError(
-                f"engine: {self.path} cannot be read ({error.strerror}). Run: phreg-deploy build {self.path.parent.parent} --force"
-            ) from None
+            raise PhregError(f"engine: {self.path} cannot be read ({error.strerror}). {command}") from None
         got = hashlib.sha256(data).hexdigest()
         if got != self.sha256:
             raise PhregError(
-                f"engine: {self.path} has sha256 {got[:16]}…, expected {self.sha256[:16]}…: it was changed or damaged, and is not run. "
-                f"Run: phreg-deploy build {self.path.parent.parent} --force"
+                f"engine: {self.path} has sha256 {got[:16]}…, expected {self.sha256[:16]}…: it was changed or damaged, "
+                f"and is not run. {command}"
             )
         return data
 
 
-def profiles_of(manifest: Manifest) -> list[Shapes]:
-    """The optimization profiles of a bundle: one for a fixed or ranging size, one per size of a list.
-
-    Each covers the bundle's whole range of batches and is tuned for the best one. Where the smallest batch is not the best,
-    it has a profile of its own before them: tactics that are right for a full batch cost a single frame its latency.
-    """
-    batches, patch, width = manifest.batches, manifest.model.patch, manifest.model.width
-    sizes = manifest.sizes.sizes
-    triples = [sizes] if manifest.sizes.mode == "range" else [(size,) * 3 for size in sizes]
-    found = []
-    full = (batches.lowest, batches.best, batches.highest)
-    alone = [(batches.lowest,) * 3] if batches.lowest < batches.best else []
-    for numbers, triple in itertools.product([*alone, full], triples):
-        inputs: dict[str, Any] = {"image": [[b, *size, 3] for b, size in zip(numbers, triple)]}
-        if "pos_embed" in manifest.inputs:
-            inputs["pos_embed"] = [[1, (h // patch[0]) * (w // patch[1]), width] for h, w in triple]
-        found.append(Shapes(inputs))
-    return found
-
-
-def make_key(bundle: Bundle, gpu: str, architecture: int, tensorrt: str, cuda: int, settings: BuildSettings) -> Key:
+def make_key(bundle: Bundle, gpu: str, architecture: int, tensorrt: str, cuda: int, settings: BuildSettings) -> PlanKey:
+    """Return the key of the plan that ``settings`` give for this bundle on this GPU; arguments as in ``PlanKey``."""
     shapes = json.dumps([profile.to_json() for profile in profiles_of(bundle.manifest)], sort_keys=True)
-    return Key(
-        _graph_digest(bundle), bundle.manifest.precision, hashlib.sha256(shapes.encode()).hexdigest()[:16],
-        gpu, architecture, tensorrt, cuda, f"{platform.system().lower()}-{platform.machine()}", settings.to_json(),
-    )  # fmt: skip
+    return PlanKey(
+        graph=_graph_digest(bundle),
+        precision=bundle.manifest.precision,
+        profiles=hashlib.sha256(shapes.encode()).hexdigest()[:16],
+        gpu=gpu,
+        architecture=architecture,
+        tensorrt=tensorrt,
+        cuda=cuda,
+        system=f"{platform.system().lower()}-{platform.machine()}",
+        settings=settings,
+    )
 
 
-def write_plan(bundle: Bundle, key: Key, plan: bytes) -> Engine:
-    """Write a plan, which counts for nothing until ``write_sidecar`` has written its sidecar."""
+def write_plan(bundle: Bundle, key: PlanKey, plan: bytes) -> StoredPlan:
+    """Write a plan; it is not listed until ``write_sidecar`` has written its sidecar."""
     folder = bundle.folder / FOLDER
     path = folder / f"{key.name}.plan"
     try:
@@ -149,121 +133,135 @@ def write_plan(bundle: Bundle, key: Key, plan: bytes) -> Engine:
         path.with_suffix(".json").unlink(missing_ok=True)
     except OSError as error:
         raise write_error(error, folder) from error
-    remove_dead(folder)  # a killed build's plan is hundreds of megabytes
+    # A killed build leaves hundreds of megabytes.
+    remove_dead(folder)
     write_atomic(path, plan)
-    return Engine(path, key, hashlib.sha256(plan).hexdigest(), profiles_of(bundle.manifest), {})
+    return StoredPlan(path, key, hashlib.sha256(plan).hexdigest(), profiles_of(bundle.manifest), {})
 
 
-def write_sidecar(bundle: Bundle, engine: Engine, report: dict[str, Any]) -> Engine:
-    """Write an engine's sidecar: from now on it is the one that is taken of several that fit.
+def write_sidecar(bundle: Bundle, plan: StoredPlan, report: dict[str, Any]) -> StoredPlan:
+    """Write a plan's sidecar. From now on ``find_plan`` prefers this plan to the others that fit.
 
-    ``serial`` in the report says so, counted up in the bundle: clocks of devices, and copies, do not tell which is newer.
+    The report gets a ``serial`` number, counted up in the bundle, because file times differ between devices and copies.
     """
-    serial = 1 + max((_serial(other) for other in list_engines(bundle)), default=0)
-    told = replace(engine, report={**report, "serial": serial})
+    serial = 1 + max((_serial(other) for other in list_plans(bundle)), default=0)
+    numbered = replace(plan, report={**report, "serial": serial})
     sidecar = {
-        "format": FORMAT, "key": asdict(engine.key), "sha256": engine.sha256, "profiles": [p.to_json() for p in engine.profiles],
-        "report": told.report,
-    }  # fmt: skip
-    text = json.dumps(sidecar, indent=1, sort_keys=True) + "\n"
+        "format": FORMAT,
+        "key": asdict(plan.key),
+        "sha256": plan.sha256,
+        "profiles": [profile.to_json() for profile in plan.profiles],
+        "report": numbered.report,
+    }
+    path = plan.path.with_suffix(".json")
     try:
-        write_atomic(engine.path.with_suffix(".json"), text.encode())
+        write_atomic(path, (json.dumps(sidecar, indent=1, sort_keys=True) + "\n").encode())
     except PhregError:
-        if not engine.path.with_suffix(".json").exists():
-            engine.path.unlink(missing_ok=True)  # hundreds of megabytes that nothing would ever read
+        # Without a sidecar nothing reads the plan: free its hundreds of megabytes.
+        if not path.exists():
+            plan.path.unlink(missing_ok=True)
         raise
-    return told
+    return numbered
 
 
-def prefer(bundle: Bundle, engine: Engine) -> Engine:
-    """Make an engine the one that is taken of several that fit."""
-    if all(_serial(other) <= _serial(engine) for other in list_engines(bundle)):
-        return engine
-    return write_sidecar(bundle, engine, engine.report)
+def prefer(bundle: Bundle, plan: StoredPlan) -> StoredPlan:
+    """Make ``find_plan`` prefer this plan to the others that fit."""
+    if all(_serial(other) <= _serial(plan) for other in list_plans(bundle)):
+        return plan
+    return write_sidecar(bundle, plan, plan.report)
 
 
-def _serial(engine: Engine) -> int:
-    serial = engine.report.get("serial", 0)
+def _serial(plan: StoredPlan) -> int:
+    serial = plan.report.get("serial", 0)
     return serial if type(serial) is int else 0
 
 
-def list_engines(bundle: Bundle) -> list[Engine]:
-    """Every engine in the bundle whose sidecar can be read and is of this bundle's graph."""
-    graph, found = _graph_digest(bundle), []
+def list_plans(bundle: Bundle) -> list[StoredPlan]:
+    """Return every plan in the bundle that has a readable sidecar and was built from this bundle's graph."""
+    graph, plans = _graph_digest(bundle), []
     for sidecar in sorted((bundle.folder / FOLDER).glob("*.json")):
         try:
-            engine = _read_sidecar(sidecar)
+            plan = _read_sidecar(sidecar)
         except (OSError, ValueError, KeyError, TypeError, PhregError):
-            continue  # not a sidecar of ours: the engine is built again
-        if engine.key.graph == graph:
-            found.append(engine)
-    return found
+            continue  # not a sidecar of ours, or a damaged one: the plan is built again
+        if plan.key.graph == graph:
+            plans.append(plan)
+    return plans
 
 
-def _read_sidecar(path: Path) -> Engine:
-    """Raises ``KeyError``, ``TypeError``, ``ValueError`` or ``PhregError`` unless it is a sidecar of ours, to the last type."""
+def _read_sidecar(path: Path) -> StoredPlan:
+    """Read a sidecar and check the type of every field.
+
+    Raises:
+        KeyError, TypeError, ValueError, PhregError: it is not a sidecar that ``write_sidecar`` wrote.
+    """
     data = read_json(path)
     if data["format"] != FORMAT:
         raise ValueError(f"{path}: format {data['format']}, expected {FORMAT}")
-    key, profiles = Key.from_json(data["key"]), [Shapes.from_json(p) for p in data["profiles"]]
-    words = (key.graph, key.precision, key.profiles, key.gpu, key.tensorrt, key.system, data["sha256"])
+    key, profiles = PlanKey.from_json(data["key"]), [ProfileShapes.from_json(p) for p in data["profiles"]]
+    texts = (key.graph, key.precision, key.profiles, key.gpu, key.tensorrt, key.system, data["sha256"])
     numbers = (key.architecture, key.cuda)
-    if not all(isinstance(w, str) for w in words) or not all(type(n) is int for n in numbers):
-        raise TypeError(f"{path}: a fact of another type")
-    BuildSettings.from_json(key.settings)
+    if not all(isinstance(text, str) for text in texts) or not all(type(number) is int for number in numbers):
+        raise TypeError(f"{path}: a field of another type")
     if not profiles or not all(isinstance(d, dict) for d in (data["report"], *(p.inputs for p in profiles))):
         raise TypeError(f"{path}: no object")
     if any(len(low) != len(high) for p in profiles for low, _, high in p.inputs.values()):
         raise TypeError(f"{path}: no profile")
-    return Engine(path.with_suffix(".plan"), key, data["sha256"], profiles, data["report"])
+    return StoredPlan(path.with_suffix(".plan"), key, data["sha256"], profiles, data["report"])
 
 
 def _graph_digest(bundle: Bundle) -> str:
     return bundle.manifest.files.get(GRAPH) or file_digest(bundle.graph)
 
 
-def find_engine(bundle: Bundle, gpu: str, architecture: int, tensorrt: str, cuda: int) -> Engine:
-    """The engine that runs here, of whatever settings; the newest of several.
+def find_plan(bundle: Bundle, gpu: str, architecture: int, tensorrt: str, cuda: int) -> StoredPlan:
+    """Return the plan that runs on this GPU, built with any settings; the newest of several.
 
     Raises:
-        BackendMissing: none was built, or only for something else, in words and with the command that mends it.
+        BackendMissing: the bundle has no plan, or only plans that do not run here; the message says why and names the
+            command that builds one.
     """
-    engines = list_engines(bundle)
+    plans = list_plans(bundle)
     here = make_key(bundle, gpu, architecture, tensorrt, cuda, BuildSettings())
-    fitting = [e for e in engines if not _differences(e.key, here)]
+    fitting = [plan for plan in plans if not _differences(plan.key, here)]
     if fitting:
-        return max(fitting, key=lambda e: (e.path.exists(), _serial(e)))
+        return max(fitting, key=lambda plan: (plan.path.exists(), _serial(plan)))
     command = f"Run on this machine: phreg-deploy build {bundle.folder}"
-    if not engines:
+    if not plans:
         raise BackendMissing(f"engine: {bundle.folder} holds no TensorRT engine for its graph. {command}")
-    nearest = min(engines, key=lambda e: len(_differences(e.key, here)))
-    raise BackendMissing(
-        f"engine: {nearest.path.name} was built {'; '.join(_differences(nearest.key, here))}. {command}"
-    )
+    nearest = min(plans, key=lambda plan: len(_differences(plan.key, here)))
+    reasons = "; ".join(_differences(nearest.key, here))
+    raise BackendMissing(f"engine: {nearest.path.name} was built {reasons}. {command}")
 
 
-def _differences(key: Key, here: Key) -> list[str]:
-    """Why a plan does not run here, as far as its key tells."""
-    compatibility = key.settings.get("compatibility", "none")
-    found = []
-    ampere = compatibility == "ampere+" and here.architecture >= 80 and key.architecture >= 80
-    same = compatibility == "same-cc" and key.architecture == here.architecture
-    if not ampere and not same and (key.gpu, key.architecture) != (here.gpu, here.architecture):
-        found.append(
-            f"for {key.gpu} (SM {key.architecture / 10:.1f}), and this is {here.gpu} (SM {here.architecture / 10:.1f})"
-        )
-    there, now = _numbers(key.tensorrt), _numbers(here.tensorrt)  # NVIDIA promises newer ones of the same major version
-    later = compatibility == "version" and now[:1] == there[:1] and now >= there
-    if key.tensorrt != here.tensorrt and not later:
-        found.append(f"with TensorRT {key.tensorrt}, and this is {here.tensorrt}")
+def _differences(key: PlanKey, here: PlanKey) -> list[str]:
+    """Return the reasons why a plan with this key does not run here; empty if it does."""
+    reasons = []
+    if (key.gpu, key.architecture) != (here.gpu, here.architecture) and not _runs_on_other_gpu(key, here):
+        built_for = f"{key.gpu} (SM {key.architecture / 10:.1f})"
+        reasons.append(f"for {built_for}, and this is {here.gpu} (SM {here.architecture / 10:.1f})")
+    if key.tensorrt != here.tensorrt and not _runs_on_later_tensorrt(key, here):
+        reasons.append(f"with TensorRT {key.tensorrt}, and this is {here.tensorrt}")
     if key.cuda != here.cuda:
-        found.append(f"with CUDA {key.cuda}, and this is CUDA {here.cuda}")
+        reasons.append(f"with CUDA {key.cuda}, and this is CUDA {here.cuda}")
     if key.system != here.system:
-        found.append(f"on {key.system}, and this is {here.system}")
+        reasons.append(f"on {key.system}, and this is {here.system}")
     if key.profiles != here.profiles:
-        found.append("for other batches or sizes than the manifest's")
-    return found
+        reasons.append("for other batches or sizes than the manifest's")
+    return reasons
 
 
-def _numbers(version: str) -> tuple[int, ...]:
+def _runs_on_other_gpu(key: PlanKey, here: PlanKey) -> bool:
+    if key.settings.compatibility == "ampere+":
+        return here.architecture >= 80 and key.architecture >= 80
+    return key.settings.compatibility == "same-cc" and key.architecture == here.architecture
+
+
+def _runs_on_later_tensorrt(key: PlanKey, here: PlanKey) -> bool:
+    """NVIDIA promises version-compatible plans to later releases of the same major version."""
+    built, now = _version_numbers(key.tensorrt), _version_numbers(here.tensorrt)
+    return key.settings.compatibility == "version" and now[:1] == built[:1] and now >= built
+
+
+def _version_numbers(version: str) -> tuple[int, ...]:
     return tuple(int(part) for part in version.split(".") if part.isdigit())

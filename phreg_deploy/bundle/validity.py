@@ -1,4 +1,4 @@
-"""What a manifest may say. A wrong type, an absurd number or a file outside the bundle is refused before anything is read."""
+"""Check the values of a manifest before any other file is read: types, bounds, shapes, file names."""
 
 from __future__ import annotations
 
@@ -11,41 +11,38 @@ from phreg_deploy.bundle.manifest import Manifest
 from phreg_deploy.errors import PhregError
 from phreg_deploy.spec import Batches, Sizes
 
-Side = tuple[set[int], bool]  # the numbers that one side of a shape may be, and whether it may have a name instead
+# The numbers that one side of a shape may be, and whether it may have a name instead.
+Side = tuple[set[int], bool]
 LARGEST_SIDE, LARGEST_PATCH, MOST_SIZES = 16384, 1024, 256
-MOST_LOWEST, MOST_HIGHEST = (
-    1024,
-    65536,
-)  # images of the smallest batch, to which a single image is padded, and of the largest
-LARGEST_INPUT = 1 << 30  # bytes of a smallest batch at the largest size
+# Images of the smallest batch, to which a single image is padded, and of the largest.
+MOST_LOWEST, MOST_HIGHEST = 1024, 65536
+# Bytes of the smallest batch at the largest size.
+LARGEST_INPUT = 1 << 30
 LARGEST_WIDTH, LARGEST_DEPTH, MOST_REGISTERS = 65536, 4096, 4096
-LEAST_CROP = 0.1  # at 0.01 an image would be resized to a hundred times the input size
+# With 0.01 an image would be resized to a hundred times the input size.
+LEAST_CROP = 0.1
 OUTPUTS = {"features": ("float16", "float32"), "token_norm": ("float32",), "cls": ("float16", "float32")}
 
 
 def check_extent(sizes: Sizes, batches: Batches) -> None:
     """Raise ``PhregError`` for sizes or batches that no device could hold."""
     sides = [side for size in sizes.sizes for side in size]
-    _expect(
-        1 <= len(sizes.sizes) <= MOST_SIZES and all(1 <= side <= LARGEST_SIDE for side in sides),
-        "sizes", sizes.sizes, f"1 to {MOST_SIZES} sizes with sides from 1 to {LARGEST_SIDE}",
-    )  # fmt: skip
+    fits = 1 <= len(sizes.sizes) <= MOST_SIZES and all(1 <= side <= LARGEST_SIDE for side in sides)
+    _expect(fits, "sizes", sizes.sizes, f"1 to {MOST_SIZES} sizes with sides from 1 to {LARGEST_SIDE}")
     numbers = (batches.lowest, batches.best, batches.highest)
-    _expect(
-        all(_whole(n, 1, MOST_HIGHEST) for n in numbers)
-        and numbers[0] <= numbers[1] <= numbers[2]
-        and numbers[0] <= MOST_LOWEST,
-        "batches", numbers, f"lowest, best and highest in growing order, from 1 to {MOST_HIGHEST}, the lowest at most {MOST_LOWEST}",
-    )  # fmt: skip
+    fits = all(_is_integer(n, 1, MOST_HIGHEST) for n in numbers)
+    fits = fits and numbers[0] <= numbers[1] <= numbers[2] and numbers[0] <= MOST_LOWEST
+    bounds = f"from 1 to {MOST_HIGHEST}, the lowest at most {MOST_LOWEST}"
+    _expect(fits, "batches", numbers, f"lowest, best and highest in growing order, {bounds}")
     most = batches.lowest * max(h * w for h, w in sizes.sizes) * 3
     _expect(most <= LARGEST_INPUT, "batches", f"{most} bytes of a smallest batch", f"at most {LARGEST_INPUT}")
 
 
 def read_manifest(data: Any) -> Manifest:
-    """The manifest of a JSON document.
+    """Build a manifest from JSON and check it.
 
     Raises:
-        PhregError: an unknown key, a wrong type, or a number that no export writes.
+        PhregError: an unknown key, a wrong type, or a value that no export writes.
     """
     manifest = Manifest.from_json(data)
     check_manifest(manifest, GATES)
@@ -59,24 +56,24 @@ def check_manifest(manifest: Manifest, precisions: Collection[str]) -> None:
     _check_sizes(manifest)
     known = isinstance(manifest.precision, str) and manifest.precision in precisions
     _expect(known, "precision", manifest.precision, f"one of {', '.join(precisions)}")
-    _expect(_whole(manifest.opset, 1, 1000), "opset", manifest.opset, "a whole number")
+    _expect(_is_integer(manifest.opset, 1, 1000), "opset", manifest.opset, "a whole number")
     _check_tensors(manifest)
     source, versions = manifest.source, manifest.versions
     for key in ("model", "weights_sha256"):
         _expect(isinstance(source.get(key), str), f"source.{key}", source.get(key), "text")
     _expect(all(isinstance(v, str) for v in versions.values()), "versions", versions, "texts")
     median = manifest.norm_median
-    _expect(median is None or _number(median, 1e-12, 1e12), "norm_median", median, "a number above 0, or null")
-    _expect(_texts(manifest.float_parts), "float_parts", manifest.float_parts, "a list of texts")
+    _expect(median is None or _is_number(median, 1e-12, 1e12), "norm_median", median, "a number above 0, or null")
+    _expect(_is_texts(manifest.float_parts), "float_parts", manifest.float_parts, "a list of texts")
     _expect(type(manifest.random_weights) is bool, "random_weights", manifest.random_weights, "true or false")
     _check_quantisation(manifest)
 
 
 def check_files(files: dict[str, Any], required: Collection[str]) -> None:
-    """Raise ``PhregError`` unless ``files`` maps bare names, among them those that are read, to hashes."""
+    """Raise ``PhregError`` unless ``files`` maps bare file names, all ``required`` ones included, to sha256 hashes."""
     for name, digest in files.items():
-        bare = bool(name) and name not in (".", "..") and not re.search(r"[/\\\x00-\x1f]", name)
-        _expect(bare and len(name.encode()) <= 255, "files", name, "the bare name of a file in the bundle")
+        is_bare = bool(name) and name not in (".", "..") and not re.search(r"[/\\\x00-\x1f]", name)
+        _expect(is_bare and len(name.encode()) <= 255, "files", name, "the bare name of a file in the bundle")
         known = isinstance(digest, str) and re.fullmatch("[0-9a-f]{64}", digest) is not None
         _expect(known, f"files.{name}", digest, "a sha256 in 64 small hexadecimal digits")
     missing = [name for name in required if name not in files]
@@ -87,14 +84,19 @@ def _check_model(model: Any) -> None:
     _expect(isinstance(model.architecture, str), "model.architecture", model.architecture, "text")
     _expect(model.family in ("vit", "eva"), "model.family", model.family, "vit or eva")
     for key, most in (("patch", LARGEST_PATCH), ("grid", LARGEST_SIDE)):
-        _expect(_pair(getattr(model, key), most), f"model.{key}", getattr(model, key), f"two numbers from 1 to {most}")
+        _expect(
+            _is_pair(getattr(model, key), most), f"model.{key}", getattr(model, key), f"two numbers from 1 to {most}"
+        )
     bounds = {
-        "width": (1, LARGEST_WIDTH), "depth": (1, LARGEST_DEPTH), "heads": (1, LARGEST_WIDTH), "registers": (0, MOST_REGISTERS),
+        "width": (1, LARGEST_WIDTH),
+        "depth": (1, LARGEST_DEPTH),
+        "heads": (1, LARGEST_WIDTH),
+        "registers": (0, MOST_REGISTERS),
         "parameters": (0, 1 << 50),
-    }  # fmt: skip
+    }
     for key, (least, most) in bounds.items():
         value = getattr(model, key)
-        _expect(_whole(value, least, most), f"model.{key}", value, f"a whole number from {least} to {most}")
+        _expect(_is_integer(value, least, most), f"model.{key}", value, f"a whole number from {least} to {most}")
     _expect(model.heads <= model.width, "model.heads", model.heads, f"at most the width, {model.width}")
     _expect(type(model.class_token) is bool, "model.class_token", model.class_token, "true or false")
 
@@ -102,10 +104,10 @@ def _check_model(model: Any) -> None:
 def _check_preprocess(preprocess: Any) -> None:
     for key, least in (("mean", -1e3), ("std", 1e-6)):
         values = getattr(preprocess, key)
-        fits = isinstance(values, tuple) and len(values) == 3 and all(_number(v, least, 1e3) for v in values)
+        fits = isinstance(values, tuple) and len(values) == 3 and all(_is_number(v, least, 1e3) for v in values)
         _expect(fits, f"preprocess.{key}", values, "three numbers" + (" above 0" if key == "std" else ""))
     pct = preprocess.crop_pct
-    _expect(_number(pct, LEAST_CROP, 1), "preprocess.crop_pct", pct, f"a number from {LEAST_CROP} to 1")
+    _expect(_is_number(pct, LEAST_CROP, 1), "preprocess.crop_pct", pct, f"a number from {LEAST_CROP} to 1")
 
 
 def _check_sizes(manifest: Manifest) -> None:
@@ -124,7 +126,7 @@ def _check_sizes(manifest: Manifest) -> None:
 
 
 def _check_tensors(manifest: Manifest) -> None:
-    """Names, types and shapes of inputs and outputs, as far as the other facts say them."""
+    """Check names, types and shapes of inputs and outputs against model, sizes and batches."""
     sizes, patch, width = manifest.sizes, manifest.model.patch, manifest.model.width
     free = sizes.dynamic
     batch: Side = ({manifest.batches.lowest, manifest.batches.highest}, manifest.batches.dynamic)
@@ -133,69 +135,68 @@ def _check_tensors(manifest: Manifest) -> None:
     tokens: Side = ({(h // patch[0]) * (w // patch[1]) for h, w in sizes.sizes}, free)
     one, colours, channels = (({n}, False) for n in (1, 3, width))
     shapes: dict[str, list[Side]] = {
-        "image": [batch, height, breadth, colours], "pos_embed": [one, tokens, channels], "features": [batch, rows, columns, channels],
-        "token_norm": [batch, rows, columns], "cls": [batch, channels],
-    }  # fmt: skip
+        "image": [batch, height, breadth, colours],
+        "pos_embed": [one, tokens, channels],
+        "features": [batch, rows, columns, channels],
+        "token_norm": [batch, rows, columns],
+        "cls": [batch, channels],
+    }
     types = {"image": ("uint8",), "pos_embed": ("float32",), **OUTPUTS}
     inputs = {"image"} | ({"pos_embed"} if free and "pos_embed" in manifest.inputs else set())
     outputs = {"features", "token_norm"} | ({"cls"} if manifest.model.class_token else set())
     for key, described, names in (("inputs", manifest.inputs, inputs), ("outputs", manifest.outputs, outputs)):
         _expect(set(described) == names, key, sorted(described), ", ".join(sorted(names)))
-        for name, facts in described.items():
-            fits = isinstance(facts, dict) and set(facts) == {"dtype", "shape"} and facts["dtype"] in types[name]
-            fits = fits and isinstance(facts["shape"], list) and len(facts["shape"]) == len(shapes[name])
-            fits = fits and all(_fits(side, *allowed) for side, allowed in zip(facts["shape"], shapes[name]))
-            _expect(fits, f"{key}.{name}", facts, "the type and shape that follow from model, sizes and batches")
+        for name, tensor in described.items():
+            fits = isinstance(tensor, dict) and set(tensor) == {"dtype", "shape"} and tensor["dtype"] in types[name]
+            fits = fits and isinstance(tensor["shape"], list) and len(tensor["shape"]) == len(shapes[name])
+            fits = fits and all(_fits(side, *allowed) for side, allowed in zip(tensor["shape"], shapes[name]))
+            _expect(fits, f"{key}.{name}", tensor, "the type and shape that follow from model, sizes and batches")
 
 
 def _fits(side: Any, allowed: set[int], free: bool) -> bool:
-    """Whether a side of a shape is the only number that is allowed or, where it is free, the name of an axis."""
+    """Whether a side of a shape is the only number allowed or, if it is free, the name of an axis."""
     return (type(side) is int and allowed == {side}) or (free and isinstance(side, str))
 
 
 def _check_quantisation(manifest: Manifest) -> None:
-    """The facts of a calibration that are read later."""
-    facts, eight = manifest.quantisation, manifest.precision in ("int8", "fp8")
-    _expect(
-        (facts is not None) == eight,
-        "quantisation",
-        "null" if facts is None else "an object",
-        "one with int8 and fp8, else null",
-    )
+    """Check what readers use of a calibration."""
+    facts, in_eight_bits = manifest.quantisation, manifest.precision in ("int8", "fp8")
+    got = "null" if facts is None else "an object"
+    _expect((facts is not None) == in_eight_bits, "quantisation", got, "one with int8 and fp8, else null")
     if facts is None:
         return
     _expect(isinstance(facts, dict), "quantisation", facts, "an object")
     _expect(facts.get("mode") == manifest.precision, "quantisation.mode", facts.get("mode"), manifest.precision)
     _expect(facts.get("target") in ("cpu", "trt"), "quantisation.target", facts.get("target"), "cpu or trt")
-    _expect(_number(facts.get("float_macs"), 0, 1), "quantisation.float_macs", facts.get("float_macs"), "a share")
+    _expect(_is_number(facts.get("float_macs"), 0, 1), "quantisation.float_macs", facts.get("float_macs"), "a share")
     for key in ("float_layers", "missed"):
-        _expect(_texts(facts.get(key)), f"quantisation.{key}", facts.get(key), "a list of texts")
+        _expect(_is_texts(facts.get(key)), f"quantisation.{key}", facts.get(key), "a list of texts")
     fidelity, images = facts.get("fidelity"), facts.get("images")
     figures = [fidelity.get(key) if isinstance(fidelity, dict) else None for key in ("cosine_mean", "cosine_p1")]
     _expect(all(type(f) in (int, float) for f in figures), "quantisation.fidelity", fidelity, "an object of figures")
     report = images.get("report") if isinstance(images, dict) else None
-    fits = isinstance(report, dict) and _whole(report.get("count"), 0, 1 << 50)
+    fits = isinstance(report, dict) and _is_integer(report.get("count"), 0, 1 << 50)
     _expect(fits, "quantisation.images", images, "an object with the count of each share")
 
 
 def _expect(fits: bool, key: str, got: Any, expected: str) -> None:
     if not fits:
-        said = repr(got)
-        said = said if len(said) <= 80 else said[:79] + "…"
-        raise PhregError(f"manifest: got {key} {said}, expected {expected}; it is damaged. Export the bundle again.")
+        text = repr(got)
+        text = text if len(text) <= 80 else text[:79] + "…"
+        raise PhregError(f"manifest: got {key} {text}, expected {expected}; it is damaged. Export the bundle again.")
 
 
-def _whole(value: Any, least: int, most: int) -> bool:
+def _is_integer(value: Any, least: int, most: int) -> bool:
     return type(value) is int and least <= value <= most
 
 
-def _number(value: Any, least: float, most: float) -> bool:
-    return type(value) in (int, float) and least <= value <= most  # NaN is neither
+def _is_number(value: Any, least: float, most: float) -> bool:
+    return type(value) in (int, float) and least <= value <= most  # false for NaN
 
 
-def _pair(value: Any, most: int) -> bool:
-    return isinstance(value, tuple) and len(value) == 2 and all(_whole(v, 1, most) for v in value)
+def _is_pair(value: Any, most: int) -> bool:
+    return isinstance(value, tuple) and len(value) == 2 and all(_is_integer(v, 1, most) for v in value)
 
 
-def _texts(value: Any) -> bool:
+def _is_texts(value: Any) -> bool:
     return isinstance(value, list) and all(isinstance(v, str) for v in value)

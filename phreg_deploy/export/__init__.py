@@ -1,4 +1,121 @@
-"""A student, or any supported timm ViT -> a bundle; a bundle -> a TensorRT engine.
+"""Export a model as a bundle, and build the bundle's TensorRT plan.
 
-``exporter`` needs the extra ``export`` (torch, timm, onnx, onnxscript); ``engine`` needs ``trt`` and no torch.
+``export`` needs the extra ``export`` (torch, timm, onnx, onnxscript). ``build`` needs the extra ``trt`` and a GPU.
+Importing this module imports none of them.
 """
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from phreg_deploy.progress import SILENT, Progress
+
+if TYPE_CHECKING:
+    from phreg_deploy.bundle.bundle import Bundle
+    from phreg_deploy.export.engine.report import BuildReport
+
+__all__ = ["build", "export"]
+
+
+def export(
+    model: str,
+    output: Path | str,
+    *,
+    checkpoint: Path | None = None,
+    precision: str = "fp32",
+    image_size: str | None = None,
+    batch: str = "1",
+    crop: str = "squash",
+    images: Path | None = None,
+    keep_fp32: Sequence[str] = (),
+    random_weights: bool = False,
+    force: bool = False,
+    progress: Progress = SILENT,
+) -> Bundle:
+    """Write a model as a bundle: an ONNX graph, its manifest, and an exam with the answers of PyTorch.
+
+    Args:
+        model: a timm name, or the folder of a student.
+        output: the folder to write.
+        checkpoint: weights for a timm name, ``.safetensors`` or ``.pth``.
+        precision: "fp32", "fp16" or "bf16". For 8 bits, calibrate an fp32 bundle.
+        image_size: "518", "480x640" (height x width), a list "224,480x640" or a range "224:518:1036"; None for the
+            model's own size.
+        batch: "1", or a range "1:4:8" (lowest, best, highest).
+        crop: "squash" resizes the whole image, "center" is timm's centre crop.
+        images: folder of photographs; values on them decide what stays in FP32 with "fp16".
+        keep_fp32: regular expressions; nodes with matching names stay in FP32.
+        random_weights: do not load pretrained weights; for timing only.
+        force: replace an output that exists.
+
+    Raises:
+        BackendMissing: the extra ``export`` is not installed.
+        PhregError: bad input, an output that exists, a size that is not a multiple of the patch, or several sizes for
+            a model with a rotary position embedding.
+    """
+    from phreg_deploy.arguments import EIGHT_BITS, FLOATS, check_export, check_model
+    from phreg_deploy.errors import PhregError
+    from phreg_deploy.files.atomic import check_target
+    from phreg_deploy.student_record import model_path
+
+    if precision in EIGHT_BITS:
+        raise PhregError(
+            f"precision: got {precision}, which `phreg-deploy calibrate` makes from an fp32 bundle; expected "
+            f"{', '.join(FLOATS)}."
+        )
+    check_export(precision, tuple(keep_fp32), images, image_size, batch)
+    check_model(model, checkpoint, random_weights)
+    check_target(Path(output), force, [model_path(model), checkpoint, images])
+    from phreg_deploy.export.exporter import ExportRequest, export_bundle
+
+    request = ExportRequest(
+        model, checkpoint, precision, image_size, batch, crop, random_weights, images, tuple(keep_fp32)
+    )
+    return export_bundle(request, Path(output), force=force, progress=progress)
+
+
+def build(
+    bundle: Path | str,
+    *,
+    device: int = 0,
+    tf32: bool = False,
+    compatibility: str = "none",
+    effort: int = 3,
+    workspace: int | None = None,
+    timing_cache: Path | None = None,
+    check: bool = True,
+    allow_unfused: bool = False,
+    force: bool = False,
+    progress: Progress = SILENT,
+) -> BuildReport:
+    """Build the TensorRT plan of a bundle for this machine's GPU, unless the bundle holds it already.
+
+    The saved plan is read back, its layers are counted, and its answers are compared with the bundle's exam. A plan
+    that fails is removed.
+
+    Args:
+        bundle: a folder that ``export`` or ``calibrate`` wrote.
+        device: number of the GPU.
+        tf32: compute FP32 products in TensorFloat-32: faster, and it fails the FP32 gates.
+        compatibility: "none", "version" (later TensorRT), "ampere+" or "same-cc" (other GPUs); each is slower.
+        effort: TensorRT's builder optimization level, 0 to 5.
+        workspace: MiB of device memory that tactics may use at most; None for the whole device.
+        timing_cache: file to read and write; None for one in the bundle.
+        check: compare the answers with the exam.
+        allow_unfused: keep a plan with fewer fused attentions or 8-bit layers than expected.
+        force: build again if the plan is there; also keep a plan that misses a gate.
+
+    Raises:
+        BackendMissing: there is no TensorRT or no GPU here.
+        GateFailed: attentions are not fused, layers do not run in 8 bits, or the answers miss a gate.
+        PhregError: a bad bundle or argument, or TensorRT refuses the graph; the message names the node.
+    """
+    from phreg_deploy.bundle.plans import BuildSettings
+
+    settings = BuildSettings(tf32, compatibility, effort)
+    from phreg_deploy.export.engine.build import BuildRequest, build_engine
+
+    request = BuildRequest(Path(bundle), settings, device, workspace, timing_cache, check, allow_unfused)
+    return build_engine(request, force=force, progress=progress)

@@ -1,6 +1,6 @@
-"""The lean module that is traced: raw uint8 image in, dense features out, everything constant folded into weights.
+"""The module that is traced: raw uint8 image in, dense features out, constants folded into the weights.
 
-B batch, (Hp, Wp) patch grid, N = Hp * Wp, T = 1 + R + N tokens, C width, H heads, D head width, p patch side.
+Axes: B batch, (Hp, Wp) patch grid, N = Hp * Wp, T = 1 + R + N tokens, C width, H heads, D head width, p patch side.
 """
 
 from __future__ import annotations
@@ -25,10 +25,11 @@ from phreg_deploy.spec import Preprocess
 
 
 class DenseViT(nn.Module):
-    """A supported timm ViT as it is deployed.
+    """A supported timm ViT without preprocessing, dropout, LayerScale or classification head.
 
     Args:
-        model: at the size that is to be baked; left untouched.
+        model: a model at its input size, which a rotary embedding is computed for; not changed.
+        preprocess: its mean and standard deviation are folded into the patch projection.
         positions_as_input: take ``pos_embed`` ``(1, N, C)`` as a second input, for bundles with several sizes.
     """
 
@@ -45,7 +46,8 @@ class DenseViT(nn.Module):
             self.offset = nn.Parameter(bias)  # (C,)
             self.positions = None if positions_as_input or positions is None else nn.Parameter(positions)
         else:
-            self.offset = nn.Parameter(bias + positions)  # (1, N, C): one addition instead of two
+            # (1, N, C): one addition instead of two.
+            self.offset = nn.Parameter(bias + positions)
             self.positions = None
         self.patch_norm = copy.deepcopy(model.patch_embed.norm)
         prefix = prefix_tokens(model)
@@ -58,10 +60,18 @@ class DenseViT(nn.Module):
         self.norm = copy.deepcopy(final_norm(model))
 
     def forward(self, image: torch.Tensor, pos_embed: torch.Tensor | None = None) -> tuple[torch.Tensor, ...]:
-        """``image`` uint8 ``(B, H, W, 3)``; returns features ``(B, Hp, Wp, C)``, cls ``(B, C)`` if any, token_norm ``(B, Hp, Wp)``."""
+        """Compute dense features.
+
+        Args:
+            image: uint8 ``(B, H, W, 3)``, values 0-255.
+
+        Returns:
+            features ``(B, Hp, Wp, C)``, cls ``(B, C)`` if the model has a class token, token_norm ``(B, Hp, Wp)``.
+        """
         b, height, width, _ = image.shape
         hp, wp = height // self.patch[0], width // self.patch[1]
-        x = image.float() - CENTRE  # a Cast first of all: TensorRT takes uint8 to nothing else
+        # The Cast comes first: TensorRT feeds uint8 to no other operator.
+        x = image.float() - CENTRE
         x = x.reshape(b, hp, self.patch[0], wp, self.patch[1], 3).permute(0, 1, 3, 2, 4, 5)
         x = x.reshape(b, hp * wp, -1)  # (B, N, p * p * 3)
         x = self.patch_norm(x @ self.projection + self.offset)  # (B, N, C)
@@ -74,7 +84,7 @@ class DenseViT(nn.Module):
         x = self.norm_pre(x)
         for block in self.blocks:
             x = block(x)
-        patches = x[:, self.prefix_count :]  # (B, N, C): registers end here
+        patches = x[:, self.prefix_count :]  # (B, N, C), without registers
         token_norm = patches.square().sum(-1).sqrt().reshape(b, hp, wp)
         features = self.norm(patches).reshape(b, hp, wp, -1)
         if not self.class_token:
@@ -83,7 +93,7 @@ class DenseViT(nn.Module):
 
 
 class DenseBlock(nn.Module):
-    """A pre-norm block with LayerScale folded away; computes what timm's block computes."""
+    """A pre-norm block, equal to timm's, with LayerScale folded into its linear layers."""
 
     def __init__(self, block: ViT, rope: torch.Tensor | None, prefix_count: int) -> None:
         super().__init__()
@@ -99,7 +109,7 @@ class DenseBlock(nn.Module):
 
 
 class DenseAttention(nn.Module):
-    """One fused qkv projection, its query rows scaled; explicit attention, which every runtime fuses in its own way."""
+    """Attention with one qkv projection whose query rows are scaled, written out so that each runtime can fuse it."""
 
     def __init__(self, attn: ViT, rope: torch.Tensor | None, prefix_count: int) -> None:
         super().__init__()
@@ -120,9 +130,9 @@ class DenseAttention(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         b, t, _ = x.shape
-        q, k, v = (
-            part.reshape(b, t, self.heads, self.head_width).transpose(1, 2) for part in self.qkv(x).chunk(3, dim=-1)
-        )  # (B, H, T, D)
+        parts = self.qkv(x).chunk(3, dim=-1)
+        # Each (B, H, T, D).
+        q, k, v = (part.reshape(b, t, self.heads, self.head_width).transpose(1, 2) for part in parts)
         q, k = self.q_norm(q), self.k_norm(k)
         if self.rope is not None:
             q, k = self._rotate(q), self._rotate(k)
@@ -135,13 +145,13 @@ class DenseAttention(nn.Module):
         return self.proj(y)  # type: ignore[no-any-return]
 
     def _rotate(self, x: torch.Tensor) -> torch.Tensor:
-        """Rotary position embedding on the patch tokens alone."""
+        """Rotate the patch tokens by their position; class token and registers have none."""
         head, tail = x[:, :, : self.prefix_count], x[:, :, self.prefix_count :]
         return torch.cat([head, apply_rot_embed_cat(tail, self.rope, half=self.half_rotation)], dim=2)
 
 
 def _fused_qkv(attn: ViT) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """Weight ``(3 * H * D, C)`` and bias of any of timm's attention modules, detached copies."""
+    """Return copies of weight ``(3 * H * D, C)`` and bias of the queries, keys and values of timm's attention."""
     if attn.qkv is not None:
         weight, bias = attn.qkv.weight.detach().clone(), attn.qkv.bias
         if bias is None and getattr(attn, "q_bias", None) is not None:
@@ -161,7 +171,7 @@ def _layer_scale(block: ViT, which: int) -> torch.Tensor | None:
 
 
 def _rotary(model: ViT) -> list[torch.Tensor | None]:
-    """The rotary embedding of each block at the model's present size."""
+    """Return the rotary embedding of each block at the model's input size, None for models without one."""
     rope = getattr(model, "rope", None)
     if rope is None:
         return [None] * len(model.blocks)

@@ -1,6 +1,6 @@
-"""Exact folds: algebra that moves work from every frame into the weights. Each has a numerical test.
+"""Fold constant operations into the weights, exactly, so that they cost nothing per frame.
 
-C width, H heads, D head width, p patch side.
+Axes: C width, H heads, D head width, p patch side.
 """
 
 from __future__ import annotations
@@ -9,19 +9,19 @@ import torch
 
 from phreg_deploy.models.hooks import ViT
 
-CENTRE = (
-    128  # taken off the pixels: what is left is exact in 8 bits of mantissa, and so small that the bias cancels little
-)
+# Subtracted from the pixels. -128 to 127 are exact in BF16's 8 bits of mantissa, and the smaller values leave a smaller
+# bias, which costs less precision.
+CENTRE = 128
 
 
 def fold_normalisation(
     projection: ViT, mean: tuple[float, ...], std: tuple[float, ...]
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Pixel scaling, mean and standard deviation into the patch projection.
+    """Fold pixel scaling, mean and standard deviation into the patch projection.
 
     Returns:
-        weight ``(p * p * 3, C)`` and bias ``(C,)``, float32, for raw values 0-255 less ``CENTRE``, laid out (row, column, RGB);
-        computed in float64.
+        weight ``(p * p * 3, C)`` and bias ``(C,)``, computed in float64, stored in float32. They take pixels 0-255
+        minus ``CENTRE``, in the order (row, column, RGB).
     """
     weight = projection.weight.detach().double()  # (C, 3, p, p)
     centre = torch.tensor(mean, dtype=torch.float64).view(1, 3, 1, 1) - CENTRE / 255
@@ -34,7 +34,7 @@ def fold_normalisation(
 
 
 def fold_layer_scale(linear: ViT, gamma: torch.Tensor | None) -> None:
-    """LayerScale into the linear layer before it, in place: gamma * (W x + b) = (gamma W) x + gamma b."""
+    """Fold LayerScale into the linear layer before it, in place: gamma * (W x + b) = (gamma W) x + gamma b."""
     if gamma is None:
         return
     with torch.no_grad():
@@ -45,9 +45,13 @@ def fold_layer_scale(linear: ViT, gamma: torch.Tensor | None) -> None:
 
 
 def fold_attention_scale(weight: torch.Tensor, bias: torch.Tensor | None, width: int, scale: float) -> None:
-    """1 / sqrt(D) into the query rows of a fused qkv projection, in place. ``weight`` ``(3 * H * D, C)``; queries first.
+    """Fold the factor 1 / sqrt(D) into the query rows of a qkv projection, in place.
 
-    Only where no norm follows the queries; a rotation (RoPE) commutes with it.
+    Exact only if no norm follows the queries; a rotation (RoPE) commutes with the factor.
+
+    Args:
+        weight: ``(3 * H * D, C)``, the queries first.
+        width: H * D.
     """
     with torch.no_grad():
         weight[:width] *= scale
@@ -56,7 +60,7 @@ def fold_attention_scale(weight: torch.Tensor, bias: torch.Tensor | None, width:
 
 
 def prefix_tokens(model: ViT) -> torch.Tensor | None:
-    """Class token and registers with their position embedding, ``(1, 1 + R, C)``; None where there are none."""
+    """Return class token and R registers with their position embedding, ``(1, 1 + R, C)``; None if there are none."""
     parts = [token for token in (model.cls_token, model.reg_token) if token is not None]
     if not parts:
         return None
@@ -67,7 +71,7 @@ def prefix_tokens(model: ViT) -> torch.Tensor | None:
 
 
 def patch_positions(model: ViT) -> torch.Tensor | None:
-    """Position embedding of the patches at the model's present size, ``(1, N, C)``; None where there is none."""
+    """Return the patches' position embedding at the model's input size, ``(1, N, C)``; None if there is none."""
     if model.pos_embed is None:
         return None
     skipped = 0 if model.no_embed_class else model.num_prefix_tokens

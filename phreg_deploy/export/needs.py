@@ -1,7 +1,7 @@
-"""Imported before what an exporter needs, to name all of it that is not there."""
+"""Check for the modules that ``exporter`` imports, and name all that are missing. ``exporter`` imports this first."""
 
 from phreg_deploy.extras import EXPORT, require
 
 require("phreg_deploy.export", export=EXPORT)
 
-import phreg_deploy.models  # noqa: E402, F401  (says what is wrong where torch is there and broken)
+import phreg_deploy.models  # noqa: E402, F401  (explains a torch that is installed and broken)

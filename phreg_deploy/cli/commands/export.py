@@ -1,4 +1,4 @@
-"""``export``: a student or a timm model as a bundle."""
+"""``export``: write a student or a timm model as a bundle."""
 
 from __future__ import annotations
 
@@ -11,15 +11,11 @@ import click
 
 from phreg_deploy.arguments import EIGHT_BITS, check_export, check_model
 from phreg_deploy.bundle.bundle import Bundle
+from phreg_deploy.cli.commands.build import run_build
 from phreg_deploy.cli.commands.calibrate import run_calibration
 from phreg_deploy.cli.console import Result
-from phreg_deploy.cli.options import (
-    checkpoint_option,
-    device_number,
-    force_option,
-    images_option,
-    output_options,
-)
+from phreg_deploy.cli.options import checkpoint_option, device_number, force_option, images_option, output_options
+from phreg_deploy.cli.tables.export import show_bundle, show_parity
 from phreg_deploy.errors import BackendMissing, GateFailed, PhregError
 from phreg_deploy.extras import CALIBRATION, EXPORT, require
 from phreg_deploy.files.atomic import check_target
@@ -45,16 +41,17 @@ from phreg_deploy.student_record import model_path
 )
 @images_option(
     False,
-    "Photographs like those of the deployment: int8 and fp8 are calibrated on them; they show what FP16 cannot hold.",
+    "Photographs like those of the deployment: int8 and fp8 are calibrated on them; with fp16 they show which values "
+    "are too large for it.",
 )
 @click.option(
     "--keep-fp32",
-    "keep",
+    "keep_fp32",
     multiple=True,
     metavar="REGEX",
     help="Nodes that stay in FP32, e.g. 'blocks.11.mlp'. Repeatable.",
 )
-@click.option("--target", default="cpu", show_default=True, help="For --precision int8: cpu, or trt (no zero points).")
+@click.option("--target", default="cpu", show_default=True, help="With --precision int8: cpu, or trt (no zero points).")
 @click.option(
     "--image-size", help="518, 480x640, a list 224,480x640 or a range 224:518:1036; by default the model's own."
 )
@@ -64,36 +61,31 @@ from phreg_deploy.student_record import model_path
     type=click.Choice(["squash", "center"]),
     default="squash",
     show_default=True,
-    help="The whole image resized, or timm's centre crop.",
+    help="Resize the whole image, or use timm's centre crop.",
 )
 @click.option(
-    "--random-weights", is_flag=True, help="Without pretrained weights, for timing only; marked so in the manifest."
+    "--random-weights", is_flag=True, help="Load no pretrained weights, for timing only; the manifest says so."
 )
 @click.option("--no-check", is_flag=True, help="Skip the parity check of the written bundle.")
-@click.option(
-    "--bisect", is_flag=True, help="With --format trt: where parity fails, find the first block that diverges."
-)
+@click.option("--bisect", is_flag=True, help="With --format trt: if parity fails, find the first block that diverges.")
 @device_number
 @force_option
 @output_options
 def export(
     output: Path,
     formats: tuple[str, ...],
-    images: Path | None,
     target: str,
-    keep: tuple[str, ...],
     no_check: bool,
     bisect: bool,
     device: int,
-    force: bool,
     as_json: bool,
     quiet: bool,
-    **settings: Any,
+    **options: Any,
 ) -> None:
-    """Write MODEL (a student's folder, or a timm name) as a bundle that a runtime without PyTorch serves.
+    """Write MODEL (a student's folder, or a timm name) as a bundle that is served without PyTorch.
 
-    --format trt goes on to `phreg-deploy build`. Without a GPU and TensorRT the bundle is written all the same, and the
-    exit code is 4 with the command for the machine that has them.
+    With --format trt, `phreg-deploy build` follows. Without a GPU and TensorRT the bundle is still written; the exit
+    code is then 4, and the message is the command for the machine that has them.
 
     \b
     Examples:
@@ -102,67 +94,70 @@ def export(
       phreg-deploy export vit_base_patch14_dinov2.lvd142m -o dino.bundle --image-size 224:518:1036 --precision fp16
     """
     result = Result(as_json, quiet)
-    eight = settings["precision"] in EIGHT_BITS
-    check_export(settings["precision"], keep, images, settings["image_size"], settings["batch"], target)
-    check_model(settings["model"], settings["checkpoint"], settings["random_weights"])
-    if images is not None:
-        list_images(images)
-    check_target(output, force, [model_path(settings["model"]), settings["checkpoint"], images])
-    require("`phreg-deploy export`", export=EXPORT, **({"calibration": CALIBRATION} if eight else {}))
-    from phreg_deploy.export.exporter import ExportRequest, export_bundle
-
+    _check(output, target, options)
     document: dict[str, Any] = {"output": output}
-    if eight:
-        assert images is not None  # check_export refused it
-        target = "trt" if "trt" in formats or settings["precision"] == "fp8" else target
-        document["calibration"] = _in_eight_bits(settings, images, output, target, keep, force, result)
-        bundle = Bundle.read(output)
+    if options["precision"] in EIGHT_BITS:
+        target = "trt" if "trt" in formats or options["precision"] == "fp8" else target
+        document["calibration"] = _export_eight_bits(output, target, options, result)
     else:
-        request = ExportRequest(images=images, keep=keep, **settings)
-        bundle = export_bundle(request, output, force=force, progress=result.progress)
-    manifest = bundle.manifest
-    size = sum(p.stat().st_size for p in bundle.folder.iterdir()) / 2**20
-    result.say(f"Wrote {output}: {manifest.precision}, {manifest.sizes}, batch {manifest.batches}, {size:.1f} MB.")
-    document["manifest"] = manifest.to_json()
+        _export(output, options, result)
+    bundle = Bundle.read(output)
+    show_bundle(bundle, result)
+    document["manifest"] = bundle.manifest.to_json()
     if not no_check:
         document["check"] = _examine(output, result)
-    if document.get("check", {}).get("missed"):
-        raise GateFailed(f"parity: {output}: {'; '.join(document['check']['missed'])}.", document)
+        if document["check"].get("missed"):
+            raise GateFailed(f"parity: {output}: {'; '.join(document['check']['missed'])}.", document)
     if "trt" in formats:
-        from phreg_deploy.cli.commands.build import run_build
-        from phreg_deploy.export.engine.build import BuildRequest
-
-        document["engine"] = run_build(
-            BuildRequest(output, device=device, check=not no_check), False, bisect, result, exported=True
-        )
+        document["engine"] = _build(output, result, bisect=bisect, device=device, check=not no_check)
     result.json(document)
 
 
-def _in_eight_bits(
-    settings: dict[str, Any],
-    images: Path,
-    output: Path,
-    target: str,
-    keep: tuple[str, ...],
-    force: bool,
-    result: Result,
-) -> dict[str, Any]:
-    """``export --precision int8`` or fp8: an FP32 bundle beside the output, calibrated into it, and gone again."""
-    from phreg_deploy.calibration.calibrator import CalibrationRequest, check_request
-    from phreg_deploy.export.exporter import ExportRequest, export_bundle
+def _check(output: Path, target: str, options: dict[str, Any]) -> None:
+    """Check the options before anything slow is imported."""
+    precision, images, model, checkpoint = (options[name] for name in ("precision", "images", "model", "checkpoint"))
+    check_export(precision, options["keep_fp32"], images, options["image_size"], options["batch"], target)
+    check_model(model, checkpoint, options["random_weights"])
+    if images is not None:
+        list_images(images)
+    check_target(output, options["force"], [model_path(model), checkpoint, images])
+    calibration = {"calibration": CALIBRATION} if precision in EIGHT_BITS else {}
+    require("`phreg-deploy export`", export=EXPORT, **calibration)
 
-    asked = CalibrationRequest(
-        output, images, mode=settings["precision"], target=target, keep=keep
-    )  # checked before a minute of tracing
-    check_request(asked)
+
+def _export(output: Path, options: dict[str, Any], result: Result) -> None:
+    from phreg_deploy.export import export as export_model
+
+    export_model(output=output, progress=result.progress, **options)
+
+
+def _export_eight_bits(output: Path, target: str, options: dict[str, Any], result: Result) -> dict[str, Any]:
+    """Export an FP32 bundle to a temporary folder beside the output, and calibrate it into the output."""
+    from phreg_deploy.calibration.calibrator import CalibrationRequest, check_request
+
+    force, keep = options["force"], options["keep_fp32"]
+    request = CalibrationRequest(output, options["images"], mode=options["precision"], target=target, keep=keep)
+    check_request(request)
     with tempfile.TemporaryDirectory(dir=output.parent, prefix=f".{output.name}.") as folder:
         full = Path(folder) / "fp32.bundle"
-        export_bundle(ExportRequest(**{**settings, "precision": "fp32"}), full, progress=result.progress)
-        return run_calibration(replace(asked, bundle=full), output, force, result)
+        _export(full, {**options, "precision": "fp32", "images": None, "keep_fp32": (), "force": False}, result)
+        return run_calibration(replace(request, bundle=full), output, force, result)
+
+
+def _build(output: Path, result: Result, **options: Any) -> dict[str, Any]:
+    """Build the engine; where that is not possible, name the command for the machine with the GPU."""
+    try:
+        return run_build(output, result, **options).to_json()
+    except BackendMissing as error:
+        raise BackendMissing(
+            f"{error} The bundle is written and checked; only its engine is missing. Copy {output} to the machine with "
+            f"the GPU and run there: phreg-deploy build {output.name}",
+            {"bundle": str(output)},
+        ) from None
 
 
 def _examine(output: Path, result: Result) -> dict[str, Any]:
-    """The written bundle against its own reference, where a runtime is installed."""
+    """Compare the written bundle's answers with its exam, if a runtime is installed."""
     from phreg_deploy.runtime.features import FeatureExtractor
     from phreg_deploy.runtime.parity import gates_of, run_exam, verdict, worst, writes_exams
 
@@ -175,11 +170,7 @@ def _examine(output: Path, result: Result) -> dict[str, Any]:
         raise GateFailed(f"export: the written bundle does not load: {error}") from error
     with extractor:
         parity = worst([case.parity for case in run_exam(extractor.bundle, extractor.run)])
-        other = "PyTorch" if extractor.manifest.quantisation is None else "ONNX Runtime's INT8"
-        result.say(
-            f"Parity with {other} on {extractor.backend}: 1st-percentile patch cosine {parity.cosine_p1:.8f}, relative L2 {parity.relative_l2:.2e}."
-        )
-        gates = gates_of(
-            parity, extractor.precision, exam=True, again=writes_exams(extractor.manifest, extractor.backend)
-        )
+        show_parity(parity, extractor, result)
+        again = writes_exams(extractor.manifest, extractor.backend)
+        gates = gates_of(parity, extractor.precision, exam=True, again=again)
         return {"backend": extractor.backend, **verdict(parity, gates)}

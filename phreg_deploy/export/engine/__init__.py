@@ -1,1 +1,1 @@
-"""A bundle -> a TensorRT engine in it, built on the machine that runs it. No PyTorch."""
+"""Build and inspect TensorRT plans. Needs TensorRT and a GPU, and neither torch nor onnx."""

@@ -1,4 +1,4 @@
-"""An ONNX file -> a TensorRT plan: strongly typed, on the API that 10.3 and 11.x have in common. Needs no torch."""
+"""Build a TensorRT plan from an ONNX file, with the API that TensorRT 10.3 to 11.x share. Needs no torch."""
 
 from __future__ import annotations
 
@@ -11,7 +11,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from phreg_deploy.bundle.plans import BuildSettings, Shapes
+from phreg_deploy.bundle.plans import BuildSettings
+from phreg_deploy.bundle.profiles import ProfileShapes
 from phreg_deploy.errors import BackendMissing, PhregError
 from phreg_deploy.progress import SILENT, Progress
 from phreg_deploy.runtime.gpu.trt_library import make_logger
@@ -19,9 +20,9 @@ from phreg_deploy.runtime.gpu.trt_library import make_logger
 MIB = 2**20
 
 
-@dataclass
-class Built:
-    """``plan`` serialised; ``timing_cache`` to build the next one faster; ``warnings`` of TensorRT, in its words."""
+@dataclass(frozen=True)
+class SerializedPlan:
+    """``plan``: the serialised engine. ``timing_cache``: for the next build. ``warnings``: TensorRT's own text."""
 
     plan: bytes
     timing_cache: bytes
@@ -30,56 +31,98 @@ class Built:
 
 
 def build_plan(
-    trt: Any, graph: Path, profiles: list[Shapes], settings: BuildSettings, *, workspace: int | None = None,
-    timing_cache: bytes = b"", strict_cache: bool = True, progress: Progress = SILENT,
-) -> Built:  # fmt: skip
-    """Build an engine from an ONNX file as it stands: every type is the graph's own.
+    trt: Any,
+    graph: Path,
+    profiles: list[ProfileShapes],
+    settings: BuildSettings,
+    *,
+    workspace: int | None = None,
+    timing_cache: bytes = b"",
+    strict_cache: bool = True,
+    progress: Progress = SILENT,
+) -> SerializedPlan:
+    """Build a plan from an ONNX file. The network is strongly typed: TensorRT computes in the types of the graph.
 
     Args:
-        profiles: one or several optimization profiles; a graph with fixed shapes takes one that says the same.
-        workspace: MiB of device memory at most that tactics may use; None for TensorRT's own limit, the whole device.
-        timing_cache: of an earlier build with this GPU and TensorRT. strict_cache: refuse one that is not, instead of
-            beginning a new one.
+        profiles: one or several optimization profiles; a graph with fixed shapes takes one with these shapes.
+        workspace: MiB of device memory that tactics may use at most; None for TensorRT's own limit, the whole device.
+        timing_cache: of an earlier build with this GPU and TensorRT.
+        strict_cache: refuse a timing cache of another GPU or TensorRT, instead of starting a new one.
 
     Raises:
-        BackendMissing: TensorRT cannot build here. PhregError: the parser refuses a node, which is named, or the
-            builder finds no implementation.
+        BackendMissing: TensorRT cannot build here. PhregError: the parser refuses a node, which the message names, or
+            the builder finds no implementation.
     """
-    started, diary = time.perf_counter(), make_logger(trt)
-    try:
-        builder = trt.Builder(diary)
-    except (TypeError, RuntimeError) as error:  # the bindings get a null pointer where CUDA does not start
-        raise BackendMissing(
-            f"TensorRT: {trt.__version__} cannot build here: {error}; {diary.reason()}. A GPU and its driver are needed."
-        ) from None
-    network = builder.create_network(1 << int(trt.NetworkDefinitionCreationFlag.STRONGLY_TYPED))
-    parser = trt.OnnxParser(network, diary)
-    if not parser.parse_from_file(str(graph)):
-        refusal = _refusal(parser)
-        hint = (
-            " The bundle is of an older version, which gave uint8 to more than a Cast: export it again."
-            if "UInt8" in refusal
-            else ""
-        )
-        raise PhregError(f"TensorRT: {trt.__version__} refuses {graph}: {refusal}.{hint}")
+    started, logger = time.perf_counter(), make_logger(trt)
+    builder = _open_builder(trt, logger)
+    network = _parse(trt, builder, graph, logger)
     config = _config(trt, builder, settings, workspace)
     for shapes in profiles:
-        profile = builder.create_optimization_profile()
-        for i in range(network.num_inputs):
-            tensor = network.get_input(i)
-            low, best, high = (tuple(shape) for shape in shapes.inputs[tensor.name])
-            profile.set_shape(tensor.name, low, best, high)
-        if config.add_optimization_profile(profile) < 0:
-            raise PhregError(f"TensorRT: it refuses the optimization profile {shapes.inputs}: {diary.reason()}.")
-    cache = config.create_timing_cache(timing_cache)
-    if timing_cache and (cache is None or not config.set_timing_cache(cache, ignore_mismatch=False)):
-        if strict_cache:
+        _add_profile(builder, network, config, shapes, logger)
+    _set_timing_cache(config, timing_cache, strict_cache)
+    plan = _serialize(trt, builder, network, config, progress)
+    if plan is None:
+        reason = logger.reason()
+        hint = " Use --workspace, or a smaller batch." if "memory" in reason.lower() else ""
+        raise PhregError(f"TensorRT: {trt.__version__} builds no engine from {graph}: {reason}.{hint}")
+    cache = config.get_timing_cache()
+    return SerializedPlan(
+        plan=bytes(plan),
+        timing_cache=b"" if cache is None else bytes(cache.serialize()),
+        seconds=time.perf_counter() - started,
+        warnings=logger.warnings(),
+    )
+
+
+def _open_builder(trt: Any, logger: Any) -> Any:
+    try:
+        return trt.Builder(logger)
+    except (TypeError, RuntimeError) as error:  # the bindings get a null pointer where CUDA does not start
+        raise BackendMissing(
+            f"TensorRT: {trt.__version__} cannot build here: {error}; {logger.reason()}. "
+            "A GPU and its driver are needed."
+        ) from None
+
+
+def _parse(trt: Any, builder: Any, graph: Path, logger: Any) -> Any:
+    """Read the ONNX file into a strongly typed network."""
+    network = builder.create_network(1 << int(trt.NetworkDefinitionCreationFlag.STRONGLY_TYPED))
+    parser = trt.OnnxParser(network, logger)
+    if parser.parse_from_file(str(graph)):
+        return network
+    reasons = _parser_errors(parser)
+    hint = ""
+    if "UInt8" in reasons:
+        hint = " The bundle is of an older version, which gave uint8 to more than a Cast: export it again."
+    raise PhregError(f"TensorRT: {trt.__version__} refuses {graph}: {reasons}.{hint}")
+
+
+def _add_profile(builder: Any, network: Any, config: Any, shapes: ProfileShapes, logger: Any) -> None:
+    profile = builder.create_optimization_profile()
+    for i in range(network.num_inputs):
+        tensor = network.get_input(i)
+        low, best, high = (tuple(shape) for shape in shapes.inputs[tensor.name])
+        profile.set_shape(tensor.name, low, best, high)
+    if config.add_optimization_profile(profile) < 0:
+        raise PhregError(f"TensorRT: it refuses the optimization profile {shapes.inputs}: {logger.reason()}.")
+
+
+def _set_timing_cache(config: Any, data: bytes, strict: bool) -> None:
+    """Give the builder the timings of earlier builds, or an empty cache."""
+    cache = config.create_timing_cache(data)
+    if data and (cache is None or not config.set_timing_cache(cache, ignore_mismatch=False)):
+        if strict:
             raise PhregError(
-                "timing cache: the given file is damaged, or of another GPU or TensorRT. Give another with --timing-cache."
+                "timing cache: the given file is damaged, or of another GPU or TensorRT. "
+                "Give another with --timing-cache."
             )
         cache = config.create_timing_cache(b"")
     if cache is not None:
         config.set_timing_cache(cache, ignore_mismatch=False)
+
+
+def _serialize(trt: Any, builder: Any, network: Any, config: Any, progress: Progress) -> Any:
+    """Build with a progress bar; None if TensorRT finds no implementation. Ctrl-C stops the build."""
     with progress.task("build engine", None) as advance:
         monitor = _make_monitor(trt, advance)
         config.progress_monitor = monitor
@@ -87,17 +130,7 @@ def build_plan(
             plan = builder.build_serialized_network(network, config)
     if monitor.interrupted is not None:
         raise monitor.interrupted
-    if plan is None:
-        reason = diary.reason()
-        hint = " Use --workspace, or a smaller batch." if "memory" in reason.lower() else ""
-        raise PhregError(f"TensorRT: {trt.__version__} builds no engine from {graph}: {reason}.{hint}")
-    kept = config.get_timing_cache()
-    return Built(
-        bytes(plan),
-        bytes(kept.serialize()) if kept is not None else b"",
-        time.perf_counter() - started,
-        diary.warnings(),
-    )
+    return plan
 
 
 def _config(trt: Any, builder: Any, settings: BuildSettings, workspace: int | None) -> Any:
@@ -107,7 +140,8 @@ def _config(trt: Any, builder: Any, settings: BuildSettings, workspace: int | No
     if workspace is not None:
         config.set_memory_pool_limit(trt.MemoryPoolType.WORKSPACE, workspace * MIB)
     config.builder_optimization_level = settings.effort
-    config.profiling_verbosity = trt.ProfilingVerbosity.DETAILED  # or the inspector cannot say what was fused
+    # The inspector reports fused layers only with detailed verbosity.
+    config.profiling_verbosity = trt.ProfilingVerbosity.DETAILED
     if settings.compatibility == "version":
         config.set_flag(trt.BuilderFlag.VERSION_COMPATIBLE)
     elif settings.compatibility == "ampere+":
@@ -122,28 +156,29 @@ def _config(trt: Any, builder: Any, settings: BuildSettings, workspace: int | No
     return config
 
 
-def _refusal(parser: Any) -> str:
-    """The parser's reasons in words, each with its node."""
-    found = []
+def _parser_errors(parser: Any) -> str:
+    """The parser's errors, each with its node; at most three."""
+    reasons: dict[str, None] = {}
     for i in range(parser.num_errors):
-        error = parser.get_error(i)
-        lines = [
-            line
-            for line in str(error.desc()).splitlines()
-            if line and "Begin node" not in line and not line.startswith("Invalid Node")
-        ]
-        node = (
-            f"node {error.node_name() or error.node()} ({error.node_operator()})" if error.node() >= 0 else "the file"
-        )
-        text = f"{node}: {lines[0] if lines else error.code()}"
-        if text not in found:
-            found.append(text)
-    return "; ".join(found[:3]) + (f"; and {len(found) - 3} more" if len(found) > 3 else "") or "no reason given"
+        reasons[_describe(parser.get_error(i))] = None
+    texts = list(reasons)
+    more = f"; and {len(texts) - 3} more" if len(texts) > 3 else ""
+    return "; ".join(texts[:3]) + more or "no reason given"
+
+
+def _describe(error: Any) -> str:
+    node = "the file"
+    if error.node() >= 0:
+        node = f"node {error.node_name() or error.node()} ({error.node_operator()})"
+    for line in str(error.desc()).splitlines():
+        if line and "Begin node" not in line and not line.startswith("Invalid Node"):
+            return f"{node}: {line}"
+    return f"{node}: {error.code()}"
 
 
 @contextlib.contextmanager
 def _stoppable(monitor: Any) -> Iterator[None]:
-    """Ctrl-C stops the build. Raised in a callback, which is where Python would raise it, TensorRT swallows it."""
+    """Make Ctrl-C stop the build. TensorRT would swallow a ``KeyboardInterrupt`` raised in its callback."""
 
     def note(_number: int, _frame: Any) -> None:
         monitor.interrupted = monitor.interrupted or KeyboardInterrupt()
@@ -159,7 +194,7 @@ def _stoppable(monitor: Any) -> Iterator[None]:
 
 
 def _make_monitor(trt: Any, advance: Callable[..., None]) -> Any:
-    """TensorRT's progress as a bar. What the bar raises meanwhile stops the build and is raised after it."""
+    """Show TensorRT's progress as a bar. An exception of the bar stops the build and is raised after it."""
 
     class Monitor(trt.IProgressMonitor):  # type: ignore[misc]
         def __init__(self) -> None:
@@ -179,7 +214,7 @@ def _make_monitor(trt: Any, advance: Callable[..., None]) -> Any:
         def _quietly(self, count: int, note: str) -> None:
             try:
                 advance(count, note=note[:60])
-            except BaseException as error:  # it must not travel through TensorRT's frames
+            except BaseException as error:  # C++ frames cannot pass it on
                 self.interrupted = error
 
     return Monitor()

@@ -1,4 +1,4 @@
-"""How fast this GPU multiplies matrices through TensorRT: the roof that an engine is held against. Measured, never looked up."""
+"""Measure how fast this GPU multiplies matrices in TensorRT: the roof of the roofline of an engine."""
 
 from __future__ import annotations
 
@@ -12,13 +12,16 @@ SIDE, ROUNDS = 8192, 10
 
 
 def measure_product(trt: Any, cuda: Cuda, side: int = SIDE, rounds: int = ROUNDS) -> float:
-    """Operations per second of one FP16 product ``(side, side) x (side, side)``, the best of ``rounds``.
+    """Measure one FP16 product ``(side, side) x (side, side)``.
+
+    Returns:
+        Operations per second, the best of ``rounds``.
 
     Raises:
-        BackendMissing, PhregError: as ``build_plan``; too little memory for three such matrices.
+        BackendMissing, PhregError: as ``build_plan``, or the GPU has too little memory for three such matrices.
     """
-    diary = make_logger(trt)
-    builder = trt.Builder(diary)
+    logger = make_logger(trt)
+    builder = trt.Builder(logger)
     network = builder.create_network(1 << int(trt.NetworkDefinitionCreationFlag.STRONGLY_TYPED))
     operands = [network.add_input(name, trt.DataType.HALF, (side, side)) for name in ("a", "b")]
     plain = trt.MatrixOperation.NONE
@@ -27,8 +30,8 @@ def measure_product(trt: Any, cuda: Cuda, side: int = SIDE, rounds: int = ROUNDS
     network.mark_output(product)
     plan = builder.build_serialized_network(network, builder.create_builder_config())
     if plan is None:
-        raise PhregError(f"TensorRT: it builds no product of {side} x {side}: {diary.reason()}.")
-    runtime, engine = deserialise(trt, bytes(plan), diary)
+        raise PhregError(f"TensorRT: it builds no product of {side} x {side}: {logger.reason()}.")
+    runtime, engine = deserialise(trt, bytes(plan), logger)
     context = engine.create_execution_context()
     if context is None:
         raise PhregError("TensorRT: it made no execution context for the product; the GPU has too little memory.")
@@ -38,7 +41,8 @@ def measure_product(trt: Any, cuda: Cuda, side: int = SIDE, rounds: int = ROUNDS
         with DeviceBuffer(cuda, size) as a, DeviceBuffer(cuda, size) as b, DeviceBuffer(cuda, size) as c:
             for name, buffer in (("a", a), ("b", b), ("product", c)):
                 context.set_tensor_address(name, buffer.pointer)
-            for _ in range(rounds + 1):  # the first warms up
+            # The first round warms up.
+            for _ in range(rounds + 1):
                 start.record(stream.handle)
                 if not context.execute_async_v3(stream.handle):
                     raise PhregError("TensorRT: it could not start the product.")

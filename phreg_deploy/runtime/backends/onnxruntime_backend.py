@@ -12,7 +12,8 @@ from typing import Any
 import numpy as np
 
 from phreg_deploy.bundle.bundle import Bundle
-from phreg_deploy.bundle.plans import FOLDER, profiles_of
+from phreg_deploy.bundle.plans import FOLDER
+from phreg_deploy.bundle.profiles import profiles_of
 from phreg_deploy.errors import BackendMissing, PhregError
 from phreg_deploy.runtime.backends.instructions import EXACT
 from phreg_deploy.runtime.backends.interface import check_outputs, run_error

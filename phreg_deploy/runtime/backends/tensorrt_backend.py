@@ -8,7 +8,8 @@ from queue import Empty, SimpleQueue
 from typing import Any
 
 from phreg_deploy.bundle.bundle import Bundle
-from phreg_deploy.bundle.plans import Engine, Shapes, find_engine
+from phreg_deploy.bundle.plans import StoredPlan, find_plan
+from phreg_deploy.bundle.profiles import ProfileShapes
 from phreg_deploy.errors import PhregError
 from phreg_deploy.runtime.backends.options import BackendOptions
 from phreg_deploy.runtime.gpu.arrays import DeviceArray
@@ -30,7 +31,14 @@ class Plan(Closing):
     """
 
     def __init__(
-        self, trt: Any, cuda: Cuda, plan: bytes, profiles: list[Shapes], *, graphs: bool = True, host_code: bool = False
+        self,
+        trt: Any,
+        cuda: Cuda,
+        plan: bytes,
+        profiles: list[ProfileShapes],
+        *,
+        graphs: bool = True,
+        host_code: bool = False,
     ) -> None:
         self.trt, self.cuda, self.profiles, self.graphs = trt, cuda, profiles, graphs
         self._idle: SimpleQueue[TrtContext] = SimpleQueue()
@@ -116,7 +124,9 @@ class TensorRtBackend(Plan):
     name = "tensorrt"
     remark = ""
 
-    def __init__(self, bundle: Bundle, tuning: BackendOptions, device: int = 0, engine: Engine | None = None) -> None:
+    def __init__(
+        self, bundle: Bundle, tuning: BackendOptions, device: int = 0, engine: StoredPlan | None = None
+    ) -> None:
         manifest = bundle.manifest
         if tuning.compute != "auto" and tuning.compute != manifest.precision:
             raise PhregError(
@@ -125,9 +135,9 @@ class TensorRtBackend(Plan):
         self.compute = manifest.precision
         trt = load_tensorrt(lean=True)
         cuda = Cuda(device)
-        found = engine or find_engine(
+        found = engine or find_plan(
             bundle, cuda.gpu.name, cuda.gpu.architecture, trt.__version__, cuda.gpu.driver // 1000
         )
-        portable = found.key.settings.get("compatibility") == "version"
+        portable = found.key.settings.compatibility == "version"
         super().__init__(trt, cuda, found.read(), found.profiles, host_code=portable)
         self.found = found

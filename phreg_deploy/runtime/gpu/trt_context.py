@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from phreg_deploy.bundle.plans import Shapes
+from phreg_deploy.bundle.profiles import ProfileShapes
 from phreg_deploy.errors import PhregError
 from phreg_deploy.runtime.gpu.arrays import DeviceArray
 from phreg_deploy.runtime.gpu.closing import Closing
@@ -26,7 +26,7 @@ class TrtContext(Closing):
     context is given other shapes or addresses: NVIDIA calls its replay undefined from then on.
     """
 
-    def __init__(self, trt: Any, cuda: Cuda, engine: Any, profiles: list[Shapes], graphs: bool) -> None:
+    def __init__(self, trt: Any, cuda: Cuda, engine: Any, profiles: list[ProfileShapes], graphs: bool) -> None:
         self.trt, self.cuda, self.engine, self.profiles, self.graphs = trt, cuda, engine, profiles, graphs
         self._owned: list[Closing] = []
         self._context: Any = None

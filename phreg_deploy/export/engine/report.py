@@ -1,0 +1,84 @@
+"""The result of ``build``, as commands print it and the plan's sidecar stores it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from phreg_deploy.bundle.plans import PlanKey, StoredPlan
+from phreg_deploy.errors import PhregError
+from phreg_deploy.export.engine.inspection import Census
+
+
+@dataclass(frozen=True)
+class BuildReport:
+    """What was built, and how good it is.
+
+    ``plan``: the file. ``cached``: it was there already. ``census``: its fused attentions and 8-bit layers.
+    ``shortfalls``: those that are missing, as sentences. ``seconds``: of the build. ``megabytes``: of the file.
+    ``warnings``: of TensorRT. ``verdict``: ``parity``, ``gates``, ``missed``, ``passed`` of the bundle's exam; empty
+    without one. ``serial``: see ``write_sidecar``.
+    """
+
+    plan: Path
+    key: PlanKey
+    cached: bool
+    census: Census
+    shortfalls: list[str]
+    seconds: float
+    megabytes: float
+    warnings: list[str]
+    verdict: dict[str, Any]
+    serial: int = 0
+
+    @classmethod
+    def from_plan(cls, plan: StoredPlan, cached: bool) -> BuildReport:
+        """Read the report in a plan's sidecar.
+
+        Raises:
+            KeyError, TypeError, PhregError: a field is missing, or of another type.
+        """
+        fields = dict(plan.report)
+        census = Census.from_json(fields.pop("census"))
+        shortfalls, warnings = fields.pop("short"), fields.pop("warnings", [])
+        seconds, megabytes, serial = fields.pop("seconds"), fields.pop("megabytes"), fields.pop("serial", 0)
+        numbers = (seconds, megabytes, fields["parity"]["cosine_p1"] if "parity" in fields else 0.0)
+        if not all(isinstance(number, (int, float)) for number in numbers) or not isinstance(shortfalls, list):
+            raise TypeError(f"{plan.path}: a figure of another type")
+        return cls(plan.path, plan.key, cached, census, shortfalls, seconds, megabytes, warnings, fields, serial)
+
+    @property
+    def missed(self) -> list[str]:
+        """The parity gates that the engine misses, as sentences."""
+        return list(self.verdict.get("missed", []))
+
+    @property
+    def cosine_p1(self) -> float | None:
+        """The 1st-percentile patch cosine with the bundle's exam; None without one."""
+        parity = self.verdict.get("parity")
+        return None if parity is None else float(parity["cosine_p1"])
+
+    def to_sidecar(self) -> dict[str, Any]:
+        """The part that the sidecar stores; ``write_sidecar`` adds the serial number."""
+        return {
+            "census": self.census.to_json(),
+            "short": self.shortfalls,
+            "seconds": self.seconds,
+            "warnings": self.warnings,
+            "megabytes": self.megabytes,
+            **self.verdict,
+        }
+
+    def to_json(self) -> dict[str, Any]:
+        place = {"engine": str(self.plan), "key": self.key.to_json(), "cached": self.cached}
+        return {**place, **self.to_sidecar(), "serial": self.serial}
+
+
+def read_report(plan: StoredPlan, examined: bool) -> BuildReport | None:
+    """The report of a plan that is there already; None if it is damaged, or lacks the exam that is wanted now."""
+    try:
+        report = BuildReport.from_plan(plan, cached=True)
+    except (KeyError, TypeError, PhregError):
+        return None
+    return None if examined and report.cosine_p1 is None else report
