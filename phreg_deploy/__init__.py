@@ -1,7 +1,8 @@
 """phreg-deploy: clean dense features from pretrained Vision Transformers, distilled once, served without PyTorch.
 
-The rooms, in the order in which data flows through them: ``distill`` (a timm ViT -> a registered student),
-``export`` (a student -> a bundle), ``runtime`` (a bundle and images -> dense features).
+The rooms that a model passes, in order: ``distill`` (a timm ViT -> a student with register tokens), ``export`` (a student
+-> a bundle), ``calibration`` (a bundle -> one in 8 bits), ``verify`` (a bundle -> parity and artifact rates), ``runtime``
+(a bundle and images -> dense features).
 """
 
 __version__ = "0.1.0"

@@ -1,4 +1,4 @@
-"""What a user asks for, checked before anything slow is imported or read. Needs neither weights nor PyTorch."""
+"""Check a user's arguments before anything slow is imported or read. Needs neither weights nor PyTorch."""
 
 from __future__ import annotations
 
@@ -14,44 +14,48 @@ from phreg_deploy.json_files import read_json
 from phreg_deploy.spec import Batches, Sizes
 from phreg_deploy.student_record import model_path
 
-RECIPES = ("transplant", "random-registers", "ph-reg")  # only the first moves neurons
+# Only the first moves neurons.
+RECIPES = ("transplant", "random-registers", "ph-reg")
 FLOATS, EIGHT_BITS = ("fp32", "fp16", "bf16"), ("int8", "fp8")
 WEIGHTS = (".safetensors", ".pth", ".pt", ".bin")
 LEAST = {"epochs": 0, "batch": 1, "micro_batch": 1, "views": 2, "seed": 0}
 MOST_REGISTERS = 64
 GPU = r"cuda:(?:0|[1-9][0-9]*)"
-TIMM_NAME = re.compile(r"\w+(\.[\w-]+)?")  # an architecture, and the tag of its weights
+# An architecture, and the tag of its weights.
+TIMM_NAME = re.compile(r"\w+(\.[\w-]+)?")
+# ``pathlib`` makes one slash of two; "local-dir:/folder" is no URL.
+URL = re.compile(r"(?:^|=)((?:[A-Za-z][A-Za-z0-9+.-]*://|(?:https?|s3|gs|ftp):/)\S*)")
 
 
 def refuse_url(text: str) -> None:
-    """Raise for a URL: every command reads files of this machine."""
-    found = re.search(r"(?:^|=)([A-Za-z][A-Za-z0-9+.-]*://\S*)", text)
-    if found:
+    """Raise ``PhregError`` for a URL, or for one after "=": every command reads files of this machine."""
+    match = URL.search(text)
+    if match:
         raise PhregError(
-            f"got the URL {found[1]}, expected a file or a folder on this machine. Download it first and give its path; "
-            "weights on the Hugging Face hub that timm knows are given by their timm name."
+            f"got the URL {match[1]}, expected a file or a folder on this machine. Download it first and give its "
+            "path; weights on the Hugging Face hub that timm knows are given by their timm name."
         )
 
 
 def check_model(name: str, checkpoint: Path | None = None, random_weights: bool = False) -> Path | None:
-    """The folder that a model's name points to, complete, or None where it can only be a timm name.
+    """Return the complete folder that a model's name points to, or None for a timm name.
 
     Raises:
-        PhregError: a path where there is nothing, a file, an incomplete folder, or weights given twice.
+        PhregError: the path does not exist, is a file or an incomplete folder, or the weights are given twice.
     """
     refuse_url(name)
     folder = _folder(name)
     if random_weights and (folder is not None or checkpoint is not None):
-        raise PhregError(
-            f"model: --random-weights goes with a timm name alone; got {f'the folder {folder}' if folder else f'--checkpoint {checkpoint}'} as well."
-        )
+        other = f"the folder {folder}" if folder else f"--checkpoint {checkpoint}"
+        raise PhregError(f"model: --random-weights goes with a timm name alone; got {other} as well.")
     if folder is not None and checkpoint is not None:
         raise PhregError(f"model: got both the folder {folder} and --checkpoint {checkpoint}; give one of them.")
     if folder is not None:
         _check_folder(folder)
     elif not TIMM_NAME.fullmatch(name):
         raise PhregError(
-            f"model: got {name!r}, where there is nothing; expected a folder with config.json and model.safetensors, or a timm name."
+            f"model: got {name!r}, where there is nothing; expected a folder with config.json and model.safetensors, "
+            "or a timm name."
         )
     if checkpoint is not None:
         check_checkpoint(checkpoint)
@@ -59,7 +63,7 @@ def check_model(name: str, checkpoint: Path | None = None, random_weights: bool 
 
 
 def check_checkpoint(path: Path) -> None:
-    """Raise unless ``path`` is a file of a kind that weights are read from."""
+    """Raise ``PhregError`` unless ``path`` is a file of weights, by its suffix."""
     if not os.path.isfile(path):
         raise PhregError(f"checkpoint: there is no file {path}.")
     if path.suffix not in WEIGHTS:
@@ -67,10 +71,10 @@ def check_checkpoint(path: Path) -> None:
 
 
 def check_distillation(settings: Mapping[str, Any]) -> None:
-    """Check the settings of a distillation that are there; None stands for the recipe's own value.
+    """Check those settings of a distillation that are given; None stands for the recipe's own value.
 
     Raises:
-        PhregError: an unknown recipe, device or precision, or a number out of its bounds.
+        PhregError: an unknown recipe, device or precision, or a number out of bounds.
     """
     given = {name: value for name, value in settings.items() if value is not None}
     if given.get("recipe", RECIPES[0]) not in RECIPES:
@@ -84,7 +88,8 @@ def check_distillation(settings: Mapping[str, Any]) -> None:
         raise PhregError(f"lr: got {given['lr']}, expected a number between 0 and 1, e.g. 3e-4.")
     if "strength" in given and given.get("recipe", RECIPES[0]) != RECIPES[0]:
         raise PhregError(
-            f"strength: got {given['strength']} with the recipe {given['recipe']}, which moves no neurons; leave it out, or use --recipe {RECIPES[0]}."
+            f"strength: got {given['strength']} with the recipe {given['recipe']}, which moves no neurons; leave it "
+            f"out, or use --recipe {RECIPES[0]}."
         )
     if not 0 < given.get("strength", 1) <= 4:
         raise PhregError(f"strength: got {given['strength']}, expected a share above 0 and up to 4, e.g. 0.07.")
@@ -96,44 +101,44 @@ def check_distillation(settings: Mapping[str, Any]) -> None:
 
 
 def check_resume(work: Path, resume: bool, force: bool) -> None:
-    """Raise where an interrupted run in ``work`` is to be resumed and is not there, or is there and would be lost."""
-    kept = (work / "settings.json").is_file()
-    if resume and not kept:
+    """Raise ``PhregError`` if there is no interrupted run in ``work`` to resume, or if one would be lost."""
+    interrupted = (work / "settings.json").is_file()
+    if resume and not interrupted:
         raise PhregError(f"resume: there is no interrupted run in {work}; start without --resume.")
-    if kept and not resume and not force:
+    if interrupted and not resume and not force:
         raise PhregError(
             f"output: an interrupted run is kept in {work}; add --resume to go on with it, or --force to start over."
         )
 
 
-def check_device(asked: str) -> None:
-    """Raise unless ``asked`` is the name of a device; whether it is there is for PyTorch to say."""
-    if not re.fullmatch(rf"auto|cpu|cuda|{GPU}", asked):
-        raise PhregError(f"device: got {asked!r}, expected auto, cpu, cuda or cuda:N.")
+def check_device(device: str) -> None:
+    """Raise ``PhregError`` unless ``device`` is a device's name; PyTorch checks later that it exists."""
+    if not re.fullmatch(rf"auto|cpu|cuda|{GPU}", device):
+        raise PhregError(f"device: got {device!r}, expected auto, cpu, cuda or cuda:N.")
 
 
-def check_devices(asked: str) -> None:
-    """Raise unless ``asked`` is the name of a device, or a list of different GPUs: ``cuda:0,cuda:1``."""
-    names = asked.split(",")
+def check_devices(devices: str) -> None:
+    """Raise ``PhregError`` unless ``devices`` names one device, or lists different GPUs: ``cuda:0,cuda:1``."""
+    names = devices.split(",")
     if len(names) == 1:
-        check_device(asked)
+        check_device(devices)
         return
     for name in names:
         if not re.fullmatch(GPU, name):
             raise PhregError(
-                f"device: got {name!r} in the list {asked!r}, expected GPUs by number, e.g. cuda:0,cuda:1."
+                f"device: got {name!r} in the list {devices!r}, expected GPUs by number, e.g. cuda:0,cuda:1."
             )
         if names.count(name) > 1:
-            raise PhregError(f"device: got {name} more than once in the list {asked!r}; name each GPU once.")
+            raise PhregError(f"device: got {name} more than once in the list {devices!r}; name each GPU once.")
 
 
 def check_export(
     precision: str, keep: tuple[str, ...], images: Path | None, image_size: str | None, batch: str, target: str = "cpu"
 ) -> None:
-    """Check the options of an export that need no model.
+    """Check those options of an export that can be checked without the model.
 
     Raises:
-        PhregError: an unknown precision or target, sizes or batches that cannot be read, an option without effect.
+        PhregError: an unknown precision or target, sizes or batches that cannot be read, or an option without effect.
     """
     if precision not in (*FLOATS, *EIGHT_BITS):
         raise PhregError(f"precision: got {precision!r}, expected {', '.join(FLOATS)}, {' or '.join(EIGHT_BITS)}.")
@@ -145,17 +150,19 @@ def check_export(
         )
     if precision in EIGHT_BITS and images is None:
         raise PhregError(
-            f"export: --precision {precision} needs --images DIR, photographs like those of the deployment, to calibrate on."
+            f"export: --precision {precision} needs --images DIR, photographs like those of the deployment, "
+            "to calibrate on."
         )
     for expression in keep:
         check_pattern(expression)
     if image_size:
-        Sizes.parse(image_size, (1, 1))  # its form; whether the patch divides it is for the model to say
+        # The form alone: the patch is known with the model.
+        Sizes.parse(image_size, (1, 1))
     Batches.parse(batch)
 
 
 def check_pattern(expression: str) -> re.Pattern[str]:
-    """A regular expression of a user's. Raises ``PhregError`` where it is none."""
+    """Compile a user's regular expression. Raises ``PhregError`` if it is not one."""
     try:
         return re.compile(expression)
     except re.error as error:
@@ -163,16 +170,19 @@ def check_pattern(expression: str) -> re.Pattern[str]:
 
 
 def check_cosine(bar: float | None) -> None:
-    """Raise unless ``bar`` is a cosine that features can reach, or None."""
+    """Raise ``PhregError`` unless ``bar`` is None or a cosine that features can reach."""
     if bar is not None and not 0 < bar <= 1:
         raise PhregError(f"cosine: got {bar}, expected a bar above 0 and up to 1, e.g. 0.99.")
 
 
 def check_file(path: Path, option: str) -> None:
-    """Refuse, before any work is done, a file that cannot be written.
+    """Refuse a file that cannot be written, before any work is done.
+
+    Args:
+        option: the option that names the file, for the message.
 
     Raises:
-        PhregError: it is a folder, its folder is missing, or the system refuses to write there.
+        PhregError: ``path`` is a folder, its folder is missing, or the system refuses to write there.
     """
     if os.path.isdir(path):
         raise PhregError(f"{option}: got the folder {path}, expected the name of a file that is to be written.")
@@ -202,24 +212,19 @@ def _folder(name: str) -> Path | None:
 def _check_folder(folder: Path) -> None:
     missing = [f for f in ("config.json", "model.safetensors") if not os.path.isfile(folder / f)]
     if missing:
-        hint = (
-            " This looks like a bundle: use check, extract, profile or inspect on it."
-            if os.path.isfile(folder / "manifest.json")
-            else ""
-        )
+        is_bundle = os.path.isfile(folder / "manifest.json")
+        hint = " This looks like a bundle: use check, extract, profile or inspect on it." if is_bundle else ""
         raise PhregError(
-            f"model: {folder} holds no {' and no '.join(missing)}; expected a folder written by `phreg-deploy distill`.{hint}"
+            f"model: {folder} holds no {' and no '.join(missing)}; expected a folder written by "
+            f"`phreg-deploy distill`.{hint}"
         )
+    file, again = folder / "config.json", "copy or distil the student again."
     try:
-        config = read_json(folder / "config.json")
+        config = read_json(file)
     except ValueError as error:
-        raise PhregError(
-            f"model: {folder / 'config.json'} is not valid JSON ({error}); copy or distil the student again."
-        ) from None
+        raise PhregError(f"model: {file} is not valid JSON ({error}); {again}") from None
     if not isinstance(config, dict) or not isinstance(config.get("architecture"), str):
-        raise PhregError(f"model: {folder / 'config.json'} names no architecture; copy or distil the student again.")
+        raise PhregError(f"model: {file} names no architecture; {again}")
     for key in ("pretrained_cfg", "model_args"):
         if not isinstance(config.get(key, {}), dict):
-            raise PhregError(
-                f"model: {folder / 'config.json'} is damaged ({key} is no object); copy or distil the student again."
-            )
+            raise PhregError(f"model: {file} is damaged ({key} is no object); {again}")

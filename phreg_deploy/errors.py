@@ -1,7 +1,7 @@
-"""The errors that a user can cause, and the exit code that each one means.
+"""The errors that a user can cause, each with its exit code.
 
-A message says what was got, what was expected and what to do, in that order. The command line prints it as one
-paragraph without a traceback; anything that is not a ``PhregError`` is a defect of this project.
+A message says what was got, what was expected and what to do, in this order. The command line prints it as one
+paragraph without a traceback. Any other exception is a defect of this project.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from typing import Any
 class PhregError(Exception):
     """Bad input or bad usage. Exit code 2.
 
-    ``report``: figures that ``--json`` prints together with the error; a missed gate has some.
+    ``report``: figures that ``--json`` prints together with the error, e.g. those of a missed gate.
     """
 
     exit_code = 2
@@ -32,19 +32,19 @@ class GateFailed(PhregError):
 
 
 class BackendMissing(PhregError):
-    """A backend or dependency is not installed or not usable here. Exit code 4."""
+    """A backend or dependency is not installed or not usable on this machine. Exit code 4."""
 
     exit_code = 4
 
 
 class Interrupted(PhregError):
-    """Ctrl-C where part of the work was kept; the message says what. Exit code 130."""
+    """Ctrl-C after part of the work was kept; the message says what. Exit code 130."""
 
     exit_code = 130
 
 
 def write_error(error: OSError, target: Path) -> PhregError:
-    """The error that says what the system refused."""
+    """Turn a refusal of the system to write ``target`` into an error that says why."""
     if error.errno == errno.ENOSPC:
         return PhregError(
             f"output: the disk is full, so {target} was not written; free space or choose another folder."

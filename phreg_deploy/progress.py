@@ -1,4 +1,4 @@
-"""Progress bars on stderr: rate, time left and a figure or two. Rooms take a ``Progress``; ``SILENT`` shows nothing."""
+"""Progress bars on stderr with rate, time left and a note. Functions take a ``Progress``; ``SILENT`` shows nothing."""
 
 from __future__ import annotations
 
@@ -12,11 +12,12 @@ from rich.progress import Progress as Bars
 from rich.text import Text
 
 CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
-Advance = Callable[..., None]  # advance(count=1, note="loss 0.12")
+# advance(count=1, note="loss 0.12")
+Advance = Callable[..., None]
 
 
 def printable(text: str) -> str:
-    """``text`` with every control character but the line's end and the tabulator as ``?``: a terminal would obey it."""
+    """Replace control characters, which a terminal would obey, by ``?``; newlines and tabs stay."""
     return CONTROL.sub("?", text)
 
 
@@ -27,19 +28,22 @@ class _Rate(ProgressColumn):
 
 
 class Progress:
-    """Shows one bar per task on stderr, and lines of text; silent when ``quiet``."""
+    """Show one bar per task on stderr, and lines of text; nothing if ``quiet``."""
 
     def __init__(self, quiet: bool = False) -> None:
         self.quiet = quiet
         self.console = Console(stderr=True, quiet=quiet, highlight=False)
 
     def say(self, text: str) -> None:
-        """A line for people, on stderr."""
+        """Print a line on stderr."""
         self.console.print(printable(text), markup=False)
 
     @contextmanager
     def task(self, name: str, total: int | None) -> Iterator[Advance]:
-        """``with progress.task("targets", 1000) as advance: advance(32, note="loss 0.1")``; total None where nobody knows."""
+        """Show a bar: ``with progress.task("targets", 1000) as advance: advance(32, note="loss 0.1")``.
+
+        ``total`` is None if it is not known.
+        """
         columns = (
             TextColumn("{task.description}"),
             BarColumn(),

@@ -1,4 +1,4 @@
-"""What tests share that is no fixture: the command line in this process, and photographs that nobody took."""
+"""Helpers that are no fixtures: the command line in this process, and synthetic photographs."""
 
 import contextlib
 import functools
@@ -23,7 +23,7 @@ LEFTOVERS = (".writing", ".probe", ".old", ".partial")
 
 @dataclass(frozen=True)
 class Outcome:
-    """What a command did: exit code, stdout, stderr."""
+    """The result of a command: exit code, stdout and stderr."""
 
     code: int
     out: str
@@ -31,20 +31,20 @@ class Outcome:
 
     @property
     def document(self) -> dict[str, Any]:
-        """The JSON document, the last line of stdout, in the JSON that everybody reads: no NaN, no infinity."""
+        """The JSON document in the last line of stdout; NaN and infinity are not JSON and raise."""
         return json.loads(self.out.splitlines()[-1], parse_constant=_strict)
 
     def refused(self, code: int, *fragments: str) -> None:
-        """Assert an error for people on stderr and, run with ``--json``, the same for machines on stdout."""
-        said = " ".join(self.err.split())
+        """Assert an error message on stderr and, as the command ran with ``--json``, the same one as JSON on stdout."""
+        message = " ".join(self.err.split())
         assert self.code == code, f"exit code {self.code}, expected {code}: {self.err[-800:]}"
-        assert "Traceback" not in said
-        assert "Error: " in said
+        assert "Traceback" not in message
+        assert "Error: " in message
         for fragment in fragments:
-            assert fragment in said, f"{fragment!r} is not in: {said[-800:]}"
+            assert fragment in message, f"{fragment!r} is not in: {message[-800:]}"
         assert self.out, "with --json, the error goes to stdout as well"
         assert self.document["exit_code"] == code
-        assert self.document["error"] in said, "one paragraph, the same on both streams"
+        assert self.document["error"] in message, "one paragraph, the same on both streams"
 
 
 def _strict(word: str) -> None:
@@ -52,7 +52,7 @@ def _strict(word: str) -> None:
 
 
 def invoke(*arguments: object) -> Outcome:
-    """The command line in this process. What is not an exit is a defect, and comes out as it is."""
+    """Run the command line in this process. An exception other than an exit is a defect and is raised."""
     from phreg_deploy.cli import main
 
     words, out, err, code = [str(a) for a in arguments], io.StringIO(), io.StringIO(), 0
@@ -76,8 +76,8 @@ print(json.dumps([asdict(invoke(*command)) for command in commands]))
 
 
 def without(blocked: Sequence[str], commands: Iterable[Sequence[object]], path: Sequence[Path] = ()) -> list[Outcome]:
-    """Outcomes of commands in one process in which ``blocked`` modules cannot be imported; ``path`` comes first."""
-    done = subprocess.run(
+    """Run commands in one process that cannot import the ``blocked`` modules; ``path`` precedes its other paths."""
+    process = subprocess.run(
         [sys.executable, "-c", RUN, json.dumps([blocked, [[str(a) for a in command] for command in commands]])],
         capture_output=True,
         text=True,
@@ -85,13 +85,13 @@ def without(blocked: Sequence[str], commands: Iterable[Sequence[object]], path: 
         cwd=ROOT,
         env={**os.environ, "PYTHONPATH": ":".join(str(p) for p in (*path, ROOT))},
     )
-    assert done.returncode == 0, done.stderr[-1500:]
-    return [Outcome(**outcome) for outcome in json.loads(done.stdout.splitlines()[-1])]
+    assert process.returncode == 0, process.stderr[-1500:]
+    return [Outcome(**outcome) for outcome in json.loads(process.stdout.splitlines()[-1])]
 
 
 @functools.lru_cache
 def photograph(seed: int, width: int, height: int) -> Image.Image:
-    """Sky, ground, a few soft shapes and grain: enough for features to differ from place to place."""
+    """Draw sky, ground, a few soft shapes and grain, so features differ from patch to patch."""
     rng = np.random.default_rng(seed)
     colours = rng.integers(0, 256, (8, 3))
     image = Image.new("RGB", (width, height), tuple(colours[0]))
@@ -105,13 +105,13 @@ def photograph(seed: int, width: int, height: int) -> Image.Image:
 
 
 def leftovers(folder: Path) -> list[str]:
-    """Temporary names that an output left below ``folder``."""
+    """Temporary files and folders that an output left below ``folder``."""
     return [str(p.relative_to(folder)) for p in folder.rglob("*") if any(mark in p.name for mark in LEFTOVERS)]
 
 
 @contextlib.contextmanager
 def interrupted(owner: Any, name: str, at: int) -> Any:
-    """While open, the ``at``-th call of ``owner.name`` is a Ctrl-C, which must come out of what is inside."""
+    """Make the ``at``-th call of ``owner.name`` a Ctrl-C, and assert that the block raises it."""
     real, calls = getattr(owner, name), []
 
     def broken(*arguments: Any) -> Any:

@@ -1,6 +1,6 @@
-"""A whole world in miniature, made once a session: photographs, a model with a planted register neuron, its student, bundles.
+"""Photographs, a small model with a planted register neuron, its student and its bundles, made once a session.
 
-Nothing here needs the network. Fixtures that need torch skip where it is not installed.
+No fixture needs the network. Fixtures that need torch skip if it is not installed.
 """
 
 import importlib
@@ -29,7 +29,7 @@ def run_cli():
 
 @pytest.fixture(scope="session", autouse=True)
 def home(tmp_path_factory):
-    """The cache of teacher targets stays inside the session."""
+    """Keep the cache of teacher targets inside the session."""
     folder = tmp_path_factory.mktemp("home")
     with mock.patch.dict(os.environ, XDG_CACHE_HOME=str(folder)):
         yield folder / "phreg-deploy"
@@ -55,7 +55,7 @@ def photos(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="session")
 def odd_images(tmp_path_factory) -> Path:
-    """One file of each odd kind: five modes that can be read, and three files that cannot."""
+    """One file of each odd kind: five colour modes that can be read, and three files that cannot."""
     folder, picture = tmp_path_factory.mktemp("odd"), photograph(100, 90, 80)
     picture.convert("L").save(folder / "grey.png")
     picture.convert("CMYK").save(folder / "cmyk.jpg")
@@ -72,9 +72,9 @@ def odd_images(tmp_path_factory) -> Path:
 
 
 def plant(model: Any, torch: Any) -> None:
-    """Give ``model`` seeded weights of normal scale, and a unit that turns the four corner tokens into outliers.
+    """Give ``model`` seeded weights of normal scale, and a hidden unit that turns the four corner tokens into outliers.
 
-    The corners are marked in the position embedding; the unit reads the mark and writes one large vector.
+    The position embedding marks the corners; the unit reads the mark and writes one large vector.
     """
     draw = torch.Generator().manual_seed(7)
     block, unit = NEURON
@@ -115,7 +115,7 @@ def base(tmp_path_factory, torch) -> Path:
 
 @pytest.fixture(scope="session")
 def checkpoint(tmp_path_factory, torch) -> Path:
-    """Random weights, in safetensors, that fit timm's own ``vit_tiny_patch16_224`` at its native 224 px."""
+    """Random weights in safetensors for timm's ``vit_tiny_patch16_224`` at its native 224 px."""
     import timm
     from safetensors.torch import save_file
 
@@ -183,13 +183,13 @@ def wide_eight(tmp_path_factory, wide_bundle, photos) -> Path:
 
 @pytest.fixture(scope="session")
 def traces():
-    """Graphs that were traced, by weights, sizes and batches."""
+    """Traced graphs by weights, sizes and batches."""
     return {}
 
 
 @pytest.fixture
 def traced_once(torch, traces, monkeypatch):
-    """For tests of what is around an export: the same student at the same size is traced once a session."""
+    """Trace a student once per size and session, for tests of what surrounds the tracing."""
     exporter = importlib.import_module("phreg_deploy.export.exporter")
 
     def once(module, sizes, batches, trace=exporter.trace):
@@ -205,7 +205,7 @@ def traced_once(torch, traces, monkeypatch):
 
 @pytest.fixture
 def world(request, tmp_path):
-    """The fixtures by name, made when first asked for, and ``out`` and ``tmp`` of this test's own: for tables of cases."""
+    """Every fixture as an attribute, made at first use, and the test's own ``out`` and ``tmp``; for tables of cases."""
 
     class World:
         tmp, out = tmp_path, tmp_path / "out"
@@ -214,7 +214,7 @@ def world(request, tmp_path):
             return request.getfixturevalue(name)
 
         def copy(self, name: str, **files: Any) -> Path:
-            """A copy of a fixture's folder in which some files, by their stem, are other bytes (None: missing)."""
+            """Copy a fixture's folder; replace files by their stem with other bytes, or remove them (None)."""
             folder = Path(shutil.copytree(getattr(self, name), tmp_path / f"copy-of-{name}"))
             for stem, change in files.items():
                 (path,) = folder.glob(f"{stem}.*")

@@ -1,4 +1,4 @@
-"""Bad options are refused before PyTorch is imported: every command here runs in a process in which it cannot be."""
+"""Bad options are refused before PyTorch is imported: every command here runs in a process that cannot import it."""
 
 import pytest
 
@@ -15,7 +15,7 @@ def empty(w):
 
 
 def mistakes(w):
-    """(command, fragments of the message); all of it can be known without a model."""
+    """(command, fragments of the message): mistakes that can be found without a model."""
     distill = ["distill", w.base, "--images", w.photos, "-o", w.out]
     export = ["export", w.student, "-o", w.out]
     artifacts = ["artifacts", w.base, "--images", w.photos]
@@ -47,7 +47,10 @@ def mistakes(w):
         (["distill", w.base, "--images", empty(w), "-o", w.out], ["holds no image"]),
         (["distill", w.tmp / "gone", *distill[2:]], ["model: got", "where there is nothing"]),
         (["distill", w.bundle, *distill[2:]], ["looks like a bundle"]),
-        (["distill", "vit_tiny_patch16_224", *distill[2:], "--checkpoint", w.tmp / "no.pth"], ["there is no file", "no.pth"]),
+        (
+            ["distill", "vit_tiny_patch16_224", *distill[2:], "--checkpoint", w.tmp / "no.pth"],
+            ["there is no file", "no.pth"],
+        ),
         ([*export, "--precision", "int4"], ["'int4'", "fp32, fp16, bf16, int8 or fp8"]),
         ([*export, "--precision", "int8"], ["int8 needs --images DIR"]),
         ([*export, "--precision", "int8", "--images", empty(w)], ["holds no image"]),
@@ -96,7 +99,7 @@ def test_every_option_of_distill_is_explained_in_one_line(run_cli):
         assert word in line
 
 
-def test_the_recipes_that_are_checked_are_those_there_are():
+def test_every_recipe_can_be_given():
     from phreg_deploy.distill.recipes import RECIPES
 
     assert tuple(RECIPES) == arguments.RECIPES

@@ -1,4 +1,4 @@
-"""An FP16 bundle that overflows in one half-block: which one is found, and what is proposed mends it."""
+"""Bisection names the half-block at which an FP16 bundle overflows, and its proposal repairs the bundle."""
 
 import shutil
 from dataclasses import replace
@@ -21,9 +21,9 @@ from phreg_deploy.verify.bisection import bisect
 from tests.cli_helpers import invoke, leftovers
 
 SCALE = 2.0**18
-# Where it shows -> the layer that is scaled up and the one behind it that is scaled down as far: only what is between them
-# leaves FP16's range, and in FP32 the model says the same. ONNX Runtime computes FP16 in FP32 on the processor and only moves
-# it as FP16, so that nothing overflows between the two products of an MLP there.
+# Half-block that overflows: the layer that is scaled up, and the next one, which is scaled down as much. Only values
+# between them leave the range of FP16; in FP32 the answers stay the same. An MLP cannot overflow this way: ONNX Runtime
+# stores FP16 values on the processor but computes in FP32, so nothing overflows between the two products.
 PLACES = {
     "blocks.1.attn": ("blocks.1.attn.qkv", "blocks.1.attn.proj"),
     "blocks.2.attn": ("blocks.2.attn.qkv", "blocks.2.attn.proj"),
@@ -49,7 +49,7 @@ def scale(tensor, factor, columns=slice(None)):
 
 
 def overflow(graph, place):
-    """Scale what goes between two layers of a half-block, and take it back behind it."""
+    """Scale the values between two layers of a half-block up, and scale them back after it."""
     first, last = PLACES[place]
     values = slice(2 * weight(graph, last).dims[0], None)  # of q, k and v, those that are averaged, not compared
     scale(weight(graph, first), SCALE, values)
@@ -57,8 +57,8 @@ def overflow(graph, place):
     scale(weight(graph, last), 1 / SCALE)
 
 
-def written(bundle, folder, place=None, keep=(), precision="fp16"):
-    """The bundle in FP16, overflowing in ``place``, without a look at what its tensors hold."""
+def write_fp16(bundle, folder, place=None, keep=(), precision="fp16"):
+    """Write the bundle in FP16, overflowing in ``place``, without choosing what stays in FP32 by its values."""
     shutil.copytree(bundle, folder)
     (folder / "manifest.json").unlink()
     read = Bundle.read(bundle)
@@ -66,8 +66,8 @@ def written(bundle, folder, place=None, keep=(), precision="fp16"):
     if place is not None:
         overflow(graph, place)
         case = read.cases()[0]
-        (found,) = open_session(graph).run(["features"], {"image": case["image"]})
-        np.testing.assert_allclose(found, case["features"], rtol=1e-3, atol=1e-4)
+        (features,) = open_session(graph).run(["features"], {"image": case["image"]})
+        np.testing.assert_allclose(features, case["features"], rtol=1e-3, atol=1e-4)
     kept = islands(narrow(graph, precision, None, keep), precision) if precision != "fp32" else []
     manifest = replace(read.manifest, precision=precision, float_parts=kept, files={})
     write_onnx_metadata(graph, manifest)
@@ -93,44 +93,44 @@ def place(request):
 
 
 def test_the_half_block_that_overflows_is_named(bundle, tmp_path, place):
-    folder = written(bundle, tmp_path / "broken", place)
+    folder = write_fp16(bundle, tmp_path / "broken", place)
     assert missed(folder)
-    found = find(folder)
-    assert found["first"] == place
-    steps = {step["place"]: step for step in found["steps"]}
+    report = find(folder)
+    assert report.first == place
+    steps = {step.place: step for step in report.steps}
     assert list(steps) == [f"blocks.{i}.{half}" for i in range(3) for half in ("attn", "mlp")]
-    assert steps[place]["bad_values"] > 0
+    assert steps[place].bad_values > 0
     before = list(steps)[: list(steps).index(place)]
-    assert all(steps[p]["bad_values"] == 0 and steps[p]["cosine_p1"] > 0.9999 for p in before)
+    assert all(steps[p].bad_values == 0 and steps[p].cosine_p1 > 0.9999 for p in before)
 
 
-def test_the_proposal_mends_it(bundle, tmp_path, place):
-    found = find(written(bundle, tmp_path / "broken", place))
-    option, pattern = found["proposal"].split(" ", 1)
+def test_the_proposal_repairs_it(bundle, tmp_path, place):
+    report = find(write_fp16(bundle, tmp_path / "broken", place))
+    option, pattern = report.proposal.split(" ", 1)
     assert option == "--keep-fp32"
-    mended = written(bundle, tmp_path / "mended", place, keep=[pattern.strip("'")])
-    assert missed(mended) == []
-    assert find(mended)["first"] is None
-    parts = Bundle.read(mended).manifest.float_parts
+    repaired = write_fp16(bundle, tmp_path / "repaired", place, keep=[pattern.strip("'")])
+    assert missed(repaired) == []
+    assert find(repaired).first is None
+    parts = Bundle.read(repaired).manifest.float_parts
     assert any(part.startswith(place) for part in parts)
     assert not any(part.startswith("blocks.0") for part in parts)
 
 
 @pytest.mark.parametrize("precision", ["fp16", "fp32"])
-def test_a_bundle_that_is_well_has_no_place(bundle, tmp_path, precision):
-    found = find(written(bundle, tmp_path / "well", precision=precision))
-    assert (found["first"], found["proposal"]) == (None, None)
-    assert all(step["bad_values"] == 0 for step in found["steps"])
+def test_a_healthy_bundle_has_no_place(bundle, tmp_path, precision):
+    report = find(write_fp16(bundle, tmp_path / "healthy", precision=precision))
+    assert (report.first, report.proposal) == (None, None)
+    assert all(step.bad_values == 0 for step in report.steps)
 
 
 def test_sizes_and_batches_are_those_of_the_exam(wide_bundle):
-    found = find(wide_bundle)
-    assert found["first"] is None
-    assert len(found["steps"]) == 6
+    report = find(wide_bundle)
+    assert report.first is None
+    assert len(report.steps) == 6
 
 
 def test_nothing_is_left_behind_and_the_bundle_is_untouched(bundle, tmp_path, place):
-    folder = written(bundle, tmp_path / "broken", place)
+    folder = write_fp16(bundle, tmp_path / "broken", place)
     before = {p: p.read_bytes() for p in folder.iterdir()}
     find(folder)
     assert {p: p.read_bytes() for p in folder.iterdir()} == before
@@ -138,7 +138,7 @@ def test_nothing_is_left_behind_and_the_bundle_is_untouched(bundle, tmp_path, pl
 
 
 def test_check_bisects_where_the_gate_is_missed(bundle, tmp_path):
-    folder = written(bundle, tmp_path / "broken", "blocks.1.attn")
+    folder = write_fp16(bundle, tmp_path / "broken", "blocks.1.attn")
     done = invoke("check", folder, "--backend", "onnxruntime-cpu", "--bisect", "--json")
     done.refused(3, "NaN or infinite")
     assert done.document["bisection"]["first"] == "blocks.1.attn"
@@ -147,7 +147,7 @@ def test_check_bisects_where_the_gate_is_missed(bundle, tmp_path):
 
 
 def test_a_graph_without_names_is_refused(bundle, tmp_path):
-    folder = written(bundle, tmp_path / "nameless")
+    folder = write_fp16(bundle, tmp_path / "nameless")
     graph = onnx.load(folder / GRAPH)
     for i, node in enumerate(graph.graph.node):
         node.name = f"n{i}"
@@ -157,7 +157,7 @@ def test_a_graph_without_names_is_refused(bundle, tmp_path):
 
 
 def test_answers_that_are_finite_and_wrong_are_found(bundle, monkeypatch):
-    """A backend that is slightly off from one place on, though every value is one."""
+    """A backend whose answers are finite but slightly wrong from one half-block on."""
     import phreg_deploy.verify.bisection as module
 
     class Off:
@@ -166,17 +166,17 @@ def test_answers_that_are_finite_and_wrong_are_found(bundle, monkeypatch):
             self.close = self.inner.close
 
         def run(self, feed):
-            noise, found = np.random.default_rng(0), self.inner.run(feed)
-            places = [name for name in found if name.startswith("probe/")]
+            noise, outputs = np.random.default_rng(0), self.inner.run(feed)
+            places = [name for name in outputs if name.startswith("probe/")]
             for name in places[places.index("probe/blocks.1.mlp") :]:
-                found[name] = found[name] + 0.1 * noise.standard_normal(found[name].shape).astype(np.float32)
-            return found
+                outputs[name] = outputs[name] + 0.1 * noise.standard_normal(outputs[name].shape).astype(np.float32)
+            return outputs
 
     open_backend = module.open_backend
     monkeypatch.setattr(module, "open_backend", Off)
-    found = find(bundle)
-    assert (found["first"], found["proposal"]) == ("blocks.1.mlp", r"--keep-fp32 '^blocks\.1\.mlp'")
-    assert all(step["bad_values"] == 0 for step in found["steps"])
+    report = find(bundle)
+    assert (report.first, report.proposal) == ("blocks.1.mlp", r"--keep-fp32 '^blocks\.1\.mlp'")
+    assert all(step.bad_values == 0 for step in report.steps)
 
 
 @pytest.mark.parametrize("backend", ["onnxruntime-cpu", "openvino"])
@@ -184,14 +184,14 @@ def test_answers_that_are_finite_and_wrong_are_found(bundle, monkeypatch):
 def test_every_backend_of_the_processor_can_be_bisected_at_every_size(request, which, backend):
     pytest.importorskip({"openvino": "openvino"}.get(backend, "onnxruntime"))
     bundle = Bundle.read(request.getfixturevalue(which))
-    found = bisect(bundle, backend, BackendOptions(threads=1))
-    assert found["first"] is None
-    assert len(found["steps"]) == 2 * bundle.manifest.model.depth
-    assert all(step["cosine_p1"] > 0.99999 and step["bad_values"] == 0 for step in found["steps"])
+    report = bisect(bundle, backend, BackendOptions(threads=1))
+    assert report.first is None
+    assert len(report.steps) == 2 * bundle.manifest.model.depth
+    assert all(step.cosine_p1 > 0.99999 and step.bad_values == 0 for step in report.steps)
 
 
 def test_a_size_of_several_that_diverges_is_seen(wide_bundle, monkeypatch):
-    """The backend is wrong at the last size alone."""
+    """The backend is wrong only at the last size."""
     from phreg_deploy.runtime.backends.onnxruntime_backend import OrtBackend
 
     bundle = Bundle.read(wide_bundle)
@@ -202,4 +202,4 @@ def test_a_size_of_several_that_diverges_is_seen(wide_bundle, monkeypatch):
         return {k: np.flip(v, -1) if wrong and k == "probe/blocks.1.attn" else v for k, v in real(self, feed).items()}
 
     monkeypatch.setattr(OrtBackend, "run", run)
-    assert bisect(bundle, "onnxruntime-cpu", BackendOptions(threads=1))["first"] == "blocks.1.attn"
+    assert bisect(bundle, "onnxruntime-cpu", BackendOptions(threads=1)).first == "blocks.1.attn"

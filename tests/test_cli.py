@@ -1,4 +1,4 @@
-"""The command line on a real model, from a timm ViT to features and back: what is printed, where, and with which exit code."""
+"""The command line on a real model, from a timm ViT to features: what it prints, where, and its exit codes."""
 
 import json
 import subprocess
@@ -14,12 +14,13 @@ from phreg_deploy.cli import main
 from tests.cli_helpers import ROOT, leftovers
 
 pytestmark = pytest.mark.usefixtures("torch")
-HERE = ["--backend", "onnxruntime-cpu"]  # where figures are compared to the last bit: auto may choose another
+# Where figures are compared exactly: "auto" may choose another backend.
+ONNXRUNTIME = ["--backend", "onnxruntime-cpu"]
 QUICK = ["--epochs", "1", "--batch", "8", "--views", "6", "--device", "cpu", "--precision", "fp32"]
 
 
-def done(outcome):
-    """The JSON document of a command that went well: one line on stdout, and nothing that smells of a traceback."""
+def document_of(outcome):
+    """Assert that a command succeeded with one line on stdout and no traceback, and return its JSON document."""
     assert outcome.code == 0, outcome.err[-800:]
     assert len(outcome.out.splitlines()) == 1
     assert "Traceback" not in outcome.err
@@ -57,57 +58,57 @@ def test_help_does_not_import_torch():
         "except SystemExit as stop: print('code', stop.code)\n"
         "print('heavy', sorted({'torch', 'timm', 'onnx', 'onnxruntime', 'safetensors'} & set(sys.modules)))"
     )
-    done = subprocess.run([sys.executable, "-W", "error", "-c", code], capture_output=True, text=True, check=True)
-    assert "Usage: phreg-deploy" in done.stdout
-    assert done.stdout.splitlines()[-2:] == ["code 0", "heavy []"]
+    process = subprocess.run([sys.executable, "-W", "error", "-c", code], capture_output=True, text=True, check=True)
+    assert "Usage: phreg-deploy" in process.stdout
+    assert process.stdout.splitlines()[-2:] == ["code 0", "heavy []"]
 
 
 @pytest.mark.usefixtures("torch")
 def test_every_recipe_is_in_the_help_and_the_readme(run_cli):
     from phreg_deploy.distill.recipes import RECIPES
 
-    said, readme = " ".join(run_cli("distill", "--help").out.split()), (ROOT / "README.md").read_text()
+    help_text, readme = " ".join(run_cli("distill", "--help").out.split()), (ROOT / "README.md").read_text()
     for name in RECIPES:
-        assert f"{name} (" in said
+        assert f"{name} (" in help_text
         assert f"`--recipe {name}`" in readme
 
 
 def test_python_m_and_the_script_are_the_same():
-    done = subprocess.run(
+    process = subprocess.run(
         [sys.executable, "-m", "phreg_deploy", "--help"], capture_output=True, text=True, check=True, cwd=ROOT
     )
-    assert "Usage: python -m phreg_deploy" in done.stdout
-    assert done.stderr == ""
+    assert "Usage: python -m phreg_deploy" in process.stdout
+    assert process.stderr == ""
     (script,) = entry_points(group="console_scripts", name="phreg-deploy")
     assert script.load() is main
 
 
 def test_the_chain(world, run_cli):
-    """distill -> inspect -> export -> check -> profile -> extract -> artifacts, each on what the one before wrote."""
+    """distill -> inspect -> export -> check -> profile, each on the output of the one before."""
     student, bundle = world.tmp / "student", world.tmp / "bundle"
-    record = done(run_cli("distill", world.base, "--images", world.photos, "-o", student, *QUICK, "--json"))
+    record = document_of(run_cli("distill", world.base, "--images", world.photos, "-o", student, *QUICK, "--json"))
     assert record["output"] == str(student)
     assert record["images"] == {**record["images"], "trained": 21, "skipped": 0}
     assert [(n["block"], n["unit"]) for n in record["register_neurons"]] == [(1, 17)]
     assert record["scores"]["student"]["norm_outliers"]["rate"] < record["scores"]["base"]["norm_outliers"]["rate"]
     assert len(record["history"]["loss"]) == 1
-    seen = done(run_cli("inspect", student, "--json"))
-    assert seen["kind"] == "student"
-    assert seen["config"]["model_args"]["reg_tokens"] == 4
-    assert seen["record"]["seed"] == record["seed"] == 0
+    inspected = document_of(run_cli("inspect", student, "--json"))
+    assert inspected["kind"] == "student"
+    assert inspected["config"]["model_args"]["reg_tokens"] == 4
+    assert inspected["record"]["seed"] == record["seed"] == 0
 
-    written = done(run_cli("export", student, "-o", bundle, "--image-size", "64", "--json"))
+    written = document_of(run_cli("export", student, "-o", bundle, "--image-size", "64", "--json"))
     assert written["check"]["missed"] == []
     assert written["check"]["parity"]["cosine_p1"] > 0.99999
     assert {p.name for p in bundle.iterdir()} == {"manifest.json", "model.onnx", "reference.npz"}
-    assert done(run_cli("inspect", bundle, "--json")) == {
+    assert document_of(run_cli("inspect", bundle, "--json")) == {
         "kind": "bundle",
         **json.loads((bundle / "manifest.json").read_text()),
     }
 
     page = world.tmp / "report.html"
-    asked = ["--reference", student, "--base", world.base, "--images", world.photos, "--limit", "5", "--report", page]
-    report = done(run_cli("check", bundle, *asked, "--json"))
+    options = ["--reference", student, "--base", world.base, "--images", world.photos, "--limit", "5", "--report", page]
+    report = document_of(run_cli("check", bundle, *options, "--json"))
     assert report["missed"] == []
     assert [c["with"] for c in report["comparisons"]] == ["own reference", f"PyTorch {student}"]
     assert set(report["artifacts"]) == {"base", "student", "bundle"}
@@ -117,7 +118,7 @@ def test_the_chain(world, run_cli):
     assert html.count("data:image/png;base64,") == 9
     assert "All gates passed" in html
 
-    speed = done(run_cli("profile", bundle, "--seconds", "0.2", "--threads", "1", *HERE, "--json"))
+    speed = document_of(run_cli("profile", bundle, "--seconds", "0.2", "--threads", "1", *ONNXRUNTIME, "--json"))
     assert speed["results"][0]["extractor"]["rounds"] >= 10
     assert speed["conditions"]["backend"] == "onnxruntime-cpu"
     assert speed["slower"] == []
@@ -132,30 +133,30 @@ def test_a_student_loads_in_stock_timm(student):
 
 
 def test_artifacts_of_model_student_and_bundle_agree(world, run_cli):
-    found = {}
+    reports = {}
     for name in ("base", "student", "bundle"):
         picture = world.tmp / f"{name}.png"
-        asked = ["--images", world.photos, "--limit", "4", "--picture", picture, "--json"]
-        found[name] = done(run_cli("artifacts", getattr(world, name), *asked))
-        assert found[name]["images"] == 4
+        options = ["--images", world.photos, "--limit", "4", "--picture", picture, "--json"]
+        reports[name] = document_of(run_cli("artifacts", getattr(world, name), *options))
+        assert reports[name]["images"] == 4
         with Image.open(picture) as sheet:
             assert sheet.size == (816, 300)
-    assert found["base"]["norm_outliers"]["rate"] == pytest.approx(4 / 64)
-    assert found["base"]["norm_outliers"]["largest"] > 5
-    assert found["student"]["norm_outliers"]["rate"] == 0
-    assert found["bundle"]["norm_outliers"] == pytest.approx(found["student"]["norm_outliers"], rel=1e-4)
-    assert found["bundle"]["shift_incoherence"] == pytest.approx(found["student"]["shift_incoherence"], abs=2e-3)
-    assert len(found["base"]["blocks"]) == 3
+    assert reports["base"]["norm_outliers"]["rate"] == pytest.approx(4 / 64)
+    assert reports["base"]["norm_outliers"]["largest"] > 5
+    assert reports["student"]["norm_outliers"]["rate"] == 0
+    assert reports["bundle"]["norm_outliers"] == pytest.approx(reports["student"]["norm_outliers"], rel=1e-4)
+    assert reports["bundle"]["shift_incoherence"] == pytest.approx(reports["student"]["shift_incoherence"], abs=2e-3)
+    assert len(reports["base"]["blocks"]) == 3
 
 
 def test_artifacts_of_a_timm_name_with_a_checkpoint(world, run_cli):
-    asked = ["--checkpoint", world.checkpoint, "--images", world.photos, "--limit", "1", "--json"]
-    assert done(run_cli("artifacts", "vit_tiny_patch16_224", *asked))["images"] == 1
+    options = ["--checkpoint", world.checkpoint, "--images", world.photos, "--limit", "1", "--json"]
+    assert document_of(run_cli("artifacts", "vit_tiny_patch16_224", *options))["images"] == 1
 
 
 def test_unreadable_files_are_skipped_and_counted(world, run_cli):
     outcome = run_cli("artifacts", world.bundle, "--images", world.odd_images, "--json")
-    assert done(outcome)["images"] == 6
+    assert document_of(outcome)["images"] == 6
     assert "Skipped 3 unreadable files" in outcome.err
     assert "empty.png" in outcome.err
 
@@ -170,9 +171,12 @@ def test_unreadable_files_are_skipped_and_counted(world, run_cli):
         (lambda w: ["profile", w.bundle, "--seconds", "0.1"], "Milliseconds on "),
         (lambda w: ["extract", w.bundle, w.photos / "frame-00.png", "-o", w.out], "Features in "),
         (lambda w: ["artifacts", w.student, "--images", w.photos, "--limit", "2"], "Artifacts of "),
-        (lambda w: ["distill", w.base, "--images", w.photos, "-o", w.out, *QUICK, "--epochs", "0"], "Base and student on "),
+        (
+            lambda w: ["distill", w.base, "--images", w.photos, "-o", w.out, *QUICK, "--epochs", "0"],
+            "Base and student on ",
+        ),
     ],
-)  # fmt: skip
+)
 def test_tables_go_to_stdout_or_aside_or_nowhere(world, run_cli, command, title):
     plain = run_cli(*command(world))
     assert plain.code == 0, plain.err
@@ -180,15 +184,15 @@ def test_tables_go_to_stdout_or_aside_or_nowhere(world, run_cli, command, title)
     force = ["--force"] if world.out.exists() else []
     aside = run_cli(*command(world), *force, "--json")
     assert title in aside.err
-    assert isinstance(done(aside), dict)
+    assert isinstance(document_of(aside), dict)
     silent = run_cli(*command(world), *force, "--quiet")
     assert (silent.code, silent.out, silent.err) == (0, "", "")
-    assert isinstance(done(run_cli(*command(world), *force, "--quiet", "--json")), dict)
+    assert isinstance(document_of(run_cli(*command(world), *force, "--quiet", "--json")), dict)
 
 
 def test_doctor_says_what_this_machine_can_run(run_cli):
     outcome = run_cli("doctor", "--json")
-    findings = {f["part"]: f for f in done(outcome)["findings"]}
+    findings = {f["part"]: f for f in document_of(outcome)["findings"]}
     assert {"python", "torch + timm", "onnx", "onnxruntime", "NVIDIA driver"} <= set(findings)
     for part in ("python", "torch + timm", "onnx", "onnxruntime"):
         assert findings[part]["usable"], findings[part]
@@ -200,9 +204,9 @@ def test_an_interruption_is_exit_code_130_and_leaves_nothing(world, run_cli, mon
     def interrupted(*_args, **_kwargs):
         raise KeyboardInterrupt
 
-    asked = ["extract", world.bundle, world.photos, "-o", world.out, "--json"]
+    options = ["extract", world.bundle, world.photos, "-o", world.out, "--json"]
     monkeypatch.setattr(np, "save", interrupted)
-    outcome = run_cli(*asked)
+    outcome = run_cli(*options)
     assert outcome.code == 130
     assert "Interrupted" in outcome.err
     assert list(world.tmp.iterdir()) == []

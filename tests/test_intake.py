@@ -161,7 +161,7 @@ REFUSED = {
     "a dictionary": (lambda: {"image": FRAME}, "got dict, expected a path"),
     "a nested list": (lambda: [[FRAME]], "got list, expected a path"),
     "on a GPU": (OnDevice, "got an array on a GPU"),
-    "an address": (lambda: "https://example.org/a.jpg", "https://example.org/a.jpg, expected a file on this machine"),
+    "an address": (lambda: "https://example.org/a.jpg", "got the URL https://example.org/a.jpg, expected a file or a folder on this machine"),
 }  # fmt: skip
 
 

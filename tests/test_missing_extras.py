@@ -1,4 +1,4 @@
-"""What happens where an extra was not installed, or is broken: exit code 4 and the line that mends it, in a process without it."""
+"""A missing or broken extra is exit code 4 and the command that installs it, in a process without the extra."""
 
 import sys
 
@@ -12,8 +12,8 @@ HEAVY = ["torch", "timm", "safetensors", "onnx", "onnxscript", "torchvision"]
 DISTILL, EXPORT = 'pip install "phreg-deploy[distill]"', 'pip install "phreg-deploy[export]"'
 
 
-def makers(w):
-    """The commands that need PyTorch."""
+def torch_commands(w):
+    """Commands that need PyTorch, by name."""
     return {
         "distill": ["distill", w.base, "--images", w.photos, "-o", w.out, "--json"],
         "export": ["export", w.student, "-o", w.out, "--json"],
@@ -33,7 +33,7 @@ def makers(w):
     ],
 )
 def test_a_missing_module_is_named_with_the_extra_that_brings_it(world, module, extras):
-    commands = makers(world)
+    commands = torch_commands(world)
     outcomes = without([module], [commands[name] for name in extras])
     for (name, extra), outcome in zip(extras.items(), outcomes):
         outcome.refused(4, f"'{module}'", extra)
@@ -41,13 +41,13 @@ def test_a_missing_module_is_named_with_the_extra_that_brings_it(world, module, 
 
 
 def test_all_that_is_missing_is_named_at_once_with_one_line(world):
-    """Nobody installs one module, tries again, and is asked for the next."""
-    commands = makers(world)
+    """A user installs everything at once, not one module per attempt."""
+    commands = torch_commands(world)
     commands["export in INT8"] = [*commands["export"], "--precision", "int8", "--images", world.photos]
     commands["calibrate"] = ["calibrate", world.bundle, "--images", world.photos, "-o", world.out, "--json"]
     commands["demo"] = ["demo", "-o", world.out, "--json"]
     distil = "'safetensors', 'timm', 'torch'"
-    said = {
+    expected = {
         "distill": (distil, "[distill]"),
         "export": (f"'ml_dtypes', 'onnx', 'onnxscript', {distil}", "[export]"),
         "artifacts": (distil, "[distill]"),
@@ -58,7 +58,7 @@ def test_all_that_is_missing_is_named_at_once_with_one_line(world):
     }
     blocked = [*HEAVY, "ml_dtypes", *RUNTIMES, "tensorrt", "tensorrt_lean"]
     for name, outcome in zip(commands, without(blocked, commands.values())):
-        modules, extras = said[name]
+        modules, extras = expected[name]
         outcome.refused(4, f"needs the modules {modules}, which are", f'pip install "phreg-deploy{extras}"')
 
 
@@ -96,7 +96,7 @@ def test_a_torchvision_of_another_torch_is_recognised(world):
     broken = world.tmp / "broken" / "timm"
     broken.mkdir(parents=True)
     (broken / "__init__.py").write_text('raise RuntimeError("operator torchvision::nms does not exist")\n')
-    commands = makers(world)
+    commands = torch_commands(world)
     for outcome in without([], list(commands.values()), path=[broken.parent]):
         outcome.refused(4, "torchvision", "another build of torch", "pip install --force-reinstall torch torchvision")
 
@@ -113,10 +113,10 @@ SERVING = {
 @pytest.mark.parametrize(("backend", "extra"), [("auto", "cpu"), ("onnxruntime-cpu", "cpu"), ("openvino", "openvino")])
 @pytest.mark.parametrize("command", SERVING)
 def test_serving_without_a_runtime(world, run_cli, monkeypatch, command, backend, extra):
-    asked = SERVING[command](world)
+    words = SERVING[command](world)
     for runtime in RUNTIMES:
         monkeypatch.setitem(sys.modules, runtime, None)
-    run_cli(*asked, "--backend", backend, "--json").refused(4, f'pip install "phreg-deploy[{extra}]"')
+    run_cli(*words, "--backend", backend, "--json").refused(4, f'pip install "phreg-deploy[{extra}]"')
     assert not world.out.exists()
 
 
@@ -155,10 +155,10 @@ def test_no_runtime_can_be_imported(world):
 
 
 def test_export_without_a_runtime_says_that_nothing_was_checked(world, run_cli, monkeypatch):
-    asked = ["export", world.student, "-o", world.out]
+    words = ["export", world.student, "-o", world.out]
     for runtime in RUNTIMES:
         monkeypatch.setitem(sys.modules, runtime, None)
-    outcome = run_cli(*asked, "--json")
+    outcome = run_cli(*words, "--json")
     assert outcome.code == 0, outcome.err
     assert "phreg-deploy[cpu]" in outcome.document["check"]["skipped"]
     assert "Parity was not checked" in outcome.err

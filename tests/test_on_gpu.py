@@ -378,4 +378,4 @@ def test_bisect_finds_nothing_in_an_engine_that_is_well(made):
     from phreg_deploy.runtime.backends.options import BackendOptions
     from phreg_deploy.verify.bisection import bisect
 
-    assert bisect(Bundle.read(made("fp16")), "tensorrt", BackendOptions())["first"] is None
+    assert bisect(Bundle.read(made("fp16")), "tensorrt", BackendOptions()).first is None

@@ -1,11 +1,11 @@
-"""A bundle names the base model and the licence of its weights, through a student's record and through calibration."""
+"""A bundle names its base model and the licence of the weights, also after distillation and calibration."""
 
 import json
 
 import pytest
 
 from phreg_deploy.bundle.bundle import Bundle
-from phreg_deploy.cli.commands import inspect
+from phreg_deploy.cli.tables.inspect import source_rows
 from phreg_deploy.student_record import read_record
 
 pytestmark = pytest.mark.usefixtures("torch", "traced_once")
@@ -83,15 +83,15 @@ def test_inspect_shows_licence_and_origin(world, run_cli):
 
 
 def test_a_source_from_before_licences_were_kept_is_shown():
-    rows = dict(inspect._origin({"model": "student", "weights_sha256": "ab" * 32, "distilled": "transplant"}))
+    rows = dict(source_rows({"model": "student", "weights_sha256": "ab" * 32, "distilled": "transplant"}))
     assert rows["base model"].startswith("student, weights abab")
     assert rows["license of its weights"] == "not recorded"
 
 
 def test_random_weights_have_no_licence(world, run_cli):
-    asked = ["export", "vit_tiny_patch16_224", "--random-weights", "--image-size", "32", "-o", world.out, "--no-check"]
-    done = run_cli(*asked, "--json")
-    assert done.code == 0, done.err
-    source = done.document["manifest"]["source"]
+    words = ["export", "vit_tiny_patch16_224", "--random-weights", "--image-size", "32", "-o", world.out, "--no-check"]
+    outcome = run_cli(*words, "--json")
+    assert outcome.code == 0, outcome.err
+    source = outcome.document["manifest"]["source"]
     assert (source["model"], source["license"]) == ("vit_tiny_patch16_224", None)
     assert "not stated by timm" in run_cli("inspect", world.out).out

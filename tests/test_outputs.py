@@ -1,4 +1,4 @@
-"""Outputs are whole or not there: what exists is kept without --force, and a refusing disk leaves nothing half-written."""
+"""An output is whole or not there: --force alone replaces one, and a full or read-only disk leaves no half of one."""
 
 import errno
 import importlib
@@ -24,14 +24,14 @@ MAIN_FILE = {"distill": "model.safetensors", "export": "model.onnx", "extract": 
 
 @pytest.fixture
 def limited():
-    """``limited(bytes)``: from now on the system refuses to let any file grow beyond that, as a full disk would."""
+    """``limited(bytes)``: from then on the system lets no file grow beyond that, like a full disk."""
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     yield lambda size: resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
     resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
 
 
 def refuse(monkeypatch, holder, name, number=errno.ENOSPC, when=lambda *_: True, kind=OSError):
-    """``holder.name`` fails from now on as the system would make it fail."""
+    """Make ``holder.name`` fail as it would if the system refused."""
     original = getattr(holder, name)
 
     def failing(*args, **kwargs):
@@ -79,31 +79,32 @@ def test_an_output_that_cannot_be(world, run_cli, command):
 @pytest.mark.parametrize(("number", "fragments"), [(errno.EROFS, ["Read-only"]), (errno.EACCES, ["Permission denied"])])
 @pytest.mark.parametrize("command", WRITERS)
 def test_a_folder_that_cannot_be_written(world, run_cli, monkeypatch, command, number, fragments):
-    asked = WRITERS[command](world, world.out)
+    words = WRITERS[command](world, world.out)
     refuse(monkeypatch, Path, "mkdir", number, when=lambda path, *_: path.parent == world.tmp)
-    run_cli(*asked, "--json").refused(2, "cannot be written to", "choose another folder", *fragments)
+    run_cli(*words, "--json").refused(2, "cannot be written to", "choose another folder", *fragments)
     assert list(world.tmp.iterdir()) == []
 
 
 @pytest.mark.parametrize("command", WRITERS)
 def test_an_output_without_a_name(world, run_cli, monkeypatch, command):
-    asked = WRITERS[command](world, ".", "--force")
+    words = WRITERS[command](world, ".", "--force")
     monkeypatch.chdir(world.tmp)
-    run_cli(*asked, "--json").refused(2, "output")
+    run_cli(*words, "--json").refused(2, "output")
 
 
 @pytest.mark.parametrize("command", WRITERS)
 def test_force_never_replaces_what_the_command_reads(world, run_cli, command):
-    """A slip of the hand must not cost a user the photographs, the student or the bundle."""
+    """A mistyped output must not cost a user the photographs, the student or the bundle."""
     source = world.copy({"distill": "photos", "export": "student", "extract": "bundle"}[command])
-    asked = [source if a in (world.photos, world.student, world.bundle) else a for a in WRITERS[command](world, source)]
+    words = [source if a in (world.photos, world.student, world.bundle) else a for a in WRITERS[command](world, source)]
     before = tree(source)
-    run_cli(*asked, "--force", "--json").refused(2, "output", str(source))
+    run_cli(*words, "--force", "--json").refused(2, "output", str(source))
     assert tree(source) == before
 
 
-STAGES = {  # id: (command, options, patched holder and name, how it fails)
-    "cache": ("distill", ["--cache", "CACHE"], (np, "savez"), OSError),
+# id: (command, options, patched holder and name, how it fails)
+STAGES = {
+    "cache": ("distill", ["--cache", "CACHE"], ("phreg_deploy.files.atomic", "make_locked_file"), OSError),
     "state": ("distill", [], ("torch", "save"), RuntimeError),
     "student": ("distill", ["--epochs", "0"], ("phreg_deploy.models.checkpoint", "save_for_hf"), OSError),
     "graph": ("export", [], (Path, "write_bytes"), OSError),
@@ -116,15 +117,16 @@ STAGES = {  # id: (command, options, patched holder and name, how it fails)
 def test_a_full_disk_says_so_and_leaves_nothing(world, run_cli, monkeypatch, stage):
     command, options, (holder, name), kind = STAGES[stage]
     options = [world.tmp / "cache" if o == "CACHE" else o for o in options]
-    asked = WRITERS[command](world, world.out, *options)
+    words = WRITERS[command](world, world.out, *options)
     holder = importlib.import_module(holder) if isinstance(holder, str) else holder
     refuse(monkeypatch, holder, name, kind=kind)
-    outcome = run_cli(*asked, "--json")
+    outcome = run_cli(*words, "--json")
     outcome.refused(2, "disk is full", "free space")
     assert_clean(world, outcome)
 
 
-WRITES = {  # id: (command, options, bytes at which the disk is full); below it everything before the stage fits
+# id: (command, options, bytes at which the disk is full); all that is written before this stage is smaller
+WRITES = {
     "targets": ("distill", ["--cache", "CACHE"], 5_000),
     "state": ("distill", [], 600_000),
     "weights": ("distill", ["--epochs", "0"], 100_000),
@@ -136,37 +138,38 @@ WRITES = {  # id: (command, options, bytes at which the disk is full); below it 
 
 @pytest.mark.parametrize("stage", WRITES)
 def test_a_write_that_the_system_refuses(world, run_cli, limited, stage):
-    """For real: every byte goes through the system, so that no library's own way of failing is forgotten."""
+    """A real limit on file sizes, to meet every library's own way to fail."""
     command, options, size = WRITES[stage]
     options = [world.tmp / "cache" if o == "CACHE" else o for o in options]
-    asked = WRITERS[command](world, world.out, *options)
+    words = WRITERS[command](world, world.out, *options)
     limited(size)
-    outcome = run_cli(*asked, "--json")
+    outcome = run_cli(*words, "--json")
     limited(resource.RLIM_INFINITY)
     outcome.refused(2, "was not written" if "disk is full" in outcome.err else "cannot be written")
-    assert "requested and" not in outcome.err  # numpy's own words
+    # numpy's own message must not reach the user.
+    assert "requested and" not in outcome.err
     assert_clean(world, outcome)
 
 
 @pytest.mark.parametrize(("option", "command"), [("--report", "check"), ("--picture", "artifacts")])
 def test_a_page_or_picture_that_cannot_be_written_keeps_the_old_one(world, run_cli, limited, option, command):
-    asked = [command, world.bundle, "--images", world.photos, "--limit", "1", option, world.tmp / "old"]
+    words = [command, world.bundle, "--images", world.photos, "--limit", "1", option, world.tmp / "old"]
     (world.tmp / "old").write_text("kept")
     limited(1_000)
-    outcome = run_cli(*asked, "--json")
+    outcome = run_cli(*words, "--json")
     limited(resource.RLIM_INFINITY)
     outcome.refused(2, "old", "cannot be written")
     assert tree(world.tmp) == {"old": b"kept"}
 
 
 def test_an_interrupted_distillation_is_resumed_or_started_over(world, run_cli, monkeypatch):
-    asked = WRITERS["distill"](world, world.out, "--json")
+    words = WRITERS["distill"](world, world.out, "--json")
     with monkeypatch.context() as patch:
         refuse(patch, importlib.import_module("phreg_deploy.models.checkpoint"), "save_for_hf")
-        run_cli(*asked).refused(2, "disk is full")
-    run_cli(*asked).refused(2, "interrupted run", "--resume", "--force")
-    run_cli(*asked, "--resume", "--seed", "1").refused(2, "other settings", "seed")
-    resumed = run_cli(*asked, "--resume")
+        run_cli(*words).refused(2, "disk is full")
+    run_cli(*words).refused(2, "interrupted run", "--resume", "--force")
+    run_cli(*words, "--resume", "--seed", "1").refused(2, "other settings", "seed")
+    resumed = run_cli(*words, "--resume")
     assert resumed.code == 0, resumed.err
     assert len(resumed.document["history"]["loss"]) == 1
     assert [p.name for p in world.tmp.iterdir()] == ["out"]
@@ -174,19 +177,19 @@ def test_an_interrupted_distillation_is_resumed_or_started_over(world, run_cli, 
 
 @pytest.mark.parametrize("name", ["state.pt", "settings.json"])
 def test_a_damaged_interrupted_run_is_refused(world, run_cli, monkeypatch, name):
-    asked = WRITERS["distill"](world, world.out, "--json")
+    words = WRITERS["distill"](world, world.out, "--json")
     with monkeypatch.context() as patch:
         refuse(patch, importlib.import_module("phreg_deploy.models.checkpoint"), "save_for_hf")
-        run_cli(*asked).refused(2, "disk is full")
-    kept = world.tmp / "out.partial" / name
-    kept.write_bytes(kept.read_bytes()[: kept.stat().st_size // 2])
-    run_cli(*asked, "--resume").refused(2, "out.partial", "--force")
-    started = run_cli(*asked, "--force")
+        run_cli(*words).refused(2, "disk is full")
+    partial = world.tmp / "out.partial" / name
+    partial.write_bytes(partial.read_bytes()[: partial.stat().st_size // 2])
+    run_cli(*words, "--resume").refused(2, "out.partial", "--force")
+    started = run_cli(*words, "--force")
     assert started.code == 0, started.err
 
 
 def test_outputs_follow_the_umask(world, run_cli, tmp_path):
-    """Colleagues and a service's user must be able to read what was written, the weights as well."""
+    """Other users can read every file that the umask lets them read, the weights included."""
     before = os.umask(0o026)
     try:
         for command in WRITERS:
@@ -205,17 +208,17 @@ def test_outputs_follow_the_umask(world, run_cli, tmp_path):
 def test_a_page_or_picture_in_a_read_only_folder_is_refused_before_any_work(
     world, run_cli, monkeypatch, option, command
 ):
-    asked = [command, world.bundle, "--images", world.photos, option, world.tmp / "page", "--json"]
+    words = [command, world.bundle, "--images", world.photos, option, world.tmp / "page", "--json"]
     refuse(monkeypatch, importlib.import_module("tempfile"), "TemporaryFile", errno.EROFS)
     monkeypatch.setattr(
         "phreg_deploy.runtime.features.FeatureExtractor.load", lambda *_, **__: pytest.fail("it loaded")
     )
-    run_cli(*asked).refused(2, "cannot be written to", "Read-only")
+    run_cli(*words).refused(2, "cannot be written to", "Read-only")
     assert list(world.tmp.iterdir()) == []
 
 
 def test_a_file_on_a_read_only_file_system_is_a_message(tmp_path, monkeypatch):
-    """There even the removal of what was never written is refused."""
+    """There the system refuses even to remove a file that does not exist."""
     from phreg_deploy.errors import PhregError
     from phreg_deploy.files.atomic import write_atomic
 
@@ -226,11 +229,11 @@ def test_a_file_on_a_read_only_file_system_is_a_message(tmp_path, monkeypatch):
 
 
 def assert_clean(world, outcome):
-    """Neither the output nor a temporary name; an interrupted distillation may keep its state beside it, to resume."""
+    """Assert that no output and no temporary file is left; an interrupted distillation may keep its state."""
     assert not world.out.exists()
-    kept = world.tmp / "out.partial"
-    found = [name for name in leftovers(world.tmp) if name.split(os.sep)[0] != kept.name]
-    assert found == []
-    if kept.exists():
-        assert {p.name for p in kept.iterdir()} <= {"settings.json", "state.pt"}
+    partial = world.tmp / "out.partial"
+    names = [name for name in leftovers(world.tmp) if name.split(os.sep)[0] != partial.name]
+    assert names == []
+    if partial.exists():
+        assert {p.name for p in partial.iterdir()} <= {"settings.json", "state.pt"}
         assert "Nothing was left behind" not in outcome.err

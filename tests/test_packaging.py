@@ -1,4 +1,4 @@
-"""What a user installs is what the tree holds."""
+"""The wheel holds what the source tree holds."""
 
 import subprocess
 import sys
@@ -14,7 +14,7 @@ ROOT = Path(__file__).parents[1]
 def wheel(tmp_path_factory):
     pytest.importorskip("build")
     out = tmp_path_factory.mktemp("wheel")
-    code = [
+    command = [
         sys.executable,
         "-m",
         "pip",
@@ -26,10 +26,10 @@ def wheel(tmp_path_factory):
         str(out),
         str(ROOT),
     ]
-    done = subprocess.run(code, capture_output=True, text=True, check=False)
-    if done.returncode and "setuptools" in done.stderr:
+    process = subprocess.run(command, capture_output=True, text=True, check=False)
+    if process.returncode and "setuptools" in process.stderr:
         pytest.skip("setuptools is not in this environment")
-    assert done.returncode == 0, done.stderr
+    assert process.returncode == 0, process.stderr
     return next(out.glob("*.whl"))
 
 

@@ -1,8 +1,10 @@
+"""Tables of the command line: text that looks like markup, and the digits of figures."""
+
 from phreg_deploy.cli.console import Result, figure
 
 
 def test_tables_print_brackets_as_they_are(capsys):
-    """rich reads [words] as markup unless it is told not to; the line that mends a missing extra has some."""
+    """rich reads [words] as markup by default; the command that installs a missing extra has some."""
     Result(as_json=False, quiet=False).table("t", ["what to do"], [['pip install "phreg-deploy[cpu]"']])
     assert 'pip install "phreg-deploy[cpu]"' in capsys.readouterr().out
 

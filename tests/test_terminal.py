@@ -1,4 +1,4 @@
-"""What a terminal or a pipe does to a command: other encodings, readers that leave, control characters, Ctrl-C."""
+"""Commands on a terminal or a pipe: other encodings, readers that leave, control characters, Ctrl-C."""
 
 import json
 import os
@@ -15,12 +15,15 @@ pytestmark = pytest.mark.usefixtures("torch")
 
 
 def run(*words, **options):
-    """The command line in a process of its own, as a shell would start it."""
+    """Start the command line in its own process, like a shell."""
     environment = {**os.environ, "PYTHONPATH": str(ROOT), **options.pop("environment", {})}
     return subprocess.Popen(
         [sys.executable, "-W", "error", "-m", "phreg_deploy", *(str(word) for word in words)],
-        stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=environment, **options,
-    )  # fmt: skip
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        env=environment,
+        **options,
+    )
 
 
 @pytest.mark.parametrize(
@@ -42,7 +45,7 @@ def test_a_terminal_without_unicode_gets_question_marks(world, environment):
 
 
 def without_reader(*words):
-    """(exit code, stderr) of a command whose stdout nobody reads, as behind ``| head``."""
+    """Return exit code and stderr of a command whose reader has left, as ``head`` does."""
     process = run(*words)
     process.stdout.close()
     err = process.stderr.read()
@@ -83,13 +86,16 @@ def test_a_folder_whose_name_is_not_unicode(world):
 @pytest.mark.parametrize("more", [[], ["--json"]])
 def test_a_stdout_on_a_full_disk_is_a_message(world, more):
     with open("/dev/full", "wb") as full:
-        done = subprocess.run(
+        process = subprocess.run(
             [sys.executable, "-m", "phreg_deploy", "inspect", str(world.bundle), *more],
-            stdout=full, stderr=subprocess.PIPE, env={**os.environ, "PYTHONPATH": str(ROOT)}, check=False,
-        )  # fmt: skip
-    assert done.returncode == 2
-    assert b"Error: output: stdout cannot be written (No space left on device)." in done.stderr
-    assert b"Traceback" not in done.stderr
+            stdout=full,
+            stderr=subprocess.PIPE,
+            env={**os.environ, "PYTHONPATH": str(ROOT)},
+            check=False,
+        )
+    assert process.returncode == 2
+    assert b"Error: output: stdout cannot be written (No space left on device)." in process.stderr
+    assert b"Traceback" not in process.stderr
 
 
 HOSTILE = "vit\x1b[2J\x1b]0;owned\x07\x9b31m\r"
@@ -119,7 +125,8 @@ def test_every_way_to_print_drops_control_characters(capsys):
     assert (printed.out + printed.err).count("vit?[2J") == 4
 
 
-ARGUMENTS = {  # command: arguments that can be parsed
+# command: arguments that it can parse
+ARGUMENTS = {
     "distill": ["m", "--images", "i", "-o", "o"],
     "export": ["m", "-o", "o"],
     "calibrate": ["b", "--images", "i", "-o", "o"],
@@ -131,31 +138,31 @@ ARGUMENTS = {  # command: arguments that can be parsed
 
 
 @pytest.mark.parametrize("name", sorted(cli.main.commands))
-def test_an_interruption_speaks_of_its_own_command(run_cli, monkeypatch, name):
+def test_an_interruption_says_what_its_command_leaves(run_cli, monkeypatch, name):
     def interrupted(**_options):
         raise KeyboardInterrupt
 
     monkeypatch.setattr(cli.main.commands[name], "callback", interrupted)
     outcome = run_cli(name, *ARGUMENTS.get(name, ["b"]), "--json")
     outcome.refused(130, f"Interrupted: {name}. ")
-    said = outcome.document["error"]
-    assert ("--resume" in said) == (name == "distill")
-    assert ("OUTPUT" in said) == ("-o" in ARGUMENTS.get(name, []) or name == "demo")
+    message = outcome.document["error"]
+    assert ("--resume" in message) == (name == "distill")
+    assert ("OUTPUT" in message) == ("-o" in ARGUMENTS.get(name, []) or name == "demo")
 
 
 def test_an_interrupted_distillation_goes_on_as_the_message_says(world, run_cli, monkeypatch):
-    """The message names ``OUTPUT.partial`` and ``--resume``: both must be true."""
+    """The message names ``OUTPUT.partial`` and ``--resume``; the folder exists and the option works."""
     from phreg_deploy.distill import distillation
 
-    asked = ["distill", world.base, "--images", world.photos, "-o", world.out]
-    asked += ["--epochs", "1", "--batch", "8", "--views", "6", "--device", "cpu", "--precision", "fp32", "--json"]
+    words = ["distill", world.base, "--images", world.photos, "-o", world.out]
+    words += ["--epochs", "1", "--batch", "8", "--views", "6", "--device", "cpu", "--precision", "fp32", "--json"]
 
     def interrupted(*_arguments, **_options):
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
         patch.setattr(distillation, "train", interrupted)
-        run_cli(*asked).refused(130, "OUTPUT.partial", "--resume", "--force")
+        run_cli(*words).refused(130, "OUTPUT.partial", "--resume", "--force")
     assert (world.tmp / "out.partial").is_dir()
     assert not world.out.exists()
-    assert run_cli(*asked, "--resume").code == 0
+    assert run_cli(*words, "--resume").code == 0

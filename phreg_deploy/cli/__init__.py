@@ -1,4 +1,8 @@
-"""The command line: parse, call one library function, print. Rooms are imported inside the commands, never here."""
+"""The command line: each command parses its options, calls one library function and prints the result.
+
+``commands.VERBS`` lists the commands; its docstring says how to add one. Commands import the library inside their
+functions, so ``--help`` is fast.
+"""
 
 from __future__ import annotations
 
@@ -7,43 +11,20 @@ import io
 import json
 import sys
 from contextlib import suppress
+from importlib import import_module
 from typing import Any
 
 import click
 
 from phreg_deploy import __version__
 from phreg_deploy.arguments import refuse_url
-from phreg_deploy.cli.commands import (
-    artifacts,
-    build,
-    calibrate,
-    check,
-    demo,
-    distill,
-    doctor,
-    export,
-    extract,
-    inspect,
-    profile,
-)
+from phreg_deploy.cli.commands import VERBS
 from phreg_deploy.cli.console import echo, output, plain
 from phreg_deploy.errors import PhregError
 
-NOTHING = "Nothing was written."
-WHOLE = "An output appears only when it is whole: where {} is missing, nothing of it was kept; run the command again."
-INTERRUPTED = {  # command: what an interruption leaves
-    "distill": "No student was written. Teacher targets stay in the cache; where OUTPUT.partial is there, the same command "
-    "with --resume goes on from it, and with --force starts over.",
-    "export": WHOLE.format("OUTPUT"),
-    "calibrate": WHOLE.format("OUTPUT"),
-    "build": "No half-built engine was kept; run the command again.",
-    "extract": "Nothing was written to OUTPUT; run the command again.",
-    "demo": WHOLE.format("OUTPUT"),
-}
-
 
 class Group(click.Group):
-    """Turns every error that a user can cause into a message and an exit code."""
+    """Print every error that a user can cause as a message, and exit with its code."""
 
     def resolve_command(self, ctx: click.Context, args: list[str]) -> Any:
         if args and args[0] not in self.commands and not args[0].startswith("-"):
@@ -55,7 +36,8 @@ class Group(click.Group):
         return super().resolve_command(ctx, args)
 
     def main(self, *args: Any, **kwargs: Any) -> Any:
-        for stream in (sys.stdout, sys.stderr):  # a terminal without Unicode gets question marks, not a traceback
+        # A terminal without Unicode gets question marks, not a traceback.
+        for stream in (sys.stdout, sys.stderr):
             if isinstance(stream, io.TextIOWrapper):
                 stream.reconfigure(errors="replace")
         try:
@@ -67,30 +49,34 @@ class Group(click.Group):
         except PhregError as error:
             echo(f"Error: {error}", err=True)
             _fail(str(error), error.exit_code, error.report)
-        except click.ClickException as error:  # unknown options and the like: click's words, and ours for machines
+        except click.ClickException as error:
             error.show()
             _fail(error.format_message(), error.exit_code)
         except (KeyboardInterrupt, click.Abort):
             _interrupted(None)
-        except BrokenPipeError:  # stderr's reader is gone, and progress cannot be shown
+        except BrokenPipeError:
+            # The reader of stderr is gone, so progress cannot be shown.
             sys.exit(0)
 
     def invoke(self, ctx: click.Context) -> Any:
         try:
             return super().invoke(ctx)
-        except KeyboardInterrupt:  # click would print "Aborted!" and exit 1
+        except KeyboardInterrupt:
+            # click would print "Aborted!" and exit with 1.
             _interrupted(ctx.invoked_subcommand)
 
 
 def _interrupted(command: str | None) -> None:
-    message = f"Interrupted: {command or 'phreg-deploy'}. {INTERRUPTED.get(command or '', NOTHING)}"
+    leaves = "Nothing was written." if command is None else VERBS[command]
+    message = f"Interrupted: {command or 'phreg-deploy'}. {leaves}"
     echo(f"Error: {message}", err=True)
     _fail(message, 130)
 
 
 def _fail(message: str, code: int, report: dict[str, Any] | None = None) -> None:
     if "--json" in sys.argv:
-        with suppress(PhregError):  # stdout cannot be written: the error on stderr and the exit code remain
+        # If stdout cannot be written, the error on stderr and the exit code remain.
+        with suppress(PhregError):
             echo(json.dumps(plain({**(report or {}), "error": message, "exit_code": code}), sort_keys=True))
     sys.exit(code)
 
@@ -101,7 +87,7 @@ def main() -> None:
     """Clean dense features from pretrained Vision Transformers, served without PyTorch.
 
     \b
-    The verbs chain, each takes what the one before wrote:
+    The commands form a chain; each reads what the one before it wrote:
       phreg-deploy distill vit_small_patch14_dinov2.lvd142m --images photos/ -o dino-reg
       phreg-deploy export dino-reg -o dino.bundle --format onnx --image-size 518
       phreg-deploy calibrate dino.bundle --images photos/ -o dino-int8.bundle
@@ -113,17 +99,5 @@ def main() -> None:
     """
 
 
-for command in (
-    distill.distill,
-    export.export,
-    calibrate.calibrate,
-    build.build,
-    check.check,
-    profile.profile,
-    extract.extract,
-    artifacts.artifacts,
-    inspect.inspect,
-    doctor.doctor,
-    demo.demo,
-):
-    main.add_command(command)
+for verb in VERBS:
+    main.add_command(getattr(import_module(f"phreg_deploy.cli.commands.{verb}"), verb))

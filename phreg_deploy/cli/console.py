@@ -1,4 +1,4 @@
-"""How commands print: tables, lines, and one JSON document."""
+"""Print tables, lines and one JSON document."""
 
 from __future__ import annotations
 
@@ -19,18 +19,19 @@ from rich.text import Text
 from phreg_deploy.errors import PhregError
 from phreg_deploy.progress import Progress, printable
 
-WIDTH = 140  # of tables in files and pipes
+# Width of tables in files and pipes.
+WIDTH = 140
 
 
 class Screen(Console):
-    """A console that goes on without output once its reader is gone, as ``head`` is after ten lines."""
+    """A console that keeps working without output after its reader has left, as ``head`` does after ten lines."""
 
     def on_broken_pipe(self) -> None:
         drop(sys.stderr if self.stderr else sys.stdout)
 
 
 def drop(stream: TextIO) -> None:
-    """Send what is still written to ``stream`` nowhere: its reader is gone, and the command's work goes on."""
+    """Discard what is still written to ``stream``: its reader has left, and the command continues its work."""
     null = os.open(os.devnull, os.O_WRONLY)
     os.dup2(null, stream.fileno())
     os.close(null)
@@ -38,10 +39,10 @@ def drop(stream: TextIO) -> None:
 
 @contextmanager
 def output(err: bool = False) -> Iterator[TextIO | None]:
-    """The stream to write to, None where the shell closed it. A reader that is gone is no error.
+    """Yield the stream to write to, or None if the shell closed it. A reader that has left is no error.
 
     Raises:
-        PhregError: the system refuses to write, as on a full disk.
+        PhregError: the system refuses to write, e.g. on a full disk.
     """
     stream = sys.stderr if err else sys.stdout
     try:
@@ -54,7 +55,7 @@ def output(err: bool = False) -> Iterator[TextIO | None]:
 
 
 def echo(text: str, err: bool = False) -> None:
-    """Print a line without control characters, in the stream's own encoding: click's ``echo`` would write UTF-8."""
+    """Print a line without control characters, in the encoding of the stream; click's ``echo`` would write UTF-8."""
     with output(err) as stream:
         if stream is not None:
             stream.write(printable(text) + "\n")
@@ -62,7 +63,7 @@ def echo(text: str, err: bool = False) -> None:
 
 
 class Result:
-    """Where a command prints: tables to stdout, or with ``--json`` to stderr and one JSON line to stdout."""
+    """The output of a command: tables on stdout; with ``--json`` tables on stderr and one JSON line on stdout."""
 
     def __init__(self, as_json: bool, quiet: bool) -> None:
         self.as_json, self.quiet = as_json, quiet
@@ -76,9 +77,8 @@ class Result:
             return
         table = Table(*columns, title=printable(title), title_justify="left", title_style="bold", box=SIMPLE_HEAD)
         for row in rows:
-            table.add_row(
-                *(Text(printable(cell if isinstance(cell, str) else figure(cell))) for cell in row)
-            )  # never markup: [distill] is text
+            # ``Text`` is never markup: "[distill]" must stay.
+            table.add_row(*(Text(printable(figure(cell))) for cell in row))
         with output(self.as_json):
             self.console.print(table)
 
@@ -87,9 +87,9 @@ class Result:
             with output(self.as_json):
                 self.console.print(printable(text), markup=False, soft_wrap=True)
 
-    def chosen(self, choice: str, asked: str) -> None:
-        """What ``--backend auto`` chose, and why."""
-        if asked == "auto":
+    def chosen(self, choice: str, backend: str) -> None:
+        """Say what ``--backend auto`` chose, and why."""
+        if backend == "auto":
             self.say(f"Backend {choice}.")
 
     def json(self, document: dict[str, Any]) -> None:
@@ -98,7 +98,7 @@ class Result:
 
 
 def figure(value: Any) -> str:
-    """A number as people read it."""
+    """A cell of a table: numbers with the digits that matter, None as "-"."""
     if value is None:
         return "-"
     if isinstance(value, bool) or not isinstance(value, float):
@@ -111,7 +111,7 @@ def percent(share: float | None) -> str:
 
 
 def plain(value: Any) -> Any:
-    """JSON has neither infinity nor paths nor dataclasses of ours."""
+    """Convert a document to JSON: NaN and infinity become null, paths become text, typed results their ``to_json``."""
     if isinstance(value, dict):
         return {str(k): plain(v) for k, v in value.items()}
     if isinstance(value, (list, tuple)):

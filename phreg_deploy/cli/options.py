@@ -11,7 +11,7 @@ import click
 
 
 class Number(click.FloatRange):
-    """A finite number within bounds; click's own lets NaN and infinity through."""
+    """A finite number within bounds; click's own type accepts NaN and infinity."""
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
         number = super().convert(value, param, ctx)
@@ -21,6 +21,7 @@ class Number(click.FloatRange):
 
 
 def output_options(command: Callable[..., Any]) -> Callable[..., Any]:
+    """Add ``--json`` and ``--quiet``."""
     command = click.option(
         "--json", "as_json", is_flag=True, help="One JSON document as the last line of stdout; tables go to stderr."
     )(command)
@@ -29,13 +30,6 @@ def output_options(command: Callable[..., Any]) -> Callable[..., Any]:
 
 def images_option(required: bool, text: str) -> Callable[..., Any]:
     return click.option("--images", type=click.Path(path_type=Path), required=required, help=text)
-
-
-def runtime_extra(backend: str) -> dict[str, tuple[str, ...]]:
-    """The extra of a runtime and its module, where none is installed that ``--backend auto`` could take."""
-    from phreg_deploy.runtime.backends.registry import BACKENDS, is_installed
-
-    return {} if backend != "auto" or any(is_installed(name) for name in BACKENDS) else {"cpu": ("onnxruntime",)}
 
 
 def _known_backend(_ctx: click.Context, _param: click.Parameter, name: str) -> str:
@@ -51,21 +45,36 @@ backend_option = click.option(
     callback=_known_backend,
     default="auto",
     show_default=True,
-    help="auto (the fastest that passes), onnxruntime-cpu, openvino, tensorrt, onnxruntime-cuda or onnxruntime-tensorrt.",
+    help="auto (the fastest that passes), onnxruntime-cpu, openvino, tensorrt, onnxruntime-cuda or "
+    "onnxruntime-tensorrt.",
 )
 device_number = click.option(
     "--device", type=click.IntRange(0), default=0, show_default=True, help="Number of the GPU, where one is used."
 )
 
 
+mode_option = click.option(
+    "--mode",
+    type=click.Choice(["latency", "throughput"]),
+    default="latency",
+    show_default=True,
+    help="Latency of one call, or throughput of calls from several threads; only openvino has throughput.",
+)
+compute_option = click.option(
+    "--compute",
+    type=click.Choice(["auto", "fp32", "bf16"]),
+    default="auto",
+    show_default=True,
+    help="Precision of what is not in 8 bits; bf16 needs openvino.",
+)
+threads_option = click.option(
+    "--threads", type=click.IntRange(1), help="For one inference; by default one per physical core."
+)
+
+
 def tuning_options(command: Callable[..., Any]) -> Callable[..., Any]:
-    for option in (
-        click.option("--mode", type=click.Choice(["latency", "throughput"]), default="latency", show_default=True, help="Latency of one call, or throughput of calls from several threads; only openvino has the second."),
-        click.option("--compute", type=click.Choice(["auto", "fp32", "bf16"]), default="auto", show_default=True, help="Precision of what is not in 8 bits; bf16 needs openvino."),
-        click.option("--threads", type=click.IntRange(1), help="For one inference; by default one per physical core."),
-        device_number,
-        backend_option,
-    ):  # fmt: skip
+    """Add the options of a backend: its name, device, threads, precision and mode."""
+    for option in (mode_option, compute_option, threads_option, device_number, backend_option):
         command = option(command)
     return command
 

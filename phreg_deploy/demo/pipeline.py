@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +29,7 @@ from phreg_deploy.models.loading import load_model, model_preprocess
 from phreg_deploy.progress import SILENT, Progress
 from phreg_deploy.quantisation import Smoothing
 from phreg_deploy.runtime.features import FeatureExtractor
-from phreg_deploy.verify.checking import run_check
+from phreg_deploy.verify.checking import CheckRequest, check_extractor
 from phreg_deploy.verify.html import render
 
 MODEL = Path(__file__).parent / "model"
@@ -67,31 +68,27 @@ def run_demo(output: Path, *, force: bool = False, progress: Progress = SILENT) 
             FeatureExtractor.load(folder / "demo.bundle", "onnxruntime-cpu") as extractor,
             FeatureExtractor.load(folder / "demo-int8.bundle", "onnxruntime-cpu") as eight,
         ):
-            check, _ = run_check(
-                extractor,
-                reference=str(folder / "student"),
-                base=str(MODEL),
-                images=tested,
-                limit=16,
-                progress=progress,
-            )
+            request = CheckRequest(str(folder / "student"), base=str(MODEL), images=tested, limit=16)
+            check = check_extractor(extractor, request, progress)
             figures, pages = _measure(extractor, eight, folder, probed, tested)
-        check["bundle"] = "demo.bundle"
-        check["comparisons"][-1]["with"] = "PyTorch student"  # its folder still has a temporary name here
+        # The student's folder still has a temporary name here.
+        *exam, student = check.comparisons
+        comparisons = (*exam, replace(student, reference="PyTorch student"))
+        check = replace(check, bundle="demo.bundle", comparisons=comparisons, pictures=pages)
         picture = sheet(pages, side=192)
         picture.save(folder / "before-after.png")
-        (folder / "report.html").write_text(render(check, pages))
+        (folder / "report.html").write_text(render(check))
         shutil.rmtree(folder / "cache")
-        (folder / "demo.json").write_text(json.dumps({"figures": figures, "check": check}, indent=1) + "\n")
-    if check["missed"]:
-        raise GateFailed(f"demo: {'; '.join(check['missed'])}.")
+        (folder / "demo.json").write_text(json.dumps({"figures": figures, "check": check.to_json()}, indent=1) + "\n")
+    if check.missed:
+        raise GateFailed(f"demo: {'; '.join(check.missed)}.")
     return {
         "output": str(output),
         "scenes": len(TESTED),
         "classes": list(CLASSES),
         "figures": figures,
         "table": _table(figures),
-        "check": check,
+        "check": check.to_json(),
         "register_neurons": record["register_neurons"],
         "seconds": time.perf_counter() - started,
     }

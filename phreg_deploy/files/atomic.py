@@ -1,4 +1,4 @@
-"""Outputs that are whole or not there: written beside the target under a temporary name, then renamed."""
+"""Write an output beside its target under a temporary name, then rename it: it is whole, or it is not there."""
 
 from __future__ import annotations
 
@@ -10,43 +10,45 @@ from pathlib import Path
 
 from phreg_deploy.errors import PhregError, write_error
 from phreg_deploy.files.renames import claim, exchange
-from phreg_deploy.files.temporary import make_file, make_folder, remove_dead, take, temporary
+from phreg_deploy.files.temporary import make_locked_file, make_locked_folder, open_locked, remove_dead, temporary
 
-# What this project's outputs are known by: a student, a bundle, extracted features, the demo.
+# A file that marks an output of this project: a student, a bundle, extracted features, the demo.
 MARKS = ("phreg.json", "manifest.json", "features.json", "demo.json")
-ATTEMPTS = 100  # at a name that other processes give and take
+# Attempts at a name that other processes write too.
+ATTEMPTS = 100
 
 
 def check_target(target: Path, force: bool, reads: Iterable[Path | None] = ()) -> None:
-    """Refuse, before any work is done, an output that exists (without ``force``) or cannot be written.
+    """Refuse an output that exists (without ``force``) or that cannot be written, before any work is done.
 
     Args:
-        reads: what the command reads; ``force`` never replaces it, nor a folder that holds it.
+        reads: the command's inputs; ``force`` replaces neither them nor a folder that holds them.
 
     Raises:
         PhregError: it exists, it is a symbolic link, its parent is missing, or the folder is read-only.
     """
     if target.name in ("", ".."):
         raise PhregError(f"output: got {str(target)!r}, expected the name of a folder that is to be written.")
-    remove_dead(target.parent, target.name)  # before it is looked at: an old output may get its name back
+    # First, because this may give an old output its name back.
+    remove_dead(target.parent, target.name)
     if os.path.islink(target):
         raise PhregError(
-            f"output: {target} is a symbolic link to {os.readlink(target)}; expected the name of a folder. Name what it points to."
+            f"output: {target} is a symbolic link to {os.readlink(target)}; expected the name of a folder. "
+            "Name what it points to."
         )
     if os.path.exists(target) and not force:
         raise PhregError(f"output: {target} exists already; add --force to replace it, or choose another name.")
     _check_replaceable(target)
     for source in reads:
-        if (
-            source is not None
-            and os.path.exists(target)
-            and target.resolve() in (source.resolve(), *source.resolve().parents)
-        ):
+        if source is None or not os.path.exists(target):
+            continue
+        if target.resolve() in (source.resolve(), *source.resolve().parents):
             raise PhregError(f"output: {target} holds {source}, which is read here; choose another name.")
     parent = target.parent
     if not os.path.isdir(parent):
         raise PhregError(f"output: there is no folder {parent} to write {target.name} into; create it first.")
-    try:  # asking the system beats reading permission bits, which do not bind root or network mounts
+    # Write instead of reading permission bits, which do not bind root or network mounts.
+    try:
         probe = temporary(target, "probe")
         probe.mkdir()
         with suppress(FileNotFoundError):
@@ -60,14 +62,15 @@ def _check_replaceable(target: Path) -> None:
         raise PhregError(f"output: {target} is a file; expected the name of a folder.")
     if os.path.isdir(target) and _holds_other_files(target):
         raise PhregError(
-            f"output: {target} holds files that phreg-deploy did not write, and --force replaces only what it wrote; choose another name."
+            f"output: {target} holds files that phreg-deploy did not write, and --force replaces only what it wrote; "
+            "choose another name."
         )
 
 
 def _holds_other_files(target: Path) -> bool:
-    """Whether a folder holds files, and none that marks an output of this project.
+    """Whether a folder holds files, but none that marks an output of this project.
 
-    Another process may move the folder away and remove it while it is listed, so a folder without a mark counts only if it
+    Another process may move the folder away and empty it during the listing, so the answer counts only if the folder
     still has its name afterwards.
     """
     for _ in range(ATTEMPTS):
@@ -86,17 +89,17 @@ def _holds_other_files(target: Path) -> bool:
 
 @contextmanager
 def atomic_folder(target: Path, force: bool = False, reads: Iterable[Path | None] = ()) -> Iterator[Path]:
-    """A temporary folder beside ``target`` that takes its name when the block ends well, and vanishes when not.
+    """Yield a temporary folder beside ``target``; rename it to ``target`` if the block succeeds, else remove it.
 
-    With ``force``, an output that exists is replaced in one step where the system can exchange two names; until then, and
-    after any interrupt, ``target`` is the old output or the new one.
+    ``force`` replaces an output that exists, in one step if the system can exchange two names. At any moment, and after
+    any interrupt, ``target`` is the old output or the new one.
 
     Raises:
-        PhregError: as ``check_target``; or ``target`` appeared meanwhile, and there is no ``force``.
+        PhregError: see ``check_target``; or ``target`` appeared meanwhile, without ``force``.
     """
     check_target(target, force, reads)
     try:
-        partial, descriptor = make_folder(target)
+        partial, descriptor = make_locked_folder(target)
     except OSError as error:
         raise write_error(error, target) from error
     try:
@@ -105,7 +108,8 @@ def atomic_folder(target: Path, force: bool = False, reads: Iterable[Path | None
     except OSError as error:
         raise write_error(error, target) from error
     finally:
-        shutil.rmtree(partial, ignore_errors=True)  # what failed, or the old output
+        # This is a failed output, or the old one.
+        shutil.rmtree(partial, ignore_errors=True)
         if descriptor is not None:
             os.close(descriptor)
     if os.path.lexists(partial):
@@ -115,7 +119,7 @@ def atomic_folder(target: Path, force: bool = False, reads: Iterable[Path | None
 
 
 def _publish(partial: Path, target: Path, force: bool) -> None:
-    """Give ``partial`` the name ``target``; what had it before is ``partial`` then."""
+    """Rename ``partial`` to ``target``; an old output is then called ``partial``."""
     for _ in range(ATTEMPTS):
         try:
             if not force or not os.path.lexists(target):
@@ -128,31 +132,33 @@ def _publish(partial: Path, target: Path, force: bool) -> None:
         except FileExistsError:
             if not force:
                 raise PhregError(
-                    f"output: {target} appeared while this was at work, so it was kept and nothing was written; choose another name, "
-                    "or add --force to replace it."
+                    f"output: {target} appeared while this was at work, so it was kept and nothing was written; "
+                    "choose another name, or add --force to replace it."
                 ) from None
-        except FileNotFoundError:  # another process took it away, or exchanges it in three steps
+        except FileNotFoundError:
+            # Another process removed the target, or is replacing it in three steps.
             if not os.path.lexists(partial):
                 raise
     raise PhregError(f"output: {target} comes and goes; another process writes it too. Choose another name.")
 
 
 def _replace(partial: Path, target: Path) -> None:
-    """Exchange two names in three steps; however they end, ``target`` is the old output or the new one."""
-    aside, held = temporary(target, "old"), None
+    """Exchange two names in three steps; an interrupt leaves the old output or the new one as ``target``."""
+    aside, lock = temporary(target, "old"), None
+    # The lock keeps ``remove_dead`` of other processes away.
     with suppress(OSError):
-        held = take(target)  # so that no other process takes it for a dead one's
+        lock = open_locked(target)
     try:
         os.rename(target, aside)
         claim(partial, target)
     finally:
         _put_back(aside, target)
-        if held is not None:
-            os.close(held)
+        if lock is not None:
+            os.close(lock)
 
 
 def _put_back(aside: Path, target: Path) -> None:
-    """Give an old output its name again, unless a new one has it; then remove the old one."""
+    """Give an old output its name back, or remove it if a new one has the name."""
     with suppress(FileExistsError):
         if os.path.lexists(aside) and not os.path.lexists(target):
             claim(aside, target)
@@ -160,20 +166,21 @@ def _put_back(aside: Path, target: Path) -> None:
 
 
 def write_atomic(target: Path, data: bytes) -> None:
-    """One file, whole or not at all; replaces what was there.
+    """Write one file whole or not at all; it replaces an old one.
 
     Raises:
-        PhregError: full disk, read-only or missing folder.
+        PhregError: the disk is full, or the folder is missing or read-only.
     """
     try:
-        partial, descriptor = make_file(target)
+        partial, descriptor = make_locked_file(target)
         try:
             with open(descriptor, "wb") as file:
                 file.write(data)
                 file.flush()
                 os.replace(partial, target)
         finally:
-            with suppress(OSError):  # a read-only file system refuses to unlink what is not there
+            # A read-only file system refuses to unlink even a file that is not there.
+            with suppress(OSError):
                 partial.unlink(missing_ok=True)
     except OSError as error:
         raise write_error(error, target) from error

@@ -1,4 +1,8 @@
-"""Temporary names beside an output. A lock says whether the process that made one still runs, whatever its number is."""
+"""Temporary names beside an output, locked by the process that writes them.
+
+A lock ends with its process, so another process can tell leftovers of a killed one from work in progress. Process
+numbers cannot tell: those of containers repeat.
+"""
 
 from __future__ import annotations
 
@@ -12,32 +16,34 @@ from pathlib import Path
 
 try:
     import fcntl
-except ImportError:  # a system without flock: leftovers stay
+except ImportError:
+    # A system without flock: leftovers stay.
     fcntl = None  # type: ignore[assignment]
 
 NAME = re.compile(r"\.(?P<target>.+)\.(?P<kind>writing|probe|old)-[0-9a-f]{12}")
 
 
 def temporary(target: Path, kind: str) -> Path:
-    """A name beside ``target`` that no other process draws. ``kind``: "writing", "probe" or "old"."""
+    """Draw a random name beside ``target``. ``kind``: "writing", "probe" or "old"."""
     return target.with_name(f".{target.name}.{kind}-{secrets.token_hex(6)}")
 
 
-def make_folder(target: Path) -> tuple[Path, int | None]:
-    """A new folder beside ``target``, and the descriptor that locks it until it is closed; None where there are no locks."""
+def make_locked_folder(target: Path) -> tuple[Path, int | None]:
+    """Make a folder beside ``target``; closing the descriptor unlocks it. The descriptor is None without locks."""
     while True:
         path = temporary(target, "writing")
         path.mkdir()
         try:
-            return path, take(path)
-        except (BlockingIOError, FileNotFoundError):  # ``remove_dead`` of another process came in between
+            return path, open_locked(path)
+        except (BlockingIOError, FileNotFoundError):
+            # Another process's ``remove_dead`` found the folder before it was locked.
             shutil.rmtree(path, ignore_errors=True)
         except OSError:
             return path, None
 
 
-def make_file(target: Path) -> tuple[Path, int]:
-    """A new file beside ``target``, and its descriptor, locked where there are locks."""
+def make_locked_file(target: Path) -> tuple[Path, int]:
+    """Make a file beside ``target``; its descriptor is locked if the system has locks."""
     while True:
         path = temporary(target, "writing")
         descriptor = os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o666)
@@ -52,11 +58,13 @@ def make_file(target: Path) -> tuple[Path, int]:
         return path, descriptor
 
 
-def take(path: Path) -> int:
-    """The descriptor of a file or folder, locked until it is closed.
+def open_locked(path: Path) -> int:
+    """Open a file or folder and lock it until the returned descriptor is closed.
 
     Raises:
-        BlockingIOError: another process has it. FileNotFoundError: it is gone. OSError: there are no locks here.
+        BlockingIOError: another process holds the lock.
+        FileNotFoundError: the file is gone.
+        OSError: the system has no locks.
     """
     descriptor = os.open(path, os.O_RDONLY | getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_NONBLOCK", 0))
     try:
@@ -67,30 +75,22 @@ def take(path: Path) -> int:
     return descriptor
 
 
-def is_here(path: Path, descriptor: int | None) -> bool:
-    """Whether ``path`` names what the descriptor has open."""
-    try:
-        return descriptor is not None and os.path.samestat(os.fstat(descriptor), os.lstat(path))
-    except FileNotFoundError:
-        return False
-
-
 def remove_dead(folder: Path, name: str | None = None) -> None:
-    """Remove what killed processes left in ``folder`` of the output ``name``, by default of any.
+    """Remove what killed processes left in ``folder``, of the output ``name`` or of every output.
 
-    An old output that was moved aside gets its name back where nothing has taken it. What is locked, and all that cannot be
-    locked, is left alone.
+    An old output that was moved aside gets its name back if the name is free. Locked files, and files that cannot be
+    locked, stay.
     """
     try:
-        found = sorted(folder.iterdir())
+        paths = sorted(folder.iterdir())
     except OSError:
         return
-    for path in found:
+    for path in paths:
         match = NAME.fullmatch(path.name)
         if match is None or name not in (None, match["target"]):
             continue
         try:
-            descriptor = take(path)
+            descriptor = open_locked(path)
         except OSError:
             continue
         with contextlib.suppress(OSError):
@@ -104,8 +104,9 @@ def remove_dead(folder: Path, name: str | None = None) -> None:
 
 
 def _lock(path: Path, descriptor: int) -> None:
+    """Lock ``descriptor``; raises ``FileNotFoundError`` if ``path`` names another file by then."""
     if fcntl is None:
         raise OSError(errno.ENOTSUP, os.strerror(errno.ENOTSUP))
     fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    if not is_here(path, descriptor):
+    if not os.path.samestat(os.fstat(descriptor), os.lstat(path)):
         raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), str(path))

@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
+from phreg_deploy.arguments import refuse_url
 from phreg_deploy.errors import PhregError
 from phreg_deploy.images.decoding import read_image, to_rgb, upright
 
@@ -111,9 +112,8 @@ def _pictures(value: Any, what: str) -> list[Any]:
         raise PhregError(
             f"{what}: got None; a camera read that failed gives None. Check the frame before you hand it over."
         )
-    if isinstance(value, str) and "://" in value:
-        raise PhregError(f"{what}: got the address {value}, expected a file on this machine. Download it first.")
     if isinstance(value, (str, os.PathLike)):
+        refuse_url(os.fsdecode(value))
         return [Path(value)]
     if isinstance(value, (bytes, bytearray, memoryview)):
         return [_encoded(bytes(value), what)]

@@ -6,7 +6,6 @@ import contextlib
 import io
 import json
 import os
-import re
 import shutil
 from collections.abc import Iterable
 from pathlib import Path
@@ -15,6 +14,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
+from phreg_deploy.arguments import refuse_url
 from phreg_deploy.errors import Interrupted, PhregError
 from phreg_deploy.files.atomic import atomic_folder
 from phreg_deploy.images.photographs import list_images
@@ -44,9 +44,8 @@ def find_images(images: Iterable[Path]) -> dict[Path, str]:
     taken: set[str] = set()
     for asked in images:
         if not asked.exists():
-            address = re.match(r"(https?|s3|ftp):/", str(asked))
-            hint = "It is an address: download it first." if address else "Check the name."
-            raise PhregError(f"image: there is no file {asked}. {hint}")
+            refuse_url(str(asked))
+            raise PhregError(f"image: there is no file {asked}. Check the name.")
         for path in list_images(asked) if asked.is_dir() else [asked]:
             if os.path.abspath(path) in seen:
                 continue

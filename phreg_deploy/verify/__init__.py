@@ -1,1 +1,144 @@
-"""A bundle or a model, and images -> a report. Joins rooms that must not know each other: the exporter cannot mark its own homework."""
+"""Check a bundle against its exam and against PyTorch, and score the artifacts of a model or a bundle.
+
+``bisection`` finds the block at which a backend leaves FP32; ``html`` renders a check's report. Importing this module
+imports neither a runtime nor PyTorch.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from phreg_deploy.arguments import check_cosine, check_device, check_model
+from phreg_deploy.errors import PhregError
+from phreg_deploy.extras import DISTILL, require
+from phreg_deploy.progress import SILENT, Progress
+
+if TYPE_CHECKING:
+    from phreg_deploy.runtime.backends.options import BackendOptions
+    from phreg_deploy.verify.report import ArtifactReport, CheckReport
+
+__all__ = ["check", "score_artifacts"]
+
+
+def check(
+    bundle: Path | str,
+    *,
+    backend: str = "auto",
+    options: BackendOptions | None = None,
+    device: int = 0,
+    reference: str | None = None,
+    reference_checkpoint: Path | None = None,
+    base: str | None = None,
+    base_checkpoint: Path | None = None,
+    images: Path | None = None,
+    limit: int = 64,
+    cosine: float | None = None,
+    outlier_points: float | None = None,
+    progress: Progress = SILENT,
+) -> CheckReport:
+    """Compare a bundle's answers with its exam and, on ``images``, with PyTorch; measure its artifact rates.
+
+    Only ``reference`` and ``base`` need PyTorch. A missed gate is in the report; it is not raised.
+
+    Args:
+        backend: a backend's name, or "auto" for the fastest that passes the exam.
+        options: threads, precision and mode of the backend.
+        device: number of the GPU, for a backend that runs on one.
+        reference, base: the student and the model that it was distilled from, each a folder or a timm name; a timm name
+            may come with a checkpoint.
+        images: folder of photographs, of which the first ``limit`` are read.
+        cosine: gate on the 1st-percentile patch cosine; None for the gate of the bundle's precision.
+        outlier_points: gate on the change of the norm-outlier rate, in percentage points; None as for ``cosine``.
+
+    Raises:
+        PhregError: bad arguments, or a damaged bundle.
+        BackendMissing: the backend, or PyTorch for a model, is not installed.
+    """
+    from phreg_deploy.bundle.bundle import Bundle
+    from phreg_deploy.images.photographs import list_images
+
+    check_cosine(cosine)
+    for option, model, checkpoint in (("reference", reference, reference_checkpoint), ("base", base, base_checkpoint)):
+        if checkpoint and not model:
+            raise PhregError(f"check: --{option}-checkpoint holds the weights of a timm name; give it as --{option}.")
+        if model and not images:
+            raise PhregError(f"check: --{option} needs --images DIR to compare on.")
+        if model:
+            check_model(model, checkpoint)
+    if images is not None:
+        list_images(images)
+    Bundle.read(bundle)
+    if reference or base:
+        require("`phreg-deploy check --reference` or --base", distill=DISTILL, **_runtime_extra(backend))
+    from phreg_deploy.runtime.backends.options import BackendOptions as Options
+    from phreg_deploy.runtime.features import FeatureExtractor
+    from phreg_deploy.verify.checking import CheckRequest, check_extractor
+
+    request = CheckRequest(
+        reference, reference_checkpoint, base, base_checkpoint, images, limit, cosine, outlier_points
+    )
+    how = options or Options()
+    with FeatureExtractor.load(
+        bundle, backend, threads=how.threads, compute=how.compute, mode=how.mode, examine=False, device=device
+    ) as extractor:
+        return check_extractor(extractor, request, progress)
+
+
+def score_artifacts(
+    model: str,
+    images: Path,
+    *,
+    checkpoint: Path | None = None,
+    image_size: str | None = None,
+    limit: int = 64,
+    median: float | None = None,
+    device: str = "auto",
+    backend: str = "auto",
+    progress: Progress = SILENT,
+) -> ArtifactReport:
+    """Measure the artifacts in the dense features of a timm model, a student or a bundle.
+
+    Args:
+        model: a timm name, or the folder of a student or a bundle.
+        images: folder of photographs, of which the first ``limit`` are read.
+        checkpoint: weights for a timm name.
+        image_size: "518" or "480x640" (height x width); None for the model's own size.
+        median: the base model's median norm; None for the recorded one, else the model's own on these images.
+        device: where PyTorch computes; a bundle takes ``backend`` instead, and refuses ``device``.
+        backend: what serves a bundle; a PyTorch model refuses it.
+
+    Raises:
+        PhregError: bad arguments, or an argument that this kind of model does not use.
+        BackendMissing: the backend or PyTorch is not installed.
+    """
+    from phreg_deploy.bundle.bundle import is_bundle
+    from phreg_deploy.images.photographs import list_images
+    from phreg_deploy.spec import parse_size
+
+    size = parse_size(image_size) if image_size else None
+    check_device(device)
+    if is_bundle(model):
+        if checkpoint is not None:
+            raise PhregError(f"artifacts: --checkpoint goes with a timm name, but {model} is a bundle.")
+        if device != "auto":
+            raise PhregError("artifacts: --device goes with a PyTorch model; a bundle runs where --backend says.")
+        list_images(images)
+        from phreg_deploy.verify.scoring import score_bundle
+
+        return score_bundle(model, images, size=size, limit=limit, median=median, backend=backend, progress=progress)
+    check_model(model, checkpoint)
+    if backend != "auto":
+        raise PhregError(f"artifacts: --backend goes with a bundle, but {model} is none; it runs in PyTorch.")
+    list_images(images)
+    require("`phreg-deploy artifacts` of a PyTorch model", distill=DISTILL)
+    from phreg_deploy.verify.scoring import ModelRequest, score_model
+
+    return score_model(ModelRequest(model, checkpoint, size, device), images, limit, median, progress)
+
+
+def _runtime_extra(backend: str) -> dict[str, tuple[str, ...]]:
+    """Name the extra "cpu" and its module if "auto" has no backend to choose from."""
+    from phreg_deploy.runtime.backends.registry import BACKENDS, is_installed
+
+    return {} if backend != "auto" or any(is_installed(name) for name in BACKENDS) else {"cpu": ("onnxruntime",)}

@@ -1,4 +1,4 @@
-"""Where a bundle's answers leave the path: every half-block on the backend against the same graph in FP32 on the processor."""
+"""Find the half-block after which a backend's answers leave those of the same graph in FP32 on the processor."""
 
 from __future__ import annotations
 
@@ -23,118 +23,135 @@ from phreg_deploy.runtime.backends.options import BackendOptions
 from phreg_deploy.runtime.backends.registry import open_backend
 from phreg_deploy.runtime.feed import InputFeed
 
-HALF = re.compile(r"^blocks\.(\d+)/Add(_2)?$")
-JUMP = 10.0  # an error that grows so much from one half-block to the next is the place, even where the gate is far
-LEAST = 1e-4  # and is at least this
+HALF_BLOCK = re.compile(r"^blocks\.(\d+)/Add(_2)?$")
+# A half-block diverges, even within the gate, if the error grows by this factor and is then at least SMALLEST_JUMP.
+JUMP = 10.0
+SMALLEST_JUMP = 1e-4
 
 Run = Callable[[dict[str, np.ndarray]], dict[str, np.ndarray]]
 
 
 @dataclass(frozen=True)
 class Step:
-    """After one half of a block: 1st-percentile cosine and relative L2 of all tokens, values that are not finite, and the
-    largest magnitude in FP32.
+    """The residual stream after one half-block against FP32, over all tokens.
+
+    ``place``: e.g. "blocks.3.attn" or "blocks.3.mlp". ``cosine_p1``: 1st percentile of the cosine per token.
+    ``bad_values``: how many are NaN or infinite. ``largest``: the largest magnitude in FP32.
     """
 
-    place: str  # "blocks.3.attn" or "blocks.3.mlp"
+    place: str
     cosine_p1: float
     relative_l2: float
     bad_values: int
     largest: float
 
 
+@dataclass(frozen=True)
+class BisectionReport:
+    """``first``: the first half-block that diverges, or None. ``proposal``: the option that keeps it in FP32."""
+
+    backend: str
+    steps: tuple[Step, ...]
+    first: str | None
+
+    @property
+    def proposal(self) -> str | None:
+        """An option for ``export`` or ``calibrate``."""
+        return None if self.first is None else f"--keep-fp32 '^{re.escape(self.first)}'"
+
+    def to_json(self) -> dict[str, Any]:
+        steps = [asdict(step) for step in self.steps]
+        return {"backend": self.backend, "steps": steps, "first": self.first, "proposal": self.proposal}
+
+
 def bisect(
     bundle: Bundle,
     backend: str,
-    tuning: BackendOptions,
+    options: BackendOptions,
     *,
     device: int = 0,
     settings: BuildSettings | None = None,
     workspace: int | None = None,
-) -> dict[str, Any]:
-    """Compare every half-block on ``backend`` with FP32 on the bundle's exam; of several sizes the worst figures count.
+) -> BisectionReport:
+    """Compare every half-block on ``backend`` with FP32 on the bundle's exam; of several sizes, keep the worst figures.
 
     Args:
-        settings, workspace: of the engine that is built for it, where the backend is "tensorrt".
-
-    Returns:
-        ``steps``; ``first``: the first place that diverges, or None; ``proposal``: an option for ``export`` or
-        ``calibrate`` that keeps it in FP32.
+        device: number of the GPU, for a backend that runs on one.
+        settings, workspace: how to build the TensorRT plan, for the backend "tensorrt".
 
     Raises:
-        BackendMissing: onnx or onnxruntime, or the backend, is not there. PhregError: a graph without named blocks.
+        BackendMissing: onnx, onnxruntime or the backend is not installed.
+        PhregError: the graph does not name its blocks.
     """
     from phreg_deploy.onnx_graph.session import open_session
 
     feed = InputFeed(bundle)
-    feeds = [feed(case["image"]) for case in bundle.cases()]
-    marked, places = _marked(bundle)
-    wide = open_session(_widened(marked), literal=True)
+    model, places = _probed(bundle)
+    outputs = [f"probe/{place}" for place in places]
+    fp32 = open_session(_widened(model), literal=True)
+    steps: dict[str, list[Step]] = {place: [] for place in places}
     with tempfile.TemporaryDirectory() as folder:
-        graph = Path(folder) / GRAPH
-        graph.write_bytes(marked.SerializeToString())
+        (Path(folder) / GRAPH).write_bytes(model.SerializeToString())
         copy = Bundle(Path(folder), replace(bundle.manifest, files={}))
-        found: dict[str, list[Step]] = {place: [] for place in places}
-        with _opened(copy, backend, tuning, device, settings or BuildSettings(), workspace) as run:
-            for inputs in feeds:
-                got, expected = run(inputs), wide.run([f"probe/{p}" for p in places], inputs)
-                for place, wanted in zip(places, expected):
-                    found[place].append(_step(place, got[f"probe/{place}"], wanted))
-    steps = [_worst(several) for several in found.values()]
-    first = _first(steps, bundle.manifest.precision)
-    proposal = None if first is None else f"--keep-fp32 '^{re.escape(first.place)}'"
-    return {
-        "backend": backend,
-        "steps": [asdict(s) for s in steps],
-        "first": None if first is None else first.place,
-        "proposal": proposal,
-    }
+        with _opened(copy, backend, options, device, settings or BuildSettings(), workspace) as run:
+            for case in bundle.cases():
+                inputs = feed(case["image"])
+                answers, expected = run(inputs), fp32.run(outputs, inputs)
+                for place, output, reference in zip(places, outputs, expected):
+                    steps[place].append(_compare(place, answers[output], reference))
+    worst = tuple(_worst(of_all_cases) for of_all_cases in steps.values())
+    return BisectionReport(backend, worst, _first(worst, bundle.manifest.precision))
 
 
 def _worst(steps: list[Step]) -> Step:
+    """The worst figures of one place over several cases; NaN counts as the worst."""
     return Step(
-        steps[0].place, float(np.min([s.cosine_p1 for s in steps])), float(np.max([s.relative_l2 for s in steps])),
-        sum(s.bad_values for s in steps), max(s.largest for s in steps),
-    )  # fmt: skip
+        steps[0].place,
+        cosine_p1=float(np.min([step.cosine_p1 for step in steps])),
+        relative_l2=float(np.max([step.relative_l2 for step in steps])),
+        bad_values=sum(step.bad_values for step in steps),
+        largest=max(step.largest for step in steps),
+    )
 
 
-def _first(steps: list[Step], precision: str) -> Step | None:
+def _first(steps: tuple[Step, ...], precision: str) -> str | None:
+    """The first place with values that are not finite, an error beyond the gate, or a jump of the error."""
     allowed, before = 1 - exam_bars(precision)["cosine_p1"], 0.0
     for step in steps:
         error = 1 - step.cosine_p1
-        if step.bad_values or not error <= allowed or (before > 0 and error > max(JUMP * before, LEAST)):
-            return step
+        jumps = before > 0 and error > max(JUMP * before, SMALLEST_JUMP)
+        if step.bad_values or not error <= allowed or jumps:
+            return step.place
         before = max(error, 1e-9)
     return None
 
 
-def _step(place: str, got: np.ndarray, expected: np.ndarray) -> Step:
-    a, b = got.astype(np.float64), expected.astype(np.float64)
+def _compare(place: str, answer: np.ndarray, reference: np.ndarray) -> Step:
+    a, b = answer.astype(np.float64), reference.astype(np.float64)
+    largest = float(np.abs(b).max())
     bad = int((~np.isfinite(a)).sum())
     if bad:
-        return Step(place, float("nan"), float("nan"), bad, float(np.abs(b).max()))
-    close = float(np.percentile(cosine(a, b), 1))
-    return Step(place, close, float(np.linalg.norm(a - b) / max(np.linalg.norm(b), 1e-12)), 0, float(np.abs(b).max()))
+        return Step(place, float("nan"), float("nan"), bad, largest)
+    relative_l2 = float(np.linalg.norm(a - b) / max(np.linalg.norm(b), 1e-12))
+    return Step(place, float(np.percentile(cosine(a, b), 1)), relative_l2, 0, largest)
 
 
-def _marked(bundle: Bundle) -> tuple[Any, list[str]]:
-    """The bundle's graph with the residual stream after every half-block as further outputs, in float32."""
+def _probed(bundle: Bundle) -> tuple[Any, list[str]]:
+    """The bundle's graph with the residual stream after each half-block as a float32 output, and the half-blocks."""
     import onnx
     from onnx import TensorProto, helper
 
     model = onnx.load(bundle.graph)
     places = []
     for node in list(model.graph.node):
-        found = HALF.match(node.name)
-        if found:
-            place = f"blocks.{found[1]}.{'mlp' if found[2] else 'attn'}"
+        match = HALF_BLOCK.match(node.name)
+        if match:
+            place = f"blocks.{match[1]}.{'mlp' if match[2] else 'attn'}"
+            output = f"probe/{place}"
             places.append(place)
-            model.graph.node.append(
-                helper.make_node(
-                    "Cast", [node.output[0]], [f"probe/{place}"], name=f"probe/{place}", to=TensorProto.FLOAT
-                )
-            )
-            model.graph.output.append(helper.make_tensor_value_info(f"probe/{place}", TensorProto.FLOAT, None))
+            cast = helper.make_node("Cast", [node.output[0]], [output], name=output, to=TensorProto.FLOAT)
+            model.graph.node.append(cast)
+            model.graph.output.append(helper.make_tensor_value_info(output, TensorProto.FLOAT, None))
     if not places:
         raise PhregError(
             "bisect: the bundle's graph names no blocks; it was written by an older version. Export it again."
@@ -143,7 +160,7 @@ def _marked(bundle: Bundle) -> tuple[Any, list[str]]:
 
 
 def _widened(model: Any) -> Any:
-    """A copy in which every FP16 and BF16 tensor is FP32; the weights keep the values that narrowing gave them."""
+    """A copy with every FP16 and BF16 tensor in FP32; the weights keep their rounded values."""
     import onnx
     from onnx import TensorProto, numpy_helper
 
@@ -165,10 +182,11 @@ def _widened(model: Any) -> Any:
 
 @contextmanager
 def _opened(
-    copy: Bundle, backend: str, tuning: BackendOptions, device: int, settings: BuildSettings, workspace: int | None
+    copy: Bundle, backend: str, options: BackendOptions, device: int, settings: BuildSettings, workspace: int | None
 ) -> Iterator[Run]:
+    """Run ``copy`` on a backend; a TensorRT plan is built in memory and not stored."""
     if backend != "tensorrt":
-        opened = open_backend(copy, backend, tuning, device)
+        opened = open_backend(copy, backend, options, device)
         try:
             yield opened.run
         finally:

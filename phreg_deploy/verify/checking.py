@@ -1,29 +1,87 @@
-"""What ``check`` does: the bundle's own exam, and the same images through PyTorch where a reference is given."""
+"""Compare a loaded bundle with its exam and with PyTorch models on photographs, and judge the parity by gates."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from PIL import Image
 
+from phreg_deploy.artifacts.measures import NormOutliers
 from phreg_deploy.artifacts.scores import Run, Scores, score
 from phreg_deploy.images.photographs import Photographs, read_photographs
 from phreg_deploy.images.pictures import colours, components, heat
 from phreg_deploy.progress import SILENT, Progress
 from phreg_deploy.runtime.features import FeatureExtractor
-from phreg_deploy.runtime.parity import ParityAccumulator, gates_of, run_exam, worst, writes_exams
+from phreg_deploy.runtime.parity import Gate, Parity, ParityAccumulator, gates_of, run_exam, worst, writes_exams
 from phreg_deploy.student_record import model_path, read_record, recorded
+from phreg_deploy.verify.report import ArtifactRates, CheckReport, Comparison, Pictures
 
-OWN = "own reference"
-Answers = Callable[[np.ndarray], dict[str, np.ndarray]]  # uint8 images -> what a bundle gives of them, by name
-Pictures = list[list[tuple[str, Image.Image]]]
+EXAM = "own reference"
+Answers = Callable[[np.ndarray], dict[str, np.ndarray]]  # uint8 images -> a bundle's outputs by name
+
+
+@dataclass(frozen=True)
+class CheckRequest:
+    """What to compare a bundle with; the fields are the arguments of ``phreg_deploy.verify.check``."""
+
+    reference: str | None = None
+    reference_checkpoint: Path | None = None
+    base: str | None = None
+    base_checkpoint: Path | None = None
+    images: Path | None = None
+    limit: int = 64
+    cosine: float | None = None
+    outlier_points: float | None = None
+
+
+@dataclass(frozen=True)
+class _OnImages:
+    """What was measured on photographs."""
+
+    photographs: Photographs
+    scores: dict[str, Scores]
+    parity: Parity | None
+
+
+def check_extractor(extractor: FeatureExtractor, request: CheckRequest, progress: Progress = SILENT) -> CheckReport:
+    """Run the exam, score the photographs if there are any, and compare all parities with their gates.
+
+    Raises:
+        PhregError: images, a model or a record that cannot be read. BackendMissing: PyTorch is not installed.
+    """
+    manifest = extractor.manifest
+    comparisons = [
+        Comparison(EXAM, f"{case.size[0]}x{case.size[1]}, batch {case.batch}", case.parity)
+        for case in run_exam(extractor.bundle, extractor.run)
+    ]
+    measured = _measure(extractor, request, progress) if request.images is not None else None
+    if measured is not None and measured.parity is not None:
+        height, width = manifest.sizes.default
+        size = f"{height}x{width}, {len(measured.photographs)} images"
+        comparisons.append(Comparison(f"PyTorch {request.reference}", size, measured.parity))
+    quantisation = manifest.quantisation or {}
+    return CheckReport(
+        bundle=str(extractor.bundle.folder),
+        backend=extractor.backend,
+        compute=extractor.compute,
+        choice=extractor.choice,
+        precision=manifest.precision,
+        images=len(measured.photographs) if measured else 0,
+        comparisons=tuple(comparisons),
+        artifacts=_artifacts(measured, extractor.backend, request.reference) if measured else {},
+        gates=_gates(comparisons, extractor, request),
+        quantised_fidelity=quantisation.get("fidelity"),
+        missed_when_calibrated=tuple(quantisation.get("missed", ())),
+        pictures=_pictures(measured) if measured else [],
+    )
 
 
 def bundle_run(extractor: FeatureExtractor) -> Run:
-    """A bundle as ``scores.score`` calls it."""
+    """A bundle as ``scores.score`` calls it: uint8 images -> features and pre-norm token norms."""
 
     def run(images: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         dense = extractor.dense(np.ascontiguousarray(images))
@@ -32,98 +90,39 @@ def bundle_run(extractor: FeatureExtractor) -> Run:
     return run
 
 
-def run_check(
-    extractor: FeatureExtractor,
-    *,
-    reference: str | None = None,
-    reference_checkpoint: Path | None = None,
-    base: str | None = None,
-    base_checkpoint: Path | None = None,
-    images: Path | None = None,
-    limit: int = 64,
-    gates: tuple[float | None, float | None] = (None, None),
-    progress: Progress = SILENT,
-) -> tuple[dict[str, Any], Pictures]:
-    """Parity with the bundle's own reference, and on ``images`` artifact rates and parity with a PyTorch ``reference``.
-
-    Args:
-        reference, base: a student's folder or a timm name, each with its checkpoint where it needs one.
-        gates: 1st-percentile cosine and change of the norm-outlier rate in points; None for the precision's own.
-
-    Returns:
-        The report, with all ``gates``, ``missed`` as sentences and ``passed``, and pictures of the first image where there are images.
-    """
+def _measure(extractor: FeatureExtractor, request: CheckRequest, progress: Progress) -> _OnImages:
+    """Score base, student and bundle on the photographs, and compare the bundle with the student."""
     manifest, size = extractor.manifest, extractor.manifest.sizes.default
-    comparisons: list[dict[str, Any]] = [
-        {"with": OWN, "size": f"{c.size[0]}x{c.size[1]}, batch {c.batch}", "parity": c.parity}
-        for c in run_exam(extractor.bundle, extractor.run)
-    ]
-    scored: dict[str, tuple[Scores, str]] = {}
-    photographs: Photographs | None = None
-    if images is not None:
-        photographs = read_photographs(images, size, manifest.preprocess, limit, say=progress.say)
-        models = {
-            name: _model(source, weights, size)
-            for name, source, weights in (("base", base, base_checkpoint), ("student", reference, reference_checkpoint))
-            if source
-        }
-        median = manifest.norm_median
-        for name, model in models.items():
-            run = _model_run(model, extractor)
-            scored[name] = (
-                score(run, photographs, manifest.model.patch, median=median, progress=progress, name=f"scoring {name}"),
-                "PyTorch, these images",
-            )
-            median = scored["base"][0].norm_outliers.median if name == "base" else median
-        scored["bundle"] = (
-            score(
-                bundle_run(extractor),
-                photographs,
-                manifest.model.patch,
-                median=median,
-                progress=progress,
-                name="scoring bundle",
-            ),
-            f"{extractor.backend}, these images",
+    assert request.images is not None
+    photographs = read_photographs(request.images, size, manifest.preprocess, request.limit, say=progress.say)
+    models = {
+        name: _load_model(source, checkpoint, size)
+        for name, source, checkpoint in (
+            ("base", request.base, request.base_checkpoint),
+            ("student", request.reference, request.reference_checkpoint),
         )
-        if "student" in models:
-            parity = _on_photographs(extractor, _answers(models["student"], extractor), photographs, median, progress)
-            comparisons.append(
-                {
-                    "with": f"PyTorch {reference}",
-                    "size": f"{size[0]}x{size[1]}, {len(photographs)} images",
-                    "parity": parity,
-                }
-            )
-    judged = {
-        name: gates_of(
-            worst(found),
-            extractor.precision,
-            *gates,
-            exam=name == OWN,
-            again=writes_exams(extractor.manifest, extractor.backend),
-        )
-        for name in dict.fromkeys(c["with"] for c in comparisons)
-        if (found := [c["parity"] for c in comparisons if c["with"] == name])
+        if source
     }
-    missed = [str(gate) for found in judged.values() for gate in found if not gate.passed]
-    document: dict[str, Any] = {
-        "bundle": str(extractor.bundle.folder), "backend": extractor.backend, "compute": extractor.compute, "choice": extractor.choice, "precision": manifest.precision, "images": len(photographs) if photographs else 0,
-        "comparisons": [{**c, "parity": c["parity"].to_json()} for c in comparisons],
-        "artifacts": {name: {**s.to_json(), "note": note} for name, (s, note) in scored.items()},
-        "gates": [{"with": name, **gate.to_json()} for name, found in judged.items() for gate in found],
-        "missed": missed, "passed": not missed,
-        "quantised_fidelity": manifest.quantisation["fidelity"] if manifest.quantisation else None,
-    }  # fmt: skip
-    if photographs is not None and "base" not in scored and reference:
-        document["artifacts"] = {**_recorded(reference), **document["artifacts"]}
-    return document, _pictures(photographs, {name: s for name, (s, _) in scored.items()})
+    scores: dict[str, Scores] = {}
+    median = manifest.norm_median
+    runs = {name: _model_run(model, extractor) for name, model in models.items()}
+    for name, run in {**runs, "bundle": bundle_run(extractor)}.items():
+        scores[name] = score(
+            run, photographs, manifest.model.patch, median=median, progress=progress, name=f"scoring {name}"
+        )
+        if name == "base":
+            median = scores[name].norm_outliers.median
+    parity = None
+    if "student" in models:
+        answers = _answers(models["student"], extractor)
+        parity = _parity_on_images(extractor, answers, photographs, median, progress)
+    return _OnImages(photographs, scores, parity)
 
 
-def _model(source: str, weights: Path | None, size: tuple[int, int]) -> Any:
+def _load_model(source: str, checkpoint: Path | None, size: tuple[int, int]) -> Any:
     from phreg_deploy.models.loading import load_model
 
-    return load_model(source, checkpoint=weights, image_size=size)
+    return load_model(source, checkpoint=checkpoint, image_size=size)
 
 
 def _model_run(model: Any, extractor: FeatureExtractor) -> Run:
@@ -138,49 +137,66 @@ def _answers(model: Any, extractor: FeatureExtractor) -> Answers:
     return model_answers(model, extractor.manifest.preprocess)
 
 
-def _recorded(reference: str) -> dict[str, Any]:
-    """The base model's figures as the student's record has them: other images, so the note says which."""
-    folder = model_path(reference)
-    record = read_record(folder)
-    if record is None or "missing" in recorded(record, folder, "scores"):
-        return {}
-    return {
-        "base": {
-            "norm_outliers": recorded(record, folder, "scores", "base", "norm_outliers"),
-            "shift_incoherence": {"rate": None},
-            "note": f"recorded at distillation, {recorded(record, folder, 'scores', 'images')} other images",
-        }
-    }
-
-
-def _on_photographs(
+def _parity_on_images(
     extractor: FeatureExtractor, answers: Answers, photographs: Photographs, median: float | None, progress: Progress
-) -> Any:
-    """Parity on real images, in batches that the bundle serves."""
-    step, tally = extractor.manifest.batches.highest, ParityAccumulator(median)
+) -> Parity:
+    """Compare the bundle with ``answers`` on every photograph, in the largest batches that the bundle serves."""
+    step, accumulator = extractor.manifest.batches.highest, ParityAccumulator(median)
     with progress.task("parity on images", len(photographs)) as advance:
         for start in range(0, len(photographs), step):
             batch = photographs.batch(start, start + step)
             dense = extractor.dense(batch)
-            got = {"features": dense.features, "token_norm": dense.token_norm, "cls": dense.cls}
-            tally.add({name: value for name, value in got.items() if value is not None}, answers(batch))
+            outputs = {"features": dense.features, "token_norm": dense.token_norm, "cls": dense.cls}
+            accumulator.add({name: value for name, value in outputs.items() if value is not None}, answers(batch))
             advance(len(batch))
-    return tally.parity()
+    return accumulator.parity()
 
 
-def _pictures(photographs: Photographs | None, scored: dict[str, Scores]) -> Pictures:
-    if photographs is None or not scored:
-        return []
-    shown = Image.fromarray(photographs.array(0))
-    top = 3 * next(iter(scored.values())).norm_outliers.median
-    rows: Pictures = []
-    for name, scores in scored.items():
-        basis = components([scores.first_features])
-        rows.append(
-            [
-                ("image", shown),
-                (f"{name}: features (PCA)", colours(scores.first_features, basis)),
-                (f"{name}: token norms", heat(scores.first_norms, top)),
-            ]
+def _artifacts(measured: _OnImages, backend: str, reference: str | None) -> dict[str, ArtifactRates]:
+    """Artifact rates by model; those of a base model that was not given come from the student's record."""
+    rates = {} if "base" in measured.scores or not reference else _recorded_base(reference)
+    for name, scores in measured.scores.items():
+        note = f"{backend if name == 'bundle' else 'PyTorch'}, these images"
+        rates[name] = ArtifactRates(scores.norm_outliers, scores.shift_incoherence, scores.images, note)
+    return rates
+
+
+def _recorded_base(reference: str) -> dict[str, ArtifactRates]:
+    """The base model's norm outliers as the student's record holds them, on other images."""
+    folder = model_path(reference)
+    record = read_record(folder)
+    if record is None or "missing" in recorded(record, folder, "scores"):
+        return {}
+    outliers = NormOutliers.from_json(recorded(record, folder, "scores", "base", "norm_outliers"))
+    images = recorded(record, folder, "scores", "images")
+    return {"base": ArtifactRates(outliers, None, None, f"recorded at distillation, {images} other images")}
+
+
+def _gates(comparisons: list[Comparison], extractor: FeatureExtractor, request: CheckRequest) -> dict[str, list[Gate]]:
+    """The gates of each reference, on the worst of its comparisons."""
+    again = writes_exams(extractor.manifest, extractor.backend)
+    return {
+        reference: gates_of(
+            worst([c.parity for c in comparisons if c.reference == reference]),
+            extractor.precision,
+            request.cosine,
+            request.outlier_points,
+            exam=reference == EXAM,
+            again=again,
         )
-    return rows
+        for reference in dict.fromkeys(c.reference for c in comparisons)
+    }
+
+
+def _pictures(measured: _OnImages) -> Pictures:
+    """For each model a row: the first image, its features and its token norms."""
+    image = Image.fromarray(measured.photographs.array(0))
+    top = 3 * next(iter(measured.scores.values())).norm_outliers.median
+    return [
+        [
+            ("image", image),
+            (f"{name}: features (PCA)", colours(scores.first_features, components([scores.first_features]))),
+            (f"{name}: token norms", heat(scores.first_norms, top)),
+        ]
+        for name, scores in measured.scores.items()
+    ]

@@ -1,1 +1,23 @@
-"""One file per command, named after it. Each parses, calls one library function and prints."""
+"""The verbs of the command line, one file each, and what an interruption of each leaves.
+
+To add a verb: write ``commands/<verb>.py`` with a click command of that name, and add the verb to ``VERBS``.
+"""
+
+_NOTHING = "Nothing was written."
+_ATOMIC = "OUTPUT is written whole or not at all: if it is missing, nothing of it was kept; run the command again."
+
+# verb: what the message of an interruption says, in the order of the help
+VERBS = {
+    "distill": "No student was written. Teacher targets stay in the cache. If OUTPUT.partial exists, the same command "
+    "with --resume continues from it, and with --force starts over.",
+    "export": _ATOMIC,
+    "calibrate": _ATOMIC,
+    "build": "No half-built engine was kept; run the command again.",
+    "check": _NOTHING,
+    "profile": _NOTHING,
+    "extract": "Nothing was written to OUTPUT; run the command again.",
+    "artifacts": _NOTHING,
+    "inspect": _NOTHING,
+    "doctor": _NOTHING,
+    "demo": _ATOMIC,
+}

@@ -8,7 +8,7 @@ from typing import Any
 
 import click
 
-from phreg_deploy.arguments import check_device, check_file, check_model
+from phreg_deploy.arguments import check_file
 from phreg_deploy.cli.console import Result, percent
 from phreg_deploy.cli.options import (
     Number,
@@ -18,10 +18,6 @@ from phreg_deploy.cli.options import (
     images_option,
     output_options,
 )
-from phreg_deploy.errors import PhregError
-from phreg_deploy.extras import DISTILL, require
-from phreg_deploy.images.photographs import list_images
-from phreg_deploy.spec import parse_size
 
 
 @click.command()
@@ -54,30 +50,13 @@ def artifacts(model: str, images: Path, picture: Path | None, as_json: bool, qui
       phreg-deploy artifacts student --images photos/
       phreg-deploy artifacts student.bundle --images photos/
     """
-    from phreg_deploy.bundle.bundle import is_bundle
-    from phreg_deploy.verify.scoring import score_bundle, score_model
+    from phreg_deploy.verify import score_artifacts
 
     result = Result(as_json, quiet)
-    if asked["image_size"]:
-        parse_size(asked["image_size"])
-    check_device(asked["device"])
     if picture is not None:
         check_file(picture, "picture")
-    if is_bundle(model):
-        if asked["checkpoint"] is not None:
-            raise PhregError(f"artifacts: --checkpoint goes with a timm name, but {model} is a bundle.")
-        if asked["device"] != "auto":
-            raise PhregError("artifacts: --device goes with a PyTorch model; a bundle runs where --backend says.")
-    else:
-        check_model(model, asked["checkpoint"])
-        if asked["backend"] != "auto":
-            raise PhregError(f"artifacts: --backend goes with a bundle, but {model} is none; it runs in PyTorch.")
-    list_images(images)
-    if not is_bundle(model):
-        require("`phreg-deploy artifacts` of a PyTorch model", distill=DISTILL)
-    document, sheet = (score_bundle if is_bundle(model) else score_model)(
-        model, images=images, progress=result.progress, **asked
-    )
+    report = score_artifacts(model, images, progress=result.progress, **asked)
+    document = report.to_json()
     outliers, shift = document["norm_outliers"], document["shift_incoherence"]
     rows = [
         ["norm-outlier rate", percent(outliers["rate"])],
@@ -100,7 +79,7 @@ def artifacts(model: str, images: Path, picture: Path | None, as_json: bool, qui
         from phreg_deploy.files.atomic import write_atomic
 
         data = io.BytesIO()
-        sheet.save(data, format="PNG")
+        report.picture.save(data, format="PNG")
         write_atomic(picture, data.getvalue())
         result.say(f"Wrote {picture}.")
     result.json(document)

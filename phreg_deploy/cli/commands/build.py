@@ -111,4 +111,4 @@ def show_bisection(
 
     report = bisect(Bundle.read(bundle), backend, tuning or Plain(), device=device, **how)
     show_steps(report, f"{bundle} on {backend} against FP32, after each half-block", result)
-    return report
+    return report.to_json()

@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
-from phreg_deploy.arguments import check_cosine, check_file, check_model
-from phreg_deploy.cli.console import Result, figure, percent
-from phreg_deploy.cli.options import Number, images_option, output_options, runtime_extra, tuning_options
-from phreg_deploy.errors import GateFailed, PhregError
-from phreg_deploy.extras import DISTILL, require
-from phreg_deploy.images.photographs import list_images
+from phreg_deploy.arguments import check_file
+from phreg_deploy.cli.console import Result
+from phreg_deploy.cli.options import Number, images_option, output_options, tuning_options
+from phreg_deploy.cli.tables.check import passed_sentence, show_check
+from phreg_deploy.errors import GateFailed
+
+if TYPE_CHECKING:
+    from phreg_deploy.verify.report import CheckReport
 
 
 @click.command()
@@ -28,7 +30,7 @@ from phreg_deploy.images.photographs import list_images
 @tuning_options
 @click.option("--cosine", type=Number(), help="Gate on the 1st-percentile patch cosine; by default the precision's.")
 @click.option("--outlier-points", type=Number(), help="Gate on the change of the norm-outlier rate, percentage points.")
-@click.option("--report", type=click.Path(path_type=Path), help="Write an HTML page with pictures.")
+@click.option("--report", "page", type=click.Path(path_type=Path), help="Write an HTML page with pictures.")
 @click.option(
     "--bisect", is_flag=True, help="Find the first block that diverges from FP32; needs onnx and onnxruntime."
 )
@@ -41,12 +43,10 @@ def check(
     mode: str,
     device: int,
     bisect: bool,
-    cosine: float | None,
-    outlier_points: float | None,
-    report: Path | None,
+    page: Path | None,
     as_json: bool,
     quiet: bool,
-    **asked: Any,
+    **arguments: Any,
 ) -> None:
     """Check a BUNDLE: parity with PyTorch and artifact rates. Exit code 3 when a gate is missed.
 
@@ -57,95 +57,34 @@ def check(
       phreg-deploy check student.bundle
       phreg-deploy check student.bundle --reference student --images photos/ --report report.html
     """
-    from phreg_deploy.bundle.bundle import Bundle
-    from phreg_deploy.runtime.features import FeatureExtractor
-    from phreg_deploy.verify.checking import run_check
+    from phreg_deploy.cli.commands.build import show_bisection, tried_bisection
+    from phreg_deploy.runtime.backends.options import BackendOptions
+    from phreg_deploy.verify import check as check_bundle
 
-    result = Result(as_json, quiet)
-    check_cosine(cosine)
-    for option in ("reference", "base"):
-        if asked[f"{option}_checkpoint"] and not asked[option]:
-            raise PhregError(f"check: --{option}-checkpoint holds the weights of a timm name; give it as --{option}.")
-        if asked[option] and not asked["images"]:
-            raise PhregError(f"check: --{option} needs --images DIR to compare on.")
-        if asked[option]:
-            check_model(asked[option], asked[f"{option}_checkpoint"])
-    if asked["images"] is not None:
-        list_images(asked["images"])
-    if report is not None:
-        check_file(report, "report")
-    Bundle.read(bundle)
-    if asked["reference"] or asked["base"]:
-        require("`phreg-deploy check --reference` or --base", distill=DISTILL, **runtime_extra(backend))
-    with FeatureExtractor.load(
-        bundle, backend, threads=threads, compute=compute, mode=mode, examine=False, device=device
-    ) as extractor:
-        result.chosen(extractor.choice, backend)
-        document, pictures = run_check(extractor, gates=(cosine, outlier_points), progress=result.progress, **asked)
-    columns = [
-        "compared with",
-        "size",
-        "cosine p1",
-        "cosine min",
-        "relative L2",
-        "largest diff.",
-        "neighbours",
-        "outlier points",
-    ]
-    rows = [
-        [c["with"], c["size"], f"{c['parity']['cosine_p1']:.8f}", f"{c['parity']['cosine_min']:.8f}", f"{c['parity']['relative_l2']:.1e}",
-         f"{c['parity']['largest_difference']:.1e}", percent(c["parity"]["neighbours"]), f"{c['parity']['outlier_points']:.4f}"]
-        for c in document["comparisons"]
-    ]  # fmt: skip
-    result.table(f"Parity of {bundle} on {document['backend']} ({document['precision']})", columns, rows)
-    result.table(
-        "Gates",
-        ["compared with", "figure", "measured", "bar", ""],
-        [
-            [g["with"], g["name"], figure(g["figure"]), figure(g["bar"]), "passed" if g["passed"] else "MISSED"]
-            for g in document["gates"]
-        ],
+    result, options = Result(as_json, quiet), BackendOptions(threads, compute, mode)
+    if page is not None:
+        check_file(page, "report")
+    report = check_bundle(
+        bundle, backend=backend, options=options, device=device, progress=result.progress, **arguments
     )
-    fidelity = document["quantised_fidelity"]
-    if fidelity:
-        result.say(
-            f"The own reference holds the {document['precision'].upper()} graph's answers in ONNX Runtime, not those of FP32. Agreement with "
-            f"FP32 when it was calibrated: patch cosine {fidelity['cosine_mean']:.5f}, 1st percentile {fidelity['cosine_p1']:.5f}."
-        )
-    if document["artifacts"]:
-        rows = [
-            [
-                name,
-                percent(a["norm_outliers"]["rate"]),
-                a["norm_outliers"]["largest"],
-                percent(a["shift_incoherence"]["rate"]),
-                a["note"],
-            ]
-            for name, a in document["artifacts"].items()
-        ]
-        result.table(
-            f"Artifacts on {document['images']} images",
-            ["", "norm-outlier rate", "largest / median", "shift incoherence", "note"],
-            rows,
-        )
-    if report is not None:
-        from phreg_deploy.files.atomic import write_atomic
-        from phreg_deploy.verify.html import render
-
-        write_atomic(report, render(document, pictures).encode(errors="replace"))
-        result.say(f"Wrote {report}.")
+    result.chosen(report.choice, backend)
+    show_check(report, result)
+    if page is not None:
+        _write_page(report, page, result)
+    document = report.to_json()
     if bisect:
-        from phreg_deploy.cli.commands.build import show_bisection, tried_bisection
-        from phreg_deploy.runtime.backends.options import BackendOptions
-
-        find = tried_bisection if document["missed"] else show_bisection  # its own failure must not hide the gate's
-        document["bisection"] = find(
-            bundle, document["backend"], device, result, tuning=BackendOptions(threads, compute, mode)
-        )
-    if document["missed"]:
-        raise GateFailed(f"check: {bundle}: {'; '.join(document['missed'])}.", document)
+        # A bisection that fails must not hide the missed gate.
+        find = tried_bisection if report.missed else show_bisection
+        document["bisection"] = find(bundle, report.backend, device, result, tuning=options)
+    if report.missed:
+        raise GateFailed(f"check: {bundle}: {'; '.join(report.missed)}.", document)
     result.json(document)
-    was = (extractor.manifest.quantisation or {}).get("missed", [])
-    result.say(
-        f"All gates passed{'; when it was calibrated the bundle itself missed: ' + '; '.join(was) if was else ''}."
-    )
+    result.say(passed_sentence(report))
+
+
+def _write_page(report: CheckReport, page: Path, result: Result) -> None:
+    from phreg_deploy.files.atomic import write_atomic
+    from phreg_deploy.verify.html import render
+
+    write_atomic(page, render(report).encode(errors="replace"))
+    result.say(f"Wrote {page}.")

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from phreg_deploy.cli.console import Result
 
 if TYPE_CHECKING:
     from phreg_deploy.export.engine.report import BuildReport
+    from phreg_deploy.verify.bisection import BisectionReport
 
 
 def show_build(report: BuildReport, bundle: str, result: Result) -> None:
@@ -30,20 +31,20 @@ def show_build(report: BuildReport, bundle: str, result: Result) -> None:
     result.say(f"{verb}: {report.plan}. Next: phreg-deploy profile {bundle} --backend tensorrt")
 
 
-def show_steps(report: dict[str, Any], title: str, result: Result) -> None:
+def show_steps(report: BisectionReport, title: str, result: Result) -> None:
     """Print a bisection: how far the answers differ after each half-block, and what to keep in FP32."""
     result.table(
         title,
         ["after", "cosine p1", "relative L2", "not finite", "largest in FP32"],
         [
-            [s["place"], f"{s['cosine_p1']:.8f}", f"{s['relative_l2']:.1e}", s["bad_values"], s["largest"]]
-            for s in report["steps"]
+            [step.place, f"{step.cosine_p1:.8f}", f"{step.relative_l2:.1e}", step.bad_values, step.largest]
+            for step in report.steps
         ],
     )
-    if report["first"] is None:
+    if report.first is None:
         result.say("No half-block diverges beyond the gate.")
     else:
         result.say(
-            f"The first that diverges is {report['first']}. Keep it in FP32: export or calibrate again with "
-            f"{report['proposal']}"
+            f"The first that diverges is {report.first}. Keep it in FP32: export or calibrate again with "
+            f"{report.proposal}"
         )

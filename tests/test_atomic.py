@@ -1,4 +1,4 @@
-"""Outputs under interrupts, kills, equal process numbers and rival writers: the old one or the new one, and nothing beside it."""
+"""Interrupts, kills, equal process numbers and rival writers leave the old output or the new one, and nothing else."""
 
 import os
 import random
@@ -11,18 +11,16 @@ import time
 import pytest
 
 from phreg_deploy.errors import PhregError
-from phreg_deploy.files import atomic as whole
-from phreg_deploy.files import renames
-from phreg_deploy.files import temporary as scratch
+from phreg_deploy.files import atomic, renames, temporary
 from phreg_deploy.files.atomic import atomic_folder, check_target, write_atomic
 from tests.cli_helpers import ROOT
 
-STEPS = {"one step": [(whole, "exchange")], "three steps": [(os, "rename"), (whole, "claim")]}
+STEPS = {"one step": [(atomic, "exchange")], "three steps": [(os, "rename"), (atomic, "claim")]}
 
 
 @pytest.fixture(params=STEPS)
 def steps(request, monkeypatch):
-    """Both ways to replace an output: where the system exchanges two names, and where it cannot."""
+    """Both ways to replace an output: with a system that exchanges two names in one step, and without."""
     if request.param == "three steps":
         monkeypatch.setattr(renames, "_renameat2", lambda: None)
     elif not can_exchange():
@@ -50,7 +48,7 @@ def failure(call):
 
 
 def read(target):
-    """What an output says, which must be the same in both of its files."""
+    """Return the text of an output, which must be the same in both of its files."""
     texts = {p.name: p.read_text() for p in target.iterdir()}
     assert set(texts) == {"manifest.json", "other"}
     assert len(set(texts.values())) == 1
@@ -88,9 +86,11 @@ def test_an_interrupt_at_any_step_leaves_the_old_or_the_new(tmp_path, steps, lat
                 patch.setattr(owner, name, broken)
                 interrupted = failure(lambda: write(tmp_path / "out", "new"))
             assert read(tmp_path / "out") in ("old", "new")
-            check_target(tmp_path / "out", force=True)  # clears what an interrupt of the clearing itself left
+            # Removes what an interrupt of the removal itself left.
+            check_target(tmp_path / "out", force=True)
             assert [p.name for p in tmp_path.iterdir()] == ["out"]
-            if interrupted is None:  # it is called fewer times
+            if interrupted is None:
+                # The function is called fewer times.
                 break
             assert isinstance(interrupted, (kind, PhregError))
             write(tmp_path / "out", "old")
@@ -100,7 +100,8 @@ def test_an_interrupt_at_any_step_leaves_the_old_or_the_new(tmp_path, steps, lat
 LOOP = """
 import signal, sys
 from pathlib import Path
-signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell starts what runs in its background with SIGINT ignored
+# A shell starts background processes with SIGINT ignored.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 from phreg_deploy.files import renames
 from phreg_deploy.files.atomic import atomic_folder
 if sys.argv[2] == "three steps":
@@ -129,14 +130,15 @@ def test_a_real_signal_at_any_moment_leaves_a_whole_output(tmp_path, steps, numb
                 child.kill()
         if number == signal.SIGINT or steps == "one step":
             read(tmp_path / "out")
-        with pytest.raises(PhregError, match="exists already"):  # the next run clears what is left
+        # The next run removes the leftovers.
+        with pytest.raises(PhregError, match="exists already"):
             check_target(tmp_path / "out", force=False)
         read(tmp_path / "out")
         assert [p.name for p in tmp_path.iterdir()] == ["out"]
 
 
 def test_equal_process_numbers_do_not_meet(tmp_path, monkeypatch):
-    """Every container's first process is number 1."""
+    """The first process of every container has number 1."""
     monkeypatch.setattr(os, "getpid", lambda: 1)
     for name in (".out.writing-1", ".out.probe-1", ".out.old-1"):
         (tmp_path / name).mkdir()
@@ -154,15 +156,15 @@ def test_a_refused_temporary_folder_removes_nobody_elses(tmp_path, monkeypatch):
     taken = tmp_path / ".out.writing-000000000000"
     taken.mkdir()
     (taken / "theirs").write_text("kept")
-    monkeypatch.setattr(scratch.secrets, "token_hex", lambda _: "0" * 12)
-    monkeypatch.setattr(whole, "remove_dead", lambda *_: None)
+    monkeypatch.setattr(temporary.secrets, "token_hex", lambda _: "0" * 12)
+    monkeypatch.setattr(atomic, "remove_dead", lambda *_: None)
     with pytest.raises(PhregError, match="cannot be written"):
         write(tmp_path / "out", "new")
     assert (taken / "theirs").read_text() == "kept"
 
 
 def leave(folder, kind, text, target="out"):
-    path = scratch.temporary(folder / target, kind)
+    path = temporary.temporary(folder / target, kind)
     path.mkdir()
     for name in ("manifest.json", "other"):
         (path / name).write_text(text)
@@ -174,10 +176,10 @@ def test_leftovers_of_the_dead_go_and_those_of_the_living_stay(tmp_path):
     leave(tmp_path, "writing", "half")
     other = leave(tmp_path, "writing", "half", "another")
     alive = leave(tmp_path, "writing", "half")
-    held = scratch.take(alive)
+    lock = temporary.open_locked(alive)
     write(tmp_path / "out", "new")
     assert {p.name for p in tmp_path.iterdir()} == {"out", alive.name, other.name}
-    os.close(held)
+    os.close(lock)
     write(tmp_path / "out", "newer")
     assert {p.name for p in tmp_path.iterdir()} == {"out", other.name}
 
@@ -242,7 +244,7 @@ def test_of_several_writers_without_force_one_wins(tmp_path, steps):
             thread.join()
         assert outcomes == [int(read(target))]
         assert len(refusals) == 3
-        assert all("appeared while this was at work" in said for said in refusals)
+        assert all("appeared while this was at work" in message for message in refusals)
         assert [p.name for p in tmp_path.iterdir() if p.name.startswith(".")] == []
 
 
@@ -279,7 +281,7 @@ def test_a_symbolic_link_is_no_output(tmp_path, to, force):
 
 
 def test_two_writers_of_one_file(tmp_path):
-    """The later one wins, whole; neither takes the other's temporary file away."""
+    """The last one wins with a whole file, and none removes the temporary file of another."""
     target, errors = tmp_path / "file", []
 
     def work(letter):

@@ -1,0 +1,106 @@
+"""What a check and a scoring return: typed results, each with the JSON that the command line prints."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from PIL import Image
+
+from phreg_deploy.artifacts.measures import NormOutliers, ShiftIncoherence
+from phreg_deploy.artifacts.scores import Scores
+from phreg_deploy.runtime.parity import Gate, Parity
+
+Pictures = list[list[tuple[str, Image.Image]]]  # rows of captioned pictures
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """Parity with one reference. ``size``: the input size and the number of images, for people."""
+
+    reference: str
+    size: str
+    parity: Parity
+
+    def to_json(self) -> dict[str, Any]:
+        return {"with": self.reference, "size": self.size, "parity": self.parity.to_json()}
+
+
+@dataclass(frozen=True)
+class ArtifactRates:
+    """Artifacts of one model. A base model that was only recorded has neither ``shift_incoherence`` nor ``images``."""
+
+    norm_outliers: NormOutliers
+    shift_incoherence: ShiftIncoherence | None
+    images: int | None
+    note: str
+
+    @property
+    def incoherent(self) -> float | None:
+        """Share of incoherent patches, 0-1."""
+        return self.shift_incoherence.rate if self.shift_incoherence else None
+
+    def to_json(self) -> dict[str, Any]:
+        shift = asdict(self.shift_incoherence) if self.shift_incoherence else {"rate": None}
+        images = {} if self.images is None else {"images": self.images}
+        return {"norm_outliers": asdict(self.norm_outliers), "shift_incoherence": shift, **images, "note": self.note}
+
+
+@dataclass(frozen=True)
+class CheckReport:
+    """The result of ``check``.
+
+    ``artifacts``: by "base", "student" and "bundle". ``gates``: by reference. ``quantised_fidelity`` and
+    ``missed_when_calibrated``: of a bundle in 8 bits, as calibration measured them. ``pictures``: of the first image, a
+    row per model; not in the JSON.
+    """
+
+    bundle: str
+    backend: str
+    compute: str
+    choice: str
+    precision: str
+    images: int
+    comparisons: tuple[Comparison, ...]
+    artifacts: dict[str, ArtifactRates]
+    gates: dict[str, list[Gate]]
+    quantised_fidelity: dict[str, float] | None
+    missed_when_calibrated: tuple[str, ...]
+    pictures: Pictures
+
+    @property
+    def missed(self) -> list[str]:
+        """The missed gates, as sentences."""
+        return [str(gate) for gates in self.gates.values() for gate in gates if not gate.passed]
+
+    def to_json(self) -> dict[str, Any]:
+        return {
+            **{name: getattr(self, name) for name in ("bundle", "backend", "compute", "choice", "precision", "images")},
+            "comparisons": [comparison.to_json() for comparison in self.comparisons],
+            "artifacts": {name: rates.to_json() for name, rates in self.artifacts.items()},
+            "gates": [{"with": name, **gate.to_json()} for name, gates in self.gates.items() for gate in gates],
+            "missed": self.missed,
+            "passed": not self.missed,
+            "quantised_fidelity": self.quantised_fidelity,
+        }
+
+
+@dataclass(frozen=True)
+class ArtifactReport:
+    """The result of ``score_artifacts``.
+
+    ``backend`` of a bundle, ``device`` of a PyTorch model. ``blocks``: token norms after each block of a PyTorch model.
+    ``picture``: the first image, its features and its norms.
+    """
+
+    model: str
+    scores: Scores
+    picture: Image.Image
+    backend: str | None = None
+    device: str | None = None
+    blocks: list[dict[str, float]] | None = None
+
+    def to_json(self) -> dict[str, Any]:
+        optional = {name: getattr(self, name) for name in ("backend", "device", "blocks")}
+        given = {name: value for name, value in optional.items() if value is not None}
+        return {"model": self.model, **self.scores.to_json(), **given}
