@@ -30,18 +30,18 @@ import torch
 from subjects import held_out
 
 from phreg_deploy.bundle.bundle import Bundle
-from phreg_deploy.calibration.calibrator import CalibrationRequest, calibrate
+from phreg_deploy.calibration import calibrate
 from phreg_deploy.calibration.qdq import write_int8
-from phreg_deploy.calibration.ranges import observe
+from phreg_deploy.calibration.ranges import observe_ranges
 from phreg_deploy.calibration.smoothing import equalise
 from phreg_deploy.export.exporter import ExportRequest, export_bundle
 from phreg_deploy.images.photographs import read_photographs
 from phreg_deploy.models import hooks
 from phreg_deploy.models.batches import spread
 from phreg_deploy.models.loading import load_model, model_preprocess
-from phreg_deploy.onnx_graph.linears import Wiring, find_linears
+from phreg_deploy.onnx_graph.linears import find_linears
+from phreg_deploy.onnx_graph.wiring import Wiring
 from phreg_deploy.profiling.latency import processor
-from phreg_deploy.progress import Progress
 from phreg_deploy.quantisation import Smoothing
 from phreg_deploy.runtime.features import FeatureExtractor
 from phreg_deploy.runtime.parity import ParityAccumulator
@@ -258,7 +258,9 @@ def quick_int8(bundle: Path, images: list[np.ndarray], folder: Path) -> Path:
     with FeatureExtractor.load(bundle, "onnxruntime-cpu") as extractor:
         model = onnx.load(extractor.bundle.graph)
         linears = find_linears(model)
-        ranges = observe(model, linears, extractor.spec, [(extractor.feed(i), 1) for i in images], lambda _n: None)
+        ranges = observe_ranges(
+            model, linears, extractor.spec, [(extractor.feed(i), 1) for i in images], lambda _n: None
+        )
     path = folder / "int8.onnx"
     onnx.save(write_int8(model, linears, equalise(Wiring(model), linears, ranges, Smoothing()), set(), "cpu"), path)
     return path
@@ -310,9 +312,9 @@ def main() -> None:
                 (pool / Path(name_of).name).symlink_to(Path(asked.photographs, name_of).resolve())
             eight = {}
             for kind, share in (("every linear layer", 0.0), ("1 % float", 0.01), ("10 % float", 0.1)):
-                request = CalibrationRequest(bundle, pool, float_macs=share)
-                calibrate(request, folder / f"int8-{share}.bundle", force=True, progress=Progress(quiet=True))
-                eight[kind] = folder / f"int8-{share}.bundle" / "model.onnx"
+                target = folder / f"int8-{share}.bundle"
+                calibrate(bundle, pool, target, float_macs=share, force=True)
+                eight[kind] = target / "model.onnx"
             click.echo(title)
             peers = Peers(model, bundle, ranged, asked.threads, folder)
             peers.make(eight, speed=False, alphas=ALPHAS)

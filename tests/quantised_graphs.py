@@ -9,14 +9,15 @@ import torch
 from onnx import ModelProto
 
 from phreg_deploy.calibration.qdq import write_int8
-from phreg_deploy.calibration.ranges import Ranges, observe
+from phreg_deploy.calibration.ranges import Ranges, observe_ranges
 from phreg_deploy.calibration.smoothing import Equalised, equalise
 from phreg_deploy.export.dense_vit import DenseViT
 from phreg_deploy.export.trace import trace
 from phreg_deploy.models import hooks
 from phreg_deploy.models.loading import model_preprocess, model_spec
 from phreg_deploy.models.registers import add_registers
-from phreg_deploy.onnx_graph.linears import Linear, Wiring, find_linears
+from phreg_deploy.onnx_graph.linears import Linear, find_linears
+from phreg_deploy.onnx_graph.wiring import Wiring
 from phreg_deploy.quantisation import Smoothing
 from phreg_deploy.spec import Batches, ModelSpec, Preprocess, Sizes
 from tests.cli_helpers import photograph
@@ -41,7 +42,7 @@ class Traced:
 
     @functools.cached_property
     def ranges(self) -> Ranges:
-        return observe(self.graph, self.linears, self.spec, self.feeds, lambda _count: None)
+        return observe_ranges(self.graph, self.linears, self.spec, self.feeds, lambda _count: None)
 
     @property
     def spec(self) -> ModelSpec:

@@ -11,7 +11,7 @@ from onnx import numpy_helper
 
 from phreg_deploy.bundle.bundle import Bundle
 from phreg_deploy.bundle.manifest import FORMAT, Manifest
-from phreg_deploy.calibration.calibrator import CalibrationRequest, calibrate
+from phreg_deploy.calibration import calibrate
 from phreg_deploy.errors import PhregError
 from phreg_deploy.quantisation import Smoothing
 from phreg_deploy.runtime import FeatureExtractor
@@ -278,7 +278,7 @@ def test_a_manifest_of_the_first_format_is_still_read(world):
     with pytest.raises(PhregError, match=r"missing keys \['quantisation'\]"):
         Manifest.from_json(old | {"format": 2})
     folder = world.copy("bundle", manifest=json.dumps(old).encode())
-    calibrate(CalibrationRequest(folder, world.photos, smoothing=GIVEN, float_macs=0), world.out)
+    calibrate(folder, world.photos, world.out, smoothing=GIVEN, float_macs=0)
     assert Bundle.read(world.out).manifest.to_json()["format"] == 3
 
 

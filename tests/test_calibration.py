@@ -158,7 +158,7 @@ def test_register_rows_are_left_out_of_hidden_ranges_alone():
 def test_no_image_is_no_range():
     here = traced("augreg")
     with pytest.raises(PhregError, match="no image"):
-        ranges_module.observe(here.graph, here.linears, here.spec, [], lambda _count: None)
+        ranges_module.observe_ranges(here.graph, here.linears, here.spec, [], lambda _count: None)
 
 
 def test_moments_are_those_of_the_rounded_inputs_and_passes_do_not_matter(monkeypatch):

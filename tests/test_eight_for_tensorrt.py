@@ -8,12 +8,12 @@ import pytest
 from phreg_deploy.artifacts.measures import agreement
 from phreg_deploy.calibration.fp8 import E4M3, FP8, LARGEST, SOFTMAX_STEP, quantise_fp8, write_fp8
 from phreg_deploy.calibration.gptq import round_weight
-from phreg_deploy.calibration.ranges import watch
+from phreg_deploy.calibration.ranges import observe_magnitudes
 from phreg_deploy.errors import PhregError
-from phreg_deploy.onnx_graph.linears import Wiring
 from phreg_deploy.onnx_graph.mixed_precision import narrow
 from phreg_deploy.onnx_graph.session import open_session
 from phreg_deploy.onnx_graph.split_qkv import split_projections
+from phreg_deploy.onnx_graph.wiring import Wiring
 from phreg_deploy.quantisation import halves
 from tests.quantised_graphs import features, traced
 
@@ -25,7 +25,7 @@ def answers(model, images):
 
 
 def largest(here):
-    return watch(here.graph, [({"image": images}, len(images)) for images in here.images], lambda _: None)
+    return observe_magnitudes(here.graph, [({"image": images}, len(images)) for images in here.images], lambda _: None)
 
 
 def by_kind(model, kind):

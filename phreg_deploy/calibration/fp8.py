@@ -14,7 +14,8 @@ from onnx import ModelProto, NodeProto, TensorProto, helper
 
 from phreg_deploy.calibration.gptq import Format
 from phreg_deploy.errors import PhregError
-from phreg_deploy.onnx_graph.linears import Linear, Wiring, copy_without, replace_nodes
+from phreg_deploy.onnx_graph.linears import Linear
+from phreg_deploy.onnx_graph.wiring import Wiring, copy_without, replace_nodes
 from phreg_deploy.quantisation import halves
 
 LARGEST = 448.0  # of E4M3 without infinities (OCP 8-bit floating point, revision 1.0)

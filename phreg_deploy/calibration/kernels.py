@@ -11,8 +11,8 @@ import onnx
 from onnx import ModelProto
 
 from phreg_deploy.errors import PhregError
-from phreg_deploy.onnx_graph.linears import Wiring
 from phreg_deploy.onnx_graph.session import open_session
+from phreg_deploy.onnx_graph.wiring import Wiring
 
 UNSIGNED = (
     "_s8_2_u8"  # what ONNX Runtime appends to the name of weights that it made unsigned, see ``instructions.EXACT``

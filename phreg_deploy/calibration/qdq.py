@@ -8,10 +8,9 @@ import numpy as np
 from onnx import ModelProto, NodeProto, helper, numpy_helper
 
 from phreg_deploy.calibration.smoothing import Equalised
-from phreg_deploy.onnx_graph.linears import Linear, copy_without, replace_nodes
+from phreg_deploy.onnx_graph.linears import Linear
+from phreg_deploy.onnx_graph.wiring import copy_without, replace_nodes
 from phreg_deploy.quantisation import Grid, halves
-
-TARGETS = ("cpu", "trt")
 
 
 def write_int8(

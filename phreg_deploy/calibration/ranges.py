@@ -18,7 +18,7 @@ from phreg_deploy.spec import ModelSpec
 Ranges = dict[str, dict[str, Range]]  # input tensor -> "all" and "others" (without the register rows) -> per channel
 
 
-def observe(
+def observe_ranges(
     model: ModelProto,
     linears: list[Linear],
     spec: ModelSpec,
@@ -94,7 +94,7 @@ def _instrumented(model: ModelProto, sources: list[str], rows: dict[str, tuple[i
     return watched
 
 
-def watch(
+def observe_magnitudes(
     model: ModelProto, feeds: Iterable[tuple[dict[str, np.ndarray], int]], advance: Callable[[int], None]
 ) -> dict[str, float]:
     """The largest magnitude in every float tensor of a graph, which decides what FP16 can hold and where FP8's 448 lies."""

@@ -11,7 +11,8 @@ from dataclasses import dataclass
 import numpy as np
 
 from phreg_deploy.calibration.ranges import Ranges
-from phreg_deploy.onnx_graph.linears import Linear, Wiring, by_source
+from phreg_deploy.onnx_graph.linears import Linear, by_source
+from phreg_deploy.onnx_graph.wiring import Wiring
 from phreg_deploy.quantisation import Grid, Range, Smoothing, make_grid, quantise_weight
 
 Rule = Callable[[Range, str, Smoothing], Grid]

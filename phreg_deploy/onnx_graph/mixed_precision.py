@@ -14,7 +14,7 @@ from onnx import ModelProto, NodeProto, TensorProto, helper, numpy_helper
 
 from phreg_deploy.arguments import check_pattern
 from phreg_deploy.errors import PhregError
-from phreg_deploy.onnx_graph.linears import Wiring, replace_nodes
+from phreg_deploy.onnx_graph.wiring import Wiring, replace_nodes
 
 FLOAT = TensorProto.FLOAT
 TYPES = {

@@ -9,7 +9,7 @@ from __future__ import annotations
 import numpy as np
 from onnx import ModelProto, NodeProto, TensorProto, helper, numpy_helper
 
-from phreg_deploy.onnx_graph.linears import Wiring, replace_nodes
+from phreg_deploy.onnx_graph.wiring import Wiring, replace_nodes
 
 
 def split_projections(model: ModelProto) -> ModelProto:

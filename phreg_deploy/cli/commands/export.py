@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import tempfile
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +10,6 @@ import click
 
 from phreg_deploy.arguments import EIGHT_BITS, check_export, check_model
 from phreg_deploy.bundle.bundle import Bundle
-from phreg_deploy.cli.commands.calibrate import run_calibration
 from phreg_deploy.cli.console import Result
 from phreg_deploy.cli.options import (
     checkpoint_option,
@@ -20,6 +18,7 @@ from phreg_deploy.cli.options import (
     images_option,
     output_options,
 )
+from phreg_deploy.cli.tables.calibrate import show_calibration
 from phreg_deploy.errors import BackendMissing, GateFailed, PhregError
 from phreg_deploy.extras import CALIBRATION, EXPORT, require
 from phreg_deploy.files.atomic import check_target
@@ -148,17 +147,17 @@ def _in_eight_bits(
     result: Result,
 ) -> dict[str, Any]:
     """``export --precision int8`` or fp8: an FP32 bundle beside the output, calibrated into it, and gone again."""
-    from phreg_deploy.calibration.calibrator import CalibrationRequest, check_request
+    from phreg_deploy.calibration import CalibrationRequest, calibrate
     from phreg_deploy.export.exporter import ExportRequest, export_bundle
 
-    asked = CalibrationRequest(
-        output, images, mode=settings["precision"], target=target, keep=keep
-    )  # checked before a minute of tracing
-    check_request(asked)
+    options: dict[str, Any] = {"mode": settings["precision"], "target": target, "keep": keep}
+    CalibrationRequest(output, images, **options)  # checks them before a minute of tracing
     with tempfile.TemporaryDirectory(dir=output.parent, prefix=f".{output.name}.") as folder:
         full = Path(folder) / "fp32.bundle"
         export_bundle(ExportRequest(**{**settings, "precision": "fp32"}), full, progress=result.progress)
-        return run_calibration(replace(asked, bundle=full), output, force, result)
+        report = calibrate(full, images, output, **options, force=force, progress=result.progress)
+    show_calibration(report, result)
+    return report.to_json()
 
 
 def _examine(output: Path, result: Result) -> dict[str, Any]:
