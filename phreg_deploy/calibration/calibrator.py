@@ -1,4 +1,4 @@
-"""Calibrate an FP32 bundle in the steps of docs/int8.md: observe, search, write the graph, evaluate, refuse or write."""
+"""Calibrate an FP32 bundle in the steps of docs/int8.md, and write it or refuse to."""
 
 from __future__ import annotations
 

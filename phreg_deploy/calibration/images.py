@@ -40,9 +40,10 @@ class Shares:
 
 
 def split_images(folder: Path, manifest: Manifest, say: Callable[[str], None]) -> Shares:
-    """Take up to 256 images for ranges, 32 for choices and 64 for the report; of few images, a quarter for each of the latter.
+    """Take up to 256 images for ranges, 32 for choices and 64 for the report.
 
-    The digest of an image alone decides its share, and copies of one image count once.
+    Choices and report get at most a quarter of the images each. The digest of an image alone decides its share, and
+    copies of one image count once.
 
     Raises:
         PhregError: fewer than 8 different images.

@@ -41,9 +41,9 @@ class FallbackStep(Stored):
 class LayerReport(Stored):
     """One linear layer.
 
-    ``input``: what feeds it ("norm", "value" or "hidden"). ``macs``: its share of all linear layers' multiply-accumulates.
-    ``precision``: "float" or the mode; ``reason``: why it is in float. ``low``, ``high``: its input's range over the
-    images. ``step``, ``zero``: the grid of its input.
+    ``input``: what feeds it ("norm", "value" or "hidden"). ``macs``: its share of the linear layers'
+    multiply-accumulates. ``precision``: "float" or the mode; ``reason``: why it is in float. ``low``, ``high``: its
+    input's range over the images. ``step``, ``zero``: the grid of its input.
     """
 
     name: str

@@ -73,8 +73,8 @@ def compare(session: Any, images: EvalSet, median: float | None) -> Parity:
 class Search:
     """Quantised graphs of one model, scored on the same images.
 
-    ``median``: the base model's median token norm. ``largest``: tensor -> its largest magnitude, for FP8. ``tokens``: of
-    the smallest image that is served; with fewer than ``FUSED_FROM``, FP8 attention is slower than FP16's.
+    ``median``: the base model's median token norm. ``largest``: tensor -> its largest magnitude, for FP8. ``tokens``:
+    of the smallest image that is served; with fewer than ``FUSED_FROM``, FP8 attention is slower than FP16's.
     """
 
     wiring: Wiring
