@@ -1,8 +1,8 @@
 """Write FP8 (E4M3) Q/DQ pairs around the linear layers and around attention's two products, where TensorRT fuses them.
 
 FP8 has 3 bits of mantissa at any magnitude: an outlier costs range, not precision. Three things help: centring the
-outputs of layer norms, smoothing them half-way (1 - cosine of the 1st percentile .057 -> .048 on a ViT-Tiny), and rounding
-weights by GPTQ.
+outputs of layer norms, smoothing them half-way (1 - cosine of the 1st percentile .057 -> .048 on a ViT-Tiny), and
+rounding weights by GPTQ.
 """
 
 from __future__ import annotations

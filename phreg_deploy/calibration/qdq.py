@@ -18,9 +18,9 @@ def write_int8(
 ) -> ModelProto:
     """Copy ``model`` with equalised constants, and with int8 weights and activations.
 
-    Hidden units have a zero point: with target "cpu" in uint8. TensorRT takes none, so with "trt" a constant is added to
-    the hidden units and the bias subtracts its effect. Biases are ``[1, 1, O]`` and every MatMul has a DequantizeLinear of
-    its own; without either, ONNX Runtime computes in float.
+    With target "cpu", hidden units are in uint8 with a zero point. TensorRT takes none, so with "trt" a constant is added
+    to the hidden units and the bias subtracts its effect. Biases are ``[1, 1, O]`` and every MatMul has a
+    DequantizeLinear of its own; if one of the two is missing, ONNX Runtime computes in float.
 
     Args:
         keep: layers that stay in float.
@@ -83,8 +83,9 @@ class _Writer:
     def activation(self, linear: Linear, source: str, grid: Grid) -> tuple[str, float]:
         """Quantise the input of one MatMul; return the dequantised tensor and the constant that was added to it.
 
-        Layers that share an input each have a QuantizeLinear of their own, because ONNX Runtime's integer kernels take a
-        signed input only if it has a single reader. Their steps differ in the last place, or ONNX Runtime would merge them.
+        Layers that share an input each have a QuantizeLinear of their own, because ONNX Runtime's integer kernels take
+        a signed input only if it has a single reader. Their steps differ in the last place, or ONNX Runtime would merge
+        them.
         """
         if self.share and source in self.dequantised:
             return self.dequantised[source]

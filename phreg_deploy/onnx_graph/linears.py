@@ -12,10 +12,10 @@ from phreg_deploy.onnx_graph.wiring import Wiring
 
 @dataclass(frozen=True)
 class Linear:
-    """One linear layer of a block: ``MatMul`` with a constant weight ``(C, O)``, and the ``Add`` of its bias if any.
+    """One linear layer of a block: a ``MatMul`` with a constant weight ``(C, O)``, and the ``Add`` of its bias if any.
 
-    ``kind``: what feeds it, "norm", "value" or "hidden" (``quantisation.Smoothing``). ``feeder``: the name of the
-    layer norm, or of the linear layer whose ``columns`` are the values.
+    ``kind``: what feeds it, "norm", "value" or "hidden" (``quantisation.Smoothing``). ``size``: multiply-accumulates per
+    token, C * O. ``feeder``: the name of the layer norm, or of the linear layer whose ``columns`` are the values.
     """
 
     name: str
@@ -25,32 +25,32 @@ class Linear:
     weight: str
     bias: str | None
     kind: str
-    size: int  # multiply-accumulates per token, C * O
+    size: int
     feeder: str = ""
     columns: tuple[int, int] = (0, 0)
 
 
 def find_linears(model: ModelProto) -> list[Linear]:
-    """The linear layers of the blocks, in the order in which they run.
+    """List the linear layers of the blocks, in the order in which they run.
 
     Raises:
-        PhregError: a graph without named blocks, from an older version or not ours.
+        PhregError: a graph without named blocks; an older version wrote it.
     """
     wiring = Wiring(model)
-    found: dict[str, Linear] = {}
+    linears: dict[str, Linear] = {}
     for node in model.graph.node:
         if node.op_type == "MatMul" and node.name.startswith("blocks.") and node.input[1] in wiring.constants:
-            linear = _linear(node, wiring, found)
-            found[linear.name] = linear
-    if not found:
+            linear = _linear(node, wiring, linears)
+            linears[linear.name] = linear
+    if not linears:
         raise PhregError(
             "calibrate: the bundle's graph names no blocks; it was written by an older version. Export it again."
         )
-    return list(found.values())
+    return list(linears.values())
 
 
 def by_source(linears: list[Linear]) -> dict[str, list[Linear]]:
-    """The layers that read each input, in the order in which they run."""
+    """Group the layers by the input that they read, in the order in which they run."""
     groups: dict[str, list[Linear]] = {}
     for linear in linears:
         groups.setdefault(linear.source, []).append(linear)
@@ -71,6 +71,7 @@ def _linear(node: NodeProto, wiring: Wiring, before: dict[str, Linear]) -> Linea
 
 
 def _feeder(source: str, wiring: Wiring, before: dict[str, Linear]) -> tuple[str, str, tuple[int, int]]:
+    """Kind, feeder and columns of the tensor ``source``; see ``Linear``."""
     norm = wiring.producer.get(source)
     readers = wiring.readers[source]
     if (
@@ -79,12 +80,12 @@ def _feeder(source: str, wiring: Wiring, before: dict[str, Linear]) -> tuple[str
         and all(r.op_type == "MatMul" and r.input[0] == source for r in readers)
     ):
         return "norm", norm.name, (0, 0)
-    mixed = wiring.back(source, "Reshape", "Transpose", "MatMul")
-    if mixed is not None and len(readers) == 1:
-        split = wiring.back(mixed.input[1], "Transpose", "Reshape", "Split")
-        weights = wiring.producer.get(mixed.input[0])
+    product = wiring.back(source, "Reshape", "Transpose", "MatMul")
+    if product is not None and len(readers) == 1:
+        split = wiring.back(product.input[1], "Transpose", "Reshape", "Split")
+        weights = wiring.producer.get(product.input[0])
         if split is not None and weights is not None and weights.op_type == "Softmax":
-            values = wiring.back(mixed.input[1], "Transpose", "Reshape").input[0]  # type: ignore[union-attr]
+            values = wiring.back(product.input[1], "Transpose", "Reshape").input[0]  # type: ignore[union-attr]
             for linear in before.values():
                 ends = {linear.matmul, linear.add} - {None}
                 if wiring.producer[split.input[0]].name in ends:

@@ -10,7 +10,7 @@ from onnx import ModelProto, NodeProto, TensorProto, numpy_helper
 
 @dataclass
 class Wiring:
-    """A graph with its producers, consumers and constants at hand."""
+    """The producer, the readers and the constants of every tensor of a graph, by the tensor's name."""
 
     model: ModelProto
     producer: dict[str, NodeProto] = field(default_factory=dict)
@@ -29,7 +29,7 @@ class Wiring:
         return numpy_helper.to_array(self.constants[name])
 
     def back(self, name: str, *kinds: str) -> NodeProto | None:
-        """Walk up from a tensor through single-input steps of the given operators, in order; None where it differs."""
+        """Walk from a tensor to its producers, which must be ``kinds`` in this order; None if one differs."""
         node = None
         for kind in kinds:
             node = self.producer.get(name)
@@ -40,7 +40,7 @@ class Wiring:
 
 
 def copy_without(model: ModelProto, weights: set[str]) -> ModelProto:
-    """A copy of the graph that leaves the large constants behind."""
+    """Copy a graph without the constants ``weights``."""
     copy = ModelProto(ir_version=model.ir_version, producer_name=model.producer_name)
     copy.opset_import.extend(model.opset_import)
     copy.metadata_props.extend(model.metadata_props)
@@ -53,11 +53,11 @@ def copy_without(model: ModelProto, weights: set[str]) -> ModelProto:
 
 
 def replace_nodes(model: ModelProto, nodes: list[NodeProto]) -> None:
-    """Replace the nodes of a graph, and drop the constants that none of them reads."""
+    """Replace the nodes of a graph, and drop the constants that no node reads."""
     graph = model.graph
     del graph.node[:]
     graph.node.extend(nodes)
     used = {name for node in nodes for name in node.input}
-    kept = [tensor for tensor in graph.initializer if tensor.name in used]
+    constants = [tensor for tensor in graph.initializer if tensor.name in used]
     del graph.initializer[:]
-    graph.initializer.extend(kept)
+    graph.initializer.extend(constants)
