@@ -17,13 +17,14 @@ from phreg_deploy.spec import Stored
 # The least magnitude of a channel: a dead channel would cause a division by zero.
 LEAST = 1e-5
 WEIGHT_STEPS = 127
-# Room above the largest observed value of layer norms and values. On a ViT-Tiny with ranges of 64 images, one other image
-# in a hundred was clipped at block 0, and it alone was the 1st percentile (1 - .038; with slack 1 - .022, with 256 images
-# 1 - .016). Hidden units gain nothing by it and get none.
+# Room above the largest observed value of layer norms and values. On a ViT-Tiny with ranges of 64 images, one other
+# image in a hundred was clipped at block 0, and it alone was the 1st percentile (1 - .038; with slack 1 - .022, with
+# 256 images 1 - .016). Hidden units gain nothing by it and get none.
 SLACK = 1.1
 # The least reach of a hidden unit, as a share of the median channel's: on other images it may fire more than in
-# calibration. Calibrated on photographs and evaluated on street scenes, all layers in 8 bits: 1 - cosine .0048 -> .0045 on
-# a ViT-Tiny, .0066 -> .0056 on a DeiT-Tiny (0, .25, .5 and 1 were tried with three exponents; benchmarks/headroom.py).
+# calibration. Calibrated on photographs and evaluated on street scenes, all layers in 8 bits: 1 - cosine .0048 -> .0045
+# on a ViT-Tiny, .0066 -> .0056 on a DeiT-Tiny (0, .25, .5 and 1 were tried with three exponents; see
+# benchmarks/headroom.py).
 HEADROOM = 0.5
 
 
@@ -33,9 +34,9 @@ class Smoothing(Stored):
 
     An exponent per kind of input, s = max|x - c|^alpha, or None for s = 1 (SmoothQuant, arXiv 2211.10438, without its
     division by the weights' ranges, which cost 6 % of 1 - cosine on a ViT-Tiny). ``norm``: outputs of a layer norm; s
-    and c are folded into it. ``value``: attention outputs; both are folded into the value rows of the projection before.
-    ``hidden``: activated hidden units; nothing can be folded through GELU, so the graph multiplies elementwise, and
-    OpenVINO fuses the multiplication. ``registers``: include the register rows in the ranges of hidden units.
+    and c are folded into it. ``value``: attention outputs; both are folded into the value rows of the projection
+    before. ``hidden``: activated hidden units; nothing can be folded through GELU, so the graph multiplies elementwise,
+    and OpenVINO fuses the multiplication. ``registers``: include the register rows in the ranges of hidden units.
     """
 
     norm: float | None = 0.8

@@ -1,4 +1,4 @@
-"""What tests of eight bits share: every family's graph, traced once a session, and the same images for graph and model."""
+"""Every family's graph, traced once a session, with the same images for graph and model."""
 
 import functools
 from dataclasses import dataclass
@@ -24,7 +24,8 @@ from tests.cli_helpers import photograph
 from tests.small_models import small
 
 BATCH = 4
-DEEPER = ("augreg", "dinov2", "eva02-base")  # two blocks; the other families' blocks are traced once, for their time
+# These families have two blocks; the others have one, which is faster to trace.
+DEEPER = ("augreg", "dinov2", "eva02-base")
 
 
 @dataclass
@@ -72,7 +73,8 @@ class Traced:
         return [linear.name for linear in self.linears]
 
 
-SAME = {"dino": "augreg"}  # made small, the two are one model
+# In their small size, the two are the same model.
+SAME = {"dino": "augreg"}
 
 
 def traced(family: str) -> Traced:
@@ -91,5 +93,5 @@ def _traced(family: str) -> Traced:
 
 def features(session: Any, images: np.ndarray) -> np.ndarray:
     """``(B, N, C)`` of one batch."""
-    (found,) = session.run(["features"], {"image": images})
-    return found.reshape(len(images), -1, found.shape[-1])
+    (values,) = session.run(["features"], {"image": images})
+    return values.reshape(len(images), -1, values.shape[-1])

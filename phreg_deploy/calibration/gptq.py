@@ -1,7 +1,8 @@
 """Round weights by GPTQ (arXiv 2210.17323): later input channels compensate the rounding errors of earlier ones.
 
 The grid is that of ``quantisation.quantise_weight``. The second moments are those of the layer's inputs on the
-calibration images, with the noise of the inputs' own rounding added to the diagonal. C input channels, O output channels.
+calibration images, with the noise of the inputs' own rounding added to the diagonal.
+C input channels, O output channels.
 """
 
 from __future__ import annotations

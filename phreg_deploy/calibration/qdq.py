@@ -18,8 +18,8 @@ def write_int8(
 ) -> ModelProto:
     """Copy ``model`` with equalised constants, and with int8 weights and activations.
 
-    With target "cpu", hidden units are in uint8 with a zero point. TensorRT takes none, so with "trt" a constant is added
-    to the hidden units and the bias subtracts its effect. Biases are ``[1, 1, O]`` and every MatMul has a
+    With target "cpu", hidden units are in uint8 with a zero point. TensorRT takes none, so with "trt" a constant is
+    added to the hidden units and the bias subtracts its effect. Biases are ``[1, 1, O]`` and every MatMul has a
     DequantizeLinear of its own; if one of the two is missing, ONNX Runtime computes in float.
 
     Args:

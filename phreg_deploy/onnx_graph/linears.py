@@ -14,8 +14,9 @@ from phreg_deploy.onnx_graph.wiring import Wiring
 class Linear:
     """One linear layer of a block: a ``MatMul`` with a constant weight ``(C, O)``, and the ``Add`` of its bias if any.
 
-    ``kind``: what feeds it, "norm", "value" or "hidden" (``quantisation.Smoothing``). ``size``: multiply-accumulates per
-    token, C * O. ``feeder``: the name of the layer norm, or of the linear layer whose ``columns`` are the values.
+    ``kind``: what feeds it, "norm", "value" or "hidden" (``quantisation.Smoothing``). ``size``: C * O
+    multiply-accumulates per token. ``feeder``: the name of the layer norm, or of the linear layer whose
+    ``columns`` are the values.
     """
 
     name: str

@@ -46,8 +46,8 @@ def narrow(
 ) -> Narrowed:
     """Write a graph's floats in ``precision``, in place.
 
-    These stay in FP32: ``token_norm``; with BF16 the final norm, because numpy has no bfloat16; nodes that touch a tensor
-    beyond the format's range; nodes that ``keep`` names. A QuantizeLinear has the type of its input and a
+    These stay in FP32: ``token_norm``; with BF16 the final norm, because numpy has no bfloat16; nodes that touch a
+    tensor beyond the format's range; nodes that ``keep`` names. A QuantizeLinear has the type of its input and a
     DequantizeLinear that of its readers, so no Cast stands between Q/DQ and a product.
 
     Args:
@@ -181,7 +181,7 @@ class _Narrowing:
         self.nodes.append(node)
 
     def _as(self, name: str, kind: int) -> str:
-        """The name of a float tensor in the type ``kind``: itself, a converted constant, or a Cast shared by readers."""
+        """The name of a float tensor in the type ``kind``: itself, a converted constant, or a shared Cast."""
         if name in self.constants:
             return name if kind == FLOAT else self._constant(name)
         if self.types[name] == kind:

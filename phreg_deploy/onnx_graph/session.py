@@ -28,8 +28,8 @@ def open_session(model: ModelProto, optimized: Path | None = None, literal: bool
 
     Args:
         optimized: file to write the optimized graph to.
-        literal: compute every Q/DQ at its place, as graphs for TensorRT need: ONNX Runtime would move FP8 tensors through
-            operators that it has no FP8 kernels for.
+        literal: compute every Q/DQ at its place, as graphs for TensorRT need: ONNX Runtime would move FP8 tensors
+            through operators that it has no FP8 kernels for.
 
     Raises:
         PhregError: ONNX Runtime refuses the graph.

@@ -1,7 +1,7 @@
 """Split a fused qkv projection in 8 bits into three products, because TensorRT computes a fused one in float.
 
-TensorRT's compiler cuts a fused projection at the Split after it. In FP16 it joins the parts again and nothing is lost. In
-8 bits it cuts the *dequantised* weight at every inference and computes in float (seen in plans of TensorRT-RTX 1.7).
+TensorRT's compiler cuts a fused projection at the Split after it. In FP16 it joins the parts again and nothing is lost.
+In 8 bits it cuts the *dequantised* weight at every inference and computes in float (seen in plans of TensorRT-RTX 1.7).
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from phreg_deploy.onnx_graph.wiring import Wiring, replace_nodes
 
 
 def split_projections(model: ModelProto) -> ModelProto:
-    """Split, in place, every 8-bit product that feeds a Split, directly or through a bias. The numbers stay the same."""
+    """Split, in place, every 8-bit product that feeds a Split, directly or through a bias, with the same numbers."""
     wiring = Wiring(model)
     replaced: dict[str, list[NodeProto]] = {}
     gone: set[str] = set()
