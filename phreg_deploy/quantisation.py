@@ -23,8 +23,7 @@ WEIGHT_STEPS = 127
 SLACK = 1.1
 # The least reach of a hidden unit, as a share of the median channel's: on other images it may fire more than in
 # calibration. Calibrated on photographs and evaluated on street scenes, all layers in 8 bits: 1 - cosine .0048 -> .0045
-# on a ViT-Tiny, .0066 -> .0056 on a DeiT-Tiny (0, .25, .5 and 1 were tried with three exponents; see
-# benchmarks/headroom.py).
+# on a ViT-Tiny, .0066 -> .0056 on a DeiT-Tiny (0, .25, .5 and 1 were tried with three exponents).
 HEADROOM = 0.5
 
 

@@ -1,5 +1,8 @@
 """INT8 graphs of every family: their linear layers, exact folding, the places of Q/DQ, and the gain of rounding."""
 
+import subprocess
+import sys
+
 import numpy as np
 import onnx
 import pytest
@@ -14,6 +17,7 @@ from phreg_deploy.errors import PhregError
 from phreg_deploy.onnx_graph.linears import find_linears
 from phreg_deploy.onnx_graph.session import open_session
 from phreg_deploy.quantisation import Smoothing, quantise_weight
+from tests.cli_helpers import photograph
 from tests.quantised_graphs import features, traced
 from tests.small_models import FAMILIES, VARIANTS
 
@@ -245,3 +249,26 @@ def test_a_graph_without_names_is_refused():
         node.name = f"node_{i}"
     with pytest.raises(PhregError, match=r"names no blocks.*older version\. Export it again"):
         find_linears(copy)
+
+
+DOOR = """
+import sys
+for name in ("onnx", "onnxruntime", "ml_dtypes"):
+    sys.modules[name] = None
+from pathlib import Path
+from phreg_deploy.calibration import calibrate
+from phreg_deploy.errors import BackendMissing
+folder = Path(sys.argv[1])
+try:
+    calibrate(folder, folder, folder / "out")
+except BackendMissing as error:
+    print(error)
+"""
+
+
+def test_the_door_opens_without_onnx_and_the_call_names_what_is_missing(tmp_path):
+    photograph(0, 64, 64).save(tmp_path / "0.png")
+    done = subprocess.run([sys.executable, "-c", DOOR, tmp_path], capture_output=True, text=True, check=False)
+    modules = "'ml_dtypes', 'onnx', 'onnxruntime'"
+    assert done.stdout.startswith(f"phreg_deploy.calibration needs the modules {modules}, which are"), done.stderr
+    assert 'pip install "phreg-deploy[calibration]"' in done.stdout
