@@ -23,13 +23,14 @@ from subjects import held_out
 
 from phreg_deploy.calibration.gptq import round_all
 from phreg_deploy.calibration.qdq import write_int8
-from phreg_deploy.calibration.ranges import observe
+from phreg_deploy.calibration.ranges import observe_ranges
 from phreg_deploy.calibration.search import EvalSet, Search, compare
 from phreg_deploy.calibration.smoothing import equalise
 from phreg_deploy.export.exporter import ExportRequest, export_bundle
 from phreg_deploy.models.batches import spread
-from phreg_deploy.onnx_graph.linears import Wiring, find_linears
+from phreg_deploy.onnx_graph.linears import find_linears
 from phreg_deploy.onnx_graph.session import open_session
+from phreg_deploy.onnx_graph.wiring import Wiring
 from phreg_deploy.quantisation import Grid, Range, Smoothing, make_grid
 from phreg_deploy.runtime.features import FeatureExtractor
 
@@ -73,7 +74,7 @@ def climb(folder: Path, photographs: str, student: str) -> dict[str, Any]:
     chosen, scored = EvalSet(feeds[RANGED:last], answers[RANGED:last]), EvalSet(feeds[last:], answers[last:])
     model = onnx.load(folder / "model.onnx")
     linears, wiring = find_linears(model), Wiring(model)
-    ranges = observe(model, linears, manifest.model, ranged, lambda _n: None)
+    ranges = observe_ranges(model, linears, manifest.model, ranged, lambda _n: None)
     rows = {}
 
     def score(name: str, graph: Any) -> None:
@@ -90,7 +91,7 @@ def climb(folder: Path, photographs: str, student: str) -> dict[str, Any]:
     round_all(model, linears, equalised, tokens, ranged, lambda _n=1: None)
     score("+ GPTQ rounding", write_int8(model, linears, equalised, set(), "cpu"))
     search = Search(wiring, linears, ranges, "cpu", manifest.norm_median, chosen)
-    search.round(Smoothing(), tokens, ranged, lambda _n=1: None)
+    search.round_weights(Smoothing(), tokens, ranged, lambda _n=1: None)
     gains = search.sensitivities(Smoothing(), lambda _n=1: None)
     for share in (0.01, 0.1):
         keep, _ = search.fallback(Smoothing(), gains, share, lambda _parity: False, lambda _n=1: None)

@@ -17,11 +17,12 @@ import torch
 
 from phreg_deploy.bundle.bundle import Bundle
 from phreg_deploy.calibration.qdq import write_int8
-from phreg_deploy.calibration.ranges import observe
+from phreg_deploy.calibration.ranges import observe_ranges
 from phreg_deploy.calibration.smoothing import equalise
 from phreg_deploy.models import hooks
 from phreg_deploy.models.loading import model_preprocess
-from phreg_deploy.onnx_graph.linears import Wiring, find_linears
+from phreg_deploy.onnx_graph.linears import find_linears
+from phreg_deploy.onnx_graph.wiring import Wiring
 from phreg_deploy.quantisation import Smoothing
 from phreg_deploy.runtime.features import FeatureExtractor
 
@@ -213,7 +214,9 @@ def quick_int8(bundle: Path, images: list[np.ndarray], folder: Path) -> Path:
     with FeatureExtractor.load(bundle, "onnxruntime-cpu") as extractor:
         model = onnx.load(extractor.bundle.graph)
         linears = find_linears(model)
-        ranges = observe(model, linears, extractor.spec, [(extractor.feed(i), 1) for i in images], lambda _n: None)
+        ranges = observe_ranges(
+            model, linears, extractor.spec, [(extractor.feed(i), 1) for i in images], lambda _n: None
+        )
     path = folder / "int8.onnx"
     onnx.save(write_int8(model, linears, equalise(Wiring(model), linears, ranges, Smoothing()), set(), "cpu"), path)
     return path

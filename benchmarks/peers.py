@@ -29,7 +29,7 @@ import torch
 from peer_models import Peers, Run, quick_int8
 from subjects import held_out
 
-from phreg_deploy.calibration.calibrator import CalibrationRequest, calibrate
+from phreg_deploy.calibration import calibrate
 from phreg_deploy.export.exporter import ExportRequest, export_bundle
 from phreg_deploy.images.photographs import Photographs, read_photographs
 from phreg_deploy.models.batches import spread
@@ -117,8 +117,7 @@ def measure_fidelity(title: str, name: str, checkpoint: Path | None, args: argpa
         photographs, graphs = link_photographs(pool, source, folder / "photographs"), {}
         for kind, share in FLOAT_SHARES:
             output = folder / f"int8-{share}.bundle"
-            request = CalibrationRequest(bundle, photographs, float_macs=share)
-            calibrate(request, output, force=True, progress=Progress(quiet=True))
+            calibrate(bundle, photographs, output, float_macs=share, force=True, progress=Progress(quiet=True))
             graphs[kind] = output / "model.onnx"
         click.echo(title)
         peers = Peers(model, bundle, ranged, args.threads, folder)

@@ -1,7 +1,7 @@
-"""The arithmetic of eight bits, in one place: what ``calibrate`` writes is what INT8-aware distillation trains through.
+"""The arithmetic of 8 bits, which ``calibrate`` and INT8-aware distillation share.
 
-A linear layer y = x W + b takes x' = (x - c) / s on a grid of 8 bits, and W' = diag(s) W on 8 bits per output channel:
-y = x' W' + (b + c W). ``c`` and ``s`` are per input channel and cost nothing at run time but for hidden units (below).
+A linear layer y = x W + b takes x' = (x - c) / s on a grid of 8 bits, and W' = diag(s) W in 8 bits per output channel:
+y = x' W' + (b + c W). ``c`` and ``s`` are per input channel; they cost run time only for hidden units (``Smoothing``).
 C input channels, O output channels.
 """
 
@@ -14,14 +14,17 @@ import numpy as np
 from phreg_deploy.errors import PhregError
 from phreg_deploy.spec import Stored
 
-LEAST = 1e-5  # of a channel's magnitude, so that a dead channel divides nothing by zero
+# The least magnitude of a channel: a dead channel would cause a division by zero.
+LEAST = 1e-5
 WEIGHT_STEPS = 127
-SLACK = 1.1  # room above the largest value seen, where clipping costs most: on a ViT-Tiny, 64 images for ranges left one other
-# image in a hundred clipped at block 0, and it alone was the 1st percentile (1 - .038; with slack 1 - .022, with 256 images
-# 1 - .016). Hidden units are not given any: they gain nothing.
-HEADROOM = 0.5  # of the median channel: the least reach that a hidden unit is given, for images where it fires more than in calibration.
-# Calibrated on photographs, read on street scenes, all layers in 8 bits: 1 - cosine .0048 -> .0045 on a ViT-Tiny, .0066 -> .0056
-# on a DeiT-Tiny (0, .25, .5 and 1 were tried with three exponents; benchmarks/headroom.py).
+# Room above the largest observed value of layer norms and values. On a ViT-Tiny with ranges of 64 images, one other
+# image in a hundred was clipped at block 0, and it alone was the 1st percentile (1 - .038; with slack 1 - .022, with
+# 256 images 1 - .016). Hidden units gain nothing by it and get none.
+SLACK = 1.1
+# The least reach of a hidden unit, as a share of the median channel's: on other images it may fire more than in
+# calibration. Calibrated on photographs and evaluated on street scenes, all layers in 8 bits: 1 - cosine .0048 -> .0045
+# on a ViT-Tiny, .0066 -> .0056 on a DeiT-Tiny (0, .25, .5 and 1 were tried with three exponents).
+HEADROOM = 0.5
 
 
 @dataclass(frozen=True)
@@ -29,10 +32,10 @@ class Smoothing(Stored):
     """How much of each channel's range moves from the activations into the weights.
 
     An exponent per kind of input, s = max|x - c|^alpha, or None for s = 1 (SmoothQuant, arXiv 2211.10438, without its
-    division by the weights' ranges, which cost 6 % of 1 - cosine on a ViT-Tiny). ``norm``: outputs of a layer norm,
-    s and c folded into it. ``value``: attention outputs, folded into the value rows of the projection before.
-    ``hidden``: activated hidden units, where GELU lets nothing through: one elementwise multiplication, which OpenVINO
-    fuses away. ``registers``: keep the register rows in the ranges of hidden units.
+    division by the weights' ranges, which cost 6 % of 1 - cosine on a ViT-Tiny). ``norm``: outputs of a layer norm; s
+    and c are folded into it. ``value``: attention outputs; both are folded into the value rows of the projection
+    before. ``hidden``: activated hidden units; nothing can be folded through GELU, so the graph multiplies elementwise,
+    and OpenVINO fuses the multiplication. ``registers``: include the register rows in the ranges of hidden units.
     """
 
     norm: float | None = 0.8
@@ -60,13 +63,14 @@ class Range:
 
 @dataclass(frozen=True)
 class Grid:
-    """Where an input goes: x' = (x - centre) / smooth lies on ``step`` * (k - zero) for k = 0..255.
+    """The grid of an input: x' = (x - centre) / smooth is rounded to ``step`` * (k - zero) for k = 0..255.
 
-    ``zero`` 128 is symmetric: signed 8 bits with the zero point 0, of which -128 is never used.
+    ``centre`` and ``smooth`` are ``(C,)``. A ``zero`` of 128 is a symmetric grid: signed 8 bits with the zero point 0;
+    -128 is never used.
     """
 
-    centre: np.ndarray  # (C,)
-    smooth: np.ndarray  # (C,)
+    centre: np.ndarray
+    smooth: np.ndarray
     step: float
     zero: int
 
@@ -75,16 +79,16 @@ class Grid:
         return self.zero == 128
 
 
-def make_grid(found: Range, kind: str, smoothing: Smoothing) -> Grid:
-    """Grid of one input.
+def make_grid(observed: Range, kind: str, smoothing: Smoothing) -> Grid:
+    """Make the grid of one input.
 
-    Inputs that a layer norm or an attention fed are centred per channel, so that a symmetric grid wastes nothing;
-    hidden units are not: most of them are near 0, which must stay a grid point, hence a zero point.
+    Inputs from a layer norm or an attention are centred per channel, and a symmetric grid fits them. Hidden units are
+    not centred: most are near 0, so 0 must stay a grid point, and their grid has a zero point.
 
     Args:
         kind: "norm", "value" or "hidden".
     """
-    low, high = found.low.astype(np.float64), found.high.astype(np.float64)
+    low, high = observed.low.astype(np.float64), observed.high.astype(np.float64)
     alpha = {"norm": smoothing.norm, "value": smoothing.value, "hidden": smoothing.hidden}[kind]
     centred = kind == "norm" or (kind == "value" and alpha is not None)
     centre = (low + high) / 2 if centred else np.zeros_like(low)
@@ -105,13 +109,13 @@ def make_grid(found: Range, kind: str, smoothing: Smoothing) -> Grid:
 
 
 def quantise_weight(weight: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """``(C, O)`` -> int8 ``(C, O)`` in -127..127 and float32 steps ``(O,)``, symmetric per output channel."""
+    """Round a weight ``(C, O)`` to int8 ``(C, O)`` in -127..127 and float32 steps ``(O,)``, one per output channel."""
     steps = np.maximum(np.abs(weight).max(axis=0) / WEIGHT_STEPS, 1e-12).astype(np.float32)
     return np.clip(np.round(weight / steps), -WEIGHT_STEPS, WEIGHT_STEPS).astype(np.int8), steps
 
 
 def halves(steps: np.ndarray | float) -> np.ndarray:
-    """The next number up that FP16 holds, as float32: a step that may grow but never clips, and that FP16 graphs carry."""
+    """Round steps up to numbers that FP16 holds, as float32; a larger step never clips."""
     value = np.asarray(steps, np.float32)
     low = value.astype(np.float16)
     return np.where(low.astype(np.float32) < value, np.nextafter(low, np.float16(np.inf)), low).astype(np.float32)

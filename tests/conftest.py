@@ -163,21 +163,21 @@ def wide_bundle(tmp_path_factory, student) -> Path:
 @pytest.fixture(scope="session")
 def eight(tmp_path_factory, bundle, photos) -> Path:
     """The fixed bundle in 8 bits, as ``calibrate`` writes it by default."""
-    from phreg_deploy.calibration.calibrator import CalibrationRequest, calibrate
+    from phreg_deploy.calibration import calibrate
 
     folder = tmp_path_factory.mktemp("bundles") / "eight"
-    calibrate(CalibrationRequest(bundle, photos), folder)
+    calibrate(bundle, photos, folder)
     return folder
 
 
 @pytest.fixture(scope="session")
 def wide_eight(tmp_path_factory, wide_bundle, photos) -> Path:
     """The bundle of many sizes and batches in 8 bits, with a smoothing that was given."""
-    from phreg_deploy.calibration.calibrator import CalibrationRequest, calibrate
+    from phreg_deploy.calibration import calibrate
     from phreg_deploy.quantisation import Smoothing
 
     folder = tmp_path_factory.mktemp("bundles") / "wide-eight"
-    calibrate(CalibrationRequest(wide_bundle, photos, smoothing=Smoothing()), folder)
+    calibrate(wide_bundle, photos, folder, smoothing=Smoothing())
     return folder
 
 

@@ -1,4 +1,4 @@
-"""What tests of eight bits share: every family's graph, traced once a session, and the same images for graph and model."""
+"""Every family's graph, traced once a session, with the same images for graph and model."""
 
 import functools
 from dataclasses import dataclass
@@ -9,21 +9,23 @@ import torch
 from onnx import ModelProto
 
 from phreg_deploy.calibration.qdq import write_int8
-from phreg_deploy.calibration.ranges import Ranges, observe
+from phreg_deploy.calibration.ranges import Ranges, observe_ranges
 from phreg_deploy.calibration.smoothing import Equalised, equalise
 from phreg_deploy.export.dense_vit import DenseViT
 from phreg_deploy.export.trace import trace
 from phreg_deploy.models import hooks
 from phreg_deploy.models.loading import model_preprocess, model_spec
 from phreg_deploy.models.registers import add_registers
-from phreg_deploy.onnx_graph.linears import Linear, Wiring, find_linears
+from phreg_deploy.onnx_graph.linears import Linear, find_linears
+from phreg_deploy.onnx_graph.wiring import Wiring
 from phreg_deploy.quantisation import Smoothing
 from phreg_deploy.spec import Batches, ModelSpec, Preprocess, Sizes
 from tests.cli_helpers import photograph
 from tests.small_models import small
 
 BATCH = 4
-DEEPER = ("augreg", "dinov2", "eva02-base")  # two blocks; the other families' blocks are traced once, for their time
+# These families have two blocks; the others have one, which is faster to trace.
+DEEPER = ("augreg", "dinov2", "eva02-base")
 
 
 @dataclass
@@ -41,7 +43,7 @@ class Traced:
 
     @functools.cached_property
     def ranges(self) -> Ranges:
-        return observe(self.graph, self.linears, self.spec, self.feeds, lambda _count: None)
+        return observe_ranges(self.graph, self.linears, self.spec, self.feeds, lambda _count: None)
 
     @property
     def spec(self) -> ModelSpec:
@@ -71,7 +73,8 @@ class Traced:
         return [linear.name for linear in self.linears]
 
 
-SAME = {"dino": "augreg"}  # made small, the two are one model
+# In their small size, the two are the same model.
+SAME = {"dino": "augreg"}
 
 
 def traced(family: str) -> Traced:
@@ -90,5 +93,5 @@ def _traced(family: str) -> Traced:
 
 def features(session: Any, images: np.ndarray) -> np.ndarray:
     """``(B, N, C)`` of one batch."""
-    (found,) = session.run(["features"], {"image": images})
-    return found.reshape(len(images), -1, found.shape[-1])
+    (values,) = session.run(["features"], {"image": images})
+    return values.reshape(len(images), -1, values.shape[-1])

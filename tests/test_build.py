@@ -40,10 +40,10 @@ def half_bundle(tmp_path_factory, student) -> Path:
 @pytest.fixture(scope="module")
 def eight_trt(tmp_path_factory, bundle, photos) -> Path:
     """The student in 8 bits as TensorRT takes them."""
-    from phreg_deploy.calibration.calibrator import CalibrationRequest, calibrate
+    from phreg_deploy.calibration import calibrate
 
     folder = tmp_path_factory.mktemp("bundles") / "eight-trt"
-    calibrate(CalibrationRequest(bundle, photos, target="trt"), folder)
+    calibrate(bundle, photos, folder, target="trt")
     return folder
 
 

@@ -1,4 +1,4 @@
-"""``calibrate`` and ``export --precision int8``: what is written, what is refused, and what a missed bar does."""
+"""``calibrate`` and ``export --precision int8``: the bundles they write, the input they refuse, and missed bars."""
 
 import importlib
 import json
@@ -11,7 +11,7 @@ from onnx import numpy_helper
 
 from phreg_deploy.bundle.bundle import Bundle
 from phreg_deploy.bundle.manifest import FORMAT, Manifest
-from phreg_deploy.calibration.calibrator import CalibrationRequest, calibrate
+from phreg_deploy.calibration import calibrate
 from phreg_deploy.errors import PhregError
 from phreg_deploy.quantisation import Smoothing
 from phreg_deploy.runtime import FeatureExtractor
@@ -22,21 +22,28 @@ from tests.test_bad_bundles import rehashed, rewritten
 pytestmark = pytest.mark.usefixtures("torch", "traced_once")
 calibrator = importlib.import_module("phreg_deploy.calibration.calibrator")
 LAYERS = [f"blocks.{i}.{part}" for i in range(3) for part in ("attn.qkv", "attn.proj", "mlp.fc1", "mlp.fc2")]
-GIVEN = Smoothing()
 
 
 @pytest.fixture
 def quick(monkeypatch):
-    """No smoothing but the first is tried: for tests of what is around the search."""
+    """Only the first smoothing is tried: for tests that are not about the search."""
     monkeypatch.setattr(importlib.import_module("phreg_deploy.calibration.search"), "CANDIDATES", ())
 
 
-def asked(w, bundle=None, *more):
-    return ["calibrate", bundle or w.bundle, "--images", w.photos, "-o", w.out, *more, "--json"]
+def command(w, *more, bundle=None, output=None):
+    return ["calibrate", bundle or w.bundle, "--images", w.photos, "-o", output or w.out, *more, "--json"]
+
+
+def export(w, *more):
+    return ["export", w.student, "-o", w.out, *more, "--json"]
+
+
+def export_int8(w, *more):
+    return export(w, "--precision", "int8", "--images", w.photos, *more)
 
 
 def damaged(w, change):
-    """The bundle with another graph, and hashes that agree with it."""
+    """A copy of the bundle with a changed graph and matching hashes."""
     folder = w.copy("bundle")
     model = onnx.load(folder / "model.onnx")
     change(model)
@@ -68,7 +75,7 @@ def few(w, copies):
 
 
 def test_a_calibrated_bundle_says_what_was_done(world, run_cli, photos):
-    outcome = run_cli(*asked(world))
+    outcome = run_cli(*command(world))
     assert outcome.code == 0, outcome.err
     report = outcome.document
     stored = json.loads((world.out / "calibration.json").read_text())
@@ -104,11 +111,11 @@ def test_a_calibrated_bundle_says_what_was_done(world, run_cli, photos):
 
 def test_an_eight_bit_bundle_serves_what_float_serves(world, run_cli):
     image = world.photos / "frame-05.jpg"
-    found = []
+    answers = []
     for folder in (world.bundle, world.eight):
         with FeatureExtractor.load(folder, backend="onnxruntime-cpu") as extractor:
-            found.append(extractor(image))
-    parity = compare_runs(*({"features": d.features, "token_norm": d.token_norm, "cls": d.cls} for d in found[::-1]))
+            answers.append(extractor(image))
+    parity = compare_runs(*({"features": d.features, "token_norm": d.token_norm, "cls": d.cls} for d in answers[::-1]))
     assert 0.99 < parity.cosine_p1 < 1
     assert run_cli("check", world.eight, "--json").document["missed"] == []
     assert run_cli("inspect", world.eight, "--json").document["quantisation"]["missed"] == []
@@ -131,7 +138,7 @@ def test_a_range_of_sizes_and_batches_stays_one(wide_bundle, wide_eight):
 
 
 def test_a_missed_bar_writes_nothing(world, run_cli, quick):
-    outcome = run_cli(*asked(world, None, "--cosine", "0.99999", "--float-macs", "0"))
+    outcome = run_cli(*command(world, "--cosine", "0.99999", "--float-macs", "0"))
     outcome.refused(
         3, "1st-percentile patch cosine 0.99", "expected at least 0.99999", "Nothing was written", "--float-macs"
     )
@@ -143,95 +150,100 @@ def test_a_missed_bar_writes_nothing(world, run_cli, quick):
     assert list(world.tmp.iterdir()) == []
 
 
-def test_force_writes_it_and_it_is_marked_for_ever(world, run_cli, quick):
-    outcome = run_cli(*asked(world, None, "--cosine", "0.99999", "--float-macs", "0.12", "--force"))
+def test_force_writes_it_and_it_is_marked_in_its_manifest(world, run_cli, quick):
+    outcome = run_cli(*command(world, "--cosine", "0.99999", "--float-macs", "0.12", "--force"))
     assert outcome.code == 0, outcome.err
     report = outcome.document
-    kept = report["float_layers"]
-    assert kept
+    layers = report["float_layers"]
+    assert layers
     assert report["float_macs"] <= 0.12
-    assert report["integer_layers"] == 12 - len(kept)
-    assert [step["layer"] for step in report["fallback"]] == [None, *kept]
+    assert report["integer_layers"] == 12 - len(layers)
+    assert [step["layer"] for step in report["fallback"]] == [None, *layers]
     for layer in report["layers"]:
-        assert (layer["precision"] == "float") == (layer["name"] in kept) == bool(layer["reason"])
+        assert (layer["precision"] == "float") == (layer["name"] in layers) == bool(layer["reason"])
     assert report["missed"]
     assert "Missed: 1st-percentile patch cosine" in outcome.err
     manifest = run_cli("inspect", world.out, "--json").document
     assert manifest["quantisation"]["missed"] == report["missed"]
-    assert [f"{name} (sensitive)" for name in kept] == manifest["float_parts"][-len(kept) :]
+    assert [f"{name} (sensitive)" for name in layers] == manifest["float_parts"][-len(layers) :]
     assert run_cli("check", world.out, "--backend", "onnxruntime-cpu", "--json").document["missed"] == []
 
 
 def test_the_target_without_zero_points(world, run_cli, quick):
-    outcome = run_cli(*asked(world, None, "--target", "trt"))
+    outcome = run_cli(*command(world, "--target", "trt"))
     assert outcome.code == 0, outcome.err
     model = onnx.load(world.out / "model.onnx")
     zeros = {n.input[2] for n in model.graph.node if n.op_type == "QuantizeLinear"}
-    found = {numpy_helper.to_array(i).item() for i in model.graph.initializer if i.name in zeros}
+    values = {numpy_helper.to_array(i).item() for i in model.graph.initializer if i.name in zeros}
     types = {i.data_type for i in model.graph.initializer if i.name in zeros}
-    assert (found, types) == ({0}, {onnx.TensorProto.INT8})
+    assert (values, types) == ({0}, {onnx.TensorProto.INT8})
     assert Bundle.read(world.out).manifest.quantisation["target"] == "trt"
 
 
 MISTAKES = {
-    "a bundle of 16 bits": (lambda w: asked(w, rewritten(w.copy("bundle"), precision="fp16")), ["got a bundle in fp16, expected fp32"]),
-    "a bundle of 8 bits": (lambda w: asked(w, w.eight), ["got a bundle in int8, expected fp32"]),
-    "a student": (lambda w: asked(w, w.student), ["no manifest.json", "run `phreg-deploy export` on it first"]),
-    "no bundle": (lambda w: asked(w, w.tmp / "none"), ["there is nothing"]),
-    "a graph that was changed": (lambda w: asked(w, w.copy("bundle", model=lambda b: b[:-1] + b"?")), ["model.onnx", "another sha256"]),
-    "NaN in the weights": (lambda w: asked(w, damaged(w, poison("blocks.1.mlp.fc1.weight"))), ["input of blocks.1.mlp.fc2 is not finite", "damaged"]),
-    "a graph of an older version": (lambda w: asked(w, damaged(w, unnamed)), ["names no blocks", "Export it again"]),
-    "no images": (lambda w: asked(w, None, "--images", w.tmp / "none"), ["images", "there is nothing"]),
-    "a folder without images": (lambda w: asked(w, None, "--images", w.bundle), ["holds no image"]),
-    "too few images": (lambda w: asked(w, None, "--images", few(w, 7)), ["holds 7 different images", "at least 8"]),
-    "one image many times": (lambda w: asked(w, None, "--images", few(w, 12)), ["holds 1 different images", "at least 8"]),
-    "a mode of the future": (lambda w: asked(w, None, "--mode", "fp4"), ["mode: got 'fp4', expected int8 or fp8"]),
-    "fp8 for the processor": (lambda w: asked(w, None, "--mode", "fp8", "--target", "cpu"), ["no processor computes in FP8"]),
-    "fp32 to keep on the processor": (lambda w: asked(w, None, "--keep-fp32", "norm"), ["everything around the 8 bits is FP32 already"]),
-    "an unknown mode": (lambda w: asked(w, None, "--mode", "int4"), ["mode: got 'int4', expected int8"]),
-    "an unknown target": (lambda w: asked(w, None, "--target", "npu"), ["target: got 'npu', expected cpu or trt"]),
-    "a negative share": (lambda w: asked(w, None, "--float-macs", "-0.1"), ["float MACs: got -0.1", "share from 0 to 1"]),
-    "a share above all": (lambda w: asked(w, None, "--float-macs", "1.5"), ["float MACs: got 1.5"]),
-    "a share that is no number": (lambda w: asked(w, None, "--float-macs", "nan"), ["float MACs: got nan"]),
-    "a share in words": (lambda w: asked(w, None, "--float-macs", "some"), ["'some' is not a valid float"]),
-    "no bar": (lambda w: asked(w, None, "--cosine", "0"), ["cosine: got 0.0", "above 0 and up to 1"]),
-    "a bar too high": (lambda w: asked(w, None, "--cosine", "1.01"), ["cosine: got 1.01"]),
-    "output nowhere": (lambda w: ["calibrate", w.bundle, "--images", w.photos, "-o", w.tmp / "no" / "out", "--json"], ["no folder", "create it first"]),
-    "output is the input": (lambda w: ["calibrate", w.bundle, "--images", w.photos, "-o", w.bundle, "--force", "--json"], ["read here", "choose another name"]),
-    "export without images": (lambda w: ["export", w.student, "-o", w.out, "--precision", "int8", "--json"], ["--precision int8 needs --images DIR"]),
-    "export with images for nothing": (lambda w: ["export", w.student, "-o", w.out, "--images", w.photos, "--json"], ["with --precision fp32 everything does"]),
-    "export with few images": (lambda w: ["export", w.student, "-o", w.out, "--precision", "int8", "--images", few(w, 3), "--json"], ["holds 3 different images"]),
-    "export of an unknown target": (lambda w: ["export", w.student, "-o", w.out, "--precision", "int8", "--images", w.photos, "--target", "npu", "--json"], ["target: got 'npu'"]),
+    "a bundle of 16 bits": (lambda w: command(w, bundle=rewritten(w.copy("bundle"), precision="fp16")),
+        ["got a bundle in fp16, expected fp32"]),
+    "a bundle of 8 bits": (lambda w: command(w, bundle=w.eight), ["got a bundle in int8, expected fp32"]),
+    "a student": (lambda w: command(w, bundle=w.student),
+        ["no manifest.json", "run `phreg-deploy export` on it first"]),
+    "no bundle": (lambda w: command(w, bundle=w.tmp / "none"), ["there is nothing"]),
+    "a graph that was changed": (lambda w: command(w, bundle=w.copy("bundle", model=lambda b: b[:-1] + b"?")),
+        ["model.onnx", "another sha256"]),
+    "NaN in the weights": (lambda w: command(w, bundle=damaged(w, poison("blocks.1.mlp.fc1.weight"))),
+        ["input of blocks.1.mlp.fc2 is not finite", "damaged"]),
+    "a graph of an older version": (lambda w: command(w, bundle=damaged(w, unnamed)),
+        ["names no blocks", "Export it again"]),
+    "no images": (lambda w: command(w, "--images", w.tmp / "none"), ["images", "there is nothing"]),
+    "a folder without images": (lambda w: command(w, "--images", w.bundle), ["holds no image"]),
+    "too few images": (lambda w: command(w, "--images", few(w, 7)), ["holds 7 different images", "at least 8"]),
+    "one image many times": (lambda w: command(w, "--images", few(w, 12)), ["holds 1 different images", "at least 8"]),
+    "a mode of the future": (lambda w: command(w, "--mode", "fp4"), ["mode: got 'fp4', expected int8 or fp8"]),
+    "fp8 for the processor": (lambda w: command(w, "--mode", "fp8", "--target", "cpu"),
+        ["no processor computes in FP8"]),
+    "fp32 to keep on the processor": (lambda w: command(w, "--keep-fp32", "norm"),
+        ["everything around the 8 bits is FP32 already"]),
+    "an unknown mode": (lambda w: command(w, "--mode", "int4"), ["mode: got 'int4', expected int8"]),
+    "an unknown target": (lambda w: command(w, "--target", "npu"), ["target: got 'npu', expected cpu or trt"]),
+    "a negative share": (lambda w: command(w, "--float-macs", "-0.1"), ["float MACs: got -0.1", "share from 0 to 1"]),
+    "a share above all": (lambda w: command(w, "--float-macs", "1.5"), ["float MACs: got 1.5"]),
+    "a share that is no number": (lambda w: command(w, "--float-macs", "nan"), ["float MACs: got nan"]),
+    "a share in words": (lambda w: command(w, "--float-macs", "some"), ["'some' is not a valid float"]),
+    "no bar": (lambda w: command(w, "--cosine", "0"), ["cosine: got 0.0", "above 0 and up to 1"]),
+    "a bar too high": (lambda w: command(w, "--cosine", "1.01"), ["cosine: got 1.01"]),
+    "output nowhere": (lambda w: command(w, output=w.tmp / "no" / "out"), ["no folder", "create it first"]),
+    "output is the input": (lambda w: command(w, "--force", output=w.bundle), ["read here", "choose another name"]),
+    "export without images": (lambda w: export(w, "--precision", "int8"), ["--precision int8 needs --images DIR"]),
+    "export with images for nothing": (lambda w: export(w, "--images", w.photos),
+        ["with --precision fp32 everything does"]),
+    "export with few images": (lambda w: export_int8(w, "--images", few(w, 3)), ["holds 3 different images"]),
+    "export of an unknown target": (lambda w: export_int8(w, "--target", "npu"), ["target: got 'npu'"]),
 }  # fmt: skip
 
 
 @pytest.mark.parametrize("name", MISTAKES)
 def test_a_mistake_is_exit_code_2_and_writes_nothing(world, run_cli, name):
     make, fragments = MISTAKES[name]
-    words = make(world)
+    arguments = make(world)
     before = {p.name for p in world.tmp.iterdir()}
-    run_cli(*words).refused(2, *fragments)
+    run_cli(*arguments).refused(2, *fragments)
     assert {p.name for p in world.tmp.iterdir()} == before
     Bundle.read(world.bundle).verify()
 
 
 def test_nan_behind_the_last_layer_is_bad_input(world, run_cli):
-    run_cli(*asked(world, damaged(world, poison("blocks.2.mlp.fc2.weight")))).refused(2, "not finite")
+    run_cli(*command(world, bundle=damaged(world, poison("blocks.2.mlp.fc2.weight")))).refused(2, "not finite")
 
 
 def test_an_output_that_exists_needs_force(world, run_cli, quick):
     world.out.mkdir()
     (world.out / "manifest.json").write_text("{}")
-    run_cli(*asked(world)).refused(2, "exists already; add --force")
+    run_cli(*command(world)).refused(2, "exists already; add --force")
     assert (world.out / "manifest.json").read_text() == "{}"
-    assert run_cli(*asked(world, None, "--force")).code == 0
+    assert run_cli(*command(world, "--force")).code == 0
     Bundle.read(world.out).verify()
     (world.tmp / "mine").mkdir()
     (world.tmp / "mine" / "thesis.txt").write_text("x")
-    refused = run_cli(
-        "calibrate", world.bundle, "--images", world.photos, "-o", world.tmp / "mine", "--force", "--json"
-    )
-    refused.refused(2, "files that phreg-deploy did not write")
+    run_cli(*command(world, "--force", output=world.tmp / "mine")).refused(2, "files that phreg-deploy did not write")
 
 
 @pytest.mark.parametrize("error", [KeyboardInterrupt, OSError(28, "No space left on device")])
@@ -239,17 +251,16 @@ def test_an_interrupted_write_leaves_nothing(world, run_cli, monkeypatch, quick,
     def broken(*_arguments):
         raise error
 
-    words = asked(world)
+    arguments = command(world)
     monkeypatch.setattr(calibrator, "write_npz", broken)
-    outcome = run_cli(*words)
+    outcome = run_cli(*arguments)
     assert outcome.code == (130 if error is KeyboardInterrupt else 2)
     assert ("Interrupted" if error is KeyboardInterrupt else "the disk is full") in outcome.err
     assert list(world.tmp.iterdir()) == []
 
 
 def test_export_in_eight_bits_is_export_and_calibrate(world, run_cli):
-    words = ["export", world.student, "-o", world.out, "--precision", "int8", "--images", world.photos, "--json"]
-    outcome = run_cli(*words)
+    outcome = run_cli(*export_int8(world))
     assert outcome.code == 0, outcome.err
     document = outcome.document
     assert document["manifest"]["precision"] == "int8"
@@ -263,8 +274,7 @@ def test_unreadable_images_are_skipped_and_said(world, run_cli, quick):
     folder = world.tmp / "mixed"
     shutil.copytree(world.photos, folder)
     (folder / "broken.jpg").write_bytes(b"")
-    request = ["calibrate", world.bundle, "--images", folder, "-o", world.out, "--json"]
-    outcome = run_cli(*request)
+    outcome = run_cli("calibrate", world.bundle, "--images", folder, "-o", world.out, "--json")
     assert outcome.code == 0
     assert "Skipped 1 unreadable file" in outcome.err
     assert sum(part["count"] for part in outcome.document["images"].values()) == 24
@@ -278,7 +288,7 @@ def test_a_manifest_of_the_first_format_is_still_read(world):
     with pytest.raises(PhregError, match=r"missing keys \['quantisation'\]"):
         Manifest.from_json(old | {"format": 2})
     folder = world.copy("bundle", manifest=json.dumps(old).encode())
-    calibrate(CalibrationRequest(folder, world.photos, smoothing=GIVEN, float_macs=0), world.out)
+    calibrate(folder, world.photos, world.out, smoothing=Smoothing(), float_macs=0)
     assert Bundle.read(world.out).manifest.to_json()["format"] == 3
 
 

@@ -1,4 +1,7 @@
-"""INT8 graphs of every family: which layers are found, that folding changes nothing, where Q/DQ go, what rounding gains."""
+"""INT8 graphs of every family: their linear layers, exact folding, the places of Q/DQ, and the gain of rounding."""
+
+import subprocess
+import sys
 
 import numpy as np
 import onnx
@@ -14,6 +17,7 @@ from phreg_deploy.errors import PhregError
 from phreg_deploy.onnx_graph.linears import find_linears
 from phreg_deploy.onnx_graph.session import open_session
 from phreg_deploy.quantisation import Smoothing, quantise_weight
+from tests.cli_helpers import photograph
 from tests.quantised_graphs import features, traced
 from tests.small_models import FAMILIES, VARIANTS
 
@@ -34,14 +38,14 @@ def initialisers(graph):
 
 def expected_layers(family):
     """Name -> (what feeds it, multiply-accumulates per token), from the timm model itself."""
-    found, fused = {}, {"q_proj": "qkv", "k_proj": "qkv", "v_proj": "qkv"}
+    layers, fused = {}, {"q_proj": "qkv", "k_proj": "qkv", "v_proj": "qkv"}
     for name, layer in traced(family).model.blocks.named_modules(prefix="blocks"):
         if isinstance(layer, nn.Linear):
             path, last = name.rsplit(".", 1)
             kind = LAST.get((family, last), {"proj": "value", "fc2": "hidden"}.get(last, "norm"))
             full = f"{path}.{fused.get(last, last)}"
-            found[full] = (kind, found.get(full, ("", 0))[1] + layer.weight.numel())
-    return found
+            layers[full] = (kind, layers.get(full, ("", 0))[1] + layer.weight.numel())
+    return layers
 
 
 @pytest.mark.parametrize("family", EVERY)
@@ -100,31 +104,31 @@ def test_pairs_stand_around_weight_products_and_nowhere_else(family, target):
 def test_both_targets_run_in_integer_kernels_and_agree(family):
     here = traced(family)
     plain = features(open_session(here.graph), here.images[0])
-    found = {}
+    answers = {}
     for target in ("cpu", "trt"):
         session, census = open_counted(here.eight_bits(target), here.names)
         assert sorted(census.integer) == sorted(here.names)
-        found[target] = features(session, here.images[0])
-    assert agreement(found["cpu"], plain).p1 > 0.999
+        answers[target] = features(session, here.images[0])
+    assert agreement(answers["cpu"], plain).p1 > 0.999
     # for TensorRT, steps are rounded up to what FP16 holds; .99969 for eva02-base since hidden units have headroom
-    assert agreement(found["trt"], found["cpu"]).minimum > 0.9996
+    assert agreement(answers["trt"], answers["cpu"]).minimum > 0.9996
 
 
 def test_a_layer_that_is_kept_stays_float_and_the_others_do_not():
-    here, kept = traced("dinov2"), "blocks.1.mlp.fc2"
-    graph = here.eight_bits("cpu", frozenset({kept}))
+    here, layer = traced("dinov2"), "blocks.1.mlp.fc2"
+    graph = here.eight_bits("cpu", frozenset({layer}))
     constants = initialisers(graph)
-    assert f"{kept}.int8" not in constants
-    assert list(constants[f"{kept}.bias_folded"].dims) == [48]
-    session, census = open_counted(graph, [n for n in here.names if n != kept])
+    assert f"{layer}.int8" not in constants
+    assert list(constants[f"{layer}.bias_folded"].dims) == [48]
+    session, census = open_counted(graph, [n for n in here.names if n != layer])
     assert len(census.integer) == len(here.names) - 1
     assert agreement(features(session, here.images[0]), features(open_session(here.graph), here.images[0])).p1 > 0.999
-    with pytest.raises(PhregError, match=rf"1 of 8 .* {kept}: its 8-bit weights are gone"):
+    with pytest.raises(PhregError, match=rf"1 of 8 .* {layer}: its 8-bit weights are gone"):
         open_counted(graph, here.names)
 
 
-def watched(graph, sources):
-    """A session of the graph that also gives ``sources``, and their names."""
+def open_with_outputs(graph, sources):
+    """A session of the graph that also outputs the tensors ``sources``."""
     copy = onnx.ModelProto()
     copy.CopyFrom(graph)
     copy.graph.output.extend(helper.make_tensor_value_info(s, TensorProto.FLOAT, None) for s in sources)
@@ -135,12 +139,12 @@ def watched(graph, sources):
 def test_streamed_ranges_are_those_of_the_tensors(family):
     here = traced(family)
     sources = sorted({n.source for n in here.linears})
-    session = watched(here.graph, sources)
-    seen = [session.run(sources, feed) for feed, _ in here.feeds]
+    session = open_with_outputs(here.graph, sources)
+    batches = [session.run(sources, feed) for feed, _ in here.feeds]
     first = int(here.model.cls_token is not None)
     assert here.model.num_prefix_tokens == first + 4
     for i, source in enumerate(sources):
-        rows = np.concatenate([values[i] for values in seen])  # (B, T, C)
+        rows = np.concatenate([values[i] for values in batches])  # (B, T, C)
         others = np.concatenate([rows[:, :first], rows[:, first + 4 :]], axis=1)
         for part, values in (("all", rows), ("others", others)):
             np.testing.assert_array_equal(here.ranges[source][part].low, values.min((0, 1)))
@@ -150,15 +154,15 @@ def test_streamed_ranges_are_those_of_the_tensors(family):
 
 def test_register_rows_are_left_out_of_hidden_ranges_alone():
     here = traced("augreg")
-    kept, left_out = (here.equalised(Smoothing(registers=r)).grids for r in (True, False))
-    differs = {n.kind for n in here.linears if kept[n.name].step != left_out[n.name].step}
+    included, left_out = (here.equalised(Smoothing(registers=r)).grids for r in (True, False))
+    differs = {n.kind for n in here.linears if included[n.name].step != left_out[n.name].step}
     assert differs == {"hidden"}
 
 
 def test_no_image_is_no_range():
     here = traced("augreg")
     with pytest.raises(PhregError, match="no image"):
-        ranges_module.observe(here.graph, here.linears, here.spec, [], lambda _count: None)
+        ranges_module.observe_ranges(here.graph, here.linears, here.spec, [], lambda _count: None)
 
 
 def test_moments_are_those_of_the_rounded_inputs_and_passes_do_not_matter(monkeypatch):
@@ -166,23 +170,25 @@ def test_moments_are_those_of_the_rounded_inputs_and_passes_do_not_matter(monkey
     source = here.linears[3].source
     sources = {n.source: here.equalised().weights[n.name].shape[0] for n in here.linears}
     tokens = here.model.num_prefix_tokens + 16
-    found, again, seen = {}, {}, []
-    rounding.observe_moments(here.graph, sources, tokens, here.feeds, lambda *_: seen.append(1), found.__setitem__)
-    assert len(seen) == len(sources)
+    moments, again, advances = {}, {}, []
+    rounding.observe_moments(
+        here.graph, sources, tokens, here.feeds, lambda *_: advances.append(1), moments.__setitem__
+    )
+    assert len(advances) == len(sources)
     grid = here.equalised().grids[here.linears[3].name]
-    rows = np.concatenate([watched(here.graph, [source]).run([source], feed)[0] for feed, _ in here.feeds])
+    rows = np.concatenate([open_with_outputs(here.graph, [source]).run([source], feed)[0] for feed, _ in here.feeds])
     rows = ((rows.reshape(-1, rows.shape[-1]) - grid.centre) / grid.smooth).astype(np.float64)
-    assert found[source].rows == len(rows)
+    assert moments[source].rows == len(rows)
     expected = rows.T @ rows / len(rows) + np.eye(rows.shape[1]) * grid.step**2 / 12
-    np.testing.assert_allclose(found[source].centred(grid), expected, rtol=1e-4, atol=1e-4 * np.abs(expected).max())
+    np.testing.assert_allclose(moments[source].centred(grid), expected, rtol=1e-4, atol=1e-4 * np.abs(expected).max())
     monkeypatch.setattr(rounding, "TOGETHER", 4 * max(sources.values()) ** 2)
     rounding.observe_moments(here.graph, sources, tokens, here.feeds, lambda *_: None, again.__setitem__)
     for name in sources:
-        np.testing.assert_allclose(again[name].square, found[name].square, rtol=1e-5, atol=1e-3)
+        np.testing.assert_allclose(again[name].square, moments[name].square, rtol=1e-5, atol=1e-3)
 
 
 def correlated(rows=3000, channels=150, outputs=24, rank=12, seed=0):
-    """Inputs of a few directions and a little noise, as features have, and a weight."""
+    """Inputs with a few directions and a little noise, like features; and a weight."""
     rng = np.random.default_rng(seed)
     x = rng.normal(size=(rows, rank)) @ rng.normal(size=(rank, channels)) + 0.1 * rng.normal(size=(rows, channels))
     return x, rng.normal(size=(channels, outputs)).astype(np.float32)
@@ -243,3 +249,26 @@ def test_a_graph_without_names_is_refused():
         node.name = f"node_{i}"
     with pytest.raises(PhregError, match=r"names no blocks.*older version\. Export it again"):
         find_linears(copy)
+
+
+DOOR = """
+import sys
+for name in ("onnx", "onnxruntime", "ml_dtypes"):
+    sys.modules[name] = None
+from pathlib import Path
+from phreg_deploy.calibration import calibrate
+from phreg_deploy.errors import BackendMissing
+folder = Path(sys.argv[1])
+try:
+    calibrate(folder, folder, folder / "out")
+except BackendMissing as error:
+    print(error)
+"""
+
+
+def test_the_door_opens_without_onnx_and_the_call_names_what_is_missing(tmp_path):
+    photograph(0, 64, 64).save(tmp_path / "0.png")
+    done = subprocess.run([sys.executable, "-c", DOOR, tmp_path], capture_output=True, text=True, check=False)
+    modules = "'ml_dtypes', 'onnx', 'onnxruntime'"
+    assert done.stdout.startswith(f"phreg_deploy.calibration needs the modules {modules}, which are"), done.stderr
+    assert 'pip install "phreg-deploy[calibration]"' in done.stdout

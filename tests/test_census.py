@@ -1,4 +1,4 @@
-"""The ways in which ONNX Runtime leaves 8-bit layers in float, brought about by hand: each must be an error that names layer and reason."""
+"""Graphs whose 8-bit layers ONNX Runtime leaves in float: each is an error that names the layer and the reason."""
 
 import copy
 
@@ -12,8 +12,10 @@ from phreg_deploy.errors import PhregError
 from phreg_deploy.onnx_graph.session import open_session
 from tests.quantised_graphs import features, traced
 
-LAYER = "blocks.1.attn.qkv"  # a layer norm feeds it: signed 8 bits
-UNIT = "blocks.1.mlp.fc2"  # hidden units feed it: a zero point
+# A layer norm feeds it: signed 8 bits.
+LAYER = "blocks.1.attn.qkv"
+# Hidden units feed it: a zero point.
+UNIT = "blocks.1.mlp.fc2"
 
 
 @pytest.fixture
@@ -82,12 +84,10 @@ def test_a_bias_of_one_axis_is_found_out(here):
     graph = flat_bias(here.eight_bits("cpu"), "blocks.1.mlp.fc1")
     with pytest.raises(PhregError) as error:
         open_counted(graph, here.names)
-    said = str(error.value)
-    assert said.startswith("census: 1 of 8 linear layers that were meant to run in 8 bits run in float")
-    assert (
-        "blocks.1.mlp.fc1: DequantizeLinear -> Gemm: MatMulAddFusion took the Add for a 1-D bias; it must be [1, 1, O]"
-        in said
-    )
+    message = str(error.value)
+    assert message.startswith("census: 1 of 8 linear layers that were meant to run in 8 bits run in float")
+    reason = "DequantizeLinear -> Gemm: MatMulAddFusion took the Add for a 1-D bias; it must be [1, 1, O]"
+    assert f"blocks.1.mlp.fc1: {reason}" in message
 
 
 def test_every_layer_that_is_lost_is_counted(here):
@@ -97,8 +97,8 @@ def test_every_layer_that_is_lost_is_counted(here):
 
 def test_one_signed_input_of_two_products_is_found_out(here):
     model = here.eight_bits("cpu")
-    session, found = open_counted(in_halves(model, LAYER, own=True), halves(here, LAYER))
-    assert {f"{LAYER}.0", f"{LAYER}.1"} < set(found.integer)
+    session, census = open_counted(in_halves(model, LAYER, own=True), halves(here, LAYER))
+    assert {f"{LAYER}.0", f"{LAYER}.1"} < set(census.integer)
     whole = features(open_session(model), here.images[0])
     np.testing.assert_allclose(features(session, here.images[0]), whole, atol=2e-2 * np.abs(whole).max())
     with pytest.raises(PhregError, match=rf"census: 2 of 9 .* {LAYER}\.0: DequantizeLinear -> MatMul"):
@@ -112,9 +112,9 @@ def test_the_reason_names_the_shared_input(here):
 
 @pytest.mark.parametrize("own", [True, False])
 def test_an_input_with_a_zero_point_may_be_shared(here, own):
-    """What is not lost is not reported: unsigned inputs stay in integer kernels either way."""
-    _, found = open_counted(in_halves(here.eight_bits("cpu"), UNIT, own), halves(here, UNIT))
-    assert len(found.integer) == 9
+    """Unsigned inputs stay in integer kernels either way."""
+    _, census = open_counted(in_halves(here.eight_bits("cpu"), UNIT, own), halves(here, UNIT))
+    assert len(census.integer) == 9
 
 
 def test_weights_that_are_gone_are_found_out(here):
@@ -122,16 +122,16 @@ def test_weights_that_are_gone_are_found_out(here):
         open_counted(here.graph, here.names)
 
 
-def test_only_what_was_meant_is_asked_for(here):
-    session, found = open_counted(here.graph, [])
-    assert (found.integer, found.floats) == ([], {})
+def test_no_expected_layer_is_no_error(here):
+    session, census = open_counted(here.graph, [])
+    assert (census.integer, census.floats) == ([], {})
     assert features(session, here.images[0]).shape == (4, 16, 48)
 
 
 def test_a_graph_that_was_not_optimized_has_no_integer_kernel(here):
-    found = count(here.eight_bits("cpu"), here.names)
-    assert found.integer == []
-    assert list(found.floats) == here.names
+    census = count(here.eight_bits("cpu"), here.names)
+    assert census.integer == []
+    assert list(census.floats) == here.names
 
 
 def test_a_graph_that_the_runtime_refuses_is_an_error_in_words(here):

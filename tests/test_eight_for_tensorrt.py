@@ -1,4 +1,4 @@
-"""What is written for TensorRT: FP8 grids, attention's products, a fused projection cut in three, scales that FP16 holds."""
+"""Graphs for TensorRT: FP8 grids, attention's products, a projection in three parts, scales that FP16 holds."""
 
 import ml_dtypes
 import numpy as np
@@ -8,12 +8,13 @@ import pytest
 from phreg_deploy.artifacts.measures import agreement
 from phreg_deploy.calibration.fp8 import E4M3, FP8, LARGEST, SOFTMAX_STEP, quantise_fp8, write_fp8
 from phreg_deploy.calibration.gptq import round_weight
-from phreg_deploy.calibration.ranges import watch
+from phreg_deploy.calibration.qdq import write_int8
+from phreg_deploy.calibration.ranges import observe_magnitudes
 from phreg_deploy.errors import PhregError
-from phreg_deploy.onnx_graph.linears import Wiring
 from phreg_deploy.onnx_graph.mixed_precision import narrow
 from phreg_deploy.onnx_graph.session import open_session
 from phreg_deploy.onnx_graph.split_qkv import split_projections
+from phreg_deploy.onnx_graph.wiring import Wiring
 from phreg_deploy.quantisation import halves
 from tests.quantised_graphs import features, traced
 
@@ -25,7 +26,11 @@ def answers(model, images):
 
 
 def largest(here):
-    return watch(here.graph, [({"image": images}, len(images)) for images in here.images], lambda _: None)
+    return observe_magnitudes(here.graph, [({"image": images}, len(images)) for images in here.images], lambda _: None)
+
+
+def written(here, mode):
+    return here.eight_bits("trt") if mode == "int8" else write_fp8(here.graph, here.linears, largest(here), set())
 
 
 def by_kind(model, kind):
@@ -58,9 +63,8 @@ def test_gptq_on_the_fp8_grid_is_closer_in_output_than_plain_rounding():
     inputs = rng.normal(size=(2000, 32)) @ rng.normal(size=(32, 32))
     weight = rng.normal(0, 0.1, (32, 16)).astype(np.float32)
     error = {}
-    for name, (values, steps) in {
-        "plain": quantise_fp8(weight), "gptq": round_weight(weight, inputs.T @ inputs / len(inputs), FP8),
-    }.items():  # fmt: skip
+    rounded = {"plain": quantise_fp8(weight), "gptq": round_weight(weight, inputs.T @ inputs / len(inputs), FP8)}
+    for name, (values, steps) in rounded.items():
         error[name] = np.linalg.norm(inputs @ (values.astype(np.float64) * steps - weight))
     assert error["gptq"] < 0.9 * error["plain"]
 
@@ -117,16 +121,16 @@ def test_a_tensor_without_a_range_is_said():
 @pytest.mark.parametrize("family", FAMILIES)
 def test_a_projection_in_parts_gives_the_same_numbers(family, mode):
     here = traced(family)
-    whole = here.eight_bits("trt") if mode == "int8" else write_fp8(here.graph, here.linears, largest(here), set())
+    whole = written(here, mode)
     before = answers(whole, here.images[0])
     splits = [n for n in by_kind(whole, "Split") if ".attn" in n.name and len(n.output) == 3]
-    parted = split_projections(whole)
-    onnx.checker.check_model(parted)
-    assert not [n for n in by_kind(parted, "Split") if ".attn" in n.name and len(n.output) == 3]
+    parts = split_projections(whole)
+    onnx.checker.check_model(parts)
+    assert not [n for n in by_kind(parts, "Split") if ".attn" in n.name and len(n.output) == 3]
     assert splits
-    names = {n.name for n in by_kind(parted, "MatMul")}
+    names = {n.name for n in by_kind(parts, "MatMul")}
     assert {f"blocks.{b}.attn.qkv.{part}/MatMul" for b in range(here.depth) for part in "qkv"} <= names
-    np.testing.assert_allclose(answers(parted, here.images[0]), before, atol=1e-4)
+    np.testing.assert_allclose(answers(parts, here.images[0]), before, atol=1e-4)
 
 
 def test_a_float_projection_is_left_whole():
@@ -137,9 +141,9 @@ def test_a_float_projection_is_left_whole():
 
 @pytest.mark.parametrize("mode", ["int8", "fp8"])
 def test_narrowing_moves_no_grid(mode):
-    """Every scale is the same number before and after, and no Cast stands between a DequantizeLinear and its product."""
+    """Every scale stays the same number, and no Cast stands between a DequantizeLinear and its product."""
     here = traced("augreg")
-    model = here.eight_bits("trt") if mode == "int8" else write_fp8(here.graph, here.linears, largest(here), set())
+    model = written(here, mode)
     scales = {n.name: Wiring(model).value(n.input[1]).astype(np.float64) for n in by_kind(model, "DequantizeLinear")}
     narrowed = narrow(model, "fp16", largest(here)).model
     wiring = Wiring(narrowed)
@@ -148,15 +152,9 @@ def test_narrowing_moves_no_grid(mode):
         assert {reader.op_type for reader in wiring.readers[node.output[0]]} == {"MatMul"}
 
 
-def test_one_input_is_quantized_once_for_all_its_readers_where_that_is_asked():
-    from phreg_deploy.calibration.qdq import write_int8
-
+def test_one_input_is_quantized_once_for_all_its_readers_with_share():
     here = traced("eva02-base")
-    counts = [
-        len(
-            by_kind(write_int8(here.graph, here.linears, here.equalised(), set(), "trt", share=share), "QuantizeLinear")
-        )
-        for share in (False, True)
-    ]
+    arguments = (here.graph, here.linears, here.equalised(), set(), "trt")
+    counts = [len(by_kind(write_int8(*arguments, share=share), "QuantizeLinear")) for share in (False, True)]
     assert counts[0] == len(here.linears)
     assert counts[1] == len({linear.source for linear in here.linears}) < counts[0]

@@ -1,4 +1,4 @@
-"""FP16 and BF16 graphs: what stays in FP32, what a Cast is for, and that the numbers are the format's own."""
+"""FP16 and BF16 graphs: the nodes that stay in FP32, the Casts, and the numbers."""
 
 import re
 
@@ -24,11 +24,11 @@ IMAGES = np.random.default_rng(3).integers(0, 256, (1, 64, 64, 3), dtype=np.uint
 
 @pytest.fixture(scope="module")
 def traced(torch):
-    """A traced model with what its tensors reach."""
+    """A traced model with the largest magnitudes of its tensors."""
     model = small("augreg")
-    found = trace(DenseViT(model, model_preprocess(model)), Sizes("fixed", ((64, 64),)), Batches.parse("1"))
-    found.observe(torch.from_numpy(IMAGES))
-    return found
+    graph = trace(DenseViT(model, model_preprocess(model)), Sizes("fixed", ((64, 64),)), Batches.parse("1"))
+    graph.observe(torch.from_numpy(IMAGES))
+    return graph
 
 
 @pytest.fixture(scope="module", name="torch")
@@ -54,9 +54,8 @@ def typed(model):
 
 def answers(model):
     options = onnxruntime.SessionOptions()
-    options.graph_optimization_level = (
-        onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
-    )  # or it would skip roundings to FP16
+    # Optimized, ONNX Runtime would skip roundings to FP16.
+    options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
     session = onnxruntime.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
     return dict(zip([o.name for o in session.get_outputs()], session.run(None, {"image": IMAGES})))
 
@@ -97,16 +96,15 @@ def test_an_overflow_that_would_be_infinite_is_served_from_its_island():
         signs = torch.tensor([1.0, -1.0]).repeat(24)  # a layer norm's outputs add up to nothing
         model.blocks[1].mlp.fc1.weight[:2] = 1.6e4 * torch.stack([signs, -signs])  # times 48 normalised inputs
         model.blocks[1].mlp.fc2.weight[:, :2] = 1e-6
-    found = trace(DenseViT(model, model_preprocess(model)), Sizes("fixed", ((64, 64),)), Batches.parse("1"))
-    found.observe(torch.from_numpy(IMAGES))
-    expected = answers(copy_of(found))["features"].reshape(1, -1, 48)
-    blind = narrow(copy_of(found), "fp16").model
+    graph = trace(DenseViT(model, model_preprocess(model)), Sizes("fixed", ((64, 64),)), Batches.parse("1"))
+    graph.observe(torch.from_numpy(IMAGES))
+    expected = answers(copy_of(graph))["features"].reshape(1, -1, 48)
+    blind = narrow(copy_of(graph), "fp16").model
     hidden = next(n for n in blind.graph.node if n.name == "blocks.1.mlp.fc1/Add").output[0]
-    blind.graph.output.append(
-        helper.make_tensor_value_info(hidden, TensorProto.FLOAT16, None)
-    )  # or it stays in FP32 unseen
+    # As an output, the tensor is really rounded to FP16.
+    blind.graph.output.append(helper.make_tensor_value_info(hidden, TensorProto.FLOAT16, None))
     assert np.isinf(answers(blind)[hidden]).any(), "without ranges the same graph overflows, or this test shows nothing"
-    got = answers(narrow(copy_of(found), "fp16", found.largest).model)["features"].reshape(1, -1, 48)
+    got = answers(narrow(copy_of(graph), "fp16", graph.largest).model)["features"].reshape(1, -1, 48)
     assert agreement(got.astype(np.float32), expected).p1 > 0.9999
 
 
@@ -114,10 +112,10 @@ def test_an_overflow_that_would_be_infinite_is_served_from_its_island():
 def test_what_a_user_keeps_stays_in_fp32(traced, pattern):
     narrowed = narrow(copy_of(traced), "fp16", traced.largest, [pattern])
     kinds = typed(narrowed.model)
-    kept = [n for n in narrowed.model.graph.node if re.search(pattern, n.name)]
-    assert kept
-    assert all(kinds[n.output[0]] == TensorProto.FLOAT for n in kept)
-    assert all(n.name in narrowed.islands for n in kept)
+    matching = [n for n in narrowed.model.graph.node if re.search(pattern, n.name)]
+    assert matching
+    assert all(kinds[n.output[0]] == TensorProto.FLOAT for n in matching)
+    assert all(n.name in narrowed.islands for n in matching)
 
 
 @pytest.mark.parametrize(
@@ -137,16 +135,15 @@ def test_every_name_that_torch_watched_and_more_has_a_range(traced):
     """Products before their bias have no name in torch; an infinite one would still be found."""
     products = [n.output[0] for n in traced.model.graph.node if n.op_type == "MatMul" and n.name.startswith("blocks.")]
     assert set(products) - set(traced.largest), "torch names them all now: the rule for Add can go"
-    huge = {
-        **traced.largest,
-        next(n for n in traced.model.graph.node if n.name == "blocks.0.mlp.fc1/Add").output[0]: 1e6,
-    }
+    add = next(n for n in traced.model.graph.node if n.name == "blocks.0.mlp.fc1/Add")
+    huge = {**traced.largest, add.output[0]: 1e6}
     assert "blocks.0.mlp.fc1/MatMul" in narrow(copy_of(traced), "fp16", huge).islands
 
 
 def test_quantised_inputs_take_the_type_of_what_feeds_and_of_what_reads_them():
     """Q in FP32 after an island, DQ in FP16 before a product, and no Cast between the two."""
-    constant = lambda name, value: numpy_helper.from_array(np.asarray(value), name)  # noqa: E731
+    values = {"step": np.float32(0.5), "zero": np.int8(0), "w8": np.ones((4, 3), np.int8), "wstep": np.float32(0.25)}
+    constants = [numpy_helper.from_array(np.asarray(value), name) for name, value in values.items()]
     nodes = [
         helper.make_node("Gelu", ["x"], ["g"], name="wide/Gelu"),
         helper.make_node("QuantizeLinear", ["g", "step", "zero"], ["q"], name="q"),
@@ -154,10 +151,9 @@ def test_quantised_inputs_take_the_type_of_what_feeds_and_of_what_reads_them():
         helper.make_node("DequantizeLinear", ["w8", "wstep", "zero"], ["w"], name="w"),
         helper.make_node("MatMul", ["d", "w"], ["features"], name="p/MatMul"),
     ]
-    graph = helper.make_graph(
-        nodes, "g", [helper.make_tensor_value_info("x", TensorProto.FLOAT, [2, 4])], [helper.make_tensor_value_info("features", TensorProto.FLOAT, [2, 3])],
-        [constant("step", np.float32(0.5)), constant("zero", np.int8(0)), constant("w8", np.ones((4, 3), np.int8)), constant("wstep", np.float32(0.25))],
-    )  # fmt: skip
+    source = helper.make_tensor_value_info("x", TensorProto.FLOAT, [2, 4])
+    output = helper.make_tensor_value_info("features", TensorProto.FLOAT, [2, 3])
+    graph = helper.make_graph(nodes, "g", [source], [output], constants)
     model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 20)])
     kinds = typed(narrow(model, "fp16", {"g": 1e6}).model)
     assert kinds["g"] == TensorProto.FLOAT
@@ -168,6 +164,6 @@ def test_quantised_inputs_take_the_type_of_what_feeds_and_of_what_reads_them():
 
 
 def test_float_tensors_are_the_floats(traced):
-    found = float_tensors(traced.model)
-    assert {"features", "token_norm", "blocks.0.attn.qkv.weight"} <= found
-    assert "image" not in found
+    names = float_tensors(traced.model)
+    assert {"features", "token_norm", "blocks.0.attn.qkv.weight"} <= names
+    assert "image" not in names

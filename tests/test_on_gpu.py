@@ -56,7 +56,7 @@ def folder(tmp_path_factory):
 @pytest.fixture(scope="session")
 def made(folder, student, bundle, photos, trt, gpu):
     """Bundles with their engines by precision and sizes, each made once: ``made("fp16")``, ``made("fp16", "wide")``."""
-    from phreg_deploy.calibration.calibrator import CalibrationRequest, calibrate
+    from phreg_deploy.calibration import calibrate
     from phreg_deploy.export.exporter import ExportRequest, export_bundle
 
     there = {}
@@ -70,7 +70,7 @@ def made(folder, student, bundle, photos, trt, gpu):
         if key not in there:
             target = folder / "-".join(key)
             if precision in ("int8", "fp8"):
-                calibrate(CalibrationRequest(bundle, photos, mode=precision, target="trt"), target)
+                calibrate(bundle, photos, target, mode=precision, target="trt")
             else:
                 shape = {"image_size": "48:64:96", "batch": "1:2:4"} if sizes == "wide" else {}
                 export_bundle(ExportRequest(str(student), precision=precision, **shape), target)

@@ -120,11 +120,11 @@ def test_an_eight_bit_layer_that_runs_in_float_is_an_error(eight, run_cli, monke
 
 @exact_kernels
 def test_layers_that_were_left_in_float_may_be(bundle, photos, tmp_path):
-    from phreg_deploy.calibration.calibrator import CalibrationRequest, calibrate
+    from phreg_deploy.calibration import calibrate
     from phreg_deploy.quantisation import Smoothing
 
-    request = CalibrationRequest(bundle, photos, cosine_p1=0.999999, float_macs=0.06, smoothing=Smoothing())
-    kept = calibrate(request, tmp_path / "eight", force=True)["float_layers"]
+    settings = {"cosine_p1": 0.999999, "float_macs": 0.06, "smoothing": Smoothing()}
+    kept = calibrate(bundle, photos, tmp_path / "eight", **settings, force=True).float_layers
     assert kept
     opened = open_backend(Bundle.read(tmp_path / "eight"), "openvino", BackendOptions(1, "fp32"))
     assert backend_module.census(opened._model)[1] == set(kept)

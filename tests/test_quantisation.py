@@ -1,4 +1,4 @@
-"""Where inputs and weights go on eight bits: the arithmetic that ``calibrate`` and INT8-aware distillation share."""
+"""The grids of inputs and weights in 8 bits, which ``calibrate`` and INT8-aware distillation share."""
 
 import numpy as np
 import pytest
@@ -22,41 +22,43 @@ def steps_of(grid: Grid, x: np.ndarray) -> np.ndarray:
 
 
 def fills(low, high) -> bool:
-    """Nothing that was seen is clipped, and little of the grid is left for what was not."""
+    """Whether nothing observed is clipped and at most a fifth of the grid is left over."""
     return 127 / 1.25 < np.abs([low, high]).max() <= 127.001
 
 
 @pytest.mark.parametrize("smoothing", [Smoothing(), PLAIN, Smoothing(0.0, 0.0, 0.0), Smoothing(1.0, 1.0, 1.0)])
 def test_the_output_of_a_norm_is_centred_and_symmetric(smoothing):
-    found = spread()
-    grid = make_grid(found, "norm", smoothing)
+    observed = spread()
+    grid = make_grid(observed, "norm", smoothing)
     assert grid.symmetric
     assert grid.zero == 128
-    np.testing.assert_allclose(grid.centre, (found.low + found.high) / 2, rtol=1e-6)
-    low, high = steps_of(grid, found.low), steps_of(grid, found.high)
+    np.testing.assert_allclose(grid.centre, (observed.low + observed.high) / 2, rtol=1e-6)
+    low, high = steps_of(grid, observed.low), steps_of(grid, observed.high)
     np.testing.assert_allclose(low, -high, rtol=1e-4, atol=1e-3)
     assert fills(low, high)
 
 
 def test_values_are_centred_only_where_their_scale_can_be_folded():
-    found = spread(1)
-    assert np.any(make_grid(found, "value", Smoothing()).centre != 0)
-    grid = make_grid(found, "value", PLAIN)
+    observed = spread(1)
+    assert np.any(make_grid(observed, "value", Smoothing()).centre != 0)
+    grid = make_grid(observed, "value", PLAIN)
     assert not grid.centre.any()
     assert (grid.smooth == 1).all()
     assert grid.symmetric
-    assert fills(steps_of(grid, found.low), steps_of(grid, found.high))
+    assert fills(steps_of(grid, observed.low), steps_of(grid, observed.high))
 
 
 @pytest.mark.parametrize("alpha", [None, 0.0, 0.5, 0.8, 1.0])
 @pytest.mark.parametrize("seed", range(4))
 def test_hidden_units_keep_zero_as_a_grid_point(alpha, seed):
-    found = Range(np.full(8, -0.17, np.float32), np.exp(np.random.default_rng(seed).normal(0, 2, 8)).astype(np.float32))
-    grid = make_grid(found, "hidden", Smoothing(hidden=alpha))
+    observed = Range(
+        np.full(8, -0.17, np.float32), np.exp(np.random.default_rng(seed).normal(0, 2, 8)).astype(np.float32)
+    )
+    grid = make_grid(observed, "hidden", Smoothing(hidden=alpha))
     assert not grid.centre.any()
     assert isinstance(grid.zero, int)
     assert 0 <= grid.zero <= 255
-    low, high = steps_of(grid, found.low) + grid.zero, steps_of(grid, found.high) + grid.zero
+    low, high = steps_of(grid, observed.low) + grid.zero, steps_of(grid, observed.high) + grid.zero
     assert low.min() >= -0.501, "the zero point was rounded by half a step at most"
     assert high.max() <= 255.501
     assert max(high.max() - low.min(), 0) == pytest.approx(255, abs=1e-3)
@@ -72,14 +74,14 @@ def test_zero_is_on_the_grid_where_hidden_units_never_reach_it(low, high, zero):
 @pytest.mark.parametrize("kind", ["norm", "value", "hidden"])
 @pytest.mark.parametrize("alpha", [None, 0.8, 1.0])
 def test_dead_channels_divide_nothing_by_zero(kind, alpha):
-    found = spread(2)
-    found.low[:4] = found.high[:4] = 0
-    found.low[4] = found.high[4] = 7.5  # a constant: nothing is left of it once it is centred
-    grid = make_grid(found, kind, Smoothing(alpha, alpha, alpha))
+    observed = spread(2)
+    observed.low[:4] = observed.high[:4] = 0
+    observed.low[4] = observed.high[4] = 7.5  # a constant: nothing is left of it once it is centred
+    grid = make_grid(observed, kind, Smoothing(alpha, alpha, alpha))
     assert np.isfinite(grid.smooth).all()
     assert (grid.smooth > 0).all()
     assert grid.step > 0
-    assert np.isfinite(steps_of(grid, found.high)).all()
+    assert np.isfinite(steps_of(grid, observed.high)).all()
     dead = make_grid(Range(np.zeros(4, np.float32), np.zeros(4, np.float32)), kind, Smoothing(alpha, alpha, alpha))
     assert dead.step > 0
     assert dead.step <= LEAST
@@ -88,15 +90,15 @@ def test_dead_channels_divide_nothing_by_zero(kind, alpha):
 
 @pytest.mark.parametrize("kind", ["norm", "value", "hidden"])
 def test_smoothing_evens_out_channels_and_changes_no_overall_scale(kind):
-    found = spread(3)
-    size = np.maximum(np.abs(found.low), np.abs(found.high))
+    observed = spread(3)
+    size = np.maximum(np.abs(observed.low), np.abs(observed.high))
     floored = size < HEADROOM * np.median(size) if kind == "hidden" else np.zeros(len(size), bool)
-    assert floored.any() == (kind == "hidden"), "hidden units that were seen small have room above what was seen"
+    assert floored.any() == (kind == "hidden"), "hidden units with small observed values get headroom"
     widths = []
     for alpha in (0.0, 0.5, 1.0):
-        grid = make_grid(found, kind, Smoothing(alpha, alpha, alpha))
+        grid = make_grid(observed, kind, Smoothing(alpha, alpha, alpha))
         assert np.log(grid.smooth).mean() == pytest.approx(0, abs=1e-5)
-        reach = np.maximum(np.abs(steps_of(grid, found.low)), np.abs(steps_of(grid, found.high)))
+        reach = np.maximum(np.abs(steps_of(grid, observed.low)), np.abs(steps_of(grid, observed.high)))
         widths.append(reach[~floored].max() / reach[~floored].min())
         assert (reach[floored] < reach[~floored].min() * (1 + 1e-6)).all() or alpha < 1
     assert widths[0] > widths[1] > widths[2]

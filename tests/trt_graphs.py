@@ -9,16 +9,17 @@ import onnx
 from phreg_deploy.bundle.profiles import profiles_of
 from phreg_deploy.calibration.calibrator import FP8_SMOOTHING
 from phreg_deploy.calibration.fp8 import FUSED_FROM
-from phreg_deploy.calibration.ranges import Ranges, observe, watch
+from phreg_deploy.calibration.ranges import Ranges, observe_magnitudes, observe_ranges
 from phreg_deploy.calibration.search import Search
 from phreg_deploy.export.dense_vit import DenseViT
 from phreg_deploy.export.folding import patch_positions
 from phreg_deploy.export.trace import trace
 from phreg_deploy.models.loading import model_preprocess, model_spec
 from phreg_deploy.models.registers import add_registers
-from phreg_deploy.onnx_graph.linears import Linear, Wiring, find_linears
+from phreg_deploy.onnx_graph.linears import Linear, find_linears
 from phreg_deploy.onnx_graph.mixed_precision import narrow
 from phreg_deploy.onnx_graph.split_qkv import split_projections
+from phreg_deploy.onnx_graph.wiring import Wiring
 from phreg_deploy.quantisation import Smoothing
 from phreg_deploy.spec import Batches, Sizes
 from tests import nvidia
@@ -78,8 +79,8 @@ class Graphs:
         feeds = [({"image": picture, **positions}, 1) for picture in pictures]
         silent = lambda _count: None  # noqa: E731
         self.linears: list[Linear] = find_linears(self.graph)
-        self.ranges: Ranges = observe(self.graph, self.linears, spec, feeds, silent)
-        self.largest = watch(self.graph, feeds, silent)
+        self.ranges: Ranges = observe_ranges(self.graph, self.linears, spec, feeds, silent)
+        self.largest = observe_magnitudes(self.graph, feeds, silent)
 
     def write(self, precision: str, *, split: bool = True, tokens: int = FUSED_FROM) -> onnx.ModelProto:
         """The graph as ``export`` or ``calibrate --target trt`` write it."""

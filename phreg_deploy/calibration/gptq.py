@@ -1,26 +1,32 @@
-"""Weights rounded so that the errors of one input channel are made good by the channels after it.
+"""Round weights by GPTQ (arXiv 2210.17323): later input channels compensate the rounding errors of earlier ones.
 
-GPTQ (arXiv 2210.17323) on the grid of ``quantisation.quantise_weight``, with the second moments of the calibration
-images' inputs and, on their diagonal, the noise that the inputs' own rounding adds. C input channels, O output channels.
+The grid is that of ``quantisation.quantise_weight``. The second moments are those of the layer's inputs on the
+calibration images, with the noise of the inputs' own rounding added to the diagonal.
+C input channels, O output channels.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import onnx
 from onnx import ModelProto, TensorProto, helper, numpy_helper
 
+from phreg_deploy.calibration.images import Feeds
+from phreg_deploy.calibration.smoothing import Equalised
 from phreg_deploy.onnx_graph.linears import Linear, by_source
 from phreg_deploy.onnx_graph.session import open_session
+from phreg_deploy.progress import Advance
 from phreg_deploy.quantisation import WEIGHT_STEPS, Grid, quantise_weight
 
-ROWS = 32768  # token rows that moments are taken over: ten per channel of a hidden layer of 3072
-TOGETHER = 128 * 2**20  # bytes of moments per pass over the images; large models take several passes
-DAMPING = 0.01  # of the mean second moment, as in the paper
+# Token rows that moments are taken over: ten per channel of a hidden layer of 3072.
+ROWS = 32768
+# Bytes of moments per pass over the images; large models take several passes.
+TOGETHER = 128 * 2**20
+# Share of the mean second moment that is added to the diagonal, as in the paper.
+DAMPING = 0.01
 BLOCK = 128
 
 
@@ -43,10 +49,16 @@ class Moments:
 
 
 def observe_moments(
-    model: ModelProto, sources: dict[str, int], tokens: int, feeds: list[tuple[dict[str, np.ndarray], int]],
-    advance: Callable[..., None], done: Callable[[str, Moments], None],
-) -> None:  # fmt: skip
-    """Second moments of inputs, handed to ``done`` source by source; at most ``TOGETHER`` bytes of them at a time.
+    model: ModelProto,
+    sources: dict[str, int],
+    tokens: int,
+    feeds: Feeds,
+    advance: Advance,
+    done: Callable[[str, Moments], None],
+) -> None:
+    """Compute second moments of inputs and pass them to ``done``, input by input.
+
+    At most ``TOGETHER`` bytes of moments are in memory.
 
     Args:
         sources: input tensor -> C. tokens: rows per image.
@@ -59,23 +71,23 @@ def observe_moments(
             now.append(waiting.pop(0))
         session = open_session(_instrumented(model, now, sources))
         wanted = [f"{kind}/{source}" for source in now for kind in ("square", "total")]
-        found = {s: Moments(np.zeros((sources[s], sources[s]), np.float32), np.zeros(sources[s]), 0) for s in now}
+        moments = {s: Moments(np.zeros((sources[s], sources[s]), np.float32), np.zeros(sources[s]), 0) for s in now}
         for feed, _ in used:
             values = dict(zip(wanted, session.run(wanted, feed)))
             for source in now:
-                found[source].square += values[f"square/{source}"]
-                found[source].total += values[f"total/{source}"]
-                found[source].rows += tokens * len(feed["image"])
+                moments[source].square += values[f"square/{source}"]
+                moments[source].total += values[f"total/{source}"]
+                moments[source].rows += tokens * len(feed["image"])
         del session
         for source in now:
-            done(source, found.pop(source))
+            done(source, moments.pop(source))
             advance(1)
 
 
 def _instrumented(model: ModelProto, sources: list[str], widths: dict[str, int]) -> ModelProto:
-    watched = onnx.ModelProto()
-    watched.CopyFrom(model)
-    graph = watched.graph
+    instrumented = onnx.ModelProto()
+    instrumented.CopyFrom(model)
+    graph = instrumented.graph
     del graph.output[:]
     graph.initializer.append(numpy_helper.from_array(np.array([0], np.int64), "moments/axis"))
     for source in sources:
@@ -86,12 +98,15 @@ def _instrumented(model: ModelProto, sources: list[str], widths: dict[str, int])
         graph.node.append(helper.make_node("ReduceSum", [flat, "moments/axis"], [f"total/{source}"], keepdims=0))
         for kind in ("square", "total"):
             graph.output.append(helper.make_tensor_value_info(f"{kind}/{source}", TensorProto.FLOAT, None))
-    return watched
+    return instrumented
 
 
 @dataclass(frozen=True)
 class Format:
-    """A grid for weights: ``plain`` rounds ``(C, O)`` to 8-bit values and steps ``(O,)``, ``nearest`` rounds w / step to values."""
+    """A grid for weights.
+
+    ``plain`` rounds weights ``(C, O)`` to 8-bit values and steps ``(O,)``; ``nearest`` rounds w / step to values.
+    """
 
     plain: Callable[[np.ndarray], tuple[np.ndarray, np.ndarray]]
     nearest: Callable[[np.ndarray], np.ndarray]
@@ -101,19 +116,22 @@ INT8 = Format(quantise_weight, lambda scaled: np.clip(np.round(scaled), -WEIGHT_
 
 
 def round_weight(weight: np.ndarray, moments: np.ndarray, form: Format = INT8) -> tuple[np.ndarray, np.ndarray]:
-    """``(C, O)`` and the moments ``(C, C)`` of its input -> 8-bit values ``(C, O)`` and steps ``(O,)``.
+    """Round a weight ``(C, O)`` with the moments ``(C, C)`` of its input.
 
-    Falls back to plain rounding where the moments cannot be inverted.
+    Returns:
+        8-bit values ``(C, O)`` and steps ``(O,)``; those of plain rounding if the moments cannot be inverted.
     """
     plain, steps = form.plain(weight)
     size = len(moments)
     damped = moments.astype(np.float64)
     damped[np.diag_indices(size)] += DAMPING * max(float(np.trace(moments)) / size, 1e-12)
     try:
-        factor = np.linalg.cholesky(np.linalg.inv(damped)).T  # upper, inverse = factor^T factor
+        # Upper triangular: inverse = factor^T factor.
+        factor = np.linalg.cholesky(np.linalg.inv(damped)).T
     except np.linalg.LinAlgError:
         return plain, steps
-    if not np.isfinite(factor).all():  # of NaN, numpy's factor is NaN and no error
+    # For a matrix with NaN, numpy returns a factor of NaN and raises nothing.
+    if not np.isfinite(factor).all():
         return plain, steps
     left, values = weight.astype(np.float64), np.empty_like(plain)
     for start in range(0, size, BLOCK):
@@ -130,13 +148,13 @@ def round_weight(weight: np.ndarray, moments: np.ndarray, form: Format = INT8) -
 def round_all(
     model: ModelProto,
     linears: list[Linear],
-    equalised: Any,
+    equalised: Equalised,
     tokens: int,
-    feeds: Any,
-    advance: Callable[..., None],
+    feeds: Feeds,
+    advance: Advance,
     form: Format = INT8,
 ) -> None:
-    """Replace the 8-bit weights of ``equalised`` by ones rounded on the calibration images."""
+    """Round the 8-bit weights of ``equalised`` on the calibration images, in place."""
     groups = by_source(linears)
     sources = {source: equalised.weights[group[0].name].shape[0] for source, group in groups.items()}
 

@@ -1,4 +1,4 @@
-"""Which photographs do what: ranges, choices and the report share no image."""
+"""Share out the photographs between ranges, choices and the report: no image serves two of them."""
 
 from __future__ import annotations
 
@@ -14,19 +14,23 @@ from phreg_deploy.errors import PhregError
 from phreg_deploy.images.photographs import Photographs, read_photographs
 from phreg_deploy.runtime.features import FeatureExtractor
 
-RANGED, CHOSEN, REPORTED = 65536, 8192, 16384  # patches that are enough: larger inputs need fewer images
-CALIBRATE, SELECT, REPORT = (64, 256), (8, 32), (16, 64)  # images, whatever their size: at least, at most
-LEAST = 8  # images in all
+# Batches of graph inputs, and how many images of each count.
+Feeds = list[tuple[dict[str, np.ndarray], int]]
+
+# Each share: the patches that are enough, and the least and most images. Larger inputs need fewer images.
+CALIBRATE, SELECT, REPORT = (65536, 64, 256), (8192, 8, 32), (16384, 16, 64)
+# Least number of different images in all.
+LEAST = 8
 
 
 @dataclass(frozen=True)
 class Shares:
-    """Disjoint sets of images, by the sha256 of their files."""
+    """Disjoint sets of images, by the sha256 of their files; ``tokens``: per image."""
 
     calibrate: Photographs
     select: Photographs
     report: Photographs
-    tokens: int  # per image
+    tokens: int
 
     def to_json(self) -> dict[str, Any]:
         parts = {"calibrate": self.calibrate, "select": self.select, "report": self.report}
@@ -36,41 +40,43 @@ class Shares:
 
 
 def split_images(folder: Path, manifest: Manifest, say: Callable[[str], None]) -> Shares:
-    """Up to 256 images for ranges, 32 for choices and 64 for the report; of few images, a quarter for each of the latter.
+    """Take up to 256 images for ranges, 32 for choices and 64 for the report.
 
-    Which image goes where is decided by its digest alone, and copies of one image count once.
+    Choices and report get at most a quarter of the images each. The digest of an image alone decides its share, and
+    copies of one image count once.
 
     Raises:
         PhregError: fewer than 8 different images.
     """
     size, patch = manifest.sizes.default, manifest.model.patch
     grid = (size[0] // patch[0]) * (size[1] // patch[1])
-    ranged, chosen, reported = (
-        min(most, max(least, patches // grid))
-        for patches, (least, most) in ((RANGED, CALIBRATE), (CHOSEN, SELECT), (REPORTED, REPORT))
+    calibrate, select, report = (
+        min(most, max(least, patches // grid)) for patches, least, most in (CALIBRATE, SELECT, REPORT)
     )
-    found = read_photographs(folder, size, manifest.preprocess, ranged + chosen + reported, say=say, spread=True)
-    first = {digest: i for i, digest in reversed(list(enumerate(found.digests)))}
+    most = calibrate + select + report
+    photographs = read_photographs(folder, size, manifest.preprocess, most, say=say, spread=True)
+    first = {digest: i for i, digest in reversed(list(enumerate(photographs.digests)))}
     order = [first[digest] for digest in sorted(first)]
     if len(order) < LEAST:
         raise PhregError(
-            f"images: {folder} holds {len(order)} different images that can be read, expected at least {LEAST}: they are shared out "
-            "between ranges, choices and the report."
+            f"images: {folder} holds {len(order)} different images that can be read, expected at least {LEAST}: they "
+            "are shared out between ranges, choices and the report."
         )
     quarter = len(order) // 4
-    ends = (-min(chosen, quarter) - min(reported, quarter), -min(reported, quarter))
+    reported = len(order) - min(report, quarter)
+    selected = reported - min(select, quarter)
     return Shares(
-        found.subset(order[: ends[0]]),
-        found.subset(order[ends[0] : ends[1]]),
-        found.subset(order[ends[1] :]),
+        photographs.subset(order[:selected]),
+        photographs.subset(order[selected:reported]),
+        photographs.subset(order[reported:]),
         grid + manifest.model.prefix_tokens,
     )
 
 
 def feeds(extractor: FeatureExtractor, photographs: Photographs) -> Iterator[tuple[dict[str, np.ndarray], int]]:
-    """The graph's inputs, as many images at a time as the bundle serves best, and how many of them count.
+    """Yield graph inputs in the bundle's best batch size, each with the number of images that count.
 
-    Where a last batch is smaller than the bundle serves, it is filled up with its own last image.
+    A last batch that is smaller than the bundle serves is filled up with copies of its last image.
     """
     lowest, best = extractor.manifest.batches.lowest, extractor.manifest.batches.best
     for start in range(0, len(photographs), best):

@@ -1,4 +1,4 @@
-"""Counts the integer kernels of an optimized graph: what was meant to run in 8 bits, and does not, is an error."""
+"""Count the integer kernels of an optimized graph, and name each 8-bit layer that runs in float, with the reason."""
 
 from __future__ import annotations
 
@@ -11,49 +11,51 @@ import onnx
 from onnx import ModelProto
 
 from phreg_deploy.errors import PhregError
-from phreg_deploy.onnx_graph.linears import Wiring
 from phreg_deploy.onnx_graph.session import open_session
+from phreg_deploy.onnx_graph.wiring import Wiring
 
-UNSIGNED = (
-    "_s8_2_u8"  # what ONNX Runtime appends to the name of weights that it made unsigned, see ``instructions.EXACT``
-)
+# ONNX Runtime appends this to the name of weights that it made unsigned; see ``instructions.EXACT``.
+UNSIGNED = "_s8_2_u8"
 INTEGER = ("MatMulIntegerToFloat", "MatMulInteger", "QLinearMatMul", "QGemm", "DynamicQuantizeMatMul")
 
 
 @dataclass(frozen=True)
 class Census:
-    """``integer``: linear layers that an integer kernel computes; ``floats``: the others, with the reason in words."""
+    """``integer``: linear layers that an integer kernel computes; ``floats``: the others, with the reason."""
 
     integer: list[str]
     floats: dict[str, str]
 
 
-def open_counted(model: ModelProto, meant: list[str]) -> tuple[Any, Census]:
-    """A session of ``model``, and the census of its graph after ONNX Runtime's own optimization.
+def open_counted(model: ModelProto, expected: list[str]) -> tuple[Any, Census]:
+    """Open a session of ``model``, and count the kernels of the graph that ONNX Runtime optimized.
 
     Raises:
-        PhregError: a layer of ``meant`` runs in float, with the reason.
+        PhregError: a layer of ``expected`` runs in float; the message says why.
     """
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "optimized.onnx"
         session = open_session(model, path)
-        found = count(onnx.load(path), meant)
-    if found.floats:
-        name, reason = next(iter(found.floats.items()))
+        census = count(onnx.load(path), expected)
+    if census.floats:
+        name, reason = next(iter(census.floats.items()))
         raise PhregError(
-            f"census: {len(found.floats)} of {len(meant)} linear layers that were meant to run in 8 bits run in float, e.g. {name}: {reason}."
+            f"census: {len(census.floats)} of {len(expected)} linear layers that were meant to run in 8 bits run in "
+            f"float, e.g. {name}: {reason}."
         )
-    return session, found
+    return session, census
 
 
-def count(optimized: ModelProto, meant: list[str]) -> Census:
-    """The census of an optimized graph. ``meant``: names of the layers whose weights are ``NAME.int8``.
+def count(optimized: ModelProto, expected: list[str]) -> Census:
+    """Count the integer kernels of an optimized graph.
 
-    On x86 without VNNI their name is ``NAME.int8_s8_2_u8`` once they have been made unsigned.
+    Args:
+        expected: names of the layers whose weights are ``NAME.int8``. On x86 without VNNI, ONNX Runtime renames them to
+            ``NAME.int8_s8_2_u8`` when it makes them unsigned.
     """
     wiring = Wiring(optimized)
     integer, floats = [], {}
-    for name in meant:
+    for name in expected:
         readers = wiring.readers.get(f"{name}.int8", wiring.readers.get(f"{name}.int8{UNSIGNED}", []))
         if any(r.op_type in INTEGER for r in readers):
             integer.append(name)
@@ -65,26 +67,27 @@ def count(optimized: ModelProto, meant: list[str]) -> Census:
 
 
 def _reason(reader: Any, wiring: Wiring) -> str:
-    """What became of weights that a DequantizeLinear still reads."""
+    """Why no integer kernel computes a layer whose weights a DequantizeLinear still reads."""
     path = [reader.op_type]
     while path[-1] not in ("Gemm", "MatMul", "FusedMatMul", "FusedGemm") and reader.output and len(path) < 5:
         following = wiring.readers.get(reader.output[0], [])
         if not following:
             break
         if len(following) > 1:
-            return f"one {path[-1]} feeds {len(following)} operators, so that it is fused into none; give each MatMul its own"
+            shared = f"one {path[-1]} feeds {len(following)} operators"
+            return f"{shared}, and is fused into none of them; give each MatMul its own"
         reader = following[0]
         path.append(reader.op_type)
     if path[-1] in ("Gemm", "FusedGemm"):
         return f"{' -> '.join(path)}: MatMulAddFusion took the Add for a 1-D bias; it must be [1, 1, O]"
-    source = (
-        wiring.producer.get(reader.input[0]) if reader.op_type == "MatMul" else None
-    )  # the input's DequantizeLinear
-    shared = 0 if source is None or source.op_type != "DequantizeLinear" else _products(source.input[0], wiring)
-    if shared > 1:
-        return f"{' -> '.join(path)}: one 8-bit input feeds {shared} layers; give each a QuantizeLinear and a DequantizeLinear of its own"
+    source = wiring.producer.get(reader.input[0]) if reader.op_type == "MatMul" else None
+    layers = 0 if source is None or source.op_type != "DequantizeLinear" else _products(source.input[0], wiring)
+    if layers > 1:
+        advice = "give each a QuantizeLinear and a DequantizeLinear of its own"
+        return f"{' -> '.join(path)}: one 8-bit input feeds {layers} layers; {advice}"
     return f"{' -> '.join(path)}: no integer kernel was chosen"
 
 
 def _products(quantised: str, wiring: Wiring) -> int:
+    """How many operators read an 8-bit tensor through their DequantizeLinears."""
     return sum(len(wiring.readers.get(reader.output[0], [])) for reader in wiring.readers.get(quantised, []))

@@ -1,41 +1,48 @@
-"""What to smooth and what to leave in float, decided by the features that come out at the end."""
+"""Choose the smoothing and the layers that stay in float, by the features at the end of the network."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
+from onnx import ModelProto
 
 from phreg_deploy.calibration.fp8 import E4M3, FP8, FUSED_FROM, write_fp8
 from phreg_deploy.calibration.gptq import INT8, round_all
+from phreg_deploy.calibration.images import Feeds
 from phreg_deploy.calibration.kernels import open_counted
 from phreg_deploy.calibration.qdq import write_int8
 from phreg_deploy.calibration.ranges import Ranges
+from phreg_deploy.calibration.report import FallbackStep, Sensitivity, Trial
 from phreg_deploy.calibration.smoothing import Equalised, equalise
-from phreg_deploy.onnx_graph.linears import Linear, Wiring, find_linears
+from phreg_deploy.onnx_graph.linears import Linear, find_linears
 from phreg_deploy.onnx_graph.session import open_session
+from phreg_deploy.onnx_graph.wiring import Wiring
+from phreg_deploy.progress import Advance
 from phreg_deploy.quantisation import WEIGHT_STEPS, Smoothing
 from phreg_deploy.runtime.parity import Parity, ParityAccumulator
 
-Feeds = list[tuple[dict[str, np.ndarray], int]]
-CANDIDATES = (
-    {"norm": 0.65},
-    {"norm": 0.95},
+CANDIDATES: tuple[dict[str, Any], ...] = (
+    {"norm": 0.65, "value": 0.65},
+    {"norm": 0.95, "value": 0.95},
     {"hidden": 0.65},
     {"hidden": 0.95},
     {"hidden": None},
     {"registers": False},
 )
-WORTH = 0.98  # a candidate replaces what is there when it leaves at most this share of 1 - p1: less is noise
-MARGIN = 0.95  # the same for the bar, so that other images than the ones chosen on pass it too
-PATCHES = 3136  # that a layer's sensitivity is taken on: 16 images of 14 x 14, at least two of any size
+# A candidate is taken if it leaves at most this share of 1 - p1; a smaller gain is noise.
+WORTH = 0.98
+# The search must leave at most this share of the bar's 1 - p1, so that the report's images pass the bar too.
+MARGIN = 0.95
+# Patches on which a layer's sensitivity is measured: 16 images of 14 x 14. At least two images of any size are used.
+PATCHES = 3136
 
 
 @dataclass
 class EvalSet:
-    """Images with the float graph's answers to them."""
+    """Images, and the float graph's answers to them."""
 
     feeds: Feeds
     answers: list[dict[str, np.ndarray]]
@@ -48,119 +55,133 @@ class EvalSet:
         return sum(count for _, count in self.feeds)
 
 
-def answer(session: Any, feed: dict[str, np.ndarray], count: int) -> dict[str, np.ndarray]:
+def run_session(session: Any, feed: dict[str, np.ndarray], count: int) -> dict[str, np.ndarray]:
+    """The outputs of a session by name, for the first ``count`` images of ``feed``."""
     names = [output.name for output in session.get_outputs()]
     return {name: value[:count] for name, value in zip(names, session.run(names, feed))}
 
 
+def compare(session: Any, images: EvalSet, median: float | None) -> Parity:
+    """Compare a session's answers with the float graph's; ``median``: the base model's median token norm."""
+    accumulator = ParityAccumulator(median)
+    for (feed, count), expected in zip(images.feeds, images.answers):
+        accumulator.add(run_session(session, feed, count), expected)
+    return accumulator.parity()
+
+
+@dataclass
 class Search:
     """Quantised graphs of one model, scored on the same images.
 
-    ``score`` builds a graph, counts its integer kernels (``census``) and compares its features with the float graph's.
+    ``median``: the base model's median token norm. ``largest``: tensor -> its largest magnitude, for FP8. ``tokens``:
+    of the smallest image that is served; with fewer than ``FUSED_FROM``, FP8 attention is slower than FP16's.
     """
 
-    def __init__(
-        self, wiring: Wiring, linears: list[Linear], ranges: Ranges, target: str, median: float | None, scene: EvalSet,
-        mode: str = "int8", largest: dict[str, float] | None = None, tokens: int = FUSED_FROM,
-    ) -> None:  # fmt: skip
-        self.wiring, self.linears, self.ranges, self.target = wiring, linears, ranges, target
-        self.median, self.scene, self.mode, self.largest = median, scene, mode, largest or {}
-        self.attention = (
-            tokens >= FUSED_FROM
-        )  # of the smallest size that is served: FP8 attention that is not fused only costs
-        self._known: tuple[Smoothing, Equalised] | None = None
+    wiring: Wiring
+    linears: list[Linear]
+    ranges: Ranges
+    target: str
+    median: float | None
+    images: EvalSet
+    mode: str = "int8"
+    largest: dict[str, float] = field(default_factory=dict)
+    tokens: int = FUSED_FROM
+    _equalised: tuple[Smoothing, Equalised] | None = field(default=None, init=False)
+
+    @property
+    def size(self) -> int:
+        """Multiply-accumulates of all linear layers per token."""
+        return sum(linear.size for linear in self.linears)
 
     def equalised(self, smoothing: Smoothing) -> Equalised:
-        if self._known is None or self._known[0] != smoothing:
-            self._known = None  # before the next one is made: both would not fit for large models
-            self._known = (smoothing, equalise(self.wiring, self.linears, self.ranges, smoothing))
-        return self._known[1]
+        if self._equalised is None or self._equalised[0] != smoothing:
+            # Free the last one first: a large model's weights do not fit twice.
+            self._equalised = None
+            self._equalised = smoothing, equalise(self.wiring, self.linears, self.ranges, smoothing)
+        return self._equalised[1]
 
-    def graph(self, smoothing: Smoothing, keep: set[str], share: bool = False) -> Any:
-        """The graph in 8 bits but for ``keep``, floats in FP32; ``share`` see ``write_int8``."""
-        equalised = self.equalised(smoothing)
+    def graph(self, smoothing: Smoothing, keep: set[str], share: bool = False) -> ModelProto:
+        """The graph with all layers but ``keep`` in 8 bits and floats in FP32; ``share``: see ``write_int8``."""
+        model, equalised = self.wiring.model, self.equalised(smoothing)
         if self.mode == "int8":
-            return write_int8(self.wiring.model, self.linears, equalised, keep, self.target, share)
-        names = {n.name for n in self.linears}
-        centred = write_int8(
-            self.wiring.model, self.linears, equalised, names, self.target
-        )  # equalised, and all in float
+            return write_int8(model, self.linears, equalised, keep, self.target, share)
+        # Equalise the graph and leave every layer in float; then write FP8 into it.
+        centred = write_int8(model, self.linears, equalised, {n.name for n in self.linears}, self.target)
         weights = {name: value for name, value in equalised.eight_bits.items() if value[0].dtype == E4M3}
-        return write_fp8(centred, find_linears(centred), self._reaches(equalised), keep, weights, self.attention)
+        magnitudes, attention = self._magnitudes(equalised), self.tokens >= FUSED_FROM
+        return write_fp8(centred, find_linears(centred), magnitudes, keep, weights, attention)
 
-    def _reaches(self, equalised: Equalised) -> dict[str, float]:
-        """Largest magnitudes in the equalised graph: what was seen, and for layer norms what centring and smoothing left."""
-        found = dict(self.largest)
-        for n in self.linears:
-            if n.kind == "norm":
-                found[n.source] = equalised.grids[n.name].step * WEIGHT_STEPS
-        return found
+    def _magnitudes(self, equalised: Equalised) -> dict[str, float]:
+        """Largest magnitudes in the equalised graph: the observed ones, and for layer norms those after centring."""
+        grids = {n.source: equalised.grids[n.name] for n in self.linears if n.kind == "norm"}
+        return {**self.largest, **{source: grid.step * WEIGHT_STEPS for source, grid in grids.items()}}
 
-    def round(self, smoothing: Smoothing, tokens: int, feeds: Feeds, advance: Callable[..., None]) -> None:
-        """Round the weights on images, for this smoothing."""
+    def round_weights(self, smoothing: Smoothing, tokens: int, feeds: Feeds, advance: Advance) -> None:
+        """Round the weights on images by GPTQ, for this smoothing; ``tokens``: per image."""
         form = INT8 if self.mode == "int8" else FP8
         round_all(self.wiring.model, self.linears, self.equalised(smoothing), tokens, feeds, advance, form)
 
-    def score(self, smoothing: Smoothing, keep: set[str], scene: EvalSet | None = None) -> Parity:
+    def score(self, smoothing: Smoothing, keep: set[str], images: EvalSet | None = None) -> Parity:
+        """Write the graph, count its integer kernels (INT8), and compare its features with the float graph's."""
         graph = self.graph(smoothing, keep)
         if self.mode == "fp8":
             session = open_session(graph, literal=True)
         else:
             session, _ = open_counted(graph, [n.name for n in self.linears if n.name not in keep])
-        return compare(session, scene or self.scene, self.median)
+        return compare(session, images or self.images, self.median)
 
-    def smoothing(self, start: Smoothing, advance: Callable[..., None]) -> tuple[Smoothing, list[dict[str, Any]]]:
-        """One setting after another, each kept where it makes the 1st-percentile cosine better."""
+    def choose_smoothing(self, start: Smoothing, advance: Advance) -> tuple[Smoothing, list[Trial]]:
+        """Try one change after another, and take each that improves the 1st-percentile cosine."""
         best, score = start, self.score(start, set())
-        tried = [{"smoothing": best.to_json(), "parity": score.to_json()}]
+        trials = [Trial(best, score)]
         advance(1)
         for change in CANDIDATES:
-            candidate = (
-                replace(best, **change)
-                if "norm" not in change
-                else replace(best, norm=change["norm"], value=change["norm"])
-            )
             if "registers" not in change or self._registers_matter():
-                found = self.score(candidate, set())
-                tried.append({"smoothing": candidate.to_json(), "parity": found.to_json()})
-                if 1 - found.cosine_p1 < WORTH * (1 - score.cosine_p1):
-                    best, score = candidate, found
+                candidate = replace(best, **change)
+                parity = self.score(candidate, set())
+                trials.append(Trial(candidate, parity))
+                if 1 - parity.cosine_p1 < WORTH * (1 - score.cosine_p1):
+                    best, score = candidate, parity
             advance(1)
-        return best, tried
+        return best, trials
 
-    def sensitivities(self, smoothing: Smoothing, advance: Callable[..., None]) -> dict[str, dict[str, float]]:
-        """What each layer's 8 bits cost: the gain in mean and 1st-percentile cosine when it alone goes back to float."""
-        scene = self.scene.first(max(2, PATCHES // self.scene.answers[0]["token_norm"][0].size))
-        whole = self.score(smoothing, set(), scene)
-        found = {}
+    def sensitivities(self, smoothing: Smoothing, advance: Advance) -> dict[str, Sensitivity]:
+        """For each layer, the gain in mean and 1st-percentile cosine when it alone goes back to float."""
+        images = self.images.first(max(2, PATCHES // self.images.answers[0]["token_norm"][0].size))
+        whole = self.score(smoothing, set(), images)
+        gains = {}
         for linear in self.linears:
-            alone = self.score(smoothing, {linear.name}, scene)
-            found[linear.name] = {
-                "mean": alone.cosine_mean - whole.cosine_mean,
-                "p1": alone.cosine_p1 - whole.cosine_p1,
-                "images": len(scene),
-            }
+            alone = self.score(smoothing, {linear.name}, images)
+            mean, p1 = alone.cosine_mean - whole.cosine_mean, alone.cosine_p1 - whole.cosine_p1
+            gains[linear.name] = Sensitivity(mean, p1, len(images))
             advance(1)
-        return found
+        return gains
 
     def fallback(
-        self, smoothing: Smoothing, gains: dict[str, dict[str, float]], cap: float, passes: Callable[[Parity], bool],
-        advance: Callable[..., None],
-    ) -> tuple[list[str], list[dict[str, Any]]]:  # fmt: skip
-        """Layers to leave in float, the most sensitive for their size first, until the bar is passed or ``cap`` of the MACs is spent."""
-        total, spent = sum(n.size for n in self.linears), 0
-        keep: list[str] = []
+        self,
+        smoothing: Smoothing,
+        gains: dict[str, Sensitivity],
+        cap: float,
+        passes: Callable[[Parity], bool],
+        advance: Advance,
+    ) -> tuple[list[str], list[FallbackStep]]:
+        """Leave layers in float, the most sensitive for their size first, until the features pass.
+
+        Args:
+            cap: share of the multiply-accumulates that may be in float.
+        """
+        spent, keep = 0, []
         score = self.score(smoothing, set())
-        steps: list[dict[str, Any]] = [{"layer": None, "parity": score.to_json()}]
-        for linear in sorted(self.linears, key=lambda n: -gains[n.name]["mean"] / n.size):
+        steps = [FallbackStep(None, score)]
+        for linear in sorted(self.linears, key=lambda n: -gains[n.name].mean / n.size):
             if passes(score):
                 break
-            if gains[linear.name]["mean"] <= 0 or (spent + linear.size) / total > cap:
+            if gains[linear.name].mean <= 0 or (spent + linear.size) / self.size > cap:
                 continue
             spent += linear.size
             keep.append(linear.name)
             score = self.score(smoothing, set(keep))
-            steps.append({"layer": linear.name, "parity": score.to_json()})
+            steps.append(FallbackStep(linear.name, score))
             advance(1)
         return keep, steps
 
@@ -170,11 +191,3 @@ class Search:
             or not np.array_equal(parts["all"].high, parts["others"].high)
             for parts in self.ranges.values()
         )
-
-
-def compare(session: Any, scene: EvalSet, median: float | None) -> Parity:
-    """Parity of a session with the answers of a scene."""
-    tally = ParityAccumulator(median)
-    for (feed, count), expected in zip(scene.feeds, scene.answers):
-        tally.add(answer(session, feed, count), expected)
-    return tally.parity()

@@ -1,4 +1,4 @@
-"""Exact folds that make a graph's linear layers fit for 8 bits: the same function, other numbers inside.
+"""Centre and smooth the inputs of a graph's linear layers by exact folds: the function of the graph stays the same.
 
 C input channels, O output channels.
 """
@@ -11,7 +11,8 @@ from dataclasses import dataclass
 import numpy as np
 
 from phreg_deploy.calibration.ranges import Ranges
-from phreg_deploy.onnx_graph.linears import Linear, Wiring, by_source
+from phreg_deploy.onnx_graph.linears import Linear, by_source
+from phreg_deploy.onnx_graph.wiring import Wiring
 from phreg_deploy.quantisation import Grid, Range, Smoothing, make_grid, quantise_weight
 
 Rule = Callable[[Range, str, Smoothing], Grid]
@@ -19,9 +20,11 @@ Rule = Callable[[Range, str, Smoothing], Grid]
 
 @dataclass
 class Equalised:
-    """The numbers of an equalised graph: weights ``(C, O)`` and biases ``(O,)``, layer norms' scale and shift ``(C,)``, grids.
+    """The constants of an equalised graph, by layer.
 
-    ``float_weights`` are for layers that stay in float: the same, but for hidden units, which they read as they are.
+    ``weights`` ``(C, O)`` and ``biases`` ``(O,)``; ``norms``: scale and shift ``(C,)`` of each layer norm; ``grids`` of
+    the inputs; ``eight_bits``: values ``(C, O)`` and steps ``(O,)``. ``float_weights``: for layers that stay in float;
+    those of layers that read hidden units are not smoothed, because the graph does not scale hidden units for them.
     """
 
     weights: dict[str, np.ndarray]
@@ -42,7 +45,7 @@ def equalise(
     a softmax sum to 1. Hidden units keep their scale as one multiplication in the graph.
 
     Args:
-        rule: places a grid; another one is for ablations.
+        rule: makes a grid of a range; ablations use other rules.
     """
     weights = {linear.name: wiring.value(linear.weight).copy() for linear in linears}
     biases = {
@@ -51,26 +54,29 @@ def equalise(
         else wiring.value(linear.bias).astype(np.float64).reshape(-1)
         for linear in linears
     }
-    found = Equalised(weights, biases, {}, {}, {}, {})
+    equalised = Equalised(weights, biases, {}, {}, {}, {})
     nodes = {node.name: node for node in wiring.model.graph.node}
     for source, group in by_source(linears).items():
         kind = group[0].kind
         part = "others" if kind == "hidden" and not smoothing.registers else "all"
         grid = rule(ranges[source][part], kind, smoothing)
         for linear in group:
-            found.grids[linear.name] = grid
+            equalised.grids[linear.name] = grid
             if kind == "hidden":
-                found.float_weights[linear.name] = wiring.value(linear.weight)
+                equalised.float_weights[linear.name] = wiring.value(linear.weight)
             biases[linear.name] += grid.centre.astype(np.float64) @ weights[linear.name].astype(np.float64)
             weights[linear.name] *= grid.smooth[:, None]
         if kind == "norm":
             norm = nodes[group[0].feeder]
             shift = wiring.value(norm.input[2]) if len(norm.input) > 2 else np.zeros_like(grid.centre)
-            found.norms[norm.name] = (wiring.value(norm.input[1]) / grid.smooth, (shift - grid.centre) / grid.smooth)
+            equalised.norms[norm.name] = (
+                wiring.value(norm.input[1]) / grid.smooth,
+                (shift - grid.centre) / grid.smooth,
+            )
         elif kind == "value":
             feeder, (start, end) = group[0].feeder, group[0].columns
             weights[feeder][:, start:end] /= grid.smooth
             biases[feeder][start:end] = (biases[feeder][start:end] - grid.centre) / grid.smooth
-    found.eight_bits = {name: quantise_weight(weight) for name, weight in weights.items()}
-    found.float_weights = {**weights, **found.float_weights}
-    return found
+    equalised.eight_bits = {name: quantise_weight(weight) for name, weight in weights.items()}
+    equalised.float_weights = {**weights, **equalised.float_weights}
+    return equalised

@@ -13,7 +13,7 @@ import numpy as np
 from PIL import Image
 
 from phreg_deploy.artifacts.measures import agreement, outlier_mask
-from phreg_deploy.calibration.calibrator import CalibrationRequest, calibrate
+from phreg_deploy.calibration import calibrate
 from phreg_deploy.demo.scenes import CLASSES, make_scene, write_scenes
 from phreg_deploy.demo.segmentation_probe import Probe, mean_iou, patch_labels
 from phreg_deploy.distill.distillation import Request, distill
@@ -62,8 +62,8 @@ def run_demo(output: Path, *, force: bool = False, progress: Progress = SILENT) 
             progress=progress,
         )
         export_bundle(ExportRequest(str(folder / "student"), batch="1:8:16"), folder / "demo.bundle", progress=progress)
-        quick = CalibrationRequest(folder / "demo.bundle", scenes, smoothing=Smoothing())
-        calibrate(quick, folder / "demo-int8.bundle", progress=progress)
+        eight_bits = folder / "demo-int8.bundle"
+        calibrate(folder / "demo.bundle", scenes, eight_bits, smoothing=Smoothing(), progress=progress)
         with (
             FeatureExtractor.load(folder / "demo.bundle", "onnxruntime-cpu") as extractor,
             FeatureExtractor.load(folder / "demo-int8.bundle", "onnxruntime-cpu") as eight,

@@ -1,1 +1,1 @@
-"""Edits of ONNX graphs that both ``export`` and ``calibration`` make, and sessions on graphs in memory."""
+"""Edit ONNX graphs for ``export`` and ``calibration``, and open sessions on graphs in memory."""

@@ -1,21 +1,22 @@
-"""Which matrix products of a bundle's graph are linear layers, and what feeds them."""
+"""Find the linear layers of a bundle's graph, and what feeds each of them."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
-import numpy as np
-from onnx import ModelProto, NodeProto, TensorProto, numpy_helper
+from onnx import ModelProto, NodeProto
 
 from phreg_deploy.errors import PhregError
+from phreg_deploy.onnx_graph.wiring import Wiring
 
 
 @dataclass(frozen=True)
 class Linear:
-    """One linear layer of a block: ``MatMul`` with a constant weight ``(C, O)``, and the ``Add`` of its bias if any.
+    """One linear layer of a block: a ``MatMul`` with a constant weight ``(C, O)``, and the ``Add`` of its bias if any.
 
-    ``kind``: what feeds it, "norm", "value" or "hidden" (``quantisation.Smoothing``). ``feeder``: the name of the
-    layer norm, or of the linear layer whose ``columns`` are the values.
+    ``kind``: what feeds it, "norm", "value" or "hidden" (``quantisation.Smoothing``). ``size``: C * O
+    multiply-accumulates per token. ``feeder``: the name of the layer norm, or of the linear layer whose
+    ``columns`` are the values.
     """
 
     name: str
@@ -25,87 +26,32 @@ class Linear:
     weight: str
     bias: str | None
     kind: str
-    size: int  # multiply-accumulates per token, C * O
+    size: int
     feeder: str = ""
     columns: tuple[int, int] = (0, 0)
 
 
-@dataclass
-class Wiring:
-    """A graph with its producers, consumers and constants at hand."""
-
-    model: ModelProto
-    producer: dict[str, NodeProto] = field(default_factory=dict)
-    readers: dict[str, list[NodeProto]] = field(default_factory=dict)
-    constants: dict[str, TensorProto] = field(default_factory=dict)
-
-    def __post_init__(self) -> None:
-        graph = self.model.graph
-        self.constants = {i.name: i for i in graph.initializer}
-        for node in graph.node:
-            self.producer.update(dict.fromkeys(node.output, node))
-            for name in node.input:
-                self.readers.setdefault(name, []).append(node)
-
-    def value(self, name: str) -> np.ndarray:
-        return numpy_helper.to_array(self.constants[name])
-
-    def back(self, name: str, *kinds: str) -> NodeProto | None:
-        """Walk up from a tensor through single-input steps of the given operators, in order; None where it differs."""
-        node = None
-        for kind in kinds:
-            node = self.producer.get(name)
-            if node is None or node.op_type != kind:
-                return None
-            name = node.input[0]
-        return node
-
-
-def copy_without(model: ModelProto, weights: set[str]) -> ModelProto:
-    """A copy of the graph that leaves the large constants behind."""
-    copy = ModelProto(ir_version=model.ir_version, producer_name=model.producer_name)
-    copy.opset_import.extend(model.opset_import)
-    copy.metadata_props.extend(model.metadata_props)
-    copy.graph.name = model.graph.name
-    copy.graph.input.extend(model.graph.input)
-    copy.graph.output.extend(model.graph.output)
-    copy.graph.node.extend(model.graph.node)
-    copy.graph.initializer.extend(i for i in model.graph.initializer if i.name not in weights)
-    return copy
-
-
-def replace_nodes(model: ModelProto, nodes: list[NodeProto]) -> None:
-    """Replace the nodes of a graph, and drop the constants that none of them reads."""
-    graph = model.graph
-    del graph.node[:]
-    graph.node.extend(nodes)
-    used = {name for node in nodes for name in node.input}
-    kept = [tensor for tensor in graph.initializer if tensor.name in used]
-    del graph.initializer[:]
-    graph.initializer.extend(kept)
-
-
 def find_linears(model: ModelProto) -> list[Linear]:
-    """The linear layers of the blocks, in the order in which they run.
+    """List the linear layers of the blocks, in the order in which they run.
 
     Raises:
-        PhregError: a graph without named blocks, from an older version or not ours.
+        PhregError: a graph without named blocks; an older version wrote it.
     """
     wiring = Wiring(model)
-    found: dict[str, Linear] = {}
+    linears: dict[str, Linear] = {}
     for node in model.graph.node:
         if node.op_type == "MatMul" and node.name.startswith("blocks.") and node.input[1] in wiring.constants:
-            linear = _linear(node, wiring, found)
-            found[linear.name] = linear
-    if not found:
+            linear = _linear(node, wiring, linears)
+            linears[linear.name] = linear
+    if not linears:
         raise PhregError(
             "calibrate: the bundle's graph names no blocks; it was written by an older version. Export it again."
         )
-    return list(found.values())
+    return list(linears.values())
 
 
 def by_source(linears: list[Linear]) -> dict[str, list[Linear]]:
-    """The layers that read each input, in the order in which they run."""
+    """Group the layers by the input that they read, in the order in which they run."""
     groups: dict[str, list[Linear]] = {}
     for linear in linears:
         groups.setdefault(linear.source, []).append(linear)
@@ -126,6 +72,7 @@ def _linear(node: NodeProto, wiring: Wiring, before: dict[str, Linear]) -> Linea
 
 
 def _feeder(source: str, wiring: Wiring, before: dict[str, Linear]) -> tuple[str, str, tuple[int, int]]:
+    """Kind, feeder and columns of the tensor ``source``; see ``Linear``."""
     norm = wiring.producer.get(source)
     readers = wiring.readers[source]
     if (
@@ -134,12 +81,12 @@ def _feeder(source: str, wiring: Wiring, before: dict[str, Linear]) -> tuple[str
         and all(r.op_type == "MatMul" and r.input[0] == source for r in readers)
     ):
         return "norm", norm.name, (0, 0)
-    mixed = wiring.back(source, "Reshape", "Transpose", "MatMul")
-    if mixed is not None and len(readers) == 1:
-        split = wiring.back(mixed.input[1], "Transpose", "Reshape", "Split")
-        weights = wiring.producer.get(mixed.input[0])
+    product = wiring.back(source, "Reshape", "Transpose", "MatMul")
+    if product is not None and len(readers) == 1:
+        split = wiring.back(product.input[1], "Transpose", "Reshape", "Split")
+        weights = wiring.producer.get(product.input[0])
         if split is not None and weights is not None and weights.op_type == "Softmax":
-            values = wiring.back(mixed.input[1], "Transpose", "Reshape").input[0]  # type: ignore[union-attr]
+            values = wiring.back(product.input[1], "Transpose", "Reshape").input[0]  # type: ignore[union-attr]
             for linear in before.values():
                 ends = {linear.matmul, linear.add} - {None}
                 if wiring.producer[split.input[0]].name in ends:

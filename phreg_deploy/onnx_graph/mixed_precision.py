@@ -1,6 +1,6 @@
-"""FP32 graph -> FP16 or BF16 graph whose types TensorRT takes as they stand: strong typing, with islands that stay in FP32.
+"""Write an FP32 graph in FP16 or BF16, with islands that stay in FP32.
 
-TensorRT 11 has no switch for precision left: a layer runs in the type of its inputs, so the types are written here.
+TensorRT 11 has no precision flags: a layer runs in the type of its inputs, so the graph itself holds the types.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from onnx import ModelProto, NodeProto, TensorProto, helper, numpy_helper
 
 from phreg_deploy.arguments import check_pattern
 from phreg_deploy.errors import PhregError
-from phreg_deploy.onnx_graph.linears import Wiring, replace_nodes
+from phreg_deploy.onnx_graph.wiring import Wiring, replace_nodes
 
 FLOAT = TensorProto.FLOAT
 TYPES = {
@@ -22,27 +22,22 @@ TYPES = {
     "bf16": (TensorProto.BFLOAT16, np.dtype(ml_dtypes.bfloat16)),
 }
 LIMITS = {"fp16": 65504.0, "bf16": 3.3e38}
-ROOM = 4.0  # above the largest value seen on the images at hand, before a tensor counts as too large for the format
+# A tensor is too large for the format if this multiple of its largest value on the images is beyond the format's limit.
+ROOM = 4.0
 MOVES = {"Split", "Reshape", "Transpose", "Slice", "Gather", "Expand", "Concat"}
-NORMS = {
-    "Reshape",
-    "Sqrt",
-    "ReduceSum",
-    "Pow",
-    "Mul",
-    "ReduceL2",
-}  # what `token_norm` is computed by: squares overflow FP16
+# The operators that compute ``token_norm``; squares overflow FP16.
+NORMS = {"Reshape", "Sqrt", "ReduceSum", "Pow", "Mul", "ReduceL2"}
 
 
 @dataclass(frozen=True)
 class Narrowed:
-    """``islands``: why each node stayed in FP32, by name; empty where only the rules of this module kept some."""
+    """A narrowed graph. ``islands``: node -> why it stayed in FP32, without the nodes that always stay."""
 
     model: ModelProto
     islands: dict[str, str]
 
     def reasons(self) -> list[str]:
-        """The islands as the manifest has them."""
+        """The islands as the manifest lists them."""
         return [f"{name} ({reason})" for name, reason in sorted(self.islands.items())]
 
 
@@ -51,17 +46,17 @@ def narrow(
 ) -> Narrowed:
     """Write a graph's floats in ``precision``, in place.
 
-    In FP32 stay: ``token_norm`` after the last block, and with BF16 the final norm, so that every output has a type that
-    numpy knows; nodes that touch a tensor beyond the format's range; what ``keep`` names. A QuantizeLinear has the type of
-    what feeds it and a DequantizeLinear that of what reads it, so that no Cast comes between Q/DQ and a product.
+    These stay in FP32: ``token_norm``; with BF16 the final norm, because numpy has no bfloat16; nodes that touch a
+    tensor beyond the format's range; nodes that ``keep`` names. A QuantizeLinear has the type of its input and a
+    DequantizeLinear that of its readers, so no Cast stands between Q/DQ and a product.
 
     Args:
         precision: "fp16" or "bf16".
-        largest: tensor -> the largest magnitude seen in it.
+        largest: tensor -> its largest magnitude on the images.
         keep: regular expressions on node names, e.g. ``blocks.11.mlp``.
 
     Raises:
-        PhregError: an expression that is none, or one that fits no node.
+        PhregError: an unknown precision, or an expression that is invalid or fits no node.
     """
     return _Narrowing(model, precision, largest or {}).run(list(keep))
 
@@ -72,7 +67,7 @@ def float_tensors(model: ModelProto) -> set[str]:
 
 
 def islands(narrowed: Narrowed, precision: str) -> list[str]:
-    """What stayed in FP32, for the manifest: nodes with their reasons."""
+    """List all that stayed in FP32, with the reasons, for the manifest."""
     rules = ["token_norm", *(["final norm"] if precision == "bf16" else [])]
     return rules + narrowed.reasons()
 
@@ -132,43 +127,40 @@ class _Narrowing:
             self.wide.update({name: f"asked for by {expression!r}" for name in fits if name not in self.wide})
 
     def _reaches(self) -> dict[str, float]:
-        """The largest magnitude of every float tensor; one that nobody watched has that of its neighbour's."""
-        found = {
+        """The largest magnitude of every float tensor; a tensor that was not observed takes its neighbour's."""
+        reaches = {
             name: float(np.abs(numpy_helper.to_array(i)).max(initial=0))
             for name, i in self.constants.items()
             if name in self.floats
         }
-        found.update({name: value for name, value in self.largest.items() if name in self.floats})
+        reaches.update({name: value for name, value in self.largest.items() if name in self.floats})
         for node in self.model.graph.node:
-            if node.op_type in MOVES and node.input[0] in found:
-                found.update({name: found[node.input[0]] for name in node.output if name not in found})
-            elif node.op_type == "Add":  # of a bias to a product that torch does not name
-                found.update(
-                    {
-                        name: found[node.output[0]]
-                        for name in node.input
-                        if name not in found and node.output[0] in found
-                    }
-                )
-        return found
+            if node.op_type in MOVES and node.input[0] in reaches:
+                for name in node.output:
+                    reaches.setdefault(name, reaches[node.input[0]])
+            # torch does not name the product before a bias is added.
+            elif node.op_type == "Add" and node.output[0] in reaches:
+                for name in node.input:
+                    reaches.setdefault(name, reaches[node.output[0]])
+        return reaches
 
     def _rules(self) -> set[str]:
-        """Nodes that stay wide on every model: those of ``token_norm``, and with BF16 the final norm of what is served."""
-        producer, found = self.wiring.producer, set()
+        """Nodes that stay in FP32 in every model: those of ``token_norm``, and with BF16 the final norm."""
+        producer, names = self.wiring.producer, set()
         node = producer.get("token_norm")
         while node is not None and node.op_type in NORMS:
-            found.add(node.name)
+            names.add(node.name)
             node = producer.get(node.input[0])
         if self.precision == "bf16":
             for output in ("features", "cls"):
                 node = producer.get(output)
                 while node is not None and node.op_type in (MOVES | {"LayerNormalization"}):
-                    found.add(node.name)
+                    names.add(node.name)
                     node = producer.get(node.input[0])
-        return found
+        return names
 
     def _kind(self, node: NodeProto, wide: set[str]) -> int:
-        if node.op_type == "QuantizeLinear":  # in the type that it is given
+        if node.op_type == "QuantizeLinear":
             return self.types.get(node.input[0], FLOAT)
         if node.op_type == "DequantizeLinear":
             readers = self.wiring.readers.get(node.output[0], [])
@@ -189,7 +181,7 @@ class _Narrowing:
         self.nodes.append(node)
 
     def _as(self, name: str, kind: int) -> str:
-        """A float tensor in the type ``kind``: as it is, a converted constant, or through a Cast that its readers share."""
+        """The name of a float tensor in the type ``kind``: itself, a converted constant, or a shared Cast."""
         if name in self.constants:
             return name if kind == FLOAT else self._constant(name)
         if self.types[name] == kind:
@@ -210,9 +202,9 @@ class _Narrowing:
         return self.made[name, self.narrow_type]
 
     def _outputs(self) -> None:
-        """Served tensors keep their names; FP16 is served as it is, everything else as FP32."""
+        """Set the types of the graph's outputs, which keep their names: FP16 or FP32."""
         for value in self.model.graph.output:
             kind = self.types[value.name]
             value.type.tensor_type.elem_type = kind
             if kind == TensorProto.BFLOAT16:
-                raise PhregError(f"precision: the output {value.name} would be bfloat16, which numpy does not know.")
+                raise PhregError(f"precision: the output {value.name} would be bfloat16, which numpy has no type for.")

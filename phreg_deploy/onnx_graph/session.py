@@ -1,4 +1,4 @@
-"""ONNX Runtime sessions on graphs that are in memory."""
+"""Open ONNX Runtime sessions on graphs in memory."""
 
 from __future__ import annotations
 
@@ -16,18 +16,20 @@ try:
     import onnxruntime
 except ImportError as error:
     raise BackendMissing(
-        f"phreg_deploy.calibration: onnxruntime cannot be imported ({error}). Reinstall it: pip install --force-reinstall onnxruntime"
+        f"phreg_deploy.calibration: onnxruntime cannot be imported ({error}). Reinstall it: "
+        "pip install --force-reinstall onnxruntime"
     ) from None
 
 VERSION: str = onnxruntime.__version__
 
 
 def open_session(model: ModelProto, optimized: Path | None = None, literal: bool = False) -> Any:
-    """A CPU session of ``model``, exact on every processor; its optimized graph is written to ``optimized`` where asked.
+    """Open a CPU session of ``model`` that computes INT8 exactly on every processor.
 
     Args:
-        literal: compute every Q/DQ where it stands. It is how graphs for TensorRT are emulated: ONNX Runtime would move
-            FP8 tensors through operators that it has no FP8 kernels for.
+        optimized: file to write the optimized graph to.
+        literal: compute every Q/DQ at its place, as graphs for TensorRT need: ONNX Runtime would move FP8 tensors
+            through operators that it has no FP8 kernels for.
 
     Raises:
         PhregError: ONNX Runtime refuses the graph.
@@ -35,16 +37,16 @@ def open_session(model: ModelProto, optimized: Path | None = None, literal: bool
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 3
     options.add_session_config_entry(*EXACT)
-    options.enable_cpu_mem_arena = (
-        False  # it keeps what it once took, and grows by doubling: a gigabyte for ViT-B at 518 px
-    )
+    # The arena never shrinks: 1 GB for ViT-B at 518 px.
+    options.enable_cpu_mem_arena = False
     if literal:
         options.add_session_config_entry("session.disable_quant_qdq", "1")
     if optimized is not None:
         options.optimized_model_filepath = str(optimized)
     try:
         return onnxruntime.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
-    except Exception as error:  # the binding's exceptions share no base but Exception
+    # The binding's exceptions share no base but Exception.
+    except Exception as error:
         raise PhregError(
-            f"calibrate: ONNX Runtime {onnxruntime.__version__} cannot load the graph: {str(error).splitlines()[0]}"
+            f"calibrate: ONNX Runtime {VERSION} cannot load the graph: {str(error).splitlines()[0]}"
         ) from None

@@ -1,7 +1,7 @@
-"""One fused qkv projection in 8 bits -> three products: how TensorRT keeps it in 8 bits.
+"""Split a fused qkv projection in 8 bits into three products, because TensorRT computes a fused one in float.
 
-Its compiler cuts a fused projection at the Split after it. In FP16 it joins the parts again and nothing is lost; in 8 bits
-it cuts the *dequantized* weight, on every inference, and computes the projection in float (seen in plans of TensorRT-RTX 1.7).
+TensorRT's compiler cuts a fused projection at the Split after it. In FP16 it joins the parts again and nothing is lost.
+In 8 bits it cuts the *dequantised* weight at every inference and computes in float (seen in plans of TensorRT-RTX 1.7).
 """
 
 from __future__ import annotations
@@ -9,11 +9,11 @@ from __future__ import annotations
 import numpy as np
 from onnx import ModelProto, NodeProto, TensorProto, helper, numpy_helper
 
-from phreg_deploy.onnx_graph.linears import Wiring, replace_nodes
+from phreg_deploy.onnx_graph.wiring import Wiring, replace_nodes
 
 
 def split_projections(model: ModelProto) -> ModelProto:
-    """Cut, in place, every 8-bit product whose result goes through nothing but a bias into a Split: same numbers, three nodes."""
+    """Split, in place, every 8-bit product that feeds a Split, directly or through a bias, with the same numbers."""
     wiring = Wiring(model)
     replaced: dict[str, list[NodeProto]] = {}
     gone: set[str] = set()
@@ -48,30 +48,27 @@ def _parts(
 ) -> list[NodeProto]:
     nodes, count = [], len(split.output)
     for i, output in enumerate(split.output):
-        cut = lambda name, i=i: _cut(model, wiring.constants[name], i, count)  # noqa: E731
         base = f"{product.name.removesuffix('/MatMul')}.{'qkv'[i] if count == 3 else i}"
-        operands = [cut(name) for name in weight.input]
-        nodes.append(
-            helper.make_node(
-                "DequantizeLinear", operands, [f"{base}/weight"], name=f"{base}/weight/DequantizeLinear", axis=1
-            )
-        )
+        operands = [_cut(model, wiring.constants[name], i, count) for name in weight.input]
+        name = f"{base}/weight/DequantizeLinear"
+        nodes.append(helper.make_node("DequantizeLinear", operands, [f"{base}/weight"], name=name, axis=1))
         result = output if add is None else f"{base}/product"
         nodes.append(helper.make_node("MatMul", [product.input[0], f"{base}/weight"], [result], name=f"{base}/MatMul"))
         if add is not None and bias is not None:
-            nodes.append(helper.make_node("Add", [result, cut(bias)], [output], name=f"{base}/Add"))
+            inputs = [result, _cut(model, wiring.constants[bias], i, count)]
+            nodes.append(helper.make_node("Add", inputs, [output], name=f"{base}/Add"))
     return nodes
 
 
 def _cut(model: ModelProto, tensor: TensorProto, index: int, count: int) -> str:
-    """The name of one of ``count`` equal parts of a constant along its last axis; its bytes are cut, whatever its type."""
+    """Add one of ``count`` equal parts of a constant, cut along its last axis, to the graph, and return its name."""
     shape = list(tensor.dims)
     width = numpy_helper.to_array(tensor).dtype.itemsize
     raw = tensor.raw_data or numpy_helper.from_array(numpy_helper.to_array(tensor)).raw_data
+    # Cut the bytes: numpy has no FP8 and no bfloat16.
     values = np.frombuffer(raw, np.dtype(f"V{width}")).reshape(shape)
     part = np.ascontiguousarray(np.split(values, count, axis=-1)[index])
     name = f"{tensor.name}.part{index}"
-    model.graph.initializer.append(
-        TensorProto(name=name, data_type=tensor.data_type, dims=part.shape, raw_data=part.tobytes())
-    )
+    cut = TensorProto(name=name, data_type=tensor.data_type, dims=part.shape, raw_data=part.tobytes())
+    model.graph.initializer.append(cut)
     return name

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import tempfile
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,9 +11,9 @@ import click
 from phreg_deploy.arguments import EIGHT_BITS, check_export, check_model
 from phreg_deploy.bundle.bundle import Bundle
 from phreg_deploy.cli.commands.build import run_build
-from phreg_deploy.cli.commands.calibrate import run_calibration
 from phreg_deploy.cli.console import Result
 from phreg_deploy.cli.options import checkpoint_option, device_number, force_option, images_option, output_options
+from phreg_deploy.cli.tables.calibrate import show_calibration
 from phreg_deploy.cli.tables.export import show_bundle, show_parity
 from phreg_deploy.errors import BackendMissing, GateFailed, PhregError
 from phreg_deploy.extras import CALIBRATION, EXPORT, require
@@ -133,15 +132,17 @@ def _export(output: Path, options: dict[str, Any], result: Result) -> None:
 
 def _export_eight_bits(output: Path, target: str, options: dict[str, Any], result: Result) -> dict[str, Any]:
     """Export an FP32 bundle to a temporary folder beside the output, and calibrate it into the output."""
-    from phreg_deploy.calibration.calibrator import CalibrationRequest, check_request
+    from phreg_deploy.calibration import CalibrationRequest, calibrate
 
-    force, keep = options["force"], options["keep_fp32"]
-    request = CalibrationRequest(output, options["images"], mode=options["precision"], target=target, keep=keep)
-    check_request(request)
+    force, images = options["force"], options["images"]
+    settings: dict[str, Any] = {"mode": options["precision"], "target": target, "keep": options["keep_fp32"]}
+    CalibrationRequest(output, images, **settings)  # refuses bad ones before a minute of tracing
     with tempfile.TemporaryDirectory(dir=output.parent, prefix=f".{output.name}.") as folder:
         full = Path(folder) / "fp32.bundle"
         _export(full, {**options, "precision": "fp32", "images": None, "keep_fp32": (), "force": False}, result)
-        return run_calibration(replace(request, bundle=full), output, force, result)
+        report = calibrate(full, images, output, **settings, force=force, progress=result.progress)
+    show_calibration(report, result)
+    return report.to_json()
 
 
 def _build(output: Path, result: Result, **options: Any) -> dict[str, Any]:

@@ -1,0 +1,63 @@
+"""Look up producers, readers and constants of an ONNX graph, and replace its nodes."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import numpy as np
+from onnx import ModelProto, NodeProto, TensorProto, numpy_helper
+
+
+@dataclass
+class Wiring:
+    """The producer, the readers and the constants of every tensor of a graph, by the tensor's name."""
+
+    model: ModelProto
+    producer: dict[str, NodeProto] = field(default_factory=dict)
+    readers: dict[str, list[NodeProto]] = field(default_factory=dict)
+    constants: dict[str, TensorProto] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        graph = self.model.graph
+        self.constants = {i.name: i for i in graph.initializer}
+        for node in graph.node:
+            self.producer.update(dict.fromkeys(node.output, node))
+            for name in node.input:
+                self.readers.setdefault(name, []).append(node)
+
+    def value(self, name: str) -> np.ndarray:
+        return numpy_helper.to_array(self.constants[name])
+
+    def back(self, name: str, *kinds: str) -> NodeProto | None:
+        """Walk from a tensor to its producers, which must be ``kinds`` in this order; None if one differs."""
+        node = None
+        for kind in kinds:
+            node = self.producer.get(name)
+            if node is None or node.op_type != kind:
+                return None
+            name = node.input[0]
+        return node
+
+
+def copy_without(model: ModelProto, weights: set[str]) -> ModelProto:
+    """Copy a graph without the constants ``weights``."""
+    copy = ModelProto(ir_version=model.ir_version, producer_name=model.producer_name)
+    copy.opset_import.extend(model.opset_import)
+    copy.metadata_props.extend(model.metadata_props)
+    copy.graph.name = model.graph.name
+    copy.graph.input.extend(model.graph.input)
+    copy.graph.output.extend(model.graph.output)
+    copy.graph.node.extend(model.graph.node)
+    copy.graph.initializer.extend(i for i in model.graph.initializer if i.name not in weights)
+    return copy
+
+
+def replace_nodes(model: ModelProto, nodes: list[NodeProto]) -> None:
+    """Replace the nodes of a graph, and drop the constants that no node reads."""
+    graph = model.graph
+    del graph.node[:]
+    graph.node.extend(nodes)
+    used = {name for node in nodes for name in node.input}
+    constants = [tensor for tensor in graph.initializer if tensor.name in used]
+    del graph.initializer[:]
+    graph.initializer.extend(constants)
