@@ -339,7 +339,7 @@ def test_of_two_engines_the_one_that_was_asked_for_last_is_served(copy, workshop
 
     def served():
         with FeatureExtractor.load(folder, "tensorrt") as extractor:
-            return str(extractor.opened.found.path)
+            return str(extractor.opened.plan.path)
 
     assert served() == paths["5"]
     assert build(folder, "--effort", "2").document["cached"] is True

@@ -167,7 +167,7 @@ def _opened(
     copy: Bundle, backend: str, tuning: BackendOptions, device: int, settings: BuildSettings, workspace: int | None
 ) -> Iterator[Run]:
     if backend != "tensorrt":
-        opened = open_backend(copy, backend, tuning, device)
+        opened = open_backend(copy, backend, replace(tuning, device=device))
         try:
             yield opened.run
         finally:

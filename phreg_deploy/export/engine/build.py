@@ -171,7 +171,7 @@ def _keep(cache: Path, timings: bytes) -> list[str]:
 
 def examine(bundle: Bundle, engine: Engine, device: int = 0) -> dict[str, Any]:
     """``parity`` of a saved plan with the bundle's reference, ``gates``, ``missed`` as sentences, and ``passed``."""
-    with FeatureExtractor(bundle, TensorRtBackend(bundle, BackendOptions(), device, engine)) as extractor:
+    with FeatureExtractor(bundle, TensorRtBackend(bundle, BackendOptions(device=device), engine)) as extractor:
         parity = worst([case.parity for case in run_exam(extractor.bundle, extractor.run)])
         return verdict(parity, gates_of(parity, extractor.precision, exam=True))
 
