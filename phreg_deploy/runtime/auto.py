@@ -15,21 +15,16 @@ from phreg_deploy.runtime.backends.registry import installed, open_backend
 from phreg_deploy.runtime.feed import InputFeed
 from phreg_deploy.runtime.parity import gate_precision, missed_gates, run_exam, worst, writes_exams
 
-# Timed calls per backend; after LONGEST seconds three are enough.
-ROUNDS, LONGEST = 7, 1.0
-# Seconds between calls: a runtime's threads spin for a while and would slow the next backend.
-PAUSE = 0.02
+# Timed calls per backend; the seconds after which three are enough; and seconds between calls, because a runtime's
+# threads spin for a while and would slow the next backend.
+ROUNDS, LONGEST, PAUSE = 7, 1.0, 0.02
 
 
 @dataclass
 class Candidate:
-    """A backend that was tried.
+    """A backend that was tried, with the median ``milliseconds`` of its timed calls.
 
-    Attributes:
-        milliseconds: the median of its timed calls.
-        refused: why it cannot serve the bundle; "" where it can.
-        missing: it is not installed or not usable.
-        failed: it runs, but fails the exam.
+    ``refused``: why it cannot serve the bundle, or "". ``missing``: it is not usable. ``failed``: it fails the exam.
     """
 
     name: str

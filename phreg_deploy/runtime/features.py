@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import asdict, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -71,7 +72,7 @@ class FeatureExtractor(AbstractContextManager["FeatureExtractor"]):
             color: "rgb" or "bgr" (OpenCV's order): the channel order of arrays in a call or in ``prepare``. Files and
                 PIL images know their own; ``dense`` and ``run`` always take RGB.
             exif: turn files and PIL images upright by their EXIF orientation; None takes the manifest's value.
-            fast: shrink large images with ``resampling.shrink``, otherwise with Pillow; None takes the manifest's value.
+            fast: resize large images by ``resampling.shrink``, not by Pillow; None takes the manifest's value.
 
         Raises:
             PhregError: no bundle, a damaged one, or one of a newer format. BackendMissing: the backend is not usable.
@@ -94,8 +95,9 @@ class FeatureExtractor(AbstractContextManager["FeatureExtractor"]):
                 )
             extractor._fork_safe.open_again = lambda: open_backend(bundle, opened.name, options)
         extractor.color = color
-        changes = {name: value for name, value in (("exif", exif), ("fast", fast)) if value is not None}
-        extractor.preprocess = replace(extractor.preprocess, **changes)
+        steps = extractor.preprocess
+        turned, shrunk = steps.exif if exif is None else exif, steps.fast if fast is None else fast
+        extractor.preprocess = replace(steps, exif=turned, fast=shrunk)
         remarks = (reason, opened.remark, advice(bundle.manifest.precision))
         extractor.choice = "; ".join(remark for remark in remarks if remark)
         extractor._arguments = {"path": Path(path).absolute(), "backend": opened.name, **asdict(options)}
@@ -108,7 +110,7 @@ class FeatureExtractor(AbstractContextManager["FeatureExtractor"]):
         return self.opened.name
 
     @property
-    def opened(self) -> Backend:
+    def opened(self) -> Any:
         """The backend itself; in a forked child it is opened again first."""
         return self._fork_safe.backend or self._fork_safe.reopened()
 
@@ -140,14 +142,9 @@ class FeatureExtractor(AbstractContextManager["FeatureExtractor"]):
         return self.dense(np.stack([self._fit(picture, size, color, exif) for picture in single_pictures(images)]))
 
     def prepare(
-        self,
-        picture: Any,
-        size: tuple[int, int] | None = None,
-        *,
-        color: str | None = None,
-        exif: bool | None = None,
+        self, picture: Any, size: tuple[int, int] | None = None, *, color: str | None = None, exif: bool | None = None
     ) -> np.ndarray:
-        """Preprocess one image as the bundle says: uint8 RGB ``(H, W, 3)`` at the input size. Arguments as in a call."""
+        """Preprocess one image as the bundle says: uint8 RGB ``(H, W, 3)`` at the input size; arguments of a call."""
         pictures = single_pictures(picture)
         if len(pictures) != 1:
             raise PhregError(f"prepare: got {len(pictures)} images, expected one. Call the extractor with several.")
@@ -238,8 +235,4 @@ class FeatureExtractor(AbstractContextManager["FeatureExtractor"]):
             raise PhregError("extract: only a FeatureExtractor from FeatureExtractor.load can be pickled.")
         # A closed extractor raises here.
         self.opened  # noqa: B018
-        return _load, (self._arguments,)
-
-
-def _load(arguments: dict[str, Any]) -> FeatureExtractor:
-    return FeatureExtractor.load(**arguments)
+        return partial(FeatureExtractor.load, **self._arguments), ()

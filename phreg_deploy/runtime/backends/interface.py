@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Collection, Mapping
-from typing import Protocol, runtime_checkable
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 
 from phreg_deploy.bundle.bundle import Bundle
-from phreg_deploy.errors import PhregError
+from phreg_deploy.errors import BackendMissing, PhregError
 from phreg_deploy.runtime.gpu.arrays import DeviceArray
 from phreg_deploy.runtime.gpu.cuda import Cuda
 
@@ -18,8 +19,7 @@ Feed = dict[str, np.ndarray]
 class Backend(Protocol):
     """A loaded graph. Several threads may call ``run`` at once.
 
-    ``compute``: the precision of all layers that are not in 8 bits. ``remark``: how this backend differs on this
-    machine, for the user; "" where it does not.
+    ``compute``: the precision of all layers that are not in 8 bits. ``remark``: what the user must know, or "".
     """
 
     name: str
@@ -48,15 +48,22 @@ class ProfiledBackend(Protocol):
 
     def split(self, feed: Feed, graph: bool = True) -> dict[str, float]:
         """Milliseconds of each part of one inference, with or without a CUDA graph."""
-        ...
 
     def layers(self, feed: Feed, rounds: int = 10) -> dict[str, float]:
         """Mean milliseconds of each layer."""
-        ...
 
     def device_memory(self) -> dict[str, int]:
         """Bytes of ``activations`` in each context, and the number of ``contexts``."""
-        ...
+
+
+def import_runtime(module: str) -> Any:
+    """Import a runtime's module. Raises ``BackendMissing`` where that fails."""
+    try:
+        return importlib.import_module(module)
+    except ImportError as error:
+        raise BackendMissing(
+            f"backend: {module} cannot be imported ({error}). Reinstall it: pip install --force-reinstall {module}"
+        ) from None
 
 
 def check_outputs(bundle: Bundle, names: Collection[str]) -> None:

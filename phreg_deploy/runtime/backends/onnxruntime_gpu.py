@@ -10,6 +10,7 @@ import numpy as np
 
 from phreg_deploy.bundle.bundle import Bundle
 from phreg_deploy.errors import BackendMissing, PhregError
+from phreg_deploy.runtime.backends.interface import Feed
 from phreg_deploy.runtime.backends.onnxruntime_backend import OrtBackend
 from phreg_deploy.runtime.backends.onnxruntime_options import load_onnxruntime, replayable
 from phreg_deploy.runtime.backends.options import BackendOptions
@@ -19,7 +20,7 @@ from phreg_deploy.runtime.gpu.ort_graph import Staging
 
 # Operators that must not run on the processor.
 HEAVY = {"MatMul", "Gemm", "LayerNormalization", "Softmax", "Gelu", "Conv"}
-DTYPES = {"tensor(float16)": np.dtype(np.float16), "tensor(float)": np.dtype(np.float32)}
+DTYPES: dict[str, np.dtype[Any]] = {"tensor(float16)": np.dtype(np.float16), "tensor(float)": np.dtype(np.float32)}
 
 
 class OrtGpuBackend(OrtBackend):
@@ -49,15 +50,11 @@ class OrtGpuBackend(OrtBackend):
         self._ungraphed = onnxruntime.RunOptions()
         self._ungraphed.add_run_config_entry("gpu_graph_id", "-1")
 
-    def run(self, feed: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+    def run(self, feed: Feed) -> Feed:
         return super().run(feed) if self._staging is None else self._staging.run(feed)
 
     def run_device(
-        self,
-        image: DeviceArray,
-        others: dict[str, np.ndarray],
-        stream: int | None = None,
-        out: Mapping[str, DeviceArray] | None = None,
+        self, image: DeviceArray, others: Feed, stream: int | None = None, out: Mapping[str, DeviceArray] | None = None
     ) -> dict[str, DeviceArray]:
         """Device memory to device memory by IOBinding; returns when the outputs are written.
 

@@ -12,6 +12,7 @@ from phreg_deploy.bundle.manifest import Manifest
 from phreg_deploy.bundle.plans import FOLDER, profiles_of
 from phreg_deploy.errors import BackendMissing, PhregError
 from phreg_deploy.runtime.backends.instructions import EXACT
+from phreg_deploy.runtime.backends.interface import import_runtime
 from phreg_deploy.runtime.backends.options import BackendOptions
 from phreg_deploy.runtime.gpu.libraries import needed_libraries
 
@@ -22,14 +23,9 @@ PROVIDERS = {
 }
 
 
-def on_processor(name: str) -> bool:
-    """Whether a backend of ``PROVIDERS`` runs on the processor."""
-    return name == "onnxruntime-cpu"
-
-
 def compute_precision(manifest: Manifest, name: str) -> str:
     """The precision in which ONNX Runtime computes all layers that are not in 8 bits."""
-    return manifest.precision if not on_processor(name) and manifest.precision in ("fp16", "bf16") else "fp32"
+    return manifest.precision if name != "onnxruntime-cpu" and manifest.precision in ("fp16", "bf16") else "fp32"
 
 
 def load_onnxruntime(manifest: Manifest, name: str, options: BackendOptions) -> Any:
@@ -40,13 +36,7 @@ def load_onnxruntime(manifest: Manifest, name: str, options: BackendOptions) -> 
         PhregError: a precision that the provider does not compute.
     """
     _check_precision(manifest.precision, name, options.compute, compute_precision(manifest, name))
-    try:
-        import onnxruntime
-    except ImportError as error:
-        raise BackendMissing(
-            f"backend: onnxruntime cannot be imported ({error}). "
-            "Reinstall it: pip install --force-reinstall onnxruntime"
-        ) from None
+    onnxruntime = import_runtime("onnxruntime")
     if PROVIDERS[name] not in onnxruntime.get_available_providers():
         raise BackendMissing(
             f"backend: this ONNX Runtime {onnxruntime.__version__} was built without {PROVIDERS[name]}. "
@@ -68,18 +58,17 @@ def session_options(onnxruntime: Any, manifest: Manifest, name: str, threads: in
     if manifest.quantisation is not None and manifest.quantisation["target"] == "trt":
         # ONNX Runtime has FP8 kernels for Q/DQ alone, so it must not fuse them.
         options.add_session_config_entry("session.disable_quant_qdq", "1")
-    if not on_processor(name):
+    if name != "onnxruntime-cpu":
         options.add_session_config_entry("session.record_ep_graph_assignment_info", "1")
     return options
 
 
 def providers(bundle: Bundle, name: str, device: int) -> list[Any]:
     """The execution providers of a session, each with its options on a GPU."""
-    if on_processor(name):
+    if name == "onnxruntime-cpu":
         return [PROVIDERS[name]]
-    first = (PROVIDERS[name], provider_options(bundle, name, device))
-    rest = ("CUDAExecutionProvider", {"device_id": str(device)})
-    return [first, rest] if name == "onnxruntime-tensorrt" else [first]
+    rest = [("CUDAExecutionProvider", {"device_id": str(device)})] if name == "onnxruntime-tensorrt" else []
+    return [(PROVIDERS[name], provider_options(bundle, name, device)), *rest]
 
 
 def provider_options(bundle: Bundle, name: str, device: int) -> dict[str, str]:
@@ -88,7 +77,12 @@ def provider_options(bundle: Bundle, name: str, device: int) -> dict[str, str]:
         graph = {"enable_cuda_graph": "1"} if replayable(bundle, name) else {}
         return {"device_id": str(device), "use_tf32": "0", **graph}
     precision, cache = bundle.manifest.precision, bundle.folder / FOLDER / "onnxruntime"
-    _make_folder(cache)
+    try:
+        cache.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise PhregError(
+            f"engine cache: {cache} cannot be made ({error.strerror}); copy the bundle where you may write."
+        ) from None
     # An INT8 network is weakly typed: without FP16 too, TensorRT would compute its FP16 layers in FP32.
     options = {
         "device_id": str(device),
@@ -154,12 +148,3 @@ def _check_libraries(onnxruntime: Any) -> None:
                 f"backend: ONNX Runtime {onnxruntime.__version__}'s TensorRT provider links {library}, which is not "
                 "here. Install that major version of TensorRT, or use --backend tensorrt with the one that you have."
             ) from None
-
-
-def _make_folder(path: Path) -> None:
-    try:
-        path.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise PhregError(
-            f"engine cache: {path} cannot be made ({error.strerror}); copy the bundle where you may write."
-        ) from None

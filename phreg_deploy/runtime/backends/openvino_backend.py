@@ -8,8 +8,8 @@ from typing import Any
 import numpy as np
 
 from phreg_deploy.bundle.bundle import Bundle
-from phreg_deploy.errors import BackendMissing, PhregError
-from phreg_deploy.runtime.backends.interface import check_outputs, run_error
+from phreg_deploy.errors import PhregError
+from phreg_deploy.runtime.backends.interface import check_outputs, import_runtime, run_error
 from phreg_deploy.runtime.backends.openvino_exact import fold_weights, saturates
 from phreg_deploy.runtime.backends.options import BackendOptions
 
@@ -33,7 +33,7 @@ class OpenVinoBackend:
     name = "openvino"
 
     def __init__(self, bundle: Bundle, options: BackendOptions) -> None:
-        openvino = _load_openvino()
+        openvino = import_runtime("openvino")
         if bundle.manifest.precision == "fp8":
             raise PhregError("backend: openvino has no FP8; use tensorrt, or onnxruntime-cpu to check the bundle.")
         core = openvino.Core()
@@ -43,7 +43,13 @@ class OpenVinoBackend:
         )
         self.compute = _compute(core, bundle, options, emulated)
         self._bundle = bundle
-        self._model = _compile(openvino, core, bundle, _properties(options, self.compute), emulated)
+        properties: dict[str, Any] = {
+            "INFERENCE_PRECISION_HINT": HINTS[self.compute],
+            "PERFORMANCE_HINT": options.mode.upper(),
+        }
+        if options.threads:
+            properties["INFERENCE_NUM_THREADS"] = options.threads
+        self._model = _compile(openvino, core, bundle, properties, emulated)
         self._names = [_output_name(output.get_names(), set(bundle.manifest.outputs)) for output in self._model.outputs]
         check_outputs(bundle, self._names)
         self._idle: SimpleQueue[Any] = SimpleQueue()
@@ -86,16 +92,6 @@ def census(compiled: Any) -> tuple[set[str], set[str]]:
     return integer, floats - integer
 
 
-def _load_openvino() -> Any:
-    try:
-        import openvino
-    except ImportError as error:
-        raise BackendMissing(
-            f"backend: openvino cannot be imported ({error}). Reinstall it: pip install --force-reinstall openvino"
-        ) from None
-    return openvino
-
-
 def _compute(core: Any, bundle: Bundle, options: BackendOptions, emulated: bool) -> str:
     native = "BF16" in core.get_property("CPU", "OPTIMIZATION_CAPABILITIES")
     if options.compute == "auto":
@@ -103,11 +99,6 @@ def _compute(core: Any, bundle: Bundle, options: BackendOptions, emulated: bool)
     if options.compute == "bf16" and not native:
         raise PhregError("compute: got bf16, which this processor has no instructions for; use fp32.")
     return options.compute
-
-
-def _properties(options: BackendOptions, compute: str) -> dict[str, Any]:
-    threads = {"INFERENCE_NUM_THREADS": options.threads} if options.threads else {}
-    return {"INFERENCE_PRECISION_HINT": HINTS[compute], "PERFORMANCE_HINT": options.mode.upper(), **threads}
 
 
 def _compile(openvino: Any, core: Any, bundle: Bundle, properties: dict[str, Any], emulated: bool) -> Any:

@@ -13,11 +13,9 @@ COMPUTE, MODES = ("auto", "fp32", "bf16"), ("latency", "throughput")
 class BackendOptions:
     """How a backend runs a graph.
 
-    Attributes:
-        threads: threads for one inference; None leaves the number to the runtime.
-        compute: the precision of all layers that are not in 8 bits; "auto" is the fastest that passes the bundle's gates.
-        mode: "latency" of one call, or "throughput" of calls from several threads.
-        device: the number of the GPU; backends on the processor ignore it.
+    ``threads`` for one inference; None leaves the number to the runtime. ``compute``: the precision of all layers that
+    are not in 8 bits; "auto" is the fastest that passes the bundle's gates. ``mode``: "latency" of one call, or
+    "throughput" of calls from several threads. ``device``: the number of the GPU, where the backend uses one.
 
     Raises:
         PhregError: an unknown value.
