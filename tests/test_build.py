@@ -350,7 +350,7 @@ def test_the_engine_that_was_built_last_is_served(copy, workshop):
 
     def served():
         with FeatureExtractor.load(folder, "tensorrt") as extractor:
-            return str(extractor.opened.found.path)
+            return str(extractor.opened.plan.path)
 
     assert served() == paths["5"]
     assert build(folder, "--effort", "2").document["cached"] is True

@@ -17,7 +17,8 @@ from phreg_deploy.errors import BackendMissing, PhregError
 from phreg_deploy.export.engine.build import BuildRequest, build_engine
 from phreg_deploy.runtime import FeatureExtractor
 from phreg_deploy.runtime.backends import registry as backends
-from phreg_deploy.runtime.backends.onnxruntime_backend import HEAVY, OrtBackend, _check_assignment, settings
+from phreg_deploy.runtime.backends.onnxruntime_gpu import HEAVY, check_assignment
+from phreg_deploy.runtime.backends.onnxruntime_options import provider_options
 from phreg_deploy.runtime.backends.options import BackendOptions
 from tests import double
 from tests.cli_helpers import invoke
@@ -183,7 +184,7 @@ def test_what_onnxruntime_itself_says_of_its_nodes_is_understood(bundle):
     if not hasattr(session, "get_provider_graph_assignment_info"):
         pytest.skip(f"ONNX Runtime {onnxruntime.__version__} does not tell")
     with pytest.raises(BackendMissing, match=r"left \d\d+ heavy nodes to the processor"):
-        _check_assignment(session, "onnxruntime-cuda")
+        check_assignment(session, "onnxruntime-cuda")
 
 
 def test_a_graph_that_cannot_be_loaded_is_refused(copy, library, monkeypatch):
@@ -209,7 +210,7 @@ def test_a_graph_that_cannot_be_loaded_is_refused(copy, library, monkeypatch):
 )
 def test_what_a_provider_has_no_kernels_for_is_refused(bundle, library, precision, name, words):
     with pytest.raises(PhregError, match=words):
-        OrtBackend(as_if(bundle, precision), name, BackendOptions())
+        backends.open_backend(as_if(bundle, precision), name, BackendOptions())
     assert library.sessions == []
 
 
@@ -227,10 +228,10 @@ def test_what_is_computed_in_is_said_and_nothing_else_taken(copy, library, preci
         library.InferenceSession = lambda path, options, providers: onnxruntime.InferenceSession(
             path, options, providers=providers
         )
-    assert OrtBackend(as_if(folder, precision), name, BackendOptions(compute="auto")).compute == compute
+    assert backends.open_backend(as_if(folder, precision), name, BackendOptions(compute="auto")).compute == compute
     other = "bf16" if compute == "fp32" else "fp32"
     with pytest.raises(PhregError, match=f"got {other}, but {name} computes in what the graph says, {compute}"):
-        OrtBackend(as_if(folder, precision), name, BackendOptions(compute=other))
+        backends.open_backend(as_if(folder, precision), name, BackendOptions(compute=other))
 
 
 # Settings
@@ -267,7 +268,8 @@ def test_tensorrt_keeps_its_engines_in_the_bundle(copy, library):
 
 def test_one_shape_needs_no_profile(copy):
     assert not any(
-        key.startswith("trt_profile") for key in settings(Bundle.read(copy("bundle")), "onnxruntime-tensorrt", 0)
+        key.startswith("trt_profile")
+        for key in provider_options(Bundle.read(copy("bundle")), "onnxruntime-tensorrt", 0)
     )
 
 

@@ -235,7 +235,7 @@ def test_the_parts_of_an_inference_are_all_of_it(made, graph):
         assert all(p["latency"] == pytest.approx(p["h2d"] + p["compute"] + p["d2h"], rel=1e-6) for p in parts)
         for _ in range(20):
             plan.run(feed)
-        lane, whole = plan._lanes[0], []
+        lane, whole = plan._contexts[0], []
         (recorded,) = [r for key, r in lane._recorded.items() if key[0] != "compute"]
         with Event(plan.cuda) as first, Event(plan.cuda) as last:
             for _ in range(200):

@@ -3,10 +3,10 @@
 import numpy as np
 import pytest
 
+from phreg_deploy.artifacts.parity import NEIGHBOURS
 from phreg_deploy.bundle.gates import AT_LEAST, GATES, SENTENCES, exam_bars
 from phreg_deploy.errors import PhregError
 from phreg_deploy.runtime.parity import (
-    NEIGHBOURS,
     Parity,
     ParityAccumulator,
     compare_runs,

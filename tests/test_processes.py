@@ -26,7 +26,7 @@ from phreg_deploy.runtime import FeatureExtractor
 frame = np.random.default_rng(0).integers(0, 256, (1, 64, 64, 3), dtype=np.uint8)
 extractor = FeatureExtractor.load(sys.argv[1], sys.argv[2], mode=sys.argv[3], threads=2)
 expected = extractor.dense(frame).features
-extractor._held.lock.acquire()  # as another thread may have done
+extractor._fork_safe.lock.acquire()  # as another thread may have done
 child = os.fork()
 if child == 0:
     signal.alarm(20)
@@ -37,7 +37,7 @@ if child == 0:
     same = len(found) == 3 and all(np.allclose(features, expected, atol=1e-5) for features in found)
     extractor.close()
     os._exit(0 if same else 1)
-extractor._held.lock.release()
+extractor._fork_safe.lock.release()
 _, status = os.waitpid(child, 0)
 assert np.array_equal(extractor.dense(frame).features, expected)
 sys.exit(0 if status == 0 else 1)
@@ -87,13 +87,13 @@ class OnGpu:
 
 
 def test_what_cannot_be_opened_after_a_fork_is_refused(bundle):
-    held = ForkSafeBackend(OnGpu())
-    held.forget()  # what a fork does in the child
+    backend = ForkSafeBackend(OnGpu())
+    backend.forget()  # what a fork does in the child
     with pytest.raises(PhregError, match=r"forked after the extractor had opened tensorrt.*get_context\('spawn'\)"):
-        held.reopened()
-    held.close()
+        backend.reopened()
+    backend.close()
     with pytest.raises(PhregError, match="was closed"):
-        held.reopened()
+        backend.reopened()
 
 
 def mean_feature(extractor):

@@ -248,7 +248,7 @@ def test_a_plan_of_another_graph_is_refused(load, device, workshop):
     from phreg_deploy.runtime.backends.tensorrt_backend import Plan
     from phreg_deploy.runtime.gpu.cuda import Cuda
 
-    plan = load("bundle").opened.found.read()
+    plan = load("bundle").opened.plan.read()
     with pytest.raises(PhregError, match="not of this bundle"):
         Plan(workshop.tensorrt, Cuda(), plan, [ProfileShapes({"other": [[1], [1], [1]]})])
 
@@ -445,7 +445,7 @@ def test_the_next_call_on_the_host_waits_for_the_callers_stream(load, expected, 
     extractor.run(double.Array(device, image), out=out, stream=stream)
     device.calls.clear()
     same(extractor.run(frames(6)), expected("bundle", frames(6)))
-    lane = extractor.opened._lanes[0]
+    lane = extractor.opened._contexts[0]
     assert [words[0] for name, words in device.calls if name == "cudaStreamWaitEvent"] == [lane.stream.handle]
     same({name: value.read() for name, value in out.items()}, expected("bundle", image))
 

@@ -1,1 +1,1 @@
-"""Image files and arrays from users -> uint8 RGB arrays at a model's input size; pictures of features. No PyTorch."""
+"""Turn image files and arrays into uint8 RGB arrays at a model's input size, and features into pictures. No PyTorch."""

@@ -1,4 +1,4 @@
-"""Image files and Pillow images of any mode -> 8-bit RGB, upright if asked, and never of more pixels than memory is meant for."""
+"""Decode image files and Pillow images of any mode to 8-bit RGB, upright if requested, with a limit on their size."""
 
 from __future__ import annotations
 
@@ -12,7 +12,8 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 
 from phreg_deploy.errors import PhregError
 
-GIANT = 1 << 25  # pixels; a larger JPEG is decoded at half, a quarter or an eighth of its sides
+# Pixels above which a JPEG is decoded at half, a quarter or an eighth of its sides.
+GIANT = 1 << 25
 
 
 def to_rgb(image: Image.Image) -> Image.Image:
@@ -29,7 +30,8 @@ def to_rgb(image: Image.Image) -> Image.Image:
         grey = np.asarray(image).astype(np.int64)
         if grey.min() < 0 or grey.max() > 65535:
             raise PhregError(
-                f"image: got mode {image.mode!r} with values up to {grey.max()}, expected 16-bit grey (0-65535) or 8-bit pixels."
+                f"image: got mode {image.mode!r} with values up to {grey.max()}, expected 16-bit grey (0-65535) or "
+                "8-bit pixels."
             )
         return Image.fromarray((grey / 257 + 0.5).astype(np.uint8)).convert("RGB")
     if image.mode == "F":
@@ -37,27 +39,28 @@ def to_rgb(image: Image.Image) -> Image.Image:
             "image: got 32-bit float pixels (mode 'F'), whose scale is unknown; expected 8-bit or 16-bit pixels."
         )
     if image.mode == "P" and isinstance(image.info.get("transparency"), bytes):
-        image = image.convert("RGBA")  # Pillow warns of the direct way, which gives the same
+        # Pillow warns of a direct conversion, though its result is the same.
+        image = image.convert("RGBA")
     return image if image.mode == "RGB" else image.convert("RGB")
 
 
 def upright(image: Image.Image) -> Image.Image:
-    """The image turned as its EXIF orientation says; without one, or with a damaged one, as it is stored."""
+    """Turn an image by its EXIF orientation; leave it unchanged without one, or with a damaged one."""
     with contextlib.suppress(struct.error, SyntaxError, ValueError, TypeError, KeyError):
         return ImageOps.exif_transpose(image)
     return image
 
 
 def read_image(source: Path | str | IO[bytes], exif: bool = False, name: str | None = None) -> Image.Image:
-    """An image file as an RGB image.
+    """Read an image file as RGB.
 
     Args:
         source: a path, or a binary file that Pillow can seek in.
-        exif: turn it upright by its EXIF orientation.
-        name: what messages call it; by default the path.
+        exif: turn the image upright by its EXIF orientation.
+        name: the name in messages; by default the path.
 
     Raises:
-        PhregError: missing, a folder, empty, truncated, too large, or no image.
+        PhregError: the file is missing, a folder, empty, truncated, too large, or no image.
     """
     name = name or str(source)
     if isinstance(source, (str, Path)) and Path(source).is_dir():
@@ -70,9 +73,9 @@ def read_image(source: Path | str | IO[bytes], exif: bool = False, name: str | N
     except FileNotFoundError:
         raise PhregError(f"image: there is no file {name}.") from None
     except UnidentifiedImageError:
-        found = "empty" if _is_empty(source) else "not an image that Pillow can read"
-        raise PhregError(f"image: {name} is {found}; expected JPEG, PNG, WebP, TIFF or BMP.") from None
-    except (Image.DecompressionBombError, Image.DecompressionBombWarning):  # Pillow looks before the image can be asked
+        kind = "empty" if _is_empty(source) else "not an image that Pillow can read"
+        raise PhregError(f"image: {name} is {kind}; expected JPEG, PNG, WebP, TIFF or BMP.") from None
+    except (Image.DecompressionBombError, Image.DecompressionBombWarning):  # raised by open, before _bound
         raise _too_large(name) from None
     except PermissionError as error:
         raise PhregError(
@@ -83,7 +86,7 @@ def read_image(source: Path | str | IO[bytes], exif: bool = False, name: str | N
 
 
 def _bound(image: Image.Image, name: str) -> None:
-    """Have a giant JPEG decoded at a smaller scale; refuse what is still above Pillow's limit."""
+    """Let Pillow decode a giant JPEG at a smaller scale; refuse an image that is still above Pillow's limit."""
     width, height = image.size
     if image.format == "JPEG":
         divisor = next((d for d in (1, 2, 4, 8) if width * height <= GIANT * d * d), 8)
@@ -96,7 +99,8 @@ def _bound(image: Image.Image, name: str) -> None:
 def _too_large(name: str, size: str = "") -> PhregError:
     limit = (Image.MAX_IMAGE_PIXELS or 0) / 1e6
     return PhregError(
-        f"image: {name} is too large ({size}more than {limit:.0f} megapixels); it is not damaged. Make it smaller, or set PIL.Image.MAX_IMAGE_PIXELS."
+        f"image: {name} is too large ({size}more than {limit:.0f} megapixels); it is not damaged. Make it smaller, or "
+        "set PIL.Image.MAX_IMAGE_PIXELS."
     )
 
 

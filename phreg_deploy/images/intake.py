@@ -1,6 +1,6 @@
-"""What callers hand over as images: paths, encoded bytes, files, Pillow images and arrays, alone or in lists.
+"""Accept images from callers: paths, encoded bytes, files, Pillow images and arrays, alone or in lists.
 
-``single_pictures`` makes a flat list of it and refuses what is none of these; ``rgb`` makes one of them RGB.
+``single_pictures`` makes a flat list of them and refuses everything else; ``rgb`` converts one entry to RGB.
 """
 
 from __future__ import annotations
@@ -19,25 +19,26 @@ from phreg_deploy.errors import PhregError
 from phreg_deploy.images.decoding import read_image, to_rgb, upright
 
 COLORS = ("rgb", "bgr")
-CPU, GPU, MANAGED = 1, 2, 13  # kDLCPU, kDLCUDA, kDLCUDAManaged of dlpack.h
+# kDLCPU, kDLCUDA and kDLCUDAManaged of dlpack.h.
+CPU, GPU, MANAGED = 1, 2, 13
 EXPECTED = "a path, encoded bytes, a binary file, a PIL image, or a uint8 array (H, W, 3), (H, W) or (B, H, W, 3)"
 
 
 def check_color(color: str) -> str:
-    """``color``, unless it is unknown: then ``PhregError``."""
+    """Return ``color``; raise ``PhregError`` where it is not in ``COLORS``."""
     if color not in COLORS:
         raise PhregError(f"color: got {color!r}, expected {' or '.join(COLORS)}.")
     return color
 
 
 def single_pictures(images: Any) -> list[Any]:
-    """Everything that was handed over, one picture an entry, in order: what ``rgb`` takes.
+    """List the pictures one by one, in order, as ``rgb`` takes them.
 
     Args:
         images: one picture, an array of several, or a list, tuple or generator of these.
 
     Raises:
-        PhregError: nothing, something that is no picture, or an array that is not uint8 of a known shape.
+        PhregError: no picture, something else than a picture, or an array that is not uint8 of a known shape.
     """
     if isinstance(images, (list, tuple)) or (isinstance(images, Iterator) and not hasattr(images, "read")):
         parts = list(images)
@@ -52,7 +53,7 @@ def single_pictures(images: Any) -> list[Any]:
 
 
 def rgb(picture: Any, exif: bool) -> Image.Image | np.ndarray:
-    """One entry of ``single_pictures`` as an RGB image, or uint8 ``(H, W, 3)`` in the channel order that it came in.
+    """One entry of ``single_pictures`` as an RGB image, or uint8 ``(H, W, 3)`` in its own channel order.
 
     Args:
         exif: turn files and Pillow images upright by their EXIF orientation.
@@ -61,7 +62,8 @@ def rgb(picture: Any, exif: bool) -> Image.Image | np.ndarray:
         return to_rgb(Image.fromarray(picture)) if picture.ndim == 2 else picture
     if isinstance(picture, Image.Image):
         try:
-            picture.load()  # Pillow decodes late
+            # Pillow decodes on first use.
+            picture.load()
         except (OSError, SyntaxError, ValueError) as error:
             raise PhregError(f"image: the PIL image cannot be decoded ({error}); expected a whole one.") from None
         return to_rgb(upright(picture) if exif else picture)
@@ -71,9 +73,9 @@ def rgb(picture: Any, exif: bool) -> Image.Image | np.ndarray:
 
 
 def host_array(value: Any, what: str = "image") -> np.ndarray | None:
-    """An array-like in the host's memory as a numpy array; None for what is no array.
+    """An array-like in the host's memory as a numpy array; None for anything that is no array.
 
-    PyTorch's tensors and others come through ``__array__`` or DLPack, so that none of their libraries is imported.
+    Arrays of other libraries are read through ``__array__`` or DLPack, without an import of these libraries.
 
     Raises:
         PhregError: an array on a GPU, a masked array, or one that numpy cannot hold.
@@ -88,7 +90,8 @@ def host_array(value: Any, what: str = "image") -> np.ndarray | None:
         return None
     if on_gpu(value):
         raise PhregError(
-            f"{what}: got an array on a GPU, expected one in the host's memory. Resize it there and hand it to run(), or copy it to the host."
+            f"{what}: got an array on a GPU, expected one in the host's memory. Resize it there and hand it to run(), "
+            "or copy it to the host."
         )
     try:
         return np.asarray(value) if hasattr(value, "__array__") else np.from_dlpack(value)
@@ -99,7 +102,7 @@ def host_array(value: Any, what: str = "image") -> np.ndarray | None:
 
 
 def on_gpu(value: Any) -> bool:
-    """Whether a value is an array on a GPU, of whatever library."""
+    """Whether a value is an array on a GPU, of any library."""
     if isinstance(value, np.ndarray):
         return False
     if hasattr(value, "__cuda_array_interface__"):
@@ -137,7 +140,7 @@ def _encoded(data: bytes, what: str) -> bytes:
 
 
 def _planes(array: np.ndarray, what: str) -> list[np.ndarray]:
-    """The images in an array: ``(H, W, 3)`` or, of grey, ``(H, W)``."""
+    """The images in an array, each ``(H, W, 3)`` or grey ``(H, W)``."""
     shape, got = array.shape, f"{what}: got an array of {array.dtype} {array.shape}"
     if array.dtype == object:
         raise PhregError(f"{got}, expected uint8. Hand images of several sizes over as a list.")

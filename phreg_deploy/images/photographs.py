@@ -1,7 +1,7 @@
-"""Folders of images, and the one way in which an image becomes a model's uint8 input.
+"""Read folders of images, and fit RGB images to a model's input size.
 
-Knows nothing of models: it fits RGB images to a size, step for step as timm's evaluation transform does (PIL resize, centre crop), so that a runtime without torch sees the same pixels. Unlike timm it
-turns photographs upright by their EXIF orientation, where ``Preprocess.exif`` says so.
+The steps are those of timm's evaluation transform (PIL resize, centre crop), so a runtime without torch sees the same
+pixels. Unlike timm, photographs are turned upright by their EXIF orientation where ``Preprocess.exif`` says so.
 """
 
 from __future__ import annotations
@@ -20,10 +20,10 @@ from phreg_deploy.images.decoding import read_image
 from phreg_deploy.images.resampling import applies, shrink
 from phreg_deploy.spec import Preprocess
 
+# Bytes of pixels that ``Photographs`` keeps in memory.
 KEEP_BYTES = 1 << 31
-LONGEST = (
-    100  # times the input size that one side may have after the resize, so that a hair-thin image takes no gigabytes
-)
+# A side may have at most so many times the input size after the resize: a hair-thin image would take gigabytes.
+LONGEST = 100
 SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".ppm", ".pgm", ".gif"}
 RESAMPLING = {
     "bicubic": Image.Resampling.BICUBIC,
@@ -34,18 +34,18 @@ RESAMPLING = {
 
 
 def list_images(folder: Path | str, limit: int | None = None, spread: bool = False) -> list[Path]:
-    """Every image file below ``folder``, in the order of their names.
+    """List every image file below ``folder``, sorted by name.
 
     Args:
-        limit: at most so many, the first ones; with ``spread``, evenly spaced ones, as frames of a video should be.
+        limit: the largest number of files; the first ones, or with ``spread`` evenly spaced ones, as for a video.
 
     Raises:
         PhregError: the folder is missing, is a file, or holds no image.
     """
     folder = Path(folder)
     if not folder.is_dir():
-        found = "a file" if folder.exists() else "nothing"
-        raise PhregError(f"images: got {folder}, where there is {found}; expected a folder of images.")
+        kind = "a file" if folder.exists() else "nothing"
+        raise PhregError(f"images: got {folder}, where there is {kind}; expected a folder of images.")
     paths = sorted(
         (p for p in folder.rglob("*") if p.suffix.lower() in SUFFIXES and p.is_file()),
         key=lambda p: str(p.relative_to(folder)),
@@ -58,15 +58,15 @@ def list_images(folder: Path | str, limit: int | None = None, spread: bool = Fal
 
 
 def read_fitted(path: Path | str, size: tuple[int, int], preprocess: Preprocess) -> np.ndarray:
-    """An image file at the model's input size: uint8 ``(H, W, 3)``. Raises what ``read_image`` and ``fit`` raise."""
+    """Read an image file at the model's input size: uint8 ``(H, W, 3)``. Errors: see ``read_image`` and ``fit``."""
     return fit(read_image(path, preprocess.exif), size, preprocess)
 
 
 def fit(image: Image.Image | np.ndarray, size: tuple[int, int], preprocess: Preprocess) -> np.ndarray:
-    """An RGB image, or uint8 ``(H, W, 3)``, at the model's input size: uint8 ``(H, W, 3)``, values 0-255.
+    """Fit an RGB image, or uint8 ``(H, W, 3)``, to the model's input size: uint8 ``(H, W, 3)``, values 0-255.
 
-    The same rounding as timm's ``create_transform(..., crop_mode=...)`` on a PIL image: bit for bit, but for large images
-    where ``preprocess.fast``: see ``resampling``.
+    Equal bit for bit to timm's ``create_transform(..., crop_mode=...)`` on a PIL image, except for large images with
+    ``preprocess.fast``, see ``resampling``.
 
     Raises:
         PhregError: an image so long and narrow that it would take gigabytes.
@@ -85,29 +85,32 @@ def fit(image: Image.Image | np.ndarray, size: tuple[int, int], preprocess: Prep
     picture = image if isinstance(image, Image.Image) else Image.fromarray(image)
     if old != new:
         picture = picture.resize(new, RESAMPLING[preprocess.interpolation])
-    return np.array(picture.crop(box), dtype=np.uint8)  # a copy, since PyTorch warns of arrays that are read-only
+    # A copy, since PyTorch warns of read-only arrays.
+    return np.array(picture.crop(box), dtype=np.uint8)
 
 
 def resizes_fast(old: tuple[int, int], size: tuple[int, int], preprocess: Preprocess) -> bool:
-    """Whether ``fit`` takes ``resampling.shrink`` for an image of (width, height) pixels, and not Pillow."""
+    """Whether ``fit`` resizes an image of (width, height) pixels by ``resampling.shrink``, not by Pillow."""
     return preprocess.fast and applies(old, _resized(old, size, preprocess), preprocess.interpolation)
 
 
 def _resized(old: tuple[int, int], size: tuple[int, int], preprocess: Preprocess) -> tuple[int, int]:
-    """(width, height) of the whole image before the centre is cut out, from its own (width, height)."""
+    """(width, height) to resize an image of (width, height) to, before the centre crop."""
     full = (math.floor(size[0] / preprocess.crop_pct), math.floor(size[1] / preprocess.crop_pct))
     if preprocess.crop_mode == "squash":
         return full[1], full[0]
     w, h = old
-    if size[0] == size[1]:  # torchvision's Resize(int): the short side to the size, the long side cut to whole pixels
+    # torchvision's Resize(int): the short side gets the size, the long side is rounded down.
+    if size[0] == size[1]:
         return (full[0], int(full[0] * h / w)) if w <= h else (int(full[0] * w / h), full[0])
-    ratio = min(h / full[0], w / full[1])  # timm's ResizeKeepRatio: scale until both sides cover the input
+    # timm's ResizeKeepRatio: scale until both sides cover the input.
+    ratio = min(h / full[0], w / full[1])
     return round(w / ratio), round(h / ratio)
 
 
 @dataclass
 class Photographs:
-    """Readable images of a folder at one size, and what was skipped.
+    """The readable images of a folder at one size, and the names of the unreadable ones.
 
     ``names`` are paths relative to ``folder``, ``digests`` the sha256 of each file's bytes. ``skipped`` maps the name
     of each unreadable file to the reason. Pixels are kept in memory up to ``KEEP_BYTES`` and decoded again beyond.
@@ -138,17 +141,18 @@ class Photographs:
         return hashlib.sha256("".join(self.digests).encode()).hexdigest()
 
     def subset(self, keep: Iterable[int]) -> Photographs:
-        """Some of the images, in the order given; pixels are shared."""
+        """The images at the indices ``keep``, in that order; pixels are shared."""
         rows = list(keep)
         return replace(self, names=[self.names[i] for i in rows], digests=[self.digests[i] for i in rows])
 
     @property
     def skip_line(self) -> str | None:
-        """What was skipped, for people; None where nothing was."""
+        """A line for people about the skipped files; None without any."""
         if not self.skipped:
             return None
         name, reason = next(iter(self.skipped.items()))
-        return f"Skipped {len(self.skipped)} unreadable file{'s' * (len(self.skipped) > 1)} in {self.folder}, e.g. {name}: {reason}"
+        files = f"{len(self.skipped)} unreadable file{'s' * (len(self.skipped) > 1)}"
+        return f"Skipped {files} in {self.folder}, e.g. {name}: {reason}"
 
 
 def read_photographs(
@@ -159,34 +163,35 @@ def read_photographs(
     say: Callable[[str], None] = lambda _text: None,
     spread: bool = False,
 ) -> Photographs:
-    """Read and fit every image of a folder; unreadable files are skipped, counted and named.
+    """Read and fit every image of a folder; skip unreadable files and name them.
 
     Args:
         size: (height, width) in pixels. limit, spread: see ``list_images``.
-        say: gets, in one line, what was skipped.
+        say: is called with a line about the skipped files.
 
     Raises:
-        PhregError: no folder, no image, or none that can be read.
+        PhregError: no folder, no image, or no readable one.
     """
     folder = Path(folder)
-    found, kept = Photographs(folder, size, preprocess), 0
+    photographs, kept_bytes = Photographs(folder, size, preprocess), 0
     for path in list_images(folder, limit, spread):
         name = str(path.relative_to(folder))
         try:
             array = read_fitted(path, size, preprocess)
         except PhregError as error:
-            found.skipped[name] = str(error)
+            photographs.skipped[name] = str(error)
             continue
-        found.names.append(name)
-        found.digests.append(hashlib.sha256(path.read_bytes()).hexdigest())
-        if kept + array.nbytes <= KEEP_BYTES:
-            found.kept[name] = array
-            kept += array.nbytes
-    if not found.names:
-        name, reason = next(iter(found.skipped.items()))
+        photographs.names.append(name)
+        photographs.digests.append(hashlib.sha256(path.read_bytes()).hexdigest())
+        if kept_bytes + array.nbytes <= KEEP_BYTES:
+            photographs.kept[name] = array
+            kept_bytes += array.nbytes
+    if not photographs.names:
+        name, reason = next(iter(photographs.skipped.items()))
         raise PhregError(
-            f"images: none of the {len(found.skipped)} image files in {folder} can be read. The first, {name}: {reason}"
+            f"images: none of the {len(photographs.skipped)} image files in {folder} can be read. The first, {name}: "
+            f"{reason}"
         )
-    if found.skip_line:
-        say(found.skip_line)
-    return found
+    if photographs.skip_line:
+        say(photographs.skip_line)
+    return photographs

@@ -19,6 +19,7 @@ from phreg_deploy.errors import PhregError
 from phreg_deploy.profiling.roofline import Peaks, group_layers, roofline
 from phreg_deploy.profiling.telemetry import Telemetry
 from phreg_deploy.progress import Progress
+from phreg_deploy.runtime.backends.interface import DeviceBackend, ProfiledBackend
 from phreg_deploy.runtime.features import FeatureExtractor
 
 LEAST = 10  # inferences, however slow
@@ -71,24 +72,23 @@ def profile_gpu(
     }  # fmt: skip
     missing, rng = report["missing"], np.random.default_rng(0)
     report["idle_power"] = telemetry.measure_idle(idle_seconds) if telemetry and idle_seconds else None
-    split, layers = getattr(backend, "split", None), getattr(backend, "layers", None)
-    if split is None:
+    profiled = backend if isinstance(backend, ProfiledBackend) else None
+    if profiled is None:
         missing["parts"] = f"{backend.name} does not tell the parts of an inference; latency is the host's."
-    if layers is None:
         missing["layers"] = f"{backend.name} has no layer profile."
     for batch in batches:
         images = rng.integers(0, 256, (batch, *size, 3), dtype=np.uint8)
         feed, about = extractor.feed(images), {"batch": batch, "size": list(size)}
         calls: dict[bool | None, Callable[[], dict[str, float]]] = {None: partial(_timed, extractor.graph_call(images))}
-        if split is not None:
-            calls = {graph: partial(split, feed, graph) for graph in (False, True)}
+        if profiled is not None:
+            calls = {graph: partial(profiled.split, feed, graph) for graph in (False, True)}
         for graph, found in measure(calls, seconds, warmup_ms, progress).items():
             rate = 1e3 * batch / found["latency"]["mean"]
             report["results"].append({**about, "graph": graph, **found, "images_per_second": rate})
         for count in streams:
             found = sweep(partial(extractor.run, images), count, seconds, progress, batch, telemetry)
             report["streams"].append({**about, **found})
-        grouped = group_layers(layers(feed, ROUNDS), metadata) if layers is not None else None
+        grouped = group_layers(profiled.layers(feed, ROUNDS), metadata) if profiled else None
         if grouped is not None:
             report["layers"].append({**about, **grouped})
         if fps is not None:
@@ -101,7 +101,7 @@ def profile_gpu(
                 measured_ms=min(told, default=None), layers_ms=grouped["parts"] if grouped else None,
             ))  # fmt: skip
     mark_pareto(report["streams"])
-    device = backend.device_memory() if hasattr(backend, "device_memory") else None
+    device = profiled.device_memory() if profiled else None
     report["memory"].update(after=_used(backend), device=device)
     report["stable"] = all(result["stable"] for result in report["results"])
     return report
@@ -273,7 +273,7 @@ def mark_pareto(entries: list[dict[str, Any]]) -> None:
 
 def _used(backend: Any) -> int | None:
     """Bytes of device memory that are taken, by everybody."""
-    if getattr(backend, "cuda", None) is None:
+    if not isinstance(backend, DeviceBackend):
         return None
     free, total = backend.cuda.free_memory()
     return int(total - free)

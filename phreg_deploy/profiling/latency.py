@@ -14,6 +14,7 @@ import numpy as np
 from phreg_deploy.bundle.manifest import Manifest
 from phreg_deploy.images.photographs import resizes_fast
 from phreg_deploy.progress import Progress
+from phreg_deploy.runtime.backends.interface import DeviceBackend
 from phreg_deploy.runtime.features import FeatureExtractor
 from phreg_deploy.spec import Stored
 
@@ -140,11 +141,11 @@ def measured_cases(
 
 def conditions(extractor: FeatureExtractor, threads: int | None, mode: str = "latency") -> dict[str, Any]:
     """What the figures depend on: the machine, its load, the versions, the bundle."""
-    manifest, cuda = extractor.manifest, getattr(extractor.opened, "cuda", None)
+    manifest, backend = extractor.manifest, extractor.opened
     return {
         "processor": processor(), "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
         "load": list(os.getloadavg()) if hasattr(os, "getloadavg") else None, "system": platform.platform(), "python": platform.python_version(),
-        "backend": extractor.backend, "compute": extractor.compute, "choice": extractor.choice, "backend_version": backend_version(extractor.backend), "threads": threads, "mode": mode, "gpu": None if cuda is None else cuda.gpu.name,
+        "backend": extractor.backend, "compute": extractor.compute, "choice": extractor.choice, "backend_version": backend_version(extractor.backend), "threads": threads, "mode": mode, "gpu": backend.cuda.gpu.name if isinstance(backend, DeviceBackend) else None,
         "precision": manifest.precision, "model": manifest.model.architecture, "registers": manifest.model.registers,
         "random_weights": manifest.random_weights, "graph_sha256": manifest.files.get("model.onnx"),
     }  # fmt: skip

@@ -1,4 +1,4 @@
-"""What a bundle says of images. B batch, (Hp, Wp) patch grid, C width."""
+"""``DenseFeatures``: the result of a ``FeatureExtractor``. B batch, (Hp, Wp) patch grid, C width."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ from phreg_deploy.artifacts.measures import OUTLIER_FACTOR
 
 @dataclass(frozen=True)
 class DenseFeatures:
-    """What a bundle says of a batch of images.
+    """Features of a batch of images.
 
     ``features`` float32 ``(B, Hp, Wp, C)`` after the final norm, registers dropped; ``cls`` float32 ``(B, C)`` or None;
     ``token_norm`` float32 ``(B, Hp, Wp)``: L2 norms of the last block's output before the final norm.
-    ``norm_median``: the base model's median norm, where the bundle knows it.
+    ``norm_median``: the base model's median norm, where the bundle holds it.
     """
 
     features: np.ndarray
@@ -25,9 +25,9 @@ class DenseFeatures:
 
     @property
     def artifact_rate(self) -> np.ndarray:
-        """Share of high-norm or low-norm patch tokens per image, ``(B,)``, 0-1: watched on every frame at no extra pass.
+        """Share (0-1) of high-norm or low-norm patch tokens per image, ``(B,)``; needs no extra forward pass.
 
-        Measured against ``norm_median``; in a bundle that does not know it, against each image's own median.
+        Norms are compared with ``norm_median``, or with each image's own median where the bundle has none.
         """
         flat = self.token_norm.reshape(len(self.token_norm), -1)
         median = np.median(flat, axis=1, keepdims=True) if self.norm_median is None else self.norm_median

@@ -1,4 +1,4 @@
-"""Files of images -> files of features, one ``.npy`` an image and output, with an index of them: ``features.json``."""
+"""Write the features of image files: one ``.npy`` for each image and output, and their index, ``features.json``."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import json
 import os
 import shutil
 from collections.abc import Iterable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -28,40 +29,69 @@ OUTPUTS = ("features", "cls", "token_norm")
 DTYPES = ("float32", "float16")
 
 
+@dataclass(frozen=True)
+class ExtractedImage:
+    """One image and its ``files`` by output; ``shape`` of its features; ``stamp``: see ``_stamp``."""
+
+    image: str
+    files: dict[str, str]
+    shape: list[int]
+    artifact_rate: float
+    stamp: list[int]
+
+    def to_json(self) -> dict[str, Any]:
+        facts = dict(vars(self))
+        return {"image": facts.pop("image"), **facts.pop("files"), **facts}
+
+
+@dataclass(frozen=True)
+class Extraction:
+    """The index of an output folder. ``skipped``: name of each unreadable file -> reason."""
+
+    output: str
+    backend: str
+    settings: dict[str, Any]
+    complete: bool
+    skipped: dict[str, str]
+    images: list[ExtractedImage]
+
+    def to_json(self) -> dict[str, Any]:
+        return {**vars(self), "images": [image.to_json() for image in self.images]}
+
+
 def find_images(images: Iterable[Path]) -> dict[Path, str]:
-    """Every image file that was asked for, once, and the name of its features: its path in its folder, without suffix.
+    """Every image file once, and the name of its features: its path in its folder, without suffix.
+
+    A name that another file has, also in other case, gets a number.
 
     Args:
-        images: files, or folders that are searched.
-
-    A name that is taken, also where case does not count, gets a number.
+        images: files, or folders to search.
 
     Raises:
-        PhregError: nothing is there, or a folder holds no image.
+        PhregError: a path does not exist, or a folder holds no image.
     """
-    found: dict[Path, str] = {}
-    seen: set[str] = set()
-    taken: set[str] = set()
-    for asked in images:
-        if not asked.exists():
-            refuse_url(str(asked))
-            raise PhregError(f"image: there is no file {asked}. Check the name.")
-        for path in list_images(asked) if asked.is_dir() else [asked]:
-            if os.path.abspath(path) in seen:
+    names: dict[Path, str] = {}
+    visited, taken = set[str](), set[str]()
+    for given in images:
+        if not given.exists():
+            refuse_url(str(given))
+            raise PhregError(f"image: there is no file {given}. Check the name.")
+        for path in list_images(given) if given.is_dir() else [given]:
+            if os.path.abspath(path) in visited:
                 continue
-            seen.add(os.path.abspath(path))
-            stem = (path.relative_to(asked) if asked.is_dir() else Path(path.name)).with_suffix("").as_posix()
-            name, count = stem, 1
+            visited.add(os.path.abspath(path))
+            name = stem = (path.relative_to(given) if given.is_dir() else Path(path.name)).with_suffix("").as_posix()
+            count = 1
             while taken & {_file(name, output).lower() for output in OUTPUTS}:
                 count += 1
                 name = f"{stem}-{count}"
             taken |= {_file(name, output).lower() for output in OUTPUTS}
-            found[path] = name
-    return found
+            names[path] = name
+    return names
 
 
 def parse_outputs(text: str) -> tuple[str, ...]:
-    """Read ``features,cls,token_norm``, or some of them. Raises ``PhregError`` for anything else."""
+    """Read names of ``OUTPUTS`` with commas between. Raises ``PhregError`` for anything else."""
     names = tuple(dict.fromkeys(part.strip() for part in text.split(",")))
     if not names or not set(names) <= set(OUTPUTS):
         raise PhregError(f"outputs: got {text!r}, expected one or more of {', '.join(OUTPUTS)}, with commas between.")
@@ -69,102 +99,111 @@ def parse_outputs(text: str) -> tuple[str, ...]:
 
 
 def extract_images(
-    extractor: FeatureExtractor, found: dict[Path, str], output: Path, *, size: tuple[int, int] | None = None,
-    outputs: tuple[str, ...] = ("features",), dtype: str = "float32", pictures: bool = False, force: bool = False,
-    resume: bool = False, progress: Progress = SILENT,
-) -> dict[str, Any]:  # fmt: skip
-    """Write for every image ``NAME.npy`` (features ``(Hp, Wp, C)``), ``NAME.cls.npy`` and ``NAME.token_norm.npy``, as asked.
+    extractor: FeatureExtractor,
+    images: dict[Path, str],
+    output: Path,
+    *,
+    size: tuple[int, int] | None = None,
+    outputs: tuple[str, ...] = ("features",),
+    dtype: str = "float32",
+    pictures: bool = False,
+    force: bool = False,
+    resume: bool = False,
+    progress: Progress = SILENT,
+) -> Extraction:
+    """Write ``NAME.npy`` (features ``(Hp, Wp, C)``), ``NAME.cls.npy`` and ``NAME.token_norm.npy`` for every image.
 
-    A file that cannot be read is left out and named in the index. An interrupt keeps what is done, and an index that says
-    so, unless an older output would be replaced by less.
+    The index names each unreadable file. An interrupt keeps the finished images and an index that says so, unless they
+    would replace an older output.
 
     Args:
-        found: what ``find_images`` found.
+        images: see ``find_images``.
         outputs: of ``OUTPUTS``. dtype: of features and class tokens; token norms are always float32.
-        pictures: write ``NAME.png`` too: the image, its features as colours, its norms as heat.
-        resume: take over what ``output`` holds of the same bundle and settings, and extract the rest.
-
-    Returns:
-        The index: ``settings``, ``complete``, ``images`` (per image its name, files, shape and artifact rate) and
-        ``skipped`` (names and reasons).
+        pictures: also write ``NAME.png``: the image, its features as colours, its norms as heat.
+        resume: keep the images that ``output`` holds from the same bundle and settings, and extract the rest.
 
     Raises:
-        PhregError: no image can be read, an output that the bundle lacks, values beyond float16, other settings to resume.
-        Interrupted: by Ctrl-C; its report is the index of what was kept.
+        PhregError: no readable image, an output that the bundle lacks, values beyond float16, other settings to resume.
+        Interrupted: by Ctrl-C; its report is the index of the finished images.
     """
-    missing = [name for name in outputs if name not in extractor.manifest.outputs]
-    if missing:
+    if missing := [name for name in outputs if name not in extractor.manifest.outputs]:
         raise PhregError(f"outputs: this bundle has no {missing[0]}; it has {', '.join(extractor.manifest.outputs)}.")
     size = size or extractor.manifest.sizes.default
     extractor.manifest.sizes.check(size, extractor.spec.patch)
     settings = {
-        "graph_sha256": extractor.manifest.files.get("model.onnx"), "size": list(size), "outputs": list(outputs), "dtype": dtype,
-        "pictures": pictures, "preprocess": json.loads(json.dumps(extractor.preprocess.to_json())),
-    }  # fmt: skip
-    replaces = output.exists() and not resume
-    index: dict[str, Any] = {
-        "output": str(output),
-        "backend": extractor.backend,
-        "settings": settings,
-        "complete": True,
-        "skipped": {},
+        "graph_sha256": extractor.manifest.files.get("model.onnx"),
+        "size": list(size),
+        "outputs": list(outputs),
+        "dtype": dtype,
+        "pictures": pictures,
+        "preprocess": json.loads(json.dumps(extractor.preprocess.to_json())),
     }
-    entries: dict[Path, dict[str, Any]] = {}
-    files = {path: _files(name, outputs, pictures) for path, name in found.items()}
-    reads = [extractor.bundle.folder, *sorted({path.parent for path in found})]
-    basis, path = None, None
-    with atomic_folder(output, force or resume, reads) as folder, progress.task("extracting", len(found)) as advance:
+    files = {path: _files(name, outputs, pictures) for path, name in images.items()}
+    replaces, complete, path = output.exists() and not resume, True, None
+    done: dict[Path, ExtractedImage] = {}
+    skipped: dict[str, str] = {}
+    reads = [extractor.bundle.folder, *sorted({path.parent for path in images})]
+    with atomic_folder(output, force or resume, reads) as folder, progress.task("extracting", len(images)) as advance:
+        writer = _Writer(folder, dtype)
         try:
             if resume:
-                entries = _taken_over(output, folder, settings, files)
-                advance(len(entries))
-            for path in [path for path in found if path not in entries]:
+                done = _resumed(output, folder, settings, files)
+                advance(len(done))
+            for path in [path for path in images if path not in done]:
                 try:
                     array = extractor.prepare(path, size)
                 except PhregError as error:
-                    index["skipped"][str(path)] = str(error)
-                    advance()
-                    continue
-                dense = extractor.dense(array[None])
-                (folder / found[path]).parent.mkdir(parents=True, exist_ok=True)
-                for kind in outputs:
-                    _save(
-                        folder / files[path][kind],
-                        getattr(dense, kind)[0],
-                        "float32" if kind == "token_norm" else dtype,
-                    )
-                if pictures:
-                    basis = components([dense.features[0]]) if basis is None else basis  # one set of colours for all
-                    _picture(array, dense, basis).save(folder / files[path]["picture"])
-                entries[path] = _entry(path, files[path], dense)
+                    skipped[str(path)] = str(error)
+                else:
+                    done[path] = writer.write(path, files[path], array, extractor.dense(array[None]))
                 advance()
         except KeyboardInterrupt:
-            if replaces or not entries:
-                kept = f" {output} is as it was before." if output.exists() else ""
-                raise Interrupted(f"Interrupted. Nothing new was kept.{kept}") from None
-            if path is not None and path not in entries:
+            if replaces or not done:
+                unchanged = f" {output} is as it was before." if output.exists() else ""
+                raise Interrupted(f"Interrupted. Nothing new was kept.{unchanged}") from None
+            if path is not None and path not in done:
                 for file in files[path].values():
                     (folder / file).unlink(missing_ok=True)
-            index["complete"] = False
-        index["images"] = [entries[path] for path in found if path in entries]
-        if not entries:
-            raise PhregError(
-                f"extract: none of the {len(found)} images can be read. The first: {next(iter(index['skipped'].values()))}"
-            )
-        (folder / INDEX).write_text(json.dumps(index, indent=1) + "\n")
-    if not index["complete"]:
+            complete = False
+        if not done:
+            reason = next(iter(skipped.values()))
+            raise PhregError(f"extract: none of the {len(images)} images can be read. The first: {reason}")
+        entries = [done[path] for path in images if path in done]
+        index = Extraction(str(output), extractor.backend, settings, complete, skipped, entries)
+        (folder / INDEX).write_text(json.dumps(index.to_json(), indent=1) + "\n")
+    if not complete:
         raise Interrupted(
-            f"Interrupted. {output} holds the features of {len(entries)} of {len(found)} images, each of them whole; "
+            f"Interrupted. {output} holds the features of {len(done)} of {len(images)} images, each of them whole; "
             "the same command with --resume extracts the rest.",
-            index,
+            index.to_json(),
         )
     return index
 
 
-def _taken_over(
+class _Writer:
+    """Writes the files of one image after another; all pictures share the colours of the first."""
+
+    def __init__(self, folder: Path, dtype: str) -> None:
+        self.folder, self.dtype = folder, dtype
+        self.basis: np.ndarray | None = None
+
+    def write(self, path: Path, files: dict[str, str], array: np.ndarray, dense: DenseFeatures) -> ExtractedImage:
+        for kind, file in files.items():
+            (self.folder / file).parent.mkdir(parents=True, exist_ok=True)
+            if kind == "picture":
+                self.basis = components([dense.features[0]]) if self.basis is None else self.basis
+                _picture(array, dense, self.basis).save(self.folder / file)
+            else:
+                values, dtype = getattr(dense, kind)[0], "float32" if kind == "token_norm" else self.dtype
+                _save(self.folder / file, values, dtype)
+        shape, rate = list(dense.features.shape[1:]), float(dense.artifact_rate[0])
+        return ExtractedImage(str(path), files, shape, rate, _stamp(path))
+
+
+def _resumed(
     output: Path, folder: Path, settings: dict[str, Any], files: dict[Path, dict[str, str]]
-) -> dict[Path, dict[str, Any]]:
-    """What an earlier run wrote to ``output``, of images that have not changed since, now in ``folder`` too."""
+) -> dict[Path, ExtractedImage]:
+    """Link the files of an earlier run into ``folder``, for images that have not changed since."""
     if not output.exists():
         return {}
     try:
@@ -180,13 +219,14 @@ def _taken_over(
         ) from None
     if others := [name for name in earlier if name not in {str(path) for path in files}]:
         raise PhregError(
-            f"resume: {output} holds {len(others)} images that are not asked for now, e.g. {others[0]}; name the same images as before."
+            f"resume: {output} holds {len(others)} images that are not asked for now, e.g. {others[0]}; "
+            "name the same images as before."
         )
-    taken = {}
+    done = {}
     for path, names in files.items():
         entry = earlier.get(str(path))
-        same = entry is not None and {**entry, **names, "stamp": _stamp(path)} == entry
-        if entry is None or not same or not all((output / name).is_file() for name in names.values()):
+        unchanged = entry is not None and {**entry, **names, "stamp": _stamp(path)} == entry
+        if entry is None or not unchanged or not all((output / name).is_file() for name in names.values()):
             continue
         for name in names.values():
             (folder / name).parent.mkdir(parents=True, exist_ok=True)
@@ -194,22 +234,15 @@ def _taken_over(
                 os.link(output / name, folder / name)
             except OSError:  # a file system without hard links
                 shutil.copyfile(output / name, folder / name)
-        taken[path] = entry
-    return taken
+        done[path] = ExtractedImage(str(path), names, entry["shape"], entry["artifact_rate"], entry["stamp"])
+    return done
 
 
 def _stamp(path: Path) -> list[int]:
-    """What changes when a file is replaced: its bytes and the time of its last change, in nanoseconds."""
+    """A file's size in bytes and the time of its last change in nanoseconds; they change when it is replaced."""
     with contextlib.suppress(OSError):
         return [path.stat().st_size, path.stat().st_mtime_ns]
     return []
-
-
-def _entry(path: Path, files: dict[str, str], dense: DenseFeatures) -> dict[str, Any]:
-    return {
-        "image": str(path), **files, "shape": list(dense.features.shape[1:]), "artifact_rate": float(dense.artifact_rate[0]),
-        "stamp": _stamp(path),
-    }  # fmt: skip
 
 
 def _file(name: str, kind: str) -> str:
@@ -221,7 +254,7 @@ def _files(name: str, outputs: tuple[str, ...], pictures: bool) -> dict[str, str
 
 
 def _save(path: Path, array: np.ndarray, dtype: str) -> None:
-    """One ``.npy``, by a single write: ``np.save`` to a file on a full disk does not say that the disk is full."""
+    """Write one ``.npy`` at once: ``np.save`` to a file does not report a full disk as such."""
     with np.errstate(over="ignore"):
         narrow = array.astype(dtype)
     if not np.isfinite(narrow).all() and np.isfinite(array).all():
@@ -233,6 +266,5 @@ def _save(path: Path, array: np.ndarray, dtype: str) -> None:
 
 def _picture(array: np.ndarray, dense: DenseFeatures, basis: np.ndarray) -> Image.Image:
     top = 3 * (dense.norm_median or float(np.median(dense.token_norm)))
-    return sheet([[
-        ("image", Image.fromarray(array)), ("features (PCA)", colours(dense.features[0], basis)), ("token norms", heat(dense.token_norm[0], top)),
-    ]])  # fmt: skip
+    features, norms = colours(dense.features[0], basis), heat(dense.token_norm[0], top)
+    return sheet([[("image", Image.fromarray(array)), ("features (PCA)", features), ("token norms", norms)]])

@@ -1,11 +1,8 @@
-"""A batch of images as the inputs of a bundle's graph."""
+"""Build the inputs of a bundle's graph from a batch of images."""
 
 from __future__ import annotations
 
-import os
-import threading
-import weakref
-from collections import OrderedDict
+import functools
 from typing import Any
 
 import numpy as np
@@ -16,27 +13,27 @@ from phreg_deploy.images.intake import host_array
 from phreg_deploy.runtime.positions import resample
 from phreg_deploy.spec import check_multiple
 
-GRIDS_KEPT = 16  # resampled position embeddings kept; the least recently used is dropped first
+# Resampled position embeddings in the cache; the least recently used is dropped first.
+MAX_GRIDS = 16
 
 
 class InputFeed:
-    """Builds the inputs of a bundle's graph; may be called from several threads.
+    """Builds the inputs of a bundle's graph. Several threads may call it.
 
-    A bundle that serves several sizes takes the position embedding of each size as an input; it is resampled once per size.
+    The graph of a bundle with several sizes takes the position embedding as an input, which is resampled once per size.
     """
 
     def __init__(self, bundle: Bundle) -> None:
         self.manifest = bundle.manifest
-        self.lock = threading.Lock()
         self._base = bundle.positions() if "pos_embed" in self.manifest.inputs else None
-        self._grids: OrderedDict[tuple[int, int], np.ndarray] = OrderedDict()
-        _FEEDS.add(self)
+        # The cache needs no lock of ours, which a fork could leave locked in the child.
+        self._positions = functools.lru_cache(MAX_GRIDS)(self._resample)
 
     def __call__(self, batch: Any) -> dict[str, np.ndarray]:
         """``image`` and, where the bundle serves several sizes, ``pos_embed``, for uint8 RGB images ``(B, H, W, 3)``.
 
         Raises:
-            PhregError: no such array, or a size or batch that the bundle does not serve.
+            PhregError: another kind of array, or a size or batch that the bundle does not serve.
         """
         batch = check_batch(batch)
         self.check(batch.shape)
@@ -48,44 +45,24 @@ class InputFeed:
         self.manifest.batches.check(shape[0])
 
     def others(self, size: tuple[int, int]) -> dict[str, np.ndarray]:
-        """The inputs beside the images: ``pos_embed`` ``(1, Hp * Wp, C)`` float32, or none."""
-        if self._base is None:
-            return {}
-        with self.lock:
-            positions = self._grids.get(size)
-            if positions is None:
-                patch = self.manifest.model.patch
-                check_multiple(size, patch)
-                positions = resample(self._base, (size[0] // patch[0], size[1] // patch[1]))
-                self._grids[size] = positions
-                if len(self._grids) > GRIDS_KEPT:
-                    self._grids.popitem(last=False)
-            else:
-                self._grids.move_to_end(size)
-            return {"pos_embed": positions}
+        """The inputs beside the images: ``pos_embed`` ``(1, Hp * Wp, C)`` float32, or nothing."""
+        return {} if self._base is None else {"pos_embed": self._positions(size)}
+
+    def _resample(self, size: tuple[int, int]) -> np.ndarray:
+        patch = self.manifest.model.patch
+        check_multiple(size, patch)
+        assert self._base is not None
+        return resample(self._base, (size[0] // patch[0], size[1] // patch[1]))
 
 
 def check_batch(batch: Any) -> np.ndarray:
     """The array of a batch on the host, uint8 ``(B, H, W, 3)``.
 
     Raises:
-        PhregError: something else.
+        PhregError: anything else.
     """
     array = host_array(batch, "extract")
     if array is None or array.dtype != np.uint8 or array.ndim != 4 or array.shape[3] != 3 or 0 in array.shape:
         got = type(batch).__name__ if array is None else f"{array.dtype} {array.shape}"
         raise PhregError(f"extract: got {got}, expected a uint8 RGB array (B, H, W, 3) with B at least 1.")
     return array
-
-
-_FEEDS: weakref.WeakSet[InputFeed] = weakref.WeakSet()
-
-
-def _renew_locks() -> None:
-    """In a forked child: another thread of the parent may have held a lock."""
-    for feed in list(_FEEDS):
-        feed.lock = threading.Lock()
-
-
-if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=_renew_locks)

@@ -1,6 +1,6 @@
-"""A backend that outlives a fork: a forked child has neither the threads nor the GPU context that its parent opened.
+"""Keep a backend usable after a fork: a forked child has neither the threads nor the GPU context of its parent.
 
-Without this a call in the child waits for threads that are not there, for instance OpenVINO's in throughput mode.
+Without this, a call in the child waits for threads that do not exist, for instance OpenVINO's in throughput mode.
 """
 
 from __future__ import annotations
@@ -18,18 +18,19 @@ from phreg_deploy.runtime.backends.interface import Backend
 class ForkSafeBackend:
     """``backend`` until it is closed; in a forked child None until ``reopened``.
 
-    ``lock``: a new one after a fork. ``again``: opens the same backend once more; None where that is not possible after a fork, as on a GPU.
+    ``open_again`` opens the same backend in a forked child; None where a fork breaks it, as on a GPU. ``lock`` is a new
+    one after a fork.
     """
 
     def __init__(self, backend: Backend) -> None:
         self.backend: Backend | None = backend
-        self.again: Callable[[], Backend] | None = None
+        self.open_again: Callable[[], Backend] | None = None
         self._inherited: Backend | None = None
         self.lock = threading.Lock()
         _LIVING.add(self)
 
     def reopened(self) -> Backend:
-        """The backend, opened again in a forked child.
+        """Open the backend again in a forked child.
 
         Raises:
             PhregError: it was closed, or cannot be opened after a fork.
@@ -38,34 +39,37 @@ class ForkSafeBackend:
             if self.backend is None:
                 if self._inherited is None:
                     raise PhregError("extract: this FeatureExtractor was closed; load the bundle again.")
-                if self.again is None:
+                if self.open_again is None:
                     raise PhregError(
-                        f"extract: this process was forked after the extractor had opened {self._inherited.name}, which a fork breaks. "
-                        "Load the bundle in the child, or start it by multiprocessing.get_context('spawn')."
+                        "extract: this process was forked after the extractor had opened "
+                        f"{self._inherited.name}, which a fork breaks. Load the bundle in the child, or start it by "
+                        "multiprocessing.get_context('spawn')."
                     )
-                self.backend = self.again()
+                self.backend = self.open_again()
             return self.backend
 
     def close(self) -> None:
-        """Free the backend, unless it is the parent's."""
+        """Free the backend, unless it belongs to the parent process."""
         if self.backend is not None:
             self.backend.close()
         self.backend = self._inherited = None
 
     def forget(self) -> None:
-        """Let go of the parent's backend without freeing it, which would wait for its threads."""
+        """Drop the parent's backend without freeing it, since that would wait for the parent's threads."""
         if self.backend is not None:
-            ctypes.pythonapi.Py_IncRef(ctypes.py_object(self.backend))  # nothing frees it, the child's exit included
+            # One reference more than there are names: the child never frees the backend, not even at its exit.
+            ctypes.pythonapi.Py_IncRef(ctypes.py_object(self.backend))
             self._inherited, self.backend = self.backend, None
-        self.lock = threading.Lock()  # another thread of the parent may have held it
+        # Another thread of the parent may have held the old lock.
+        self.lock = threading.Lock()
 
 
 _LIVING: weakref.WeakSet[ForkSafeBackend] = weakref.WeakSet()
 
 
 def _after_fork() -> None:
-    for held in list(_LIVING):
-        held.forget()
+    for fork_safe in list(_LIVING):
+        fork_safe.forget()
 
 
 if hasattr(os, "register_at_fork"):

@@ -1,17 +1,18 @@
-"""Position embeddings at other sizes, in numpy: the antialiased bicubic resampling that timm asks torch for.
+"""Resample position embeddings in numpy, by the antialiased bicubic resampling of torch that timm uses.
 
-Tracing it instead would put a Resize into the graph that TensorRT refuses and other runtimes compute differently.
+A traced resampling would be a Resize node, which TensorRT refuses and other runtimes compute differently.
 """
 
 from __future__ import annotations
 
 import numpy as np
 
-CUBIC = -0.5  # torch's coefficient for antialiased bicubic, and Pillow's; the plain bicubic of torch has -0.75
+# The coefficient of torch's antialiased bicubic and of Pillow; torch's plain bicubic has -0.75.
+CUBIC = -0.5
 
 
 def resample(positions: np.ndarray, grid: tuple[int, int]) -> np.ndarray:
-    """``(gh, gw, C)`` -> ``(1, Hp * Wp, C)`` float32, as ``timm.layers.resample_abs_pos_embed`` gives it."""
+    """``(gh, gw, C)`` -> ``(1, Hp * Wp, C)`` float32, equal to ``timm.layers.resample_abs_pos_embed``."""
     if positions.shape[:2] != tuple(grid):
         rows, columns = (_weights(old, new) for old, new in zip(positions.shape[:2], grid))
         positions = np.einsum("hi,wj,ijc->hwc", rows, columns, positions.astype(np.float64), optimize=True)
@@ -19,7 +20,7 @@ def resample(positions: np.ndarray, grid: tuple[int, int]) -> np.ndarray:
 
 
 def _weights(old: int, new: int) -> np.ndarray:
-    """The matrix ``(new, old)`` of one axis: a cubic kernel, widened when shrinking, each row summing to one."""
+    """The matrix ``(new, old)`` of one axis: a cubic kernel, wider for shrinking; each row sums to one."""
     scale = old / new
     widen = max(scale, 1.0)
     weights = np.zeros((new, old))
@@ -34,6 +35,5 @@ def _weights(old: int, new: int) -> np.ndarray:
 def _cubic(x: np.ndarray) -> np.ndarray:
     """Keys' cubic convolution kernel."""
     x = np.abs(x)
-    near = ((CUBIC + 2) * x - (CUBIC + 3)) * x * x + 1
-    far = CUBIC * (((x - 5) * x + 8) * x - 4)
+    near, far = ((CUBIC + 2) * x - (CUBIC + 3)) * x * x + 1, CUBIC * (((x - 5) * x + 8) * x - 4)
     return np.where(x < 1, near, np.where(x < 2, far, 0.0))

@@ -186,7 +186,7 @@ def _opened(
 ) -> Iterator[Run]:
     """Run ``copy`` on a backend; a TensorRT plan is built in memory and not stored."""
     if backend != "tensorrt":
-        opened = open_backend(copy, backend, options, device)
+        opened = open_backend(copy, backend, replace(options, device=device))
         try:
             yield opened.run
         finally:

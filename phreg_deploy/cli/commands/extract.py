@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import click
 
-from phreg_deploy.cli.console import Result, percent
+from phreg_deploy.cli.console import Result
 from phreg_deploy.cli.options import force_option, output_options, tuning_options
+from phreg_deploy.cli.tables.extract import show_extraction, skipped_error
 from phreg_deploy.errors import PhregError
 from phreg_deploy.files.atomic import check_target
 
@@ -79,30 +81,17 @@ def extract(
     result = Result(as_json, quiet)
     if resume and force:
         raise PhregError("extract: got --resume and --force; expected one of them. --force starts over.")
-    check_target(output, force or resume, [bundle, *images])  # before seconds of loading
+    # Loading takes seconds, so the arguments are checked first.
+    check_target(output, force or resume, [bundle, *images])
     size = parse_size(image_size) if image_size else None
-    wanted, found = parse_outputs(outputs), find_images(images)
+    names, paths = parse_outputs(outputs), find_images(images)
+    files: dict[str, Any] = {"outputs": names, "dtype": dtype, "pictures": pictures, "force": force, "resume": resume}
     with FeatureExtractor.load(
         bundle, backend, threads=threads, compute=compute, mode=mode, device=device, exif=exif
     ) as extractor:
         result.chosen(extractor.choice, backend)
-        report = extract_images(
-            extractor, found, output, size=size, outputs=wanted, dtype=dtype, pictures=pictures, force=force,
-            resume=resume, progress=result.progress,
-        )  # fmt: skip
-    rows = [
-        [entry["image"], "x".join(str(s) for s in entry["shape"]), percent(entry["artifact_rate"])]
-        for entry in report["images"][:20]
-    ]
-    result.table(f"Features in {output}", ["image", "features", "artifact rate"], rows)
-    for reason in report["skipped"].values():
-        result.say(f"Left out: {reason}")
-    if report["skipped"] and not skip_bad:
-        names = list(report["skipped"])
-        more = f" and {len(names) - 5} more" if len(names) > 5 else ""
-        raise PhregError(
-            f"extract: {len(names)} of {len(found)} files cannot be read: {', '.join(names[:5])}{more}. {output} holds the features "
-            "of the others. Mend or remove these files, or add --skip-bad.",
-            report,
-        )
-    result.json(report)
+        index = extract_images(extractor, paths, output, size=size, progress=result.progress, **files)
+    show_extraction(index, result)
+    if index.skipped and not skip_bad:
+        raise skipped_error(index)
+    result.json(index.to_json())

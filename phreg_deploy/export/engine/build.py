@@ -186,7 +186,7 @@ def _examine_and_keep(
 
 def examine(bundle: Bundle, plan: StoredPlan, device: int = 0) -> dict[str, Any]:
     """Compare the answers of a saved plan with the bundle's exam; see ``verdict`` for the result."""
-    with FeatureExtractor(bundle, TensorRtBackend(bundle, BackendOptions(), device, plan)) as extractor:
+    with FeatureExtractor(bundle, TensorRtBackend(bundle, BackendOptions(device=device), plan)) as extractor:
         parity = worst([case.parity for case in run_exam(extractor.bundle, extractor.run)])
         return verdict(parity, gates_of(parity, extractor.precision, exam=True))
 

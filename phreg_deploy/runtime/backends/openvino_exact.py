@@ -1,4 +1,4 @@
-"""INT8 on processors where OpenVINO's 8-bit kernels saturate: found by a product, and computed in float32 instead.
+"""Detect that OpenVINO's 8-bit kernels saturate on this processor, and compute INT8 in float32 instead.
 
 Without VNNI oneDNN multiplies unsigned by signed bytes and adds two products in 16 bits (``vpmaddubsw``), which clips
 sums above 32767: on a ViT-Tiny the mean patch cosine to FP32 fell from .993 to .985.
@@ -11,13 +11,15 @@ from typing import Any
 
 import numpy as np
 
-WIDTH = 64  # inputs and outputs of the product
-LARGEST = (255, 127)  # an unsigned input and a signed weight; two products are 64770
+# Inputs and outputs of the product.
+WIDTH = 64
+# An unsigned input and a signed weight; two products sum to 64770.
+LARGEST = (255, 127)
 
 
 @functools.cache
 def saturates() -> bool:
-    """Whether OpenVINO's CPU plugin clips the sums of a product of the largest bytes. Computed once a process, in 40 ms."""
+    """Whether OpenVINO's CPU plugin clips the sums of a product of the largest bytes; takes 40 ms, once a process."""
     import openvino
     from openvino import opset8 as ops
 
@@ -29,15 +31,15 @@ def saturates() -> bool:
     product = ops.matmul(eight, ops.multiply(weight, steps), False, False)
     options = {"INFERENCE_PRECISION_HINT": "f32", "INFERENCE_NUM_THREADS": 1}
     compiled = openvino.Core().compile_model(openvino.Model([product], [image]), "CPU", options)
-    found = compiled(np.full((1, 4, WIDTH), LARGEST[0], np.float32))[0]
-    return bool((found != WIDTH * LARGEST[0] * LARGEST[1]).any())
+    sums = compiled(np.full((1, 4, WIDTH), LARGEST[0], np.float32))[0]
+    return bool((sums != WIDTH * LARGEST[0] * LARGEST[1]).any())
 
 
 def fold_weights(model: Any) -> int:
     """Replace every int8 weight and its DequantizeLinear by one float32 constant, in place; returns how many.
 
-    The plugin then finds no 8-bit product to make. Inputs still pass their grid of 8 bits, so that the features are
-    INT8's own; the time is that of FP32 and a tenth (12.9 ms against 11.7 on a ViT-Tiny, ``benchmarks/``).
+    The plugin then makes no 8-bit product. Inputs are still rounded to 8 bits, so the features stay those of INT8; it
+    takes a tenth longer than FP32 (12.9 ms against 11.7 on a ViT-Tiny, ``benchmarks/``).
     """
     from openvino import opset8 as ops
 
@@ -63,7 +65,7 @@ def _reader(node: Any) -> Any:
 
 
 def _constant(node: Any) -> np.ndarray:
-    """The value of a constant behind conversions and reshapes, in the shape ``(1, O)`` of a step per output channel."""
+    """The constant behind conversions and reshapes, as ``(1, O)``: one step per output channel."""
     while node.get_type_name() != "Constant":
         node = node.input_value(0).get_node()
     return node.get_data().astype(np.float32).reshape(1, -1)  # type: ignore[no-any-return]

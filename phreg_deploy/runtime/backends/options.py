@@ -1,4 +1,4 @@
-"""What a user may ask of a backend beside its name."""
+"""The options of a backend beside its name."""
 
 from __future__ import annotations
 
@@ -11,9 +11,11 @@ COMPUTE, MODES = ("auto", "fp32", "bf16"), ("latency", "throughput")
 
 @dataclass(frozen=True)
 class BackendOptions:
-    """``threads``: for one inference; None leaves the choice to the runtime. ``compute``: the precision of what is not
-    in 8 bits, "auto" for the best that passes the bundle's gates. ``mode``: "latency" of one call, or "throughput" of
-    calls from several threads.
+    """How a backend runs a graph.
+
+    ``threads`` for one inference; None leaves the number to the runtime. ``compute``: the precision of all layers that
+    are not in 8 bits; "auto" is the fastest that passes the bundle's gates. ``mode``: "latency" of one call, or
+    "throughput" of calls from several threads. ``device``: the number of the GPU, where the backend uses one.
 
     Raises:
         PhregError: an unknown value.
@@ -22,6 +24,7 @@ class BackendOptions:
     threads: int | None = None
     compute: str = "auto"
     mode: str = "latency"
+    device: int = 0
 
     def __post_init__(self) -> None:
         if self.threads is not None and self.threads < 1:

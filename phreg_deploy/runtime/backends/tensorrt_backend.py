@@ -1,4 +1,4 @@
-"""Native TensorRT behind the backend interface: the bundle's own engine, one lane per thread, never a fallback."""
+"""Native TensorRT, which runs an engine of the bundle and never falls back to another backend."""
 
 from __future__ import annotations
 
@@ -20,14 +20,14 @@ from phreg_deploy.runtime.gpu.trt_library import deserialise, load_tensorrt, mak
 
 
 class Plan(Closing):
-    """A deserialised plan and the lanes that run it. ``run`` may be called from several threads.
+    """A deserialised plan, and one context for each thread that calls it at the same time.
 
     Args:
-        profiles: its optimization profiles, in the plan's order.
-        graphs: replay CUDA graphs; right where few shapes come again and again.
+        profiles: its optimisation profiles, in the plan's order.
+        graphs: replay CUDA graphs; pays where few shapes return often.
 
     Raises:
-        PhregError: the plan is refused, or its tensors are not those of the profiles.
+        PhregError: TensorRT refuses the plan, or its tensors are not those of the profiles.
     """
 
     def __init__(
@@ -42,71 +42,73 @@ class Plan(Closing):
     ) -> None:
         self.trt, self.cuda, self.profiles, self.graphs = trt, cuda, profiles, graphs
         self._idle: SimpleQueue[TrtContext] = SimpleQueue()
-        self._lanes: list[TrtContext] = []
+        self._contexts: list[TrtContext] = []
         self._closed = False
-        self.diary = make_logger(trt)
+        # The engine needs the logger as long as it lives.
+        self._logger = make_logger(trt)
         cuda.use()
-        self._runtime, self.engine = deserialise(trt, plan, self.diary, host_code)
+        self._runtime, self.engine = deserialise(trt, plan, self._logger, host_code)
         names = {self.engine.get_tensor_name(i) for i in range(self.engine.num_io_tensors)}
-        wanted = set(profiles[0].inputs)
-        if not wanted <= names or self.engine.num_optimization_profiles != len(profiles):
+        inputs, count = set(profiles[0].inputs), self.engine.num_optimization_profiles
+        if not inputs <= names or count != len(profiles):
             raise PhregError(
-                f"engine: got tensors {sorted(names)} and {self.engine.num_optimization_profiles} profiles, expected {sorted(wanted)} and {len(profiles)}; the plan is not of this bundle."
+                f"engine: got tensors {sorted(names)} and {count} profiles, expected {sorted(inputs)} and "
+                f"{len(profiles)}; the plan is not of this bundle."
             )
 
     def run(self, feed: Feed) -> Feed:
-        with self._lane() as lane:
-            return lane.run(feed)
+        with self._context() as context:
+            return context.run(feed)
 
     def run_device(
         self, image: DeviceArray, others: Feed, stream: int | None = None, out: Mapping[str, DeviceArray] | None = None
     ) -> dict[str, DeviceArray]:
         """Device memory to device memory, see ``TrtContext.run_device``."""
-        with self._lane() as lane:
-            return lane.run_device(image, others, stream, out)
+        with self._context() as context:
+            return context.run_device(image, others, stream, out)
 
     def split(self, feed: Feed, graph: bool = True) -> dict[str, float]:
-        """One inference taken apart, milliseconds, see ``TrtContext.split``."""
-        with self._lane() as lane:
-            return lane.split(feed, graph)
+        """Milliseconds of each part of one inference, see ``TrtContext.split``."""
+        with self._context() as context:
+            return context.split(feed, graph)
 
     def layers(self, feed: Feed, rounds: int = 10) -> dict[str, float]:
         """Mean milliseconds of each layer, see ``TrtContext.layers``."""
-        with self._lane() as lane:
-            return lane.layers(feed, rounds)
+        with self._context() as context:
+            return context.layers(feed, rounds)
 
     def device_memory(self) -> dict[str, int]:
-        """Bytes: ``activations`` that each context takes, and how many ``contexts`` there are."""
-        return {"activations": int(self.engine.device_memory_size_v2), "contexts": len(self._lanes)}
+        """Bytes of ``activations`` in each context, and the number of ``contexts``."""
+        return {"activations": int(self.engine.device_memory_size_v2), "contexts": len(self._contexts)}
 
     @contextmanager
-    def _lane(self) -> Iterator[TrtContext]:
-        """A lane of the caller's own for as long as the block lasts."""
+    def _context(self) -> Iterator[TrtContext]:
+        """A context that no other thread uses during the block."""
         if self._closed:
             raise PhregError("engine: it was closed; load the bundle again.")
         try:
-            lane = self._idle.get_nowait()
-        except Empty:  # every lane is at work in another thread
+            context = self._idle.get_nowait()
+        except Empty:  # other threads use every context
             self.cuda.use()
-            lane = TrtContext(self.trt, self.cuda, self.engine, self.profiles, self.graphs)
-            self._lanes.append(lane)
+            context = TrtContext(self.trt, self.cuda, self.engine, self.profiles, self.graphs)
+            self._contexts.append(context)
         try:
-            yield lane
+            yield context
         finally:
-            self._idle.put(lane)
+            self._idle.put(context)
 
     def close(self) -> None:
-        """Free the lanes, then the engine, then the runtime: in that order, also after an error."""
+        """Free the contexts, then the engine, then the runtime, also after an error."""
         if self._closed:
             return
         self._closed = True
         failed = None
-        for lane in self._lanes:
+        for context in self._contexts:
             try:
-                lane.close()
+                context.close()
             except PhregError as error:
                 failed = failed or error
-        self._lanes, self._idle = [], SimpleQueue()
+        self._contexts, self._idle = [], SimpleQueue()
         self.engine = None
         self._runtime = None
         if failed is not None:
@@ -114,30 +116,26 @@ class Plan(Closing):
 
 
 class TensorRtBackend(Plan):
-    """The engine in a bundle's ``engines/`` that was built for this GPU and this TensorRT, or the one that is given.
+    """The engine in a bundle's ``engines/`` that was built for this GPU and this TensorRT, or the given one.
 
     Raises:
-        BackendMissing: no TensorRT, no GPU, or no engine for them, with the command that builds it.
-        PhregError: a damaged plan, or settings that TensorRT does not have.
+        BackendMissing: no TensorRT, no GPU, or no engine for them; the message names the command that builds it.
+        PhregError: a damaged plan, or options that TensorRT does not have.
     """
 
     name = "tensorrt"
     remark = ""
 
-    def __init__(
-        self, bundle: Bundle, tuning: BackendOptions, device: int = 0, engine: StoredPlan | None = None
-    ) -> None:
-        manifest = bundle.manifest
-        if tuning.compute != "auto" and tuning.compute != manifest.precision:
+    def __init__(self, bundle: Bundle, options: BackendOptions, plan: StoredPlan | None = None) -> None:
+        self.compute = bundle.manifest.precision
+        if options.compute not in ("auto", self.compute):
             raise PhregError(
-                f"compute: got {tuning.compute}, but an engine computes in what its bundle says: {manifest.precision}. Export it with --precision {tuning.compute}."
+                f"compute: got {options.compute}, but an engine computes in what its bundle says: {self.compute}. "
+                f"Export it with --precision {options.compute}."
             )
-        self.compute = manifest.precision
         trt = load_tensorrt(lean=True)
-        cuda = Cuda(device)
-        found = engine or find_plan(
-            bundle, cuda.gpu.name, cuda.gpu.architecture, trt.__version__, cuda.gpu.driver // 1000
-        )
-        portable = found.key.settings.compatibility == "version"
-        super().__init__(trt, cuda, found.read(), found.profiles, host_code=portable)
-        self.found = found
+        cuda = Cuda(options.device)
+        gpu = cuda.gpu
+        self.plan = plan or find_plan(bundle, gpu.name, gpu.architecture, trt.__version__, gpu.driver // 1000)
+        portable = self.plan.key.settings.compatibility == "version"
+        super().__init__(trt, cuda, self.plan.read(), self.plan.profiles, host_code=portable)

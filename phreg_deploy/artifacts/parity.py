@@ -1,0 +1,125 @@
+"""Parity: how closely the features of one run of a model agree with another run's."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from phreg_deploy.artifacts.measures import cosine, norm_outliers
+from phreg_deploy.errors import PhregError
+from phreg_deploy.spec import Stored
+
+# At most so many patch tokens of an image take part in the search for nearest neighbours.
+NEIGHBOURS = 1024
+
+
+@dataclass(frozen=True)
+class Parity(Stored):
+    """Agreement of dense features ``(B, Hp, Wp, C)`` with a reference.
+
+    ``cosine_*`` per patch token; ``relative_l2`` and ``largest_difference`` over all values; ``neighbours``: share of
+    patches whose nearest other patch is the same; ``outlier_points``: change of the norm-outlier rate in percentage
+    points; ``norm_difference``: largest relative difference of pre-norm norms; ``norm_bias``: how far the median of
+    their ratios is from 1; ``cls_cosine``: of the worst image; ``bad_values``: NaN or infinite.
+    """
+
+    cosine_mean: float
+    cosine_p1: float
+    cosine_min: float
+    relative_l2: float
+    largest_difference: float
+    neighbours: float
+    outlier_points: float
+    norm_difference: float
+    norm_bias: float
+    cls_cosine: float | None
+    bad_values: int
+
+
+class ParityAccumulator:
+    """Adds up parity batch by batch, and keeps one figure per patch token in memory, no features.
+
+    Args:
+        median: the base model's median norm; None takes the median of all expected norms.
+    """
+
+    def __init__(self, median: float | None = None) -> None:
+        self.median = median
+        self._cosines: list[np.ndarray] = []
+        self._norms: list[tuple[np.ndarray, np.ndarray]] = []
+        self._same: list[np.ndarray] = []
+        self._squares = [0.0, 0.0]
+        self._largest = 0.0
+        self._cls: list[float] = []
+        self._bad = 0
+
+    def add(self, got: dict[str, np.ndarray], expected: dict[str, np.ndarray]) -> None:
+        """Add a batch of ``features``, ``token_norm`` and, if the model has it, ``cls``; float32 or float16.
+
+        Raises:
+            PhregError: the shapes differ, or an output is missing.
+        """
+        a, b = got["features"].astype(np.float64), expected["features"].astype(np.float64)
+        if a.shape != b.shape:
+            raise PhregError(f"parity: got features of shape {a.shape}, expected {b.shape}.")
+        lost = sorted(set(expected) & {"cls", "token_norm"} - set(got))
+        if lost:
+            raise PhregError(
+                f"parity: got no {' and no '.join(lost)}, which the reference has; export the bundle again."
+            )
+        bad = int(sum((~np.isfinite(v)).sum() for v in got.values()))
+        self._bad += bad
+        if bad:
+            return
+        self._cosines.append(cosine(a, b).reshape(-1))
+        self._norms.append((got["token_norm"].astype(np.float64), expected["token_norm"].astype(np.float64)))
+        self._same.append((_nearest(a) == _nearest(b)).reshape(-1))
+        difference = a - b
+        self._squares[0] += float(np.vdot(difference, difference))
+        self._squares[1] += float(np.vdot(b, b))
+        self._largest = max(self._largest, float(np.abs(difference).max()))
+        if "cls" in got and "cls" in expected:
+            self._cls.append(float(cosine(got["cls"], expected["cls"]).min()))
+
+    def parity(self) -> Parity:
+        """The parity of all batches; its figures are the worst possible where a value is NaN or infinite."""
+        if self._bad or not self._cosines:
+            worst = float("inf")
+            return Parity(0.0, 0.0, 0.0, worst, worst, 0.0, 100.0, worst, worst, None, self._bad)
+        values = np.concatenate(self._cosines)
+        norms, wanted = (np.concatenate([pair[i].reshape(-1) for pair in self._norms]) for i in (0, 1))
+        ratios = norms / np.maximum(wanted, 1e-12)
+        centre = float(np.median(wanted)) if self.median is None else self.median
+        shift = abs(norm_outliers(norms, centre).rate - norm_outliers(wanted, centre).rate)
+        return Parity(
+            cosine_mean=float(values.mean()),
+            cosine_p1=float(np.quantile(values, 0.01)),
+            cosine_min=float(values.min()),
+            relative_l2=float((self._squares[0] / max(self._squares[1], 1e-24)) ** 0.5),
+            largest_difference=self._largest,
+            neighbours=float(np.concatenate(self._same).mean()),
+            outlier_points=100 * shift,
+            norm_difference=float(np.abs(ratios - 1).max()),
+            norm_bias=float(abs(np.median(ratios) - 1)),
+            cls_cosine=min(self._cls, default=None),
+            bad_values=0,
+        )
+
+
+def compare_runs(got: dict[str, np.ndarray], expected: dict[str, np.ndarray], median: float | None = None) -> Parity:
+    """Parity of two runs on one batch, see ``ParityAccumulator``."""
+    accumulator = ParityAccumulator(median)
+    accumulator.add(got, expected)
+    return accumulator.parity()
+
+
+def _nearest(features: np.ndarray) -> np.ndarray:
+    """The index of the most similar other token of the image, for an even sample of its patch tokens."""
+    flat = features.reshape(len(features), -1, features.shape[-1])
+    flat = flat[:, :: max(1, flat.shape[1] // NEIGHBOURS)]
+    unit = flat / np.maximum(np.linalg.norm(flat, axis=-1, keepdims=True), 1e-12)
+    similar = unit @ unit.transpose(0, 2, 1)
+    index = np.arange(similar.shape[1])
+    similar[:, index, index] = -np.inf
+    return similar.argmax(-1)  # type: ignore[no-any-return]
