@@ -9,12 +9,13 @@ import numpy as np
 import pytest
 import torch
 
-from phreg_deploy.distill import distillation, hardware, training
+from phreg_deploy.distill import distillation, training
 from phreg_deploy.distill.distillation import Request, distill
 from phreg_deploy.distill.recipes import RECIPES
 from phreg_deploy.distill.replicas import AHEAD, Replicas
 from phreg_deploy.distill.teacher import Teacher
 from phreg_deploy.errors import BackendMissing, PhregError
+from phreg_deploy.models import hardware
 from phreg_deploy.models.loading import load_model
 from tests.schooling import School, descent
 from tests.small_models import small
