@@ -25,7 +25,7 @@ MAY = {
     "runtime/gpu": {"bundle", "images"},
     "runtime/backends": {"bundle", "runtime/gpu"},
     "runtime": {"files", "images", "artifacts", "bundle", "runtime/gpu", "runtime/backends"},
-    "profiling": {"images", "bundle", "runtime", "runtime/gpu", "runtime/backends"},
+    "profiling": {"images", "bundle", "runtime", "runtime/gpu", "runtime/backends", "export/engine"},
     "doctor": {"runtime/gpu", "runtime/backends"},
     "onnx_graph": {"runtime/backends"},
     "calibration": {"files", "images", "bundle", "onnx_graph", "runtime", "runtime/backends"},
@@ -35,11 +35,14 @@ MAY = {
     "demo": {"files", "images", "artifacts", "models", "distill", "runtime", "calibration", "export", "verify"},
     "cli": {"cli/commands", "runtime/backends"},
 }  # fmt: skip
-MAY["cli/commands"] = set(MAY) - {"cli/commands"}
+MAY["cli/tables"] = set(MAY)
+MAY["cli/commands"] = set(MAY)
 # room: the rooms that it imports inside functions only, so that what they need is optional
 LATE = {
     "verify": {"models", "onnx_graph", "export/engine"},
-    "cli/commands": set(MAY) - {"", "files", "images", "bundle", "cli", "cli/commands"},
+    "profiling": {"export/engine"},
+    "cli/commands": set(MAY) - {"", "files", "images", "bundle", "cli", "cli/commands", "cli/tables"},
+    "cli/tables": set(MAY) - {"", "files", "images", "bundle", "cli"},
     "cli": {"runtime/backends"},
 }
 HEAVY = {"torch", "timm", "onnx", "onnxscript", "safetensors", "torchvision"}

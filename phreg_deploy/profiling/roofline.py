@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from phreg_deploy.errors import PhregError
+from phreg_deploy.profiling.report import Entry, GpuReport, RegisterCost
 from phreg_deploy.runtime.gpu.cuda import Cuda, DeviceBuffer, Event, Stream
 from phreg_deploy.spec import ModelSpec, Stored, check_multiple
 
@@ -247,36 +248,38 @@ def group_layers(layers: Mapping[str, float], metadata: Mapping[str, str] | None
     return {"total_ms": sum(layers.values()), "parts": by_part, "blocks": ordered, "unplaced_ms": unplaced}
 
 
-def register_cost(with_: dict[str, Any], without: dict[str, Any]) -> list[dict[str, Any]]:
-    """What registers cost: two reports of one model, with and without, by batch, size and graph.
-
-    ``latency``: the two medians in milliseconds; ``ratio`` of them, of ``compute`` where told, and of ``images_per_second``;
-    ``measurable``: the intervals of the medians are apart.
+def register_cost(with_registers: GpuReport, without: GpuReport) -> list[RegisterCost]:
+    """Compare two profiles of one model, with and without registers, by batch, size and CUDA graph.
 
     Raises:
-        PhregError: no reports of ``profile_gpu``, of different models, or with nothing in common.
+        PhregError: the reports are of different models, or have nothing in common.
     """
-    try:
-        models = [{key: report["model"][key] for key in ("width", "depth", "precision")} for report in (with_, without)]
-        more, fewer = (int(report["model"]["registers"]) for report in (with_, without))
-        sides = [{(r["batch"], *r["size"], r["graph"]): r for r in report["results"]} for report in (with_, without)]
-    except (KeyError, TypeError, ValueError):
-        raise PhregError("registers: expected two reports of `phreg-deploy profile --json` on a GPU.") from None
+    reports = (with_registers, without)
+    models = [{key: report.model[key] for key in ("width", "depth", "precision")} for report in reports]
+    more, fewer = (int(report.model["registers"]) for report in reports)
     if models[0] != models[1] or more <= fewer:
         got = f"{models[0]} with {more} and {models[1]} with {fewer} registers"
         raise PhregError(f"registers: got {got}, expected one model, the one with more registers first.")
+    sides = [{(r["batch"], *r["size"], r["graph"]): r for r in report.results} for report in reports]
     shared = [key for key in sides[0] if key in sides[1]]
     if not shared:
         raise PhregError(f"registers: no batch, size and graph in common: {list(sides[0])} and {list(sides[1])}.")
-    costs = []
-    for key in shared:
-        a, b = sides[0][key], sides[1][key]
-        ends = a["latency"]["p50_interval"], b["latency"]["p50_interval"]
-        costs.append({
-            "batch": key[0], "size": list(key[1:3]), "graph": key[3], "registers": [more, fewer],
-            "latency": [a["latency"]["p50"], b["latency"]["p50"]], "ratio": a["latency"]["p50"] / b["latency"]["p50"],
-            "compute": a["compute"]["p50"] / b["compute"]["p50"] if "compute" in a and "compute" in b else None,
-            "images_per_second": a["images_per_second"] / b["images_per_second"],
-            "measurable": ends[0][0] > ends[1][1] or ends[1][0] > ends[0][1],
-        })  # fmt: skip
-    return costs
+    return [_cost(sides[0][key], sides[1][key], (more, fewer)) for key in shared]
+
+
+def _cost(more: Entry, fewer: Entry, registers: tuple[int, int]) -> RegisterCost:
+    """Compare one result with registers to the same one without."""
+    latency = (more["latency"]["p50"], fewer["latency"]["p50"])
+    (low, high), (other_low, other_high) = more["latency"]["p50_interval"], fewer["latency"]["p50_interval"]
+    timed = "compute" in more and "compute" in fewer
+    return RegisterCost(
+        batch=more["batch"],
+        size=(more["size"][0], more["size"][1]),
+        graph=more["graph"],
+        registers=registers,
+        latency=latency,
+        ratio=latency[0] / latency[1],
+        compute=more["compute"]["p50"] / fewer["compute"]["p50"] if timed else None,
+        images_per_second=more["images_per_second"] / fewer["images_per_second"],
+        measurable=low > other_high or other_low > high,
+    )

@@ -16,7 +16,7 @@ from phreg_deploy.cli.options import (
     images_option,
     output_options,
 )
-from phreg_deploy.cli.tables import show_scores
+from phreg_deploy.cli.tables.distill import show_scores
 from phreg_deploy.extras import DISTILL, require
 from phreg_deploy.files.atomic import check_target
 from phreg_deploy.images.photographs import list_images

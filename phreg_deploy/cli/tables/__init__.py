@@ -1,0 +1,1 @@
+"""Rows of the tables that commands print, one file per command."""
