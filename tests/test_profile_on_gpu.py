@@ -1,4 +1,4 @@
-"""`phreg-deploy profile` on a GPU that is not there (``tests/double.py``): that everything is asked for, gathered and printed."""
+"""`phreg-deploy profile` on a GPU that is not there (``tests/fake_gpu``): that everything is asked for, gathered and printed."""
 
 import shutil
 
