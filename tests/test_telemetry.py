@@ -10,7 +10,7 @@ import pytest
 
 from phreg_deploy.errors import BackendMissing, PhregError
 from phreg_deploy.profiling import sensors
-from phreg_deploy.profiling.sensors import JetsonSensors, Nvml, words
+from phreg_deploy.profiling.sensors import JetsonSensors, Nvml, name_reasons
 from phreg_deploy.profiling.telemetry import Sample, Telemetry, summarise
 
 ORIN_NX = {"VDD_IN": (5000, 2400), "VDD_CPU_GPU_CV": (5000, 900), "VDD_SOC": (5000, 300)}
@@ -140,8 +140,8 @@ def test_an_older_driver_and_a_call_that_fails_for_now():
 
 
 def test_reasons_in_words():
-    assert words(0) == words(1) == ()
-    assert words(0x8000 | 0x40) == ("hardware thermal slowdown", "unknown reason 0x8000")
+    assert name_reasons(0) == name_reasons(1) == ()
+    assert name_reasons(0x8000 | 0x40) == ("hardware thermal slowdown", "unknown reason 0x8000")
 
 
 def test_the_names_are_those_of_the_real_module():

@@ -44,7 +44,7 @@ CUDA_ERRORS = {
 
 @dataclass(frozen=True)
 class Driver:
-    """The driver. ``cuda``: the version that it supports, e.g. 12060; 0 if unknown. ``architectures``: of its GPUs, e.g. 87."""
+    """The driver. ``cuda``: the version that it supports, e.g. 12060; 0 if unknown. ``architectures``: e.g. 87 for Orin."""
 
     finding: Finding
     present: bool = False
@@ -199,8 +199,8 @@ def _tensorrt(part: Part, system: System, driver: Driver, jetson: Jetson | None)
 def _missing_builder_resource(system: System, major: int, driver: Driver) -> str | None:
     """Why TensorRT cannot build; None if it can, or if the files do not tell.
 
-    The builder needs libnvinfer_builder_resource: one file up to 10.15; from 10.16 on one for each architecture (sm75 to
-    sm120, ptx). Orin, SM 8.7, loads sm86.
+    The builder needs libnvinfer_builder_resource: one file up to 10.15; from 10.16 on one for each
+    architecture (sm75 to sm120, ptx). Orin, SM 8.7, loads sm86.
     """
     folders = [folder for folder in system.folders if (folder / f"libnvinfer.so.{major}").exists()]
     if not folders:

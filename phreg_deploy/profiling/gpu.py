@@ -1,7 +1,8 @@
 """Measure a bundle on a GPU: parts of an inference, throughput over streams, layers, memory, energy, pacing.
 
-The parts are those of NVIDIA's trtexec. Latency is h2d + compute + d2h of one inference alone, by CUDA events; enqueue is
-the host's time to submit it. If enqueue takes longer than compute, the device waits during compute, and a CUDA graph helps.
+The parts are those of NVIDIA's trtexec. Latency is h2d + compute + d2h of one inference alone, by CUDA events; enqueue
+is the host's time to submit it. If enqueue takes longer than compute, the device waits during compute, and a CUDA graph
+helps.
 """
 
 from __future__ import annotations

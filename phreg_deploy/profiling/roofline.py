@@ -1,9 +1,9 @@
-"""What a Vision Transformer must compute and move against what a device can, layers by the same parts, and what registers cost.
+"""Compare the work of a Vision Transformer with a device's peaks, group engine layers by part, and cost registers.
 
-Counted by hand, not by a tool: 2 operations per multiply-add; 5 per element of a softmax (maximum, difference, exponential,
-sum, quotient), 8 of a layer norm, 8 of a GELU, which are conventions. Bytes are the least that must move: inputs and weights
-read once, outputs written once. TensorRT fuses biases, the GELU and residuals into the products, so they move nothing more
-than the residual stream, read once; and attention, whose scores then stay on the chip.
+Operations are counted by formula: 2 per multiply-add; by convention 5 per element of a softmax (maximum, difference,
+exponential, sum, quotient), 8 of a layer norm and 8 of a GELU. Bytes are the minimum: inputs and weights read once,
+outputs written once. TensorRT fuses biases, the GELU and residuals into the products, which then also read the residual
+stream once; in a fused attention the scores stay on the chip.
 """
 
 from __future__ import annotations
@@ -19,8 +19,10 @@ from phreg_deploy.profiling.report import Entry, GpuReport, RegisterCost
 from phreg_deploy.runtime.gpu.cuda import Cuda, DeviceBuffer, Event, Stream
 from phreg_deploy.spec import ModelSpec, Stored, check_multiple
 
-SOFTMAX, NORM, GELU = 5, 8, 8  # operations per element
-COPIED, COPIES = 256 << 20, 8  # bytes, five times the largest L2 cache of today; copies between two marks
+# Operations per element.
+SOFTMAX, NORM, GELU = 5, 8, 8
+# Bytes per copy, five times the largest L2 cache of 2025, and copies between two marks.
+COPIED, COPIES = 256 << 20, 8
 PARTS = ("patch embed", "norm", "qkv", "attention", "proj", "fc1", "fc2", "other")
 # analytic parts that TensorRT computes in one measured part; residuals are added inside proj and fc2
 JOINED = {"attention products": "attention", "softmax": "attention"}
@@ -28,7 +30,7 @@ JOINED = {"attention products": "attention", "softmax": "attention"}
 
 @dataclass(frozen=True)
 class Peaks(Stored):
-    """``flops``: operations per second in the precision of the products. ``bandwidth``: bytes per second. None: not measured."""
+    """Peaks of a device: operations per second of products, and bytes per second of copies; None if not measured."""
 
     flops: float | None
     bandwidth: float | None
@@ -85,7 +87,7 @@ def roofline(
     spec: ModelSpec, peaks: Peaks, *, batch: int, size: tuple[int, int],
     measured_ms: float | None = None, layers_ms: Mapping[str, float] | None = None, **how: Any,
 ) -> dict[str, Any]:  # fmt: skip
-    """Each part's operations, bytes, intensity (operations per byte), bound and ideal milliseconds, and the whole against the peaks.
+    """Operations, bytes, operations per byte, bound and ideal milliseconds of each part, and of the whole.
 
     ``bound``: "compute" or "bandwidth", by the intensity at which the two peaks meet; None where a peak was not measured.
     ``peaks.flops`` is that of the products; norms and softmax run on slower units, so their ideal is too kind.
@@ -228,7 +230,9 @@ def _place_node(node: str) -> tuple[int | None, str] | None:
 
 
 def group_layers(layers: Mapping[str, float], metadata: Mapping[str, str] | None = None) -> dict[str, Any]:
-    """Milliseconds of engine layers by part, and by block and part; ``unplaced_ms``: of what names no block, patch embed apart.
+    """Group milliseconds of engine layers by part, and by block and part.
+
+    ``unplaced_ms``: of layers that name no block, without the patch embedding.
 
     Args:
         layers: name -> milliseconds, as TensorRT's profiler tells. metadata: name -> what its inspector says of the layer.

@@ -1,7 +1,7 @@
 """Read power, clocks, temperature and throttling of a GPU: from NVML, and on a Jetson from sysfs.
 
-Sources: NVIDIA's NVML API reference, the kernel's documentation of ina3221 (hwmon), and the Jetson Linux developer guide
-("Platform Power and Performance").
+Sources: NVIDIA's NVML API reference, the kernel's documentation of ina3221 (hwmon), and the Jetson Linux developer
+guide ("Platform Power and Performance").
 """
 
 from __future__ import annotations
@@ -16,41 +16,51 @@ from typing import Any
 from phreg_deploy.errors import BackendMissing
 from phreg_deploy.runtime.gpu.jetson import read_l4t, read_text
 
-WHOLE = ("VDD_IN", "POM_5V_IN", "5V_IN")  # rails that feed the whole module; AGX modules have none
-GPU = re.compile(r"gpu|ga10b|gv11b|gp10b|gm20b")  # devfreq nodes of Jetson's GPUs, e.g. 17000000.gpu, gpu-gpc-0
-# Bits of NVML's clocks event reasons. "GPU idle" is none: it holds nothing back.
+# Rails that feed the whole module; AGX modules have none.
+WHOLE = ("VDD_IN", "POM_5V_IN", "5V_IN")
+# The devfreq nodes of a Jetson's GPU, e.g. 17000000.gpu, gpu-gpc-0.
+GPU = re.compile(r"gpu|ga10b|gv11b|gp10b|gm20b")
+# Bits of NVML's clocks event reasons, without "GPU idle", which does not throttle.
 REASONS = {
     0x2: "applications clocks setting", 0x4: "software power cap", 0x8: "hardware slowdown", 0x10: "sync boost",
     0x20: "software thermal slowdown", 0x40: "hardware thermal slowdown", 0x80: "hardware power brake",
     0x100: "display clock setting", 0x200: "board limit", 0x400: "reliability",
 }  # fmt: skip
-OVERCURRENT = ("undervoltage", "average over-current", "instantaneous over-current")  # oc1 to oc3 of Orin's soctherm
+# The events oc1 to oc3 of Orin's soctherm.
+OVERCURRENT = ("undervoltage", "average over-current", "instantaneous over-current")
 
 
-def words(bits: int) -> tuple[str, ...]:
-    """NVML's clocks event reasons in words; unknown bits as a number."""
+def name_reasons(bits: int) -> tuple[str, ...]:
+    """Names of NVML's clocks event reasons; unknown bits as a number."""
     named = [word for bit, word in REASONS.items() if bits & bit]
     rest = bits & ~(sum(REASONS) | 1)
     return (*named, *([f"unknown reason {rest:#x}"] if rest else []))
 
 
-CALLS = (  # field, constant that it takes, conversion, calls with the newest first: older drivers lack it
+# Field of a ``Sample``, constant that the call takes, conversion, and calls with the newest first: old drivers lack it.
+CALLS = (
     ("power", None, lambda milliwatts: milliwatts / 1e3, "nvmlDeviceGetPowerUsage"),
     ("energy", None, lambda millijoules: millijoules / 1e3, "nvmlDeviceGetTotalEnergyConsumption"),
     ("sm_clock", "NVML_CLOCK_SM", float, "nvmlDeviceGetClockInfo"),
     ("memory_clock", "NVML_CLOCK_MEM", float, "nvmlDeviceGetClockInfo"),
     ("temperature", "NVML_TEMPERATURE_GPU", float, "nvmlDeviceGetTemperatureV", "nvmlDeviceGetTemperature"),
-    ("throttled", None, words, "nvmlDeviceGetCurrentClocksEventReasons", "nvmlDeviceGetCurrentClocksThrottleReasons"),
+    (
+        "throttled",
+        None,
+        name_reasons,
+        "nvmlDeviceGetCurrentClocksEventReasons",
+        "nvmlDeviceGetCurrentClocksThrottleReasons",
+    ),
     ("memory_used", None, lambda memory: int(memory.used), "nvmlDeviceGetMemoryInfo"),
 )
 
 
 class Nvml:
-    """One GPU as NVML sees it; ``missing``: what it does not tell, and why.
+    """A GPU as NVML reports it; ``missing``: figure -> the reason why there is none.
 
-    From Ampere on (GA100 apart) its power is an average over a second, which flattens peaks; its energy counter is not.
-    ``pci``: bus id, e.g. "0000:01:00.0", since NVML counts devices in another order than CUDA; None: by ``index``.
-    Raises ``BackendMissing``: no nvidia-ml-py (``module`` replaces its ``pynvml``), no driver, no such device.
+    From Ampere on, except GA100, power is averaged over a second, which flattens peaks; the energy counter is exact.
+    ``pci``: bus id, e.g. "0000:01:00.0", because NVML numbers devices in another order than CUDA; None: by ``index``.
+    ``module`` replaces nvidia-ml-py's ``pynvml``. Raises ``BackendMissing``: no nvidia-ml-py, driver or such device.
     """
 
     def __init__(self, index: int = 0, pci: str | None = None, module: Any = None) -> None:
@@ -67,7 +77,7 @@ class Nvml:
         self._calls = {name: call for name, *how in CALLS if (call := self._first(device, name, *how)) is not None}
 
     def _first(self, device: Any, field: str, constant: str | None, convert: Any, *names: str) -> Any:
-        """The first call that answers now, or None with the reason in ``missing``."""
+        """The first call that works, or None with the reason in ``missing``."""
         for name in names:
             try:
                 arguments = (device,) if constant is None else (device, getattr(self.api, constant))

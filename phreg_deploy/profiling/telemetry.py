@@ -8,6 +8,7 @@ from __future__ import annotations
 import itertools
 import threading
 import time
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -17,17 +18,24 @@ from phreg_deploy.profiling.sensors import CALLS, JetsonSensors, Nvml
 
 # Seconds between samples: below, sampling itself heats a small board; above, short peaks go unseen.
 PERIOD = (0.02, 0.1)
-SILENT = {  # why a Jetson may not tell
-    "power": "no INA3221 rails in /sys/bus/i2c/drivers", "energy": "no INA3221 rails to integrate",
-    "sm_clock": "no GPU in /sys/class/devfreq", "memory_clock": "only root may read /sys/kernel/debug/bpmp/debug/clk/emc/rate",
-    "temperature": "no thermal zone of the GPU", "memory_used": "its memory is shared with the CPU",
+# Why a Jetson may lack a figure.
+SILENT = {
+    "power": "no INA3221 rails in /sys/bus/i2c/drivers",
+    "energy": "no INA3221 rails to integrate",
+    "sm_clock": "no GPU in /sys/class/devfreq",
+    "memory_clock": "only root may read /sys/kernel/debug/bpmp/debug/clk/emc/rate",
+    "temperature": "no thermal zone of the GPU",
+    "memory_used": "its memory is shared with the CPU",
     "throttled": "neither throttle alerts in /sys/class/thermal nor oc*_event_cnt in /sys/class/hwmon",
-}  # fmt: skip
+}
 
 
 @dataclass(frozen=True)
 class Sample:
-    """One reading at ``at`` seconds. Power W, energy J since the driver was loaded, clocks MHz, temperature °C, memory bytes."""
+    """One reading at ``at`` seconds.
+
+    Power in W, energy in J since the driver was loaded, clocks in MHz, temperature in °C, memory in bytes.
+    """
 
     at: float
     power: float | None = None
@@ -41,7 +49,7 @@ class Sample:
 
 
 class Telemetry:
-    """Samples in a thread between ``start`` and ``stop``, or inside ``with``; may be started again, which forgets what was.
+    """Samples in a thread between ``start`` and ``stop``, or inside ``with``; each start drops the earlier samples.
 
     Args:
         index, pci, nvml: see ``Nvml``. period: seconds between samples, within ``PERIOD``. root: of the file system.
@@ -64,7 +72,7 @@ class Telemetry:
         self._over = threading.Event()
 
     def sample(self) -> Sample:
-        """One reading now. On a Jetson its rails speak for power, not NVML, which knows only part of it."""
+        """Take one reading. On a Jetson power comes from its rails: NVML knows only part of it."""
         found: dict[str, Any] = self._nvml.read() if self._nvml is not None else {}
         local = self.jetson.read() if self.jetson.present else {}
         if local.get("rails"):
@@ -84,7 +92,7 @@ class Telemetry:
             self.samples.append(self.sample())
 
     def stop(self) -> None:
-        """End sampling with a last sample, so that the energy covers everything since ``start``."""
+        """Stop after a last sample: the energy then covers the whole time since ``start``."""
         if self._thread is not None:
             self._over.set()
             self._thread.join()
@@ -97,14 +105,14 @@ class Telemetry:
         self.stop()
 
     def measure_idle(self, seconds: float = 2.0) -> float | None:
-        """Mean power in W while nothing runs, kept for later summaries; None where no power is told."""
+        """Measure the mean power in W while nothing runs, and keep it for later summaries; None if there is no power."""
         with self:
             time.sleep(seconds)
         self.idle_power = summarise(self.samples)["power"]["mean"]
         return self.idle_power
 
     def summary(self, frames: int | None = None) -> dict[str, Any]:
-        """Figures of the last run, see ``summarise``, and the conditions they hold in."""
+        """Summarise the last run, see ``summarise``, and add the conditions of the machine."""
         found, jetson = summarise(self.samples, frames, self.idle_power), self.jetson
         silent = [call[0] for call in CALLS if all(getattr(sample, call[0]) is None for sample in self.samples)]
         silent = [name for name in silent if name != "energy" or found["energy"]["joules"] is None]
@@ -125,9 +133,10 @@ class Telemetry:
 
 
 def summarise(samples: list[Sample], frames: int | None = None, idle: float | None = None) -> dict[str, Any]:
-    """Power (W), energy (J, per frame, and above ``idle`` W), clocks (MHz), temperature and throttling of a run of samples.
+    """Summarise samples: power (W), energy (J; per frame; above ``idle`` W), clocks (MHz), temperature, throttling.
 
-    Energy: difference of NVML's counter, else the integral of power by trapezoids. ``throttled``: reason -> share of samples.
+    Energy is the difference of NVML's counter, else the integral of power by trapezoids. ``throttled``: reason -> share
+    of samples.
     """
     powers = [(s.at, s.power) for s in samples if s.power is not None]
     counted = [(s.at, s.energy) for s in samples if s.energy is not None]
@@ -139,21 +148,38 @@ def summarise(samples: list[Sample], frames: int | None = None, idle: float | No
         joules = sum((b[0] - a[0]) * (a[1] + b[1]) / 2 for a, b in itertools.pairwise(powers))
         span, source = powers[-1][0] - powers[0][0], "integral of sampled power"
     mean = joules / span if joules is not None and span > 0 else None
-    told = [s.throttled for s in samples if s.throttled is not None]
+    rails = sorted({name for sample in samples for name in sample.rails})
     return {
-        "seconds": samples[-1].at - samples[0].at if samples else 0.0, "samples": len(samples),
-        "power": {"mean": mean, "peak": max((p for _, p in powers), default=None), "idle": idle},
-        "energy": {
-            "joules": joules, "source": source,
-            "per_frame": joules / frames if joules is not None and frames else None,
-            "per_frame_above_idle": (joules - idle * span) / frames if joules is not None and idle is not None and frames else None,
-        },
-        "rails": {name: _least_mean([s.rails.get(name) for s in samples])["mean"] for name in sorted({n for s in samples for n in s.rails})},
-        "sm_clock": _least_mean([s.sm_clock for s in samples]), "memory_clock": _least_mean([s.memory_clock for s in samples]),
-        "temperature_max": max((s.temperature for s in samples if s.temperature is not None), default=None),
-        "memory_peak": max((s.memory_used for s in samples if s.memory_used is not None), default=None),
-        "throttled": {r: sum(r in t for t in told) / len(told) for r in sorted({r for t in told for r in t})} if told else None,
-    }  # fmt: skip
+        "seconds": samples[-1].at - samples[0].at if samples else 0.0,
+        "samples": len(samples),
+        "power": {"mean": mean, "peak": _largest(s.power for s in samples), "idle": idle},
+        "energy": {"joules": joules, "source": source, **_per_frame(joules, span, frames, idle)},
+        "rails": {name: _least_mean([s.rails.get(name) for s in samples])["mean"] for name in rails},
+        "sm_clock": _least_mean([s.sm_clock for s in samples]),
+        "memory_clock": _least_mean([s.memory_clock for s in samples]),
+        "temperature_max": _largest(s.temperature for s in samples),
+        "memory_peak": _largest(s.memory_used for s in samples),
+        "throttled": _throttled_shares(samples),
+    }
+
+
+def _per_frame(joules: float | None, span: float, frames: int | None, idle: float | None) -> dict[str, float | None]:
+    if joules is None or not frames:
+        return {"per_frame": None, "per_frame_above_idle": None}
+    above_idle = None if idle is None else (joules - idle * span) / frames
+    return {"per_frame": joules / frames, "per_frame_above_idle": above_idle}
+
+
+def _throttled_shares(samples: list[Sample]) -> dict[str, float] | None:
+    reasons = [sample.throttled for sample in samples if sample.throttled is not None]
+    if not reasons:
+        return None
+    names = sorted({name for sample in reasons for name in sample})
+    return {name: sum(name in sample for sample in reasons) / len(reasons) for name in names}
+
+
+def _largest(values: Iterable[float | None]) -> float | None:
+    return max((value for value in values if value is not None), default=None)
 
 
 def _least_mean(values: list[float | None]) -> dict[str, float | None]:

@@ -26,7 +26,7 @@ def measure(
 
     Args:
         calls: name -> an inference that returns milliseconds by part, "latency" among them.
-        seconds: of three windows together; at least ``LEAST`` inferences of each call, and at most ``PATIENCE`` windows.
+        seconds: of three windows together; at least ``LEAST`` inferences of each call, at most ``PATIENCE`` windows.
 
     Returns:
         Name -> part -> ``describe`` of the last three windows, and ``stable`` and ``windows`` (how many were measured).

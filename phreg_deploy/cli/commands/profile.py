@@ -47,7 +47,7 @@ from phreg_deploy.spec import parse_size
 @click.option(
     "--allow-other-conditions",
     is_flag=True,
-    help="Compare with a baseline of another processor, graph, backend, version or thread count; the report names each.",
+    help="Compare with a baseline of another processor, graph, backend, version or thread count, and name each.",
 )
 @output_options
 def profile(
@@ -62,8 +62,8 @@ def profile(
 ) -> None:
     """Measure a BUNDLE's latency: the graph alone, the extractor around it, and preprocessing; interleaved.
 
-    On a GPU also the parts that trtexec reports (h2d, enqueue, compute, d2h) with and without CUDA graph; streams; layers
-    by block; memory, power, energy per frame, clocks and throttling; a roofline against peaks measured on the spot.
+    On a GPU also the parts that trtexec reports (h2d, enqueue, compute, d2h) with and without CUDA graph; streams;
+    layers by block; memory, power, energy per frame, clocks and throttling; a roofline against peaks measured on the spot.
 
     \b
     Examples:

@@ -19,8 +19,7 @@ CODES = {"i": 0, "u": 1, "f": 2}
 class DeviceArray:
     """A contiguous array in device memory.
 
-    ``pointer``: its address. ``dtype``: numpy's. ``stream``: the stream that fills it; the array interface lets a reader
-    wait for it. ``owner`` is kept alive as long as the array.
+    ``pointer``: its address. ``dtype``: numpy's. ``stream``: the stream that fills it; readers wait for it. ``owner`` is kept alive as long as the array.
     """
 
     def __init__(
@@ -181,8 +180,8 @@ class _NumpyView:
 def _capsule(array: DeviceArray) -> Any:
     """numpy's capsule of the same memory, with the array's device written into it.
 
-    numpy frees the capsule in C. A destructor in Python would lose an error that is being raised, e.g. because the reader
-    refuses the device.
+    numpy frees the capsule in C. A destructor in Python would lose an error that is being raised, e.g. if the
+    reader refuses the device.
     """
     capsule = np.asarray(_NumpyView(array)).__dlpack__()
     tensor = ctypes.cast(_api.PyCapsule_GetPointer(capsule, _NEW), ctypes.POINTER(_Managed)).contents.tensor

@@ -21,8 +21,8 @@ OUT_OF_MEMORY = 2
 class Gpu(Stored):
     """A device as the driver describes it.
 
-    ``architecture``: compute capability times ten, e.g. 87 for Orin. ``memory``: bytes. ``driver``: the CUDA version that the
-    driver supports, e.g. 12060.
+    ``architecture``: compute capability times ten, e.g. 87 for Orin. ``memory``: bytes. ``driver``: the CUDA version
+    that it supports, e.g. 12060.
     """
 
     index: int

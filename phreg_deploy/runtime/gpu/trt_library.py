@@ -19,7 +19,7 @@ EXTRA = (
 
 
 def load_tensorrt(lean: bool = False) -> Any:
-    """Import ``tensorrt``, or with ``lean`` also ``tensorrt_lean``, which runs version-compatible plans and builds none.
+    """Import ``tensorrt``, or with ``lean`` also ``tensorrt_lean``, which only runs version-compatible plans.
 
     Raises:
         BackendMissing: TensorRT is not installed, lacks a library, or is older than 10.3.
@@ -46,7 +46,8 @@ def version_of(trt: Any) -> tuple[int, ...]:
 def make_logger(trt: Any) -> Any:
     """Make a TensorRT logger that keeps warnings and errors instead of printing them.
 
-    ``messages``: ("warning" or "error", text) in order, the latest ``KEPT``; ``reason()``: the first line of the last error.
+    ``messages``: ("warning" or "error", text) in order, the latest ``KEPT``; ``reason()``: the last
+    error's first line.
     """
 
     class TrtLogger(trt.ILogger):  # type: ignore[misc]
