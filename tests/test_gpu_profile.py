@@ -12,6 +12,7 @@ import pytest
 from phreg_deploy.errors import PhregError
 from phreg_deploy.profiling import gpu, load, timing
 from phreg_deploy.profiling import roofline as roof
+from phreg_deploy.profiling.register_cost import register_cost
 from phreg_deploy.profiling.roofline import Peaks, count_parts, place_layer
 from phreg_deploy.progress import SILENT
 from phreg_deploy.spec import Batches, ModelSpec, Sizes
@@ -294,11 +295,11 @@ def test_what_registers_cost():
     without.model["registers"] = 0
     without.results[0]["latency"]["p50_interval"] = [1.7, 1.9]
     without.results[1]["latency"] |= {"p50": 1.0, "p50_interval": [0.9, 1.1]}
-    costs = roof.register_cost(with_registers, without)
+    costs = register_cost(with_registers, without)
     assert [(c.graph, c.ratio, c.measurable) for c in costs] == [(False, 1.0, False), (True, 1.3, True)]
     assert (costs[1].compute, costs[1].latency, costs[1].registers) == (1.0, (1.3, 1.0), (1, 0))
     empty = dataclasses.replace(without, results=[])
     cases = {"more registers first": (without, with_registers), "in common": (with_registers, empty)}
     for message, pair in cases.items():
         with pytest.raises(PhregError, match=message):
-            roof.register_cost(*pair)
+            register_cost(*pair)

@@ -44,7 +44,7 @@ CUDA_ERRORS = {
 
 @dataclass(frozen=True)
 class Driver:
-    """The driver. ``cuda``: the version that it supports, e.g. 12060; 0 if unknown. ``architectures``: e.g. 87 for Orin."""
+    """The driver. ``cuda``: the version that it supports, e.g. 12060, 0 if unknown. ``architectures``: e.g. 87."""
 
     finding: Finding
     present: bool = False

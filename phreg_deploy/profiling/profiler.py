@@ -11,8 +11,9 @@ from phreg_deploy.errors import PhregError
 from phreg_deploy.profiling.baseline import Baseline, Case
 from phreg_deploy.profiling.gpu import GpuRequest, pci_of, profile_gpu
 from phreg_deploy.profiling.latency import conditions, measure_bundle, measured_cases
+from phreg_deploy.profiling.register_cost import register_cost
 from phreg_deploy.profiling.report import Comparison, GpuReport, ProfileReport
-from phreg_deploy.profiling.roofline import measure_peaks, register_cost
+from phreg_deploy.profiling.roofline import measure_peaks
 from phreg_deploy.profiling.telemetry import Telemetry
 from phreg_deploy.progress import Progress
 from phreg_deploy.runtime.backends.options import BackendOptions

@@ -101,7 +101,8 @@ class RegisterCost(Stored):
     """A model with registers against the same model without, at one batch, size and CUDA graph.
 
     ``registers`` and ``latency`` (medians in milliseconds): with and without. ``ratio`` of the latencies;
-    ``compute`` and ``images_per_second`` are ratios too. ``measurable``: the confidence intervals of the medians do not overlap.
+    ``compute`` and ``images_per_second`` are ratios too. ``measurable``: the intervals of the medians do not
+    overlap.
     """
 
     batch: int

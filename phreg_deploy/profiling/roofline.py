@@ -1,4 +1,4 @@
-"""Compare the work of a Vision Transformer with a device's peaks, group engine layers by part, and cost registers.
+"""Compare the work of a Vision Transformer with a device's peaks, and group engine layers by part.
 
 Operations are counted by formula: 2 per multiply-add; by convention 5 per element of a softmax (maximum, difference,
 exponential, sum, quotient), 8 of a layer norm and 8 of a GELU. Bytes are the minimum: inputs and weights read once,
@@ -15,13 +15,12 @@ from dataclasses import dataclass
 from typing import Any
 
 from phreg_deploy.errors import PhregError
-from phreg_deploy.profiling.report import Entry, GpuReport, RegisterCost
 from phreg_deploy.runtime.gpu.cuda import Cuda, DeviceBuffer, Event, Stream
 from phreg_deploy.spec import ModelSpec, Stored, check_multiple
 
 # Operations per element.
 SOFTMAX, NORM, GELU = 5, 8, 8
-# Bytes per copy, five times the largest L2 cache of 2025, and copies between two marks.
+# Bytes per copy, five times the largest L2 cache, and copies between two marks.
 COPIED, COPIES = 256 << 20, 8
 PARTS = ("patch embed", "norm", "qkv", "attention", "proj", "fc1", "fc2", "other")
 # analytic parts that TensorRT computes in one measured part; residuals are added inside proj and fc2
@@ -38,9 +37,15 @@ class Peaks(Stored):
 
 
 def count_parts(
-    spec: ModelSpec, *, batch: int, size: tuple[int, int], activation_bytes: float = 2, weight_bytes: float | None = None,
-    hidden: int | None = None, fused_attention: bool = True,
-) -> dict[str, tuple[float, float]]:  # fmt: skip
+    spec: ModelSpec,
+    *,
+    batch: int,
+    size: tuple[int, int],
+    activation_bytes: float = 2,
+    weight_bytes: float | None = None,
+    hidden: int | None = None,
+    fused_attention: bool = True,
+) -> dict[str, tuple[float, float]]:
     """Part -> (operations, bytes) of one inference, all blocks together.
 
     Args:
@@ -84,12 +89,18 @@ def count_parts(
 
 
 def roofline(
-    spec: ModelSpec, peaks: Peaks, *, batch: int, size: tuple[int, int],
-    measured_ms: float | None = None, layers_ms: Mapping[str, float] | None = None, **how: Any,
-) -> dict[str, Any]:  # fmt: skip
+    spec: ModelSpec,
+    peaks: Peaks,
+    *,
+    batch: int,
+    size: tuple[int, int],
+    measured_ms: float | None = None,
+    layers_ms: Mapping[str, float] | None = None,
+    **how: Any,
+) -> dict[str, Any]:
     """Operations, bytes, operations per byte, bound and ideal milliseconds of each part, and of the whole.
 
-    ``bound``: "compute" or "bandwidth", by the intensity at which the two peaks meet; None where a peak was not measured.
+    ``bound``: "compute" or "bandwidth", by the intensity at which the two peaks meet; None without peaks.
     ``peaks.flops`` is that of the products; norms and softmax run on slower units, so their ideal is too kind.
 
     Args:
@@ -186,7 +197,7 @@ _PATCHES = {"MatMul", "Conv", "Cast", "Sub", "Transpose", "Add", "Concat", "Expa
 
 
 def place_layer(name: str, metadata: str = "") -> tuple[int | None, str]:
-    """Block and part (of ``PARTS``) of one engine layer, by its name and the ONNX nodes that its name or ``metadata`` lists.
+    """Block and part (of ``PARTS``) of an engine layer, by its name and the ONNX nodes in its name or ``metadata``.
 
     A kernel lists also the product whose result it finishes: of one without a product in its own name, the norm or the
     first node decides. What spans several parts is "other".
@@ -211,7 +222,7 @@ def place_layer(name: str, metadata: str = "") -> tuple[int | None, str]:
 
 
 def _place_node(node: str) -> tuple[int | None, str] | None:
-    """Block and part of an ONNX node by the module in its name, ``blocks.3.attn.qkv/MatMul``; None where it names none."""
+    """Block and part of an ONNX node by the module in its name, e.g. ``blocks.3.attn.qkv/MatMul``; None without one."""
     module, slash, operator = node.partition("/")
     if not slash or node.endswith(("/QuantizeLinear", "/DequantizeLinear")):
         return None
@@ -235,7 +246,8 @@ def group_layers(layers: Mapping[str, float], metadata: Mapping[str, str] | None
     ``unplaced_ms``: of layers that name no block, without the patch embedding.
 
     Args:
-        layers: name -> milliseconds, as TensorRT's profiler tells. metadata: name -> what its inspector says of the layer.
+        layers: name -> milliseconds by TensorRT's profiler.
+        metadata: name -> what TensorRT's inspector says of the layer.
     """
     by_part: dict[str, float] = dict.fromkeys(PARTS, 0.0)
     blocks: dict[str, dict[str, float]] = {}
@@ -250,40 +262,3 @@ def group_layers(layers: Mapping[str, float], metadata: Mapping[str, str] | None
             unplaced += took
     ordered = {block: blocks[block] for block in sorted(blocks, key=int)}
     return {"total_ms": sum(layers.values()), "parts": by_part, "blocks": ordered, "unplaced_ms": unplaced}
-
-
-def register_cost(with_registers: GpuReport, without: GpuReport) -> list[RegisterCost]:
-    """Compare two profiles of one model, with and without registers, by batch, size and CUDA graph.
-
-    Raises:
-        PhregError: the reports are of different models, or have nothing in common.
-    """
-    reports = (with_registers, without)
-    models = [{key: report.model[key] for key in ("width", "depth", "precision")} for report in reports]
-    more, fewer = (int(report.model["registers"]) for report in reports)
-    if models[0] != models[1] or more <= fewer:
-        got = f"{models[0]} with {more} and {models[1]} with {fewer} registers"
-        raise PhregError(f"registers: got {got}, expected one model, the one with more registers first.")
-    sides = [{(r["batch"], *r["size"], r["graph"]): r for r in report.results} for report in reports]
-    shared = [key for key in sides[0] if key in sides[1]]
-    if not shared:
-        raise PhregError(f"registers: no batch, size and graph in common: {list(sides[0])} and {list(sides[1])}.")
-    return [_cost(sides[0][key], sides[1][key], (more, fewer)) for key in shared]
-
-
-def _cost(more: Entry, fewer: Entry, registers: tuple[int, int]) -> RegisterCost:
-    """Compare one result with registers to the same one without."""
-    latency = (more["latency"]["p50"], fewer["latency"]["p50"])
-    (low, high), (other_low, other_high) = more["latency"]["p50_interval"], fewer["latency"]["p50_interval"]
-    timed = "compute" in more and "compute" in fewer
-    return RegisterCost(
-        batch=more["batch"],
-        size=(more["size"][0], more["size"][1]),
-        graph=more["graph"],
-        registers=registers,
-        latency=latency,
-        ratio=latency[0] / latency[1],
-        compute=more["compute"]["p50"] / fewer["compute"]["p50"] if timed else None,
-        images_per_second=more["images_per_second"] / fewer["images_per_second"],
-        measurable=low > other_high or other_low > high,
-    )

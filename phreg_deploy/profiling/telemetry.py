@@ -105,7 +105,7 @@ class Telemetry:
         self.stop()
 
     def measure_idle(self, seconds: float = 2.0) -> float | None:
-        """Measure the mean power in W while nothing runs, and keep it for later summaries; None if there is no power."""
+        """Measure the mean power in W while nothing runs, and keep it for later summaries; None if unknown."""
         with self:
             time.sleep(seconds)
         self.idle_power = summarise(self.samples)["power"]["mean"]
@@ -120,9 +120,11 @@ class Telemetry:
         source = jetson.power_source if found["rails"] else "NVML"
         found["power"]["source"] = None if found["power"]["mean"] is None else source
         found.update(
-            power_mode=jetson.power_mode, release=jetson.release, clocks_locked=jetson.clocks_locked(),
+            power_mode=jetson.power_mode,
+            release=jetson.release,
+            clocks_locked=jetson.clocks_locked(),
             missing={name: told.get(name, told.get("NVML", "no sample tells.")) for name in silent},
-        )  # fmt: skip
+        )
         return found
 
     def close(self) -> None:

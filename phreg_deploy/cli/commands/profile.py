@@ -63,7 +63,7 @@ def profile(
     """Measure a BUNDLE's latency: the graph alone, the extractor around it, and preprocessing; interleaved.
 
     On a GPU also the parts that trtexec reports (h2d, enqueue, compute, d2h) with and without CUDA graph; streams;
-    layers by block; memory, power, energy per frame, clocks and throttling; a roofline against peaks measured on the spot.
+    layers by block; memory, power, energy per frame, clocks and throttling; a roofline against measured peaks.
 
     \b
     Examples:

@@ -19,7 +19,8 @@ CODES = {"i": 0, "u": 1, "f": 2}
 class DeviceArray:
     """A contiguous array in device memory.
 
-    ``pointer``: its address. ``dtype``: numpy's. ``stream``: the stream that fills it; readers wait for it. ``owner`` is kept alive as long as the array.
+    ``pointer``: its address. ``dtype``: numpy's. ``stream``: the stream that fills it; readers wait for it.
+    ``owner`` lives as long as the array.
     """
 
     def __init__(

@@ -29,6 +29,9 @@ class TrtContext(Closing):
     def __init__(self, trt: Any, cuda: Cuda, engine: Any, profiles: list[Shapes], graphs: bool) -> None:
         self.trt, self.cuda, self.engine, self.profiles, self.graphs = trt, cuda, engine, profiles, graphs
         self._owned: list[Closing] = []
+        self._host: dict[str, PinnedBuffer] = {}
+        self._device: dict[str, DeviceBuffer] = {}
+        self._recorded: dict[tuple[Any, ...], Graph] = {}
         self._context: Any = None
         try:
             self.stream = self._own(Stream(cuda))
@@ -45,11 +48,8 @@ class TrtContext(Closing):
         inputs = {name for name in names if engine.get_tensor_mode(name) == trt.TensorIOMode.INPUT}
         self.inputs, self.outputs = [n for n in names if n in inputs], [n for n in names if n not in inputs]
         self.dtypes = {name: np.dtype(trt.nptype(engine.get_tensor_dtype(name))) for name in names}
-        self._host: dict[str, PinnedBuffer] = {}
-        self._device: dict[str, DeviceBuffer] = {}
         self._shapes: dict[str, tuple[int, ...]] = {}
         self._profile = 0
-        self._recorded: dict[tuple[Any, ...], Graph] = {}
         self._warm_keys: set[tuple[Any, ...]] = set()
         # Whether work of this context is queued on a caller's stream.
         self._pending = False
@@ -288,12 +288,7 @@ class TrtContext(Closing):
         """Free everything, then raise the first error."""
         # The context must go before its memory and stream.
         self._context = None
-        things = [
-            *getattr(self, "_recorded", {}).values(),
-            *getattr(self, "_device", {}).values(),
-            *getattr(self, "_host", {}).values(),
-            *reversed(self._owned),
-        ]
+        things = [*self._recorded.values(), *self._device.values(), *self._host.values(), *reversed(self._owned)]
         failed = None
         for thing in things:
             try:
