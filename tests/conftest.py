@@ -230,7 +230,7 @@ def world(request, tmp_path):
 @pytest.fixture
 def device(monkeypatch):
     """A GPU that is not there, on which nothing undefined may have happened by the end of the test."""
-    from tests import double
+    from tests import fake_gpu as double
 
     made = double.Device()
     double.install(monkeypatch, made)
@@ -241,7 +241,7 @@ def device(monkeypatch):
 @pytest.fixture
 def workshop(device, monkeypatch):
     """The TensorRT of that GPU."""
-    from tests import double
+    from tests import fake_gpu as double
 
     made = double.Workshop(device)
     double.install(monkeypatch, device, made)

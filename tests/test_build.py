@@ -1,4 +1,4 @@
-"""`phreg-deploy build` and `export --format trt`, on a fake GPU and a fake TensorRT (``tests/double.py``)."""
+"""`phreg-deploy build` and `export --format trt`, on a GPU and a TensorRT that are not there (``tests/fake_gpu``)."""
 
 import json
 import shutil
@@ -16,7 +16,7 @@ from phreg_deploy.errors import BackendMissing, PhregError
 from phreg_deploy.export import build as build_plan
 from phreg_deploy.export import export
 from phreg_deploy.runtime import FeatureExtractor
-from tests import double
+from tests import fake_gpu as double
 from tests.cli_helpers import ROOT, invoke, leftovers
 
 BLOCKED = ("torch", "timm", "onnx", "onnxscript", "safetensors", "torchvision")
@@ -591,7 +591,7 @@ import json, sys
 for name in sys.argv[1].split(","):
     sys.modules[name] = None
 import phreg_deploy.runtime.gpu.cuda as cuda
-from tests import double
+from tests import fake_gpu as double
 from tests.cli_helpers import invoke
 device = double.Device()
 cuda._load = lambda: device.runtime

@@ -8,12 +8,12 @@ import pytest
 
 from phreg_deploy.errors import BackendMissing, PhregError
 from phreg_deploy.runtime.gpu.cuda import Cuda, DeviceBuffer, Event, PinnedBuffer, Stream, _load
-from tests import double
+from tests import fake_gpu
 
 
 @pytest.fixture
 def device():
-    made = double.Device()
+    made = fake_gpu.Device()
     yield made
     assert made.undefined == []
 
@@ -56,7 +56,7 @@ def test_everything_is_freed_once(cuda, device, maker):
 def test_what_cannot_be_freed_is_not_freed_again(cuda, device, maker):
     thing = maker(cuda)
     for call in ("cudaFree", "cudaFreeHost", "cudaStreamDestroy", "cudaEventDestroy", "cudaGraphExecDestroy"):
-        device.plant(call, 1, double.cudaError_t.cudaErrorLaunchFailure)
+        device.plant(call, 1, fake_gpu.cudaError_t.cudaErrorLaunchFailure)
     with pytest.raises(PhregError, match=r"failed with CUDA error 719 \(cudaErrorLaunchFailure\)"):
         thing.close()
     device.planted.clear()
@@ -102,13 +102,13 @@ def test_a_device_that_is_not_there_is_refused(device, index):
 
 @pytest.mark.parametrize("code", ["cudaErrorNoDevice", "cudaErrorInsufficientDriver"])
 def test_without_a_driver_that_works_the_doctor_is_named(device, code):
-    device.plant("cudaGetDeviceCount", 1, double.cudaError_t[code])
+    device.plant("cudaGetDeviceCount", 1, fake_gpu.cudaError_t[code])
     with pytest.raises(BackendMissing, match=f"{code}.*no usable NVIDIA driver or GPU here.*phreg-deploy doctor"):
         Cuda(runtime=device.runtime)
 
 
 def test_a_driver_that_lists_nothing_is_said(device):
-    device.runtime.cudaGetDeviceCount = lambda: (double.cudaError_t.cudaSuccess, 0)
+    device.runtime.cudaGetDeviceCount = lambda: (fake_gpu.cudaError_t.cudaSuccess, 0)
     with pytest.raises(BackendMissing, match="the driver lists no NVIDIA GPU"):
         Cuda(runtime=device.runtime)
 

@@ -10,7 +10,7 @@ import pytest
 from phreg_deploy.errors import PhregError
 from phreg_deploy.runtime.gpu.arrays import CPU, GPU, MANAGED, DeviceArray, as_device, from_capsule, on_gpu
 from phreg_deploy.runtime.gpu.cuda import Cuda
-from tests import double
+from tests import fake_gpu
 
 HOST = (CPU, 0)
 DTYPES = ["uint8", "int8", "int32", "int64", "float16", "float32", "float64"]
@@ -19,8 +19,8 @@ SHAPES = [(1, 4, 4, 3), (5,), (), (2, 0, 3), (3, 1, 2)]
 
 @pytest.fixture
 def device(monkeypatch):
-    made = double.Device()
-    double.install(monkeypatch, made)
+    made = fake_gpu.Device()
+    fake_gpu.install(monkeypatch, made)
     return made
 
 
@@ -272,7 +272,7 @@ def test_the_producer_is_told_the_stream_that_reads(stream, asked):
 
 
 def test_the_array_interface_is_read_with_its_stream(device):
-    array = double.Array(device, values(), stream=9)
+    array = fake_gpu.Array(device, values(), stream=9)
     seen = as_device(array)
     assert (seen.pointer, seen.shape, seen.dtype, seen.stream) == (array.pointer, array.shape, array.dtype, 9)
     assert as_device(seen) is seen
@@ -314,7 +314,7 @@ def test_fresh_memory_goes_with_its_last_reader(device):
 
 def test_memory_that_cannot_be_freed_does_no_harm(device):
     array = DeviceArray.allocate(Cuda(), (2, 3), np.dtype("float32"))
-    device.fault = double.cudaError_t.cudaErrorIllegalAddress
+    device.fault = fake_gpu.cudaError_t.cudaErrorIllegalAddress
     del array
     gc.collect()
 
@@ -324,7 +324,7 @@ def test_a_copy_on_the_host_waits_for_the_stream_that_fills_the_array(device, kn
     """Also of another library's memory, of which no device was given."""
     cuda, value = Cuda(), values()
     stream = int(device.runtime.cudaStreamCreateWithFlags(1)[1])
-    memory = double.Array(device, np.zeros_like(value))
+    memory = fake_gpu.Array(device, np.zeros_like(value))
     device.queue(device.streams[stream], lambda: memory.write(value))
     array = DeviceArray(memory.pointer, value.shape, value.dtype, memory, stream, cuda=cuda if known else None)
     np.testing.assert_array_equal(array.numpy(), value)

@@ -10,7 +10,7 @@ from phreg_deploy.errors import BackendMissing, PhregError
 from phreg_deploy.export.exporter import ExportRequest, export_bundle
 from phreg_deploy.models.checkpoint import write_student
 from phreg_deploy.models.registers import add_registers
-from phreg_deploy.profiling.latency import profile_bundle, summarise
+from phreg_deploy.profiling.latency import measure_bundle, summarise
 from phreg_deploy.progress import SILENT
 from phreg_deploy.runtime import FeatureExtractor
 from phreg_deploy.runtime.parity import missed_gates, run_exam
@@ -142,7 +142,7 @@ def test_the_same_student_and_settings_give_the_same_files(bundles, tmp_path):
 
 def test_a_latency_report_carries_its_conditions(bundles):
     with FeatureExtractor.load(bundles / "range", "onnxruntime-cpu", threads=1) as extractor:
-        report = profile_bundle(extractor, batches=[1, 4], size=None, seconds=0.1, threads=1, progress=SILENT)
+        report = measure_bundle(extractor, batches=[1, 4], size=None, seconds=0.1, threads=1, progress=SILENT).to_json()
     assert [r["batch"] for r in report["results"]] == [1, 4]
     for result in report["results"]:
         graph = result["graph"]
@@ -160,7 +160,7 @@ def test_preprocessing_is_measured_on_the_frame_that_was_asked_for(bundles, monk
     )
     with FeatureExtractor.load(bundles / "range", "onnxruntime-cpu", threads=1) as extractor:
         asked = {"batches": [2], "size": None, "seconds": 0.1, "threads": 1, "progress": SILENT}
-        report = profile_bundle(extractor, **asked, frame=(720, 1280))
+        report = measure_bundle(extractor, **asked, frame=(720, 1280)).to_json()
     assert set(prepared) == {(720, 1280, 3)}
     assert report["conditions"]["photograph"] == "1280x720 noise"
     assert report["conditions"]["resize"] == "fast"

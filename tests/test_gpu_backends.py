@@ -20,7 +20,7 @@ from phreg_deploy.runtime.backends import registry as backends
 from phreg_deploy.runtime.backends.onnxruntime_gpu import HEAVY, check_assignment
 from phreg_deploy.runtime.backends.onnxruntime_options import provider_options
 from phreg_deploy.runtime.backends.options import BackendOptions
-from tests import double
+from tests import fake_gpu as double
 from tests.cli_helpers import invoke
 
 GPU_NAMES = ("onnxruntime-cuda", "onnxruntime-tensorrt")

@@ -1,5 +1,6 @@
 """The GPU profile without a GPU: its arithmetic by hand, layers by names that TensorRT gave, and doubles that tell what they did."""
 
+import dataclasses
 import json
 import threading
 import time
@@ -9,8 +10,9 @@ import numpy as np
 import pytest
 
 from phreg_deploy.errors import PhregError
-from phreg_deploy.profiling import gpu
+from phreg_deploy.profiling import gpu, load, timing
 from phreg_deploy.profiling import roofline as roof
+from phreg_deploy.profiling.register_cost import register_cost
 from phreg_deploy.profiling.roofline import Peaks, count_parts, place_layer
 from phreg_deploy.progress import SILENT
 from phreg_deploy.spec import Batches, ModelSpec, Sizes
@@ -137,19 +139,19 @@ def test_layers_are_grouped_and_nothing_is_lost():
 
 
 def test_percentiles_and_the_medians_interval():
-    found = gpu.describe(range(1, 1002))
+    found = timing.describe(range(1, 1002))
     names = ("rounds", "min", "mean", "p50", "p90", "p95", "p99", "p99.9", "max", "std")
     std = np.sqrt((1001**2 - 1) / 12)
     assert [found[n] for n in names] == pytest.approx([1001, 1, 501, 501, 901, 951, 991, 1000, 1001, std])
     values = (rng := np.random.default_rng(5)).gamma(2.0, 1.0, 100)
     resampled = np.percentile([np.median(rng.choice(values, 100)) for _ in range(4000)], (2.5, 97.5))
-    assert gpu.bootstrap(values) == gpu.bootstrap(values) == pytest.approx(resampled, rel=0.05)
-    assert gpu.bootstrap(np.full(20, 3.0)) == [3.0, 3.0]
+    assert timing.bootstrap(values) == timing.bootstrap(values) == pytest.approx(resampled, rel=0.05)
+    assert timing.bootstrap(np.full(20, 3.0)) == [3.0, 3.0]
 
 
 def test_configurations_are_measured_in_turn_until_they_agree():
-    assert all(gpu.is_stable(means) for means in ([10, 10.2, 10.4], [90, 10, 10, 10]))
-    assert not any(gpu.is_stable(means) for means in ([10, 10], [10, 10.2, 10.51], [10, 10, 10, 90]))
+    assert all(timing.is_stable(means) for means in ([10, 10.2, 10.4], [90, 10, 10, 10]))
+    assert not any(timing.is_stable(means) for means in ([10, 10], [10, 10.2, 10.51], [10, 10, 10, 90]))
     order, drift = [], iter(range(10**9))
 
     def steady():
@@ -160,27 +162,27 @@ def test_configurations_are_measured_in_turn_until_they_agree():
         order.append("B")
         return {"latency": 1.0 * 2 ** next(drift)} if len(order) < 40 else {"latency": 1.0}
 
-    found = gpu.measure({"A": steady}, 0.01, 0, SILENT)["A"]
+    found = timing.measure({"A": steady}, 0.01, 0, SILENT)["A"]
     assert (found["stable"], found["windows"], found["latency"]["rounds"] > 9) == (True, 3, True)
     order.clear()
-    found = gpu.measure({"A": steady, "B": drifting}, 0.0, 0, SILENT)
+    found = timing.measure({"A": steady, "B": drifting}, 0.0, 0, SILENT)
     assert "".join(order[2:10]) == "ABBAABBA", "after a call of each to warm up"
     assert found["A"]["windows"] == found["B"]["windows"] > 3
     assert (found["B"]["stable"], found["B"]["latency"]["max"]) == (True, 1.0), "what drifted is forgotten"
     forever = iter(range(10**9))
-    found = gpu.measure({"A": lambda: {"latency": 1.5 ** next(forever)}}, 0.0, 0, SILENT)["A"]
+    found = timing.measure({"A": lambda: {"latency": 1.5 ** next(forever)}}, 0.0, 0, SILENT)["A"]
     assert (found["stable"], found["windows"]) == (False, 9)
 
 
 def test_streams_run_at_once_and_count_what_ended_together():
-    one = gpu.sweep(lambda: time.sleep(0.01), 1, 0.2, SILENT, batch=4)
-    four = gpu.sweep(lambda: time.sleep(0.01), 4, 0.2, SILENT, batch=4)
+    one = load.sweep(lambda: time.sleep(0.01), 1, 0.2, SILENT, batch=4)
+    four = load.sweep(lambda: time.sleep(0.01), 4, 0.2, SILENT, batch=4)
     assert 100 < one["images_per_second"] <= 400
     assert one["images_per_second"] == pytest.approx(4 * one["calls"] / one["seconds"])
     assert four["images_per_second"] > 1.5 * one["images_per_second"]
     assert four["latency"]["min"] >= 10
     entries = [{"images_per_second": r, "latency": {"p50": took}} for r, took in ((1, 1), (3, 4), (2, 2), (3, 3))]
-    gpu.mark_pareto(entries)
+    load.mark_pareto(entries)
     assert [entry["pareto"] for entry in entries] == [True, False, True, True]
     callers = []
 
@@ -188,7 +190,7 @@ def test_streams_run_at_once_and_count_what_ended_together():
         callers.append(threading.get_ident())
         time.sleep(0.05 if callers[-1] == callers[0] else 0.01)
 
-    assert gpu.sweep(uneven, 2, 0.1, SILENT)["calls"] < 16, "what the slow thread did alone does not count"
+    assert load.sweep(uneven, 2, 0.1, SILENT)["calls"] < 16, "what the slow thread did alone does not count"
 
 
 @pytest.mark.parametrize("at", [4, 12])  # while warming up, and afterwards
@@ -202,7 +204,7 @@ def test_an_error_in_a_stream_ends_all(at):
 
     begun = time.perf_counter()
     with pytest.raises(PhregError, match="out of memory"):
-        gpu.sweep(failing, 3, 30.0, SILENT)
+        load.sweep(failing, 3, 30.0, SILENT)
     assert time.perf_counter() - begun < 5
 
 
@@ -211,7 +213,7 @@ def test_frames_that_come_at_a_rate(service, frames, misses, longest):
     """At 100 frames a second; with 16 ms each, every frame waits 6 ms longer than the one before."""
     clock = SimpleNamespace(now=0.0, perf_counter=lambda: clock.now)
     clock.sleep = lambda seconds: setattr(clock, "now", clock.now + seconds)
-    found = gpu.pace(lambda: clock.sleep(service / 1e3), 100, 0.5, clock)
+    found = load.pace(lambda: clock.sleep(service / 1e3), 100, 0.5, clock)
     assert (found["expected"], found["frames"], found["misses"], found["kept_up"]) == (50, frames, misses, frames == 50)
     assert (found["response"]["max"], found["wait"]["max"]) == pytest.approx((longest, longest - service))
     assert found["jitter"] == pytest.approx(6 * misses * np.std(range(frames)), abs=1e-6)
@@ -240,9 +242,13 @@ def fake_extractor(parts=True):
     )  # fmt: skip
 
 
-def profiled(extractor=None, **changes):
-    asked = {"batches": [2], "size": None, "seconds": 0.05, "streams": [1, 2], "progress": SILENT, "warmup_ms": 0}
-    return gpu.profile_gpu(extractor or fake_extractor(), **asked | changes)
+REQUEST = gpu.GpuRequest(batches=[2], size=None, seconds=0.05, streams=[1, 2], warmup_ms=0)
+
+
+def profiled(extractor=None, *, telemetry=None, peaks=None, metadata=None, **changes):
+    request = dataclasses.replace(REQUEST, **changes)
+    how = {"progress": SILENT, "telemetry": telemetry, "peaks": peaks, "metadata": metadata}
+    return gpu.profile_gpu(extractor or fake_extractor(), request, **how)
 
 
 def test_the_whole_report():
@@ -251,7 +257,7 @@ def test_the_whole_report():
     watch.measure_idle = lambda seconds: 7.5
     how = {"telemetry": watch, "fps": 50, "peaks": Peaks(1e12, 1e11), "hidden": 20}
     how["metadata"] = {"x": onnx("blocks.0.mlp.fc1/MatMul")}
-    report = json.loads(json.dumps(profiled(extractor, **how), allow_nan=False))
+    report = json.loads(json.dumps(profiled(extractor, **how).to_json(), allow_nan=False))
     (plain, graph), told = report["results"], [(r["graph"], r["stable"], r["size"]) for r in report["results"]]
     assert told == [(False, True, [8, 12]), (True, True, [8, 12])]
     assert (plain["latency"]["p99.9"], graph["latency"]["p99.9"]) == pytest.approx((1.8, 1.3))
@@ -267,7 +273,7 @@ def test_the_whole_report():
 
 
 def test_a_backend_that_tells_less_is_said():
-    report = profiled(fake_extractor(parts=False), peaks=Peaks(None, 1e11))
+    report = profiled(fake_extractor(parts=False), peaks=Peaks(None, 1e11)).to_json()
     assert [(r["graph"], "compute" in r) for r in report["results"]] == [(None, False)]
     assert report["results"][0]["latency"]["min"] >= 10
     assert set(report["missing"]) == {"parts", "layers"}
@@ -285,15 +291,15 @@ def test_what_cannot_be_is_refused_before_anything_runs(changes, said):
 
 
 def test_what_registers_cost():
-    with_, without = profiled(streams=[]), profiled(streams=[])
-    without["model"]["registers"] = 0
-    without["results"][0]["latency"]["p50_interval"] = [1.7, 1.9]
-    without["results"][1]["latency"] |= {"p50": 1.0, "p50_interval": [0.9, 1.1]}
-    costs = roof.register_cost(with_, without)
-    assert [(c["graph"], c["ratio"], c["measurable"]) for c in costs] == [(False, 1.0, False), (True, 1.3, True)]
-    assert (costs[1]["compute"], costs[1]["latency"], costs[1]["registers"]) == (1.0, [1.3, 1.0], [1, 0])
-    empty, wrong = {**without, "results": []}, {"results": [1]}
-    cases = {"more registers first": (without, with_), "in common": (with_, empty), "two reports": (with_, wrong)}
-    for said, pair in cases.items():
-        with pytest.raises(PhregError, match=said):
-            roof.register_cost(*pair)
+    with_registers, without = profiled(streams=[]), profiled(streams=[])
+    without.model["registers"] = 0
+    without.results[0]["latency"]["p50_interval"] = [1.7, 1.9]
+    without.results[1]["latency"] |= {"p50": 1.0, "p50_interval": [0.9, 1.1]}
+    costs = register_cost(with_registers, without)
+    assert [(c.graph, c.ratio, c.measurable) for c in costs] == [(False, 1.0, False), (True, 1.3, True)]
+    assert (costs[1].compute, costs[1].latency, costs[1].registers) == (1.0, (1.3, 1.0), (1, 0))
+    empty = dataclasses.replace(without, results=[])
+    cases = {"more registers first": (without, with_registers), "in common": (with_registers, empty)}
+    for message, pair in cases.items():
+        with pytest.raises(PhregError, match=message):
+            register_cost(*pair)

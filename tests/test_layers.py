@@ -25,7 +25,7 @@ MAY = {
     "runtime/gpu": {"bundle", "images"},
     "runtime/backends": {"bundle", "runtime/gpu"},
     "runtime": {"files", "images", "artifacts", "bundle", "runtime/gpu", "runtime/backends"},
-    "profiling": {"images", "bundle", "runtime", "runtime/gpu", "runtime/backends"},
+    "profiling": {"images", "bundle", "runtime", "runtime/gpu", "runtime/backends", "export/engine"},
     "doctor": {"runtime/gpu", "runtime/backends"},
     "onnx_graph": {"runtime/backends"},
     "calibration": {"files", "images", "bundle", "onnx_graph", "runtime", "runtime/backends"},
@@ -41,6 +41,7 @@ MAY["cli/commands"] = set(MAY)
 LATE = {
     "export": {"export/engine"},
     "verify": {"models", "onnx_graph", "export/engine"},
+    "profiling": {"export/engine"},
     "cli/commands": set(MAY) - {"", "files", "images", "bundle", "cli", "cli/commands", "cli/tables"},
     "cli/tables": set(MAY) - {"", "files", "images", "bundle", "cli"},
     "cli": {"runtime/backends"},

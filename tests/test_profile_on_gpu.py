@@ -1,4 +1,4 @@
-"""`phreg-deploy profile` on a GPU that is not there (``tests/double.py``): that everything is asked for, gathered and printed."""
+"""`phreg-deploy profile` on a GPU that is not there (``tests/fake_gpu``): that everything is asked for, gathered and printed."""
 
 import shutil
 
@@ -9,7 +9,7 @@ from tests.cli_helpers import invoke
 
 @pytest.fixture
 def gpu(device, workshop, monkeypatch):
-    monkeypatch.setattr("phreg_deploy.profiling.gpu.pci_of", lambda _: "0000:01:00.0")
+    monkeypatch.setattr("phreg_deploy.profiling.profiler.pci_of", lambda _: "0000:01:00.0")
     monkeypatch.setattr("phreg_deploy.profiling.roofline.COPIED", 1 << 20)
     monkeypatch.setattr("phreg_deploy.profiling.roofline.measure_peaks.__kwdefaults__", {"size": 1 << 20, "rounds": 2})
     monkeypatch.setattr("phreg_deploy.export.engine.gemm.measure_product", lambda trt, cuda: 5e13)

@@ -9,8 +9,9 @@ from types import SimpleNamespace
 import pytest
 
 from phreg_deploy.errors import BackendMissing, PhregError
-from phreg_deploy.profiling import telemetry
-from phreg_deploy.profiling.telemetry import Jetson, Nvml, Sample, Telemetry, summarise, words
+from phreg_deploy.profiling import sensors
+from phreg_deploy.profiling.sensors import JetsonSensors, Nvml, name_reasons
+from phreg_deploy.profiling.telemetry import Sample, Telemetry, summarise
 
 ORIN_NX = {"VDD_IN": (5000, 2400), "VDD_CPU_GPU_CV": (5000, 900), "VDD_SOC": (5000, 300)}
 
@@ -139,13 +140,13 @@ def test_an_older_driver_and_a_call_that_fails_for_now():
 
 
 def test_reasons_in_words():
-    assert words(0) == words(1) == ()
-    assert words(0x8000 | 0x40) == ("hardware thermal slowdown", "unknown reason 0x8000")
+    assert name_reasons(0) == name_reasons(1) == ()
+    assert name_reasons(0x8000 | 0x40) == ("hardware thermal slowdown", "unknown reason 0x8000")
 
 
 def test_the_names_are_those_of_the_real_module():
     real = pytest.importorskip("pynvml")
-    names = {name for _, _, _, *names in telemetry.CALLS for name in names}
+    names = {name for _, _, _, *names in sensors.CALLS for name in names}
     names |= {"nvmlInit", "nvmlShutdown", "nvmlDeviceGetHandleByIndex", "nvmlDeviceGetHandleByPciBusId"}
     assert [name for name in sorted(names) if not callable(getattr(real, name, None))] == []
     assert issubclass(real.NVMLError, Exception)
@@ -156,7 +157,7 @@ def test_the_names_are_those_of_the_real_module():
         for name, value in vars(real).items()
         if name.startswith("nvmlClocksThrottleReason")
     }
-    for bit, word in telemetry.REASONS.items():
+    for bit, word in sensors.REASONS.items():
         spelled = (
             "".join(part.capitalize() for part in word.split()).replace("Software", "Sw").replace("Hardware", "Hw")
         )
@@ -176,12 +177,12 @@ def test_no_module_and_no_driver_are_said(monkeypatch, tmp_path):
     found = nothing.summary(frames=10)
     assert found["power"] == {"mean": None, "peak": None, "idle": None, "source": None}
     assert found["energy"]["per_frame"] is found["throttled"] is found["power_mode"] is found["clocks_locked"] is None
-    assert set(found["missing"]) == {call[0] for call in telemetry.CALLS}
+    assert set(found["missing"]) == {call[0] for call in sensors.CALLS}
     assert "nvidia-ml-py is not installed" in found["missing"]["power"]
 
 
 def test_jetson(orin):
-    jetson = Jetson(orin)
+    jetson = JetsonSensors(orin)
     assert jetson.present
     assert (jetson.power_mode, jetson.release, jetson.clocks_locked()) == ("MAXN_SUPER (2)", "R36.4.3", False)
     found = jetson.read()
@@ -204,7 +205,7 @@ def test_a_jetson_without_a_rail_for_the_whole_sums_them_all_or_nothing(tmp_path
         tmp_path,
         {**rails({"VDD_GPU_SOC": (10000, 1000), "VDD_CPU_CV": (10000, 500), "VIN_SYS_5V0": (5000, 600)}), **second},
     )
-    jetson = Jetson(tmp_path)
+    jetson = JetsonSensors(tmp_path)
     assert jetson.read()["power"] == pytest.approx(10 + 5 + 3 + 0.5)
     assert jetson.power_source == "VDD_GPU_SOC + VDD_CPU_CV + VIN_SYS_5V0 + VDDQ_VDD2_1V8AO"
     assert jetson.power_mode is None
@@ -217,7 +218,7 @@ def test_a_desktop_is_no_jetson(tmp_path):
         tmp_path,
         {"sys/class/thermal/thermal_zone0/type": "x86_pkg_temp", "sys/class/thermal/thermal_zone0/temp": 40000},
     )
-    assert not Jetson(tmp_path).present
+    assert not JetsonSensors(tmp_path).present
 
 
 def test_on_a_jetson_the_rails_speak_for_power_and_nvml_for_the_rest(orin):

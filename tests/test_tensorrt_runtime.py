@@ -1,4 +1,4 @@
-"""The TensorRT backend on a GPU that is not there: answers, lanes, graphs, memory and order, on ``tests/double.py``."""
+"""The TensorRT backend on a GPU that is not there: answers, lanes, graphs, memory and order, on ``tests/fake_gpu``."""
 
 import shutil
 import threading
@@ -11,7 +11,7 @@ from phreg_deploy.errors import BackendMissing, PhregError
 from phreg_deploy.export.engine.build import BuildRequest, build_engine
 from phreg_deploy.runtime import FeatureExtractor
 from phreg_deploy.runtime.gpu.arrays import DeviceArray
-from tests import double, nvidia
+from tests import fake_gpu, nvidia
 
 FRAMES = 2000
 
@@ -73,7 +73,7 @@ def make_stream(device):
 
 def uploads(device, size):
     """Copies of so many bytes to the device."""
-    kind = double.cudaMemcpyKind.cudaMemcpyHostToDevice
+    kind = fake_gpu.cudaMemcpyKind.cudaMemcpyHostToDevice
     return sum(1 for name, words in device.calls if name == "cudaMemcpyAsync" and words[2:4] == (size, kind))
 
 
@@ -192,7 +192,7 @@ def test_a_graph_is_recorded_anew_after_an_array_on_the_gpu(load, expected, devi
     extractor = load("bundle")
     for seed in range(3):
         extractor.run(frames(seed))
-    extractor.run(double.Array(device, frames(9)))
+    extractor.run(fake_gpu.Array(device, frames(9)))
     for seed in range(3):
         same(extractor.run(frames(seed)), expected("bundle", frames(seed)))
     assert graph_calls(device) == (2, 4)
@@ -355,7 +355,7 @@ def test_out_of_memory_while_buffers_grow_leaves_a_lane_that_works(load, expecte
 def test_a_graph_that_fails_leaves_nothing(load, device, call):
     extractor = load("bundle")
     extractor.run(frames())
-    device.plant(call, 1, double.cudaError_t.cudaErrorLaunchFailure)
+    device.plant(call, 1, fake_gpu.cudaError_t.cudaErrorLaunchFailure)
     with pytest.raises(PhregError, match=rf"{call} failed with CUDA error 719 \(cudaErrorLaunchFailure\)"):
         extractor.run(frames())
     extractor.close()
@@ -366,7 +366,7 @@ def test_closing_goes_on_after_an_error_and_raises_it(load, device):
     extractor = load("bundle")
     extractor.run(frames())
     before = device.live()
-    device.plant("cudaFree", 1, double.cudaError_t.cudaErrorInvalidValue)
+    device.plant("cudaFree", 1, fake_gpu.cudaError_t.cudaErrorInvalidValue)
     with pytest.raises(PhregError, match="cudaFree failed"):
         extractor.close()
     assert device.live() == {"allocations": 1}, before
@@ -395,12 +395,12 @@ def test_thousands_of_frames_take_no_more_memory(load, device):
 
 
 def outputs(device, expected, name, image):
-    return {key: double.Array(device, np.full_like(value, 7)) for key, value in expected(name, image).items()}
+    return {key: fake_gpu.Array(device, np.full_like(value, 7)) for key, value in expected(name, image).items()}
 
 
 def test_an_array_on_the_gpu_is_read_where_it_lies(load, expected, device):
     extractor, image = load("bundle"), frames()
-    array = double.Array(device, image)
+    array = fake_gpu.Array(device, image)
     device.calls.clear()
     got = extractor.run(array)
     assert all(isinstance(value, DeviceArray) for value in got.values())
@@ -411,7 +411,7 @@ def test_an_array_on_the_gpu_is_read_where_it_lies(load, expected, device):
 def test_the_callers_memory_is_written(load, expected, device):
     extractor, image = load("wide_bundle"), frames(0, 2, (48, 96))
     out = outputs(device, expected, "wide_bundle", image)
-    got = extractor.run(double.Array(device, image), out=out)
+    got = extractor.run(fake_gpu.Array(device, image), out=out)
     assert {name: value.pointer for name, value in got.items()} == {name: value.pointer for name, value in out.items()}
     same({name: value.read() for name, value in out.items()}, expected("wide_bundle", image))
     same({name: value.numpy() for name, value in got.items()}, expected("wide_bundle", image))
@@ -420,7 +420,7 @@ def test_the_callers_memory_is_written(load, expected, device):
 def test_outputs_that_are_not_given_are_made(load, expected, device):
     extractor, image = load("bundle"), frames()
     given = outputs(device, expected, "bundle", image)["features"]
-    got = extractor.run(double.Array(device, image), out={"features": given})
+    got = extractor.run(fake_gpu.Array(device, image), out={"features": given})
     same({name: value.numpy() for name, value in got.items()}, expected("bundle", image))
     assert got["features"].pointer == given.pointer
 
@@ -430,7 +430,7 @@ def test_the_callers_stream_is_used_and_not_waited_for(load, expected, device):
     extractor.run(frames(5))  # the position embedding is there
     out = outputs(device, expected, "wide_bundle", image)
     device.calls.clear()
-    extractor.run(double.Array(device, image), out=out, stream=stream)
+    extractor.run(fake_gpu.Array(device, image), out=out, stream=stream)
     assert device.count("cudaStreamSynchronize") == device.count("cudaEventSynchronize") == 0
     assert device.count("cudaMemcpyAsync") == 0
     assert all((value.read() == 7).all() for value in out.values()), "nobody has waited yet"
@@ -442,7 +442,7 @@ def test_the_next_call_on_the_host_waits_for_the_callers_stream(load, expected, 
     extractor, image, stream = load("bundle"), frames(), make_stream(device)
     extractor.run(frames(5))
     out = outputs(device, expected, "bundle", image)
-    extractor.run(double.Array(device, image), out=out, stream=stream)
+    extractor.run(fake_gpu.Array(device, image), out=out, stream=stream)
     device.calls.clear()
     same(extractor.run(frames(6)), expected("bundle", frames(6)))
     lane = extractor.opened._contexts[0]
@@ -455,7 +455,7 @@ def test_two_streams_of_the_caller_are_put_in_order(load, expected, device):
     outs = []
     for seed, stream in enumerate((first, second)):
         outs.append(outputs(device, expected, "bundle", frames(seed)))
-        extractor.run(double.Array(device, frames(seed)), out=outs[-1], stream=stream)
+        extractor.run(fake_gpu.Array(device, frames(seed)), out=outs[-1], stream=stream)
     device.runtime.cudaStreamSynchronize(second)
     for seed, out in enumerate(outs):
         same({name: value.read() for name, value in out.items()}, expected("bundle", frames(seed)))
@@ -466,13 +466,13 @@ def test_another_grid_waits_for_the_one_before_on_the_callers_stream(load, expec
     work = [(frames(i, 1, size), {}) for i, size in enumerate([(48, 96), (96, 48), (64, 64)])]
     for image, out in work:
         out.update(outputs(device, expected, "wide_bundle", image))
-        extractor.run(double.Array(device, image), out=out, stream=stream)
+        extractor.run(fake_gpu.Array(device, image), out=out, stream=stream)
     device.runtime.cudaStreamSynchronize(stream)
     for image, out in work:
         same({name: value.read() for name, value in out.items()}, expected("wide_bundle", image))
 
 
-class Late(double.Array):
+class Late(fake_gpu.Array):
     """An array that its library is still filling on a stream of its own."""
 
     def __init__(self, device, value, stream):
@@ -517,7 +517,7 @@ def test_the_default_stream_of_the_caller_is_number_nought(load, expected, devic
 
 def test_outputs_live_longer_than_the_extractor(load, expected, device):
     extractor, image = load("bundle"), frames()
-    got = extractor.run(double.Array(device, image))
+    got = extractor.run(fake_gpu.Array(device, image))
     extractor.close()
     same({name: value.numpy() for name, value in got.items()}, expected("bundle", image))
     assert got["features"].__dlpack__(stream=5) is not None, "its work is done: there is no stream left to wait for"
@@ -525,7 +525,7 @@ def test_outputs_live_longer_than_the_extractor(load, expected, device):
 
 def test_outputs_on_the_gpu_are_freed_with_their_last_reader(load, device):
     extractor = load("bundle")
-    array = double.Array(device, frames())
+    array = fake_gpu.Array(device, frames())
     kept = extractor.run(array)
     before = device.live()
     for _ in range(5):
@@ -538,14 +538,14 @@ def test_outputs_on_the_gpu_are_freed_with_their_last_reader(load, device):
 @pytest.mark.parametrize(
     ("change", "words"),
     [
-        (lambda d: double.Array(d, frames(), strides=(24576, 384, 6, 2)), "expected a contiguous array"),
+        (lambda d: fake_gpu.Array(d, frames(), strides=(24576, 384, 6, 2)), "expected a contiguous array"),
         (
-            lambda d: double.Array(d, frames().astype(np.float32)),
+            lambda d: fake_gpu.Array(d, frames().astype(np.float32)),
             r"got float32 \(1, 64, 64, 3\) on the GPU, expected uint8",
         ),
-        (lambda d: double.Array(d, frames()[0]), r"got uint8 \(64, 64, 3\) on the GPU"),
-        (lambda d: double.Array(d, frames(0, 2)), "batch"),
-        (lambda d: double.Array(d, frames(0, 1, (80, 64))), "80x64"),
+        (lambda d: fake_gpu.Array(d, frames()[0]), r"got uint8 \(64, 64, 3\) on the GPU"),
+        (lambda d: fake_gpu.Array(d, frames(0, 2)), "batch"),
+        (lambda d: fake_gpu.Array(d, frames(0, 1, (80, 64))), "80x64"),
         (lambda d: frames().tolist(), "got list, expected a uint8 RGB array"),
     ],
 )
@@ -556,8 +556,8 @@ def test_what_is_no_batch_on_the_gpu_is_refused(load, device, change, words):
 
 def test_outputs_of_another_kind_are_refused(load, expected, device):
     extractor, image = load("bundle"), frames()
-    array = double.Array(device, image)
-    wrong = double.Array(device, np.zeros((1, 8, 8, 48), np.float16))
+    array = fake_gpu.Array(device, image)
+    wrong = fake_gpu.Array(device, np.zeros((1, 8, 8, 48), np.float16))
     with pytest.raises(PhregError, match=r"out: got features as float16 .*expected float32"):
         extractor.run(array, out={"features": wrong})
     with pytest.raises(PhregError, match="out: got colours, expected"):
@@ -610,15 +610,15 @@ print(json.dumps(lacking))
 @pytest.mark.parametrize("version", nvidia.VERSIONS)
 def test_the_double_has_no_name_that_tensorrt_does_not_have(version):
     nvidia.bindings(version)
-    names = double.public_names(double.Workshop(double.Device(), version).tensorrt)
+    names = fake_gpu.public_names(fake_gpu.Workshop(fake_gpu.Device(), version).tensorrt)
     assert len(names[""]) > 20
     assert nvidia.inside(version, PROBE, names) == []
 
 
 def test_the_double_has_no_name_that_cuda_does_not_have():
     runtime = pytest.importorskip("cuda.bindings.runtime")
-    for name in (n for n in vars(double.Runtime) if not n.startswith("_")):
-        real, ours = getattr(runtime, name), getattr(double.Runtime, name)
+    for name in (n for n in vars(fake_gpu.Runtime) if not n.startswith("_")):
+        real, ours = getattr(runtime, name), getattr(fake_gpu.Runtime, name)
         if isinstance(ours, type):
             assert {m: int(v) for m, v in ours.__members__.items()} == {
                 m: int(getattr(real, m)) for m in ours.__members__
@@ -628,13 +628,13 @@ def test_the_double_has_no_name_that_cuda_does_not_have():
 
 
 def test_the_double_refuses_what_cuda_refuses():
-    cuda, errors = (device := double.Device()).runtime, double.cudaError_t
+    cuda, errors = (device := fake_gpu.Device()).runtime, fake_gpu.cudaError_t
     pointer = cuda.cudaMalloc(8)[1]
     assert cuda.cudaFree(pointer) == (errors.cudaSuccess,)
     assert cuda.cudaFree(pointer)[0] == errors.cudaErrorInvalidValue
     stream = int(cuda.cudaStreamCreateWithFlags(1)[1])
     assert cuda.cudaMemcpyAsync(pointer, 0, 8, 1, stream)[0] == errors.cudaErrorInvalidValue
-    mode = double.cudaStreamCaptureMode.cudaStreamCaptureModeThreadLocal
+    mode = fake_gpu.cudaStreamCaptureMode.cudaStreamCaptureModeThreadLocal
     assert cuda.cudaStreamBeginCapture(stream, mode) == (errors.cudaSuccess,)
     assert cuda.cudaStreamBeginCapture(stream, mode)[0] == errors.cudaErrorInvalidValue
     assert cuda.cudaStreamSynchronize(stream)[0] == errors.cudaErrorStreamCaptureUnsupported

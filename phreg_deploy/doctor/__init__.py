@@ -1,1 +1,1 @@
-"""This machine -> what it can run, and what to type for each part that is missing."""
+"""Find out what this machine can run, and what to type for what is missing."""

@@ -1,110 +1,93 @@
-"""What is installed, what is usable rather than merely listed, and the line that mends what is not."""
+"""Find out what is installed and usable on this machine, and what to type for each part that is not."""
 
 from __future__ import annotations
 
 import platform
 
 from phreg_deploy.doctor.gpu import find_gpu_parts
-from phreg_deploy.doctor.system import Finding, attempt, installed
+from phreg_deploy.doctor.system import Finding, Part, attempt, installed
 from phreg_deploy.runtime.backends.instructions import eight_bits
 
 
 def diagnose() -> list[Finding]:
-    """Every part that a command needs, in the order of the pipeline."""
+    """Check every part that a command needs, in the order of the pipeline."""
     return [
-        _python(),
+        Part("python", "everything").usable(f"{platform.python_version()} on {platform.machine()}"),
         _torch(),
-        _plain("onnx", "export", "export, calibrate"),
-        _plain("onnxscript", "export", "export"),
+        _package("onnx", "export, calibrate"),
+        _package("onnxscript", "export"),
         _onnxruntime(),
         _openvino(),
-        _eight_bits(),
+        Part("8-bit instructions", "INT8 on the processor").usable(str(eight_bits())),
         *find_gpu_parts(),
     ]
 
 
-def _python() -> Finding:
-    return Finding("python", f"{platform.python_version()} on {platform.machine()}", True, "everything")
-
-
-def _eight_bits() -> Finding:
-    return Finding("8-bit instructions", str(eight_bits()), True, "INT8 on the processor")
-
-
-def _plain(package: str, extra: str, purpose: str) -> Finding:
-    found = installed(package)
-    if found is None:
-        return Finding(package, "not installed", False, purpose, f'pip install "phreg-deploy[{extra}]"')
-    return Finding(package, found, True, purpose)
+def _package(package: str, purpose: str) -> Finding:
+    version, part = installed(package), Part(package, purpose)
+    return (
+        part.unusable("not installed", 'pip install "phreg-deploy[export]"')
+        if version is None
+        else part.usable(version)
+    )
 
 
 def _torch() -> Finding:
-    """timm imports torchvision, whose wheel fits one build of torch only; asked in a process of its own, so that this one stays light."""
+    """Import timm in a separate process, which keeps this one light.
+
+    timm imports torchvision, and each wheel of torchvision fits one build of torch only.
+    """
+    part = Part("torch + timm", "distill, export")
     missing = [p for p in ("torch", "timm", "safetensors") if installed(p) is None]
-    purpose = "distill, export"
     if missing:
-        return Finding(
-            "torch + timm", f"{', '.join(missing)} not installed", False, purpose, 'pip install "phreg-deploy[distill]"'
-        )
+        return part.unusable(f"{', '.join(missing)} not installed", 'pip install "phreg-deploy[distill]"')
     versions = f"torch {installed('torch')}, timm {installed('timm')}"
-    worked, said = attempt("import timm, torch; print(torch.cuda.is_available())", 120)
+    worked, output = attempt("import timm, torch; print(torch.cuda.is_available())", 120)
     if worked:
-        cuda = "usable" if said.endswith("True") else "not usable"
-        return Finding("torch + timm", f"{versions}; CUDA {cuda}", True, purpose)
-    mend = 'pip install --force-reinstall "phreg-deploy[distill]"'
-    if "timed out" in said:
-        said, mend = "importing them takes over two minutes", "run: python -c 'import timm'"
-    elif "torchvision::nms" in said:
-        said, mend = "torchvision was built against another torch", "pip install --force-reinstall torch torchvision"
-    else:
-        said = f"import fails: {said[:120]}"
-    return Finding("torch + timm", f"{versions}; {said}", False, purpose, mend)
+        return part.usable(f"{versions}; CUDA {'usable' if output.endswith('True') else 'not usable'}")
+    reason, fix = f"import fails: {output[:120]}", 'pip install --force-reinstall "phreg-deploy[distill]"'
+    if "timed out" in output:
+        reason, fix = "importing them takes over two minutes", "run: python -c 'import timm'"
+    elif "torchvision::nms" in output:
+        reason, fix = "torchvision was built against another torch", "pip install --force-reinstall torch torchvision"
+    return part.unusable(f"{versions}; {reason}", fix)
 
 
 def _onnxruntime() -> Finding:
-    both = [p for p in ("onnxruntime", "onnxruntime-gpu") if installed(p)]
-    purpose = "calibrate, check, extract, profile"
-    if not both:
-        return Finding("onnxruntime", "not installed", False, purpose, 'pip install "phreg-deploy[cpu]"')
-    if len(both) == 2:
-        return Finding(
-            "onnxruntime",
+    part = Part("onnxruntime", "calibrate, check, extract, profile")
+    packages = [p for p in ("onnxruntime", "onnxruntime-gpu") if installed(p)]
+    if not packages:
+        return part.unusable("not installed", 'pip install "phreg-deploy[cpu]"')
+    if len(packages) == 2:
+        return part.unusable(
             "onnxruntime and onnxruntime-gpu both installed: they overwrite each other",
-            False,
-            purpose,
             "pip uninstall onnxruntime onnxruntime-gpu, then install one",
         )
+    (package,) = packages
     try:
         import onnxruntime
     except ImportError as error:
-        return Finding(
-            "onnxruntime",
-            f"{both[0]} {installed(both[0])}; import fails: {error}",
-            False,
-            purpose,
-            f"pip install --force-reinstall {both[0]}",
-        )
-    return Finding("onnxruntime", f"{both[0]} {onnxruntime.__version__}; CPU usable", True, purpose)
+        state = f"{package} {installed(package)}; import fails: {error}"
+        return part.unusable(state, f"pip install --force-reinstall {package}")
+    return part.usable(f"{package} {onnxruntime.__version__}; CPU usable")
 
 
 def _openvino() -> Finding:
-    """What the CPU plugin itself says of the processor: names of instruction sets do not tell what it makes of them."""
-    purpose = "the fastest backend on most processors"
-    if installed("openvino") is None:
-        return Finding("openvino", "not installed", False, purpose, 'pip install "phreg-deploy[openvino]"')
+    """Ask OpenVINO's CPU plugin which precisions it uses; the processor's instruction sets do not tell."""
+    part, version = Part("openvino", "the fastest backend on most processors"), installed("openvino")
+    if version is None:
+        return part.unusable("not installed", 'pip install "phreg-deploy[openvino]"')
     try:
         import openvino
 
         from phreg_deploy.runtime.backends.openvino_exact import saturates
 
-        able = openvino.Core().get_property("CPU", "OPTIMIZATION_CAPABILITIES")
+        capabilities = openvino.Core().get_property("CPU", "OPTIMIZATION_CAPABILITIES")
         clipped = saturates()
     except (ImportError, RuntimeError) as error:
         first = str(error).strip().splitlines()[:1]
-        return Finding(
-            "openvino", f"fails: {''.join(first)[:120]}", False, purpose, "pip install --force-reinstall openvino"
-        )
-    kinds = ", ".join(kind for kind in ("FP32", "BF16", "INT8") if kind in able)
+        return part.unusable(f"fails: {''.join(first)[:120]}", "pip install --force-reinstall openvino")
+    kinds = ", ".join(kind for kind in ("FP32", "BF16", "INT8") if kind in capabilities)
     if clipped:
         kinds += " (INT8 in float32: its 8-bit kernels saturate on this processor)"
-    return Finding("openvino", f"openvino {installed('openvino')}; CPU usable in {kinds}", True, purpose)
+    return part.usable(f"openvino {version}; CPU usable in {kinds}")

@@ -1,4 +1,4 @@
-"""Whom ``doctor`` asks: packages, libraries, processes of their own, and the files by which a Jetson tells what it is."""
+"""Where ``doctor`` looks: packages, libraries, separate Python processes, and the files that describe a Jetson."""
 
 from __future__ import annotations
 
@@ -15,18 +15,25 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
+from phreg_deploy.runtime.gpu.jetson import read_l4t, read_text
 from phreg_deploy.spec import Stored
 
-VENV = "python3 -m venv --system-site-packages .venv"  # sees what JetPack installed for the system's Python
+# An environment that sees what JetPack installed for the system's Python.
+VENV = "python3 -m venv --system-site-packages .venv"
 SYSTEM_FOLDERS = (
-    "usr/lib/*-linux-gnu", "usr/lib/*-linux-gnu/nvidia", "usr/lib64", "usr/local/lib", "usr/local/cuda/lib64",
-    "usr/local/tensorrt*/lib", "usr/local/TensorRT*/lib",
-)  # fmt: skip
+    "usr/lib/*-linux-gnu",
+    "usr/lib/*-linux-gnu/nvidia",
+    "usr/lib64",
+    "usr/local/lib",
+    "usr/local/cuda/lib64",
+    "usr/local/tensorrt*/lib",
+    "usr/local/TensorRT*/lib",
+)
 
 
 @dataclass(frozen=True)
 class Finding(Stored):
-    """``state`` in words; ``usable``; ``mend``: what to type, None where nothing is wrong."""
+    """One part of this machine: its ``state`` as a sentence, and in ``mend`` what to type; None if nothing is wrong."""
 
     part: str
     state: str
@@ -35,7 +42,22 @@ class Finding(Stored):
     mend: str | None = None
 
 
+@dataclass(frozen=True)
+class Part:
+    """A part of this machine, and the commands that need it."""
+
+    name: str
+    purpose: str
+
+    def usable(self, state: str) -> Finding:
+        return Finding(self.name, state, True, self.purpose)
+
+    def unusable(self, state: str, fix: str | None = None) -> Finding:
+        return Finding(self.name, state, False, self.purpose, fix)
+
+
 def installed(package: str) -> str | None:
+    """Version of an installed package, or None."""
     try:
         return version(package)
     except PackageNotFoundError:
@@ -43,7 +65,7 @@ def installed(package: str) -> str | None:
 
 
 def attempt(code: str, seconds: int = 60) -> tuple[bool, str]:
-    """Run Python in a process of its own, which a broken library may crash: (worked, last line of what it said)."""
+    """Run Python code in a separate process, which a broken library may crash: (worked, last line of its output)."""
     try:
         done = subprocess.run(
             [sys.executable, "-c", code], capture_output=True, text=True, timeout=seconds, check=False
@@ -56,7 +78,7 @@ def attempt(code: str, seconds: int = 60) -> tuple[bool, str]:
 
 @dataclass(frozen=True)
 class System:
-    """Whom to ask; tests give their own. ``sites``: folders that Python imports from."""
+    """This machine; tests replace it. ``sites``: folders that Python imports from. ``path``: LD_LIBRARY_PATH."""
 
     root: Path = Path("/")
     library: Callable[[str], Any] = ctypes.CDLL
@@ -68,7 +90,7 @@ class System:
 
     @functools.cached_property
     def pip_folders(self) -> list[Path]:
-        """Where NVIDIA's wheels keep their libraries."""
+        """Folders in which NVIDIA's wheels keep their libraries."""
         return [f for site in self.sites for pattern in ("nvidia/*/lib", "tensorrt_libs") for f in site.glob(pattern)]
 
     @functools.cached_property
@@ -77,7 +99,7 @@ class System:
         return [*self.pip_folders, *(Path(p) for p in self.path.split(":") if p), *system]
 
     def finds(self, name: str) -> bool:
-        """Whether a wheel or the loader has the library. Of a wheel the file is enough: some take 700 MB to open."""
+        """Whether a wheel or the loader has the library. A wheel's library is not opened: some take 700 MB."""
         if any((folder / name).is_file() for folder in self.pip_folders):
             return True
         try:
@@ -88,7 +110,7 @@ class System:
 
 @dataclass(frozen=True)
 class Jetson:
-    """A Jetson by its own files. ``jetpack``: as many numbers of the version as are known for sure, perhaps none."""
+    """A Jetson, read from its own files. ``jetpack``: the numbers of its version that are certain, perhaps none."""
 
     model: str
     l4t: str
@@ -99,7 +121,7 @@ class Jetson:
         return ", ".join(part for part in (version, f"L4T {self.l4t}" if self.l4t else "", self.model) if part)
 
     def refusal(self, tensorrt: tuple[int, ...]) -> str | None:
-        """Why this version of TensorRT does not run here, by NVIDIA's release notes; None where nothing speaks against it."""
+        """Why this version of TensorRT does not run here, from NVIDIA's release notes; None if no note excludes it."""
         if tensorrt < (11,):
             return None
         if self.jetpack[:1] == (6,):
@@ -112,24 +134,23 @@ class Jetson:
 
 
 def read_jetson(root: Path) -> Jetson | None:
-    """The Jetson that this is, or None. A container may lack all but the device tree."""
-    release, compatible = read_text(root / "etc/nv_tegra_release"), read_text(root / "proc/device-tree/compatible")
-    if not release and "nvidia,tegra" not in compatible:
+    """The Jetson that this machine is, or None. A container may lack all files but the device tree."""
+    release, compatible = read_l4t(root), read_text(root / "proc/device-tree/compatible")
+    if release is None and "nvidia,tegra" not in compatible:
         return None
-    said = re.search(r"R(\d+).*?REVISION:\s*([\d.]+)", release)
-    l4t = tuple(int(n) for n in re.findall(r"\d+", f"{said[1]}.{said[2]}")) if said else ()
+    l4t = release or ()
+    jetpack = _installed_jetpack(root)
+    if not jetpack and l4t[:1] == (39,):
+        # R39.2.0 is JetPack 7.2 and R39.2.1 is 7.2.1; R38 was 7.0 and 7.1.
+        jetpack = (7, *l4t[1:])
+    elif not jetpack and l4t:
+        jetpack = {35: (5,), 36: (6,), 38: (7,)}.get(l4t[0], ())
+    return Jetson(read_text(root / "proc/device-tree/model"), ".".join(map(str, l4t)), jetpack)
+
+
+def _installed_jetpack(root: Path) -> tuple[int, ...]:
+    """Version of the package nvidia-jetpack, by dpkg; () if it is not installed."""
     stanzas = read_text(root / "var/lib/dpkg/status").split("\n\n")
     package = next((s for s in stanzas if "Package: nvidia-jetpack\n" in f"{s}\n" and " installed" in s), "")
-    told = re.search(r"^Version: ([\d.]+)", package, re.MULTILINE)
-    if told:
-        jetpack = tuple(int(n) for n in re.findall(r"\d+", told[1]))
-    else:  # R39.2.0 is JetPack 7.2 and R39.2.1 is 7.2.1; R38 was 7.0 and 7.1
-        jetpack = (7, *l4t[1:]) if l4t[:1] == (39,) else {35: (5,), 36: (6,), 38: (7,)}.get(l4t[0] if l4t else 0, ())
-    return Jetson(read_text(root / "proc/device-tree/model").strip("\0\n "), ".".join(map(str, l4t)), jetpack)
-
-
-def read_text(path: Path) -> str:
-    try:
-        return path.read_text(errors="replace")
-    except OSError:
-        return ""
+    version = re.search(r"^Version: ([\d.]+)", package, re.MULTILINE)
+    return tuple(int(number) for number in re.findall(r"\d+", version[1])) if version else ()

@@ -1,1 +1,85 @@
-"""A bundle -> latency, throughput, memory and energy on this machine."""
+"""Measure latency and throughput of a bundle on this machine, and on a GPU also its layers, memory and energy.
+
+Importing this module imports neither numpy nor a runtime.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from phreg_deploy.progress import SILENT, Progress
+
+if TYPE_CHECKING:
+    from phreg_deploy.profiling.report import ProfileReport
+
+__all__ = ["profile"]
+LARGEST_FRAME = 16_384
+
+
+def profile(
+    bundle: Path | str,
+    *,
+    backend: str = "auto",
+    threads: int | None = None,
+    compute: str = "auto",
+    mode: str = "latency",
+    device: int = 0,
+    batches: Sequence[int] | None = None,
+    image_size: tuple[int, int] | None = None,
+    frame: tuple[int, int] = (480, 640),
+    seconds: float = 5.0,
+    streams: Sequence[int] = (1, 2, 4),
+    fps: float | None = None,
+    without: Path | str | None = None,
+    baseline: Path | None = None,
+    tolerance: float = 0.1,
+    allow_other_conditions: bool = False,
+    progress: Progress = SILENT,
+) -> ProfileReport:
+    """Measure the latency of a bundle: the graph alone, the extractor around it, and preprocessing; interleaved.
+
+    On a GPU also the parts of an inference with and without CUDA graph, streams, layers, memory, power and a roofline.
+
+    Args:
+        backend: a backend's name, or "auto" for the fastest that passes the exam.
+        threads, compute, mode, device: see ``BackendOptions``.
+        batches: batch sizes; None for the bundle's best.
+        image_size: (height, width) in pixels; None for the bundle's default.
+        frame: (height, width) of the frame that preprocessing is measured on.
+        seconds: of measuring per batch, after the warm-up.
+        streams: on a GPU, numbers of threads that call at once.
+        fps: on a GPU, feed images at this rate and count missed deadlines.
+        without: on a GPU, a bundle of the same model without registers, to measure what they cost.
+        baseline: an earlier report, written by ``phreg-deploy profile --json``; its conditions are compared first.
+        tolerance: growth of a median over the baseline's that is allowed; ``ProfileReport.slower`` lists the rest.
+        allow_other_conditions: compare with a baseline that was measured under other conditions.
+
+    Raises:
+        BackendMissing: the backend is not installed, or there is no GPU.
+        PhregError: a bad argument, bundle or baseline, or a baseline of other conditions.
+    """
+    from phreg_deploy.errors import PhregError
+
+    if max(frame) > LARGEST_FRAME:
+        got = f"{frame[0]}x{frame[1]}"
+        raise PhregError(f"frame: got {got}, expected sides of at most {LARGEST_FRAME} pixels.")
+    from phreg_deploy.profiling.baseline import Baseline
+    from phreg_deploy.profiling.profiler import ProfileRequest, profile_bundle
+    from phreg_deploy.runtime.backends.options import BackendOptions
+
+    request = ProfileRequest(
+        bundle=Path(bundle),
+        backend=backend,
+        options=BackendOptions(threads, compute, mode, device),
+        batches=list(batches) if batches else None,
+        size=image_size,
+        frame=frame,
+        seconds=seconds,
+        streams=list(streams),
+        fps=fps,
+        without=None if without is None else Path(without),
+    )
+    before = None if baseline is None else Baseline.read(baseline)
+    return profile_bundle(request, before, tolerance, allow_other_conditions, progress)

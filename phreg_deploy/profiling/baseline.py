@@ -1,4 +1,4 @@
-"""An earlier report of ``profile`` as a gate: read, compared in its conditions, and then in its medians."""
+"""Compare a profile with an earlier report: first the conditions, then the medians."""
 
 from __future__ import annotations
 
@@ -9,13 +9,24 @@ from pathlib import Path
 from typing import Any
 
 from phreg_deploy.errors import PhregError
+from phreg_deploy.profiling.report import BaselineRow, BatchLatency, Conditions
 
-# Conditions of a report that latency depends on; a difference in one of them is no change of the bundle's speed.
+# Latencies are comparable only where these conditions agree.
 COMPARED = (
-    "processor", "cores", "gpu", "backend", "backend_version", "threads", "mode", "compute", "precision", "graph_sha256",
-)  # fmt: skip
+    "processor",
+    "cores",
+    "gpu",
+    "backend",
+    "backend_version",
+    "threads",
+    "mode",
+    "compute",
+    "precision",
+    "graph_sha256",
+)
 EXPECTED = "expected what `phreg-deploy profile --json` printed"
-KINDS = (  # keys that another JSON document of this project is known by, and what it is
+# Keys by which other JSON documents of this project are known, and what to call the document.
+KINDS = (
     ({"sizes", "batches", "preprocess"}, "a bundle's manifest"),
     ({"recipe", "scores"}, "a student's record"),
     ({"comparisons", "artifacts"}, "a report of `phreg-deploy check`"),
@@ -25,7 +36,8 @@ KINDS = (  # keys that another JSON document of this project is known by, and wh
     ({"images", "skipped"}, "an index of `phreg-deploy extract`"),
     ({"error", "exit_code"}, "the error of a command that failed"),
 )
-Case = tuple[int, tuple[int, int]]  # batch and (height, width)
+# A batch and (height, width).
+Case = tuple[int, tuple[int, int]]
 
 
 @dataclass(frozen=True)
@@ -38,10 +50,10 @@ class Baseline:
 
     @classmethod
     def read(cls, path: Path) -> Baseline:
-        """Read a file that holds a report as its only document or as its last line.
+        """Read a file whose only document or last line is a report.
 
         Raises:
-            PhregError: unreadable, empty, not JSON, or JSON of another kind, which is then named.
+            PhregError: the file is unreadable, empty, not JSON, or another kind of JSON.
         """
         document = _read_json(path)
         try:
@@ -57,50 +69,34 @@ class Baseline:
             raise PhregError(f"baseline: {path} is not a report of latencies but {_kind(document)}; {EXPECTED}.")
         return cls(path, conditions, medians)
 
-    def differences(self, conditions: dict[str, Any], cases: list[Case]) -> list[str]:
-        """What differs between the baseline and a run under ``conditions`` that measures ``cases``, one text each.
+    def differences(self, conditions: Conditions, cases: list[Case]) -> list[str]:
+        """List how the baseline differs from a run under ``conditions`` that measures ``cases``, one text each.
 
         Raises:
             PhregError: no batch and size is in both.
         """
         if not set(cases) & set(self.medians):
             raise PhregError(
-                f"baseline: {self.path} has no batch and size in common with this run, which measures {_cases(cases)}; it holds {_cases(self.medians)}."
+                f"baseline: {self.path} has no batch and size in common with this run, which measures "
+                f"{_cases(cases)}; it holds {_cases(self.medians)}."
             )
-        found = []
+        current, differences = conditions.to_json(), []
         for name in COMPARED:
-            before, now = self.conditions.get(name), conditions.get(name)
+            before, now = self.conditions.get(name), current[name]
             if before != now:
                 was = "not recorded" if name not in self.conditions else _short(before)
-                found.append(f"{name.replace('_', ' ')}: {was} in the baseline, {_short(now)} now")
+                differences.append(f"{name.replace('_', ' ')}: {was} in the baseline, {_short(now)} now")
         lacking = [case for case in cases if case not in self.medians]
-        return found + ([f"{_cases(lacking)}: not in the baseline"] if lacking else [])
+        return differences + ([f"{_cases(lacking)}: not in the baseline"] if lacking else [])
 
-    def rows(self, results: list[dict[str, Any]]) -> list[dict[str, Any]]:
-        """Each measured batch and size that the baseline has too: medians in milliseconds before and now, and their ratio."""
-        found = []
+    def rows(self, results: list[BatchLatency]) -> list[BaselineRow]:
+        """Compare the medians of each batch and size that the baseline has too."""
+        rows = []
         for result in results:
-            size = (result["size"][0], result["size"][1])
-            before, now = self.medians.get((result["batch"], size)), result["extractor"]["p50"]
+            before, now = self.medians.get((result.batch, result.size)), result.extractor.p50
             if before is not None:
-                row = {
-                    "batch": result["batch"],
-                    "size": list(size),
-                    "before": before,
-                    "now": now,
-                    "ratio": now / before,
-                }
-                found.append(row)
-        return found
-
-
-def slower_rows(rows: list[dict[str, Any]], tolerance: float) -> list[str]:
-    """The rows whose median grew by more than ``tolerance`` (0.1 is 10 %), one text each."""
-    return [
-        f"batch {r['batch']} at {r['size'][0]}x{r['size'][1]}: {r['now']:.2f} ms, {r['ratio']:.2f}x the baseline's {r['before']:.2f} ms"
-        for r in rows
-        if r["ratio"] > 1 + tolerance
-    ]
+                rows.append(BaselineRow(result.batch, result.size, before, now, now / before))
+        return rows
 
 
 def _read_json(path: Path) -> Any:
@@ -112,7 +108,8 @@ def _read_json(path: Path) -> Any:
         raise PhregError(f"baseline: {path} is not JSON but a binary file; {EXPECTED}.") from None
     if not text:
         raise PhregError(f"baseline: {path} is empty; {EXPECTED}.")
-    for part in (text, text.splitlines()[-1]):  # a file that was written whole, or what a terminal showed
+    # The file holds one document, or all that a terminal showed.
+    for part in (text, text.splitlines()[-1]):
         try:
             return json.loads(part)
         except (ValueError, RecursionError):
@@ -135,10 +132,7 @@ def _cases(cases: Any) -> str:
 
 
 def _short(value: Any) -> str:
-    return (
-        "the default"
-        if value is None
-        else f"{value[:16]}…"
-        if isinstance(value, str) and len(value) == 64
-        else str(value)
-    )
+    if value is None:
+        return "the default"
+    is_hash = isinstance(value, str) and len(value) == 64
+    return f"{value[:16]}…" if is_hash else str(value)

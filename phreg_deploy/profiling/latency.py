@@ -1,4 +1,4 @@
-"""Latency of a bundle on this machine: warm-up, interleaved configurations, percentiles, and the conditions they hold in."""
+"""Measure the latency of a bundle, and record the conditions that it depends on."""
 
 from __future__ import annotations
 
@@ -6,43 +6,28 @@ import os
 import platform
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Any
+from functools import partial
 
 import numpy as np
 
 from phreg_deploy.bundle.manifest import Manifest
 from phreg_deploy.images.photographs import resizes_fast
+from phreg_deploy.profiling.report import BatchLatency, Conditions, Latency, ProfileReport
 from phreg_deploy.progress import Progress
 from phreg_deploy.runtime.backends.interface import DeviceBackend
 from phreg_deploy.runtime.features import FeatureExtractor
-from phreg_deploy.spec import Stored
 
-LEAST = 10  # rounds, however slow
-WARM = 3
-FRAME = (480, 640)  # height, width
-SPREAD = 0.25  # of the median between the halves of a run; beyond it the figures are called unstable
-
-
-@dataclass(frozen=True)
-class Latency(Stored):
-    """Milliseconds per call. ``stable``: the medians of the first and second half differ by less than ``SPREAD``."""
-
-    rounds: int
-    minimum: float
-    mean: float
-    p50: float
-    p90: float
-    p99: float
-    maximum: float
-    stable: bool
+# Rounds that are always measured, and calls that warm up.
+LEAST, WARM = 10, 3
+# The medians of the two halves of a stable run differ by at most this share of the whole run's median.
+SPREAD = 0.25
 
 
 def measure(calls: dict[str, Callable[[], object]], seconds: float, progress: Progress) -> dict[str, Latency]:
-    """Time several calls in turn, A B C A B C, so that a machine whose speed drifts treats them alike.
+    """Time several calls in turn, A B C A B C: a machine whose speed drifts then slows all of them alike.
 
     Args:
-        seconds: of measuring in all, after the warm-up; at least ``LEAST`` rounds are made.
+        seconds: of measuring in all, after the warm-up; at least ``LEAST`` rounds.
     """
     times: dict[str, list[float]] = {name: [] for name in calls}
     with progress.task("measuring", 100) as advance:
@@ -71,7 +56,7 @@ def summarise(values: list[float]) -> Latency:
     return Latency(len(values), min(values), float(np.mean(values)), p50, p90, p99, max(values), stable)
 
 
-def profile_bundle(
+def measure_bundle(
     extractor: FeatureExtractor,
     *,
     batches: list[int] | None,
@@ -80,56 +65,47 @@ def profile_bundle(
     threads: int | None,
     mode: str = "latency",
     progress: Progress,
-    frame: tuple[int, int] = FRAME,
-) -> dict[str, Any]:
-    """Latency and throughput for each batch: the bare graph, the extractor around it, and preprocessing apart.
+    frame: tuple[int, int] = (480, 640),
+) -> ProfileReport:
+    """Measure, for each batch, the graph alone, the extractor around it, and preprocessing.
 
     Args:
-        frame: (height, width) of the array that preprocessing is measured on, one image a call.
-
-    Returns:
-        ``conditions`` and ``results``: per batch ``graph``, ``extractor`` and ``preprocess`` latencies, ``overhead``
-        (median extractor over median graph - 1), ``images_per_second`` of the extractor, and ``preprocess_share``: of the
-        time from frames to features, preprocessing included.
+        frame: (height, width) of the array that preprocessing is measured on, one image per call.
     """
     cases = measured_cases(extractor.manifest, batches, size)
     rng = np.random.default_rng(0)
     photograph = rng.integers(0, 256, (*frame, 3), dtype=np.uint8)
-    resize = "fast" if resizes_fast(frame[::-1], cases[0][1], extractor.preprocess) else "Pillow"
     results = []
-    for batch, size in cases:
-        images = rng.integers(0, 256, (batch, *size, 3), dtype=np.uint8)
-        timed = measure(
-            {
-                "graph": extractor.graph_call(images),
-                "extractor": lambda images=images: extractor.dense(images),  # type: ignore[misc]
-                "preprocess": lambda size=size: extractor.prepare(photograph, size),  # type: ignore[misc]
-            },
-            seconds, progress,
-        )  # fmt: skip
-        preparing = batch * timed["preprocess"].p50
-        results.append({
-            "batch": batch, "size": list(size), **{name: latency.to_json() for name, latency in timed.items()},
-            "overhead": timed["extractor"].p50 / timed["graph"].p50 - 1, "images_per_second": 1e3 * batch / timed["extractor"].p50,
-            "preprocess_share": preparing / (preparing + timed["extractor"].p50),
-        })  # fmt: skip
-    return {
-        "conditions": {
-            **conditions(extractor, threads, mode),
-            "photograph": f"{frame[1]}x{frame[0]} noise",
-            "resize": resize,
-        },
-        "results": results,
-    }
+    for batch, (height, width) in cases:
+        images = rng.integers(0, 256, (batch, height, width, 3), dtype=np.uint8)
+        calls: dict[str, Callable[[], object]] = {
+            "graph": extractor.graph_call(images),
+            "extractor": partial(extractor.dense, images),
+            "preprocess": partial(extractor.prepare, photograph, (height, width)),
+        }
+        results.append(_batch_latency(batch, (height, width), measure(calls, seconds, progress)))
+    return ProfileReport(conditions(extractor, threads, mode, frame, cases[0][1]), results)
+
+
+def _batch_latency(batch: int, size: tuple[int, int], timed: dict[str, Latency]) -> BatchLatency:
+    graph, extractor, preprocess = (timed[part].p50 for part in ("graph", "extractor", "preprocess"))
+    return BatchLatency(
+        batch,
+        size,
+        **timed,
+        overhead=extractor / graph - 1,
+        images_per_second=1e3 * batch / extractor,
+        preprocess_share=batch * preprocess / (batch * preprocess + extractor),
+    )
 
 
 def measured_cases(
     manifest: Manifest, batches: list[int] | None, size: tuple[int, int] | None
 ) -> list[tuple[int, tuple[int, int]]]:
-    """The batches and (height, width) that are to be measured; by default the bundle's best batch at its default size.
+    """List the batches and (height, width) to measure; by default the bundle's best batch at its default size.
 
     Raises:
-        PhregError: one of them is not served; nothing was measured yet.
+        PhregError: the bundle does not serve one of them.
     """
     size = size or manifest.sizes.default
     manifest.sizes.check(size, manifest.model.patch)
@@ -139,19 +115,37 @@ def measured_cases(
     return [(batch, size) for batch in batches]
 
 
-def conditions(extractor: FeatureExtractor, threads: int | None, mode: str = "latency") -> dict[str, Any]:
-    """What the figures depend on: the machine, its load, the versions, the bundle."""
+def conditions(
+    extractor: FeatureExtractor, threads: int | None, mode: str, frame: tuple[int, int], size: tuple[int, int]
+) -> Conditions:
+    """Record what the figures depend on; preprocessing resizes ``frame`` to ``size``, both (height, width)."""
     manifest, backend = extractor.manifest, extractor.opened
-    return {
-        "processor": processor(), "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
-        "load": list(os.getloadavg()) if hasattr(os, "getloadavg") else None, "system": platform.platform(), "python": platform.python_version(),
-        "backend": extractor.backend, "compute": extractor.compute, "choice": extractor.choice, "backend_version": backend_version(extractor.backend), "threads": threads, "mode": mode, "gpu": backend.cuda.gpu.name if isinstance(backend, DeviceBackend) else None,
-        "precision": manifest.precision, "model": manifest.model.architecture, "registers": manifest.model.registers,
-        "random_weights": manifest.random_weights, "graph_sha256": manifest.files.get("model.onnx"),
-    }  # fmt: skip
+    fast = resizes_fast(frame[::-1], size, extractor.preprocess)
+    return Conditions(
+        processor=processor(),
+        cores=len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
+        load=list(os.getloadavg()) if hasattr(os, "getloadavg") else None,
+        system=platform.platform(),
+        python=platform.python_version(),
+        backend=extractor.backend,
+        compute=extractor.compute,
+        choice=extractor.choice,
+        backend_version=backend_version(extractor.backend),
+        threads=threads,
+        mode=mode,
+        gpu=backend.cuda.gpu.name if isinstance(backend, DeviceBackend) else None,
+        precision=manifest.precision,
+        model=manifest.model.architecture,
+        registers=manifest.model.registers,
+        random_weights=manifest.random_weights,
+        graph_sha256=manifest.files.get("model.onnx"),
+        photograph=f"{frame[1]}x{frame[0]} noise",
+        resize="fast" if fast else "Pillow",
+    )
 
 
 def backend_version(name: str) -> str:
+    """Name and version of the package behind a backend."""
     from importlib.metadata import PackageNotFoundError, version
 
     packages = {"openvino": ("openvino",), "tensorrt": ("tensorrt", "tensorrt-lean")}
@@ -164,7 +158,7 @@ def backend_version(name: str) -> str:
 
 
 def processor() -> str:
-    """The processor's own name, where the system tells."""
+    """Name of the processor, from /proc/cpuinfo where it is there."""
     try:
         with open("/proc/cpuinfo") as file:
             return next(line.split(":", 1)[1].strip() for line in file if line.startswith("model name"))

@@ -1,9 +1,9 @@
-"""What a Vision Transformer must compute and move against what a device can, layers by the same parts, and what registers cost.
+"""Compare the work of a Vision Transformer with a device's peaks, and group engine layers by part.
 
-Counted by hand, not by a tool: 2 operations per multiply-add; 5 per element of a softmax (maximum, difference, exponential,
-sum, quotient), 8 of a layer norm, 8 of a GELU, which are conventions. Bytes are the least that must move: inputs and weights
-read once, outputs written once. TensorRT fuses biases, the GELU and residuals into the products, so they move nothing more
-than the residual stream, read once; and attention, whose scores then stay on the chip.
+Operations are counted by formula: 2 per multiply-add; by convention 5 per element of a softmax (maximum, difference,
+exponential, sum, quotient), 8 of a layer norm and 8 of a GELU. Bytes are the minimum: inputs and weights read once,
+outputs written once. TensorRT fuses biases, the GELU and residuals into the products, which then also read the residual
+stream once; in a fused attention the scores stay on the chip.
 """
 
 from __future__ import annotations
@@ -18,8 +18,10 @@ from phreg_deploy.errors import PhregError
 from phreg_deploy.runtime.gpu.cuda import Cuda, DeviceBuffer, Event, Stream
 from phreg_deploy.spec import ModelSpec, Stored, check_multiple
 
-SOFTMAX, NORM, GELU = 5, 8, 8  # operations per element
-COPIED, COPIES = 256 << 20, 8  # bytes, five times the largest L2 cache of today; copies between two marks
+# Operations per element.
+SOFTMAX, NORM, GELU = 5, 8, 8
+# Bytes per copy, five times the largest L2 cache, and copies between two marks.
+COPIED, COPIES = 256 << 20, 8
 PARTS = ("patch embed", "norm", "qkv", "attention", "proj", "fc1", "fc2", "other")
 # analytic parts that TensorRT computes in one measured part; residuals are added inside proj and fc2
 JOINED = {"attention products": "attention", "softmax": "attention"}
@@ -27,7 +29,7 @@ JOINED = {"attention products": "attention", "softmax": "attention"}
 
 @dataclass(frozen=True)
 class Peaks(Stored):
-    """``flops``: operations per second in the precision of the products. ``bandwidth``: bytes per second. None: not measured."""
+    """Peaks of a device: operations per second of products, and bytes per second of copies; None if not measured."""
 
     flops: float | None
     bandwidth: float | None
@@ -35,9 +37,15 @@ class Peaks(Stored):
 
 
 def count_parts(
-    spec: ModelSpec, *, batch: int, size: tuple[int, int], activation_bytes: float = 2, weight_bytes: float | None = None,
-    hidden: int | None = None, fused_attention: bool = True,
-) -> dict[str, tuple[float, float]]:  # fmt: skip
+    spec: ModelSpec,
+    *,
+    batch: int,
+    size: tuple[int, int],
+    activation_bytes: float = 2,
+    weight_bytes: float | None = None,
+    hidden: int | None = None,
+    fused_attention: bool = True,
+) -> dict[str, tuple[float, float]]:
     """Part -> (operations, bytes) of one inference, all blocks together.
 
     Args:
@@ -81,12 +89,18 @@ def count_parts(
 
 
 def roofline(
-    spec: ModelSpec, peaks: Peaks, *, batch: int, size: tuple[int, int],
-    measured_ms: float | None = None, layers_ms: Mapping[str, float] | None = None, **how: Any,
-) -> dict[str, Any]:  # fmt: skip
-    """Each part's operations, bytes, intensity (operations per byte), bound and ideal milliseconds, and the whole against the peaks.
+    spec: ModelSpec,
+    peaks: Peaks,
+    *,
+    batch: int,
+    size: tuple[int, int],
+    measured_ms: float | None = None,
+    layers_ms: Mapping[str, float] | None = None,
+    **how: Any,
+) -> dict[str, Any]:
+    """Operations, bytes, operations per byte, bound and ideal milliseconds of each part, and of the whole.
 
-    ``bound``: "compute" or "bandwidth", by the intensity at which the two peaks meet; None where a peak was not measured.
+    ``bound``: "compute" or "bandwidth", by the intensity at which the two peaks meet; None without peaks.
     ``peaks.flops`` is that of the products; norms and softmax run on slower units, so their ideal is too kind.
 
     Args:
@@ -183,7 +197,7 @@ _PATCHES = {"MatMul", "Conv", "Cast", "Sub", "Transpose", "Add", "Concat", "Expa
 
 
 def place_layer(name: str, metadata: str = "") -> tuple[int | None, str]:
-    """Block and part (of ``PARTS``) of one engine layer, by its name and the ONNX nodes that its name or ``metadata`` lists.
+    """Block and part (of ``PARTS``) of an engine layer, by its name and the ONNX nodes in its name or ``metadata``.
 
     A kernel lists also the product whose result it finishes: of one without a product in its own name, the norm or the
     first node decides. What spans several parts is "other".
@@ -208,7 +222,7 @@ def place_layer(name: str, metadata: str = "") -> tuple[int | None, str]:
 
 
 def _place_node(node: str) -> tuple[int | None, str] | None:
-    """Block and part of an ONNX node by the module in its name, ``blocks.3.attn.qkv/MatMul``; None where it names none."""
+    """Block and part of an ONNX node by the module in its name, e.g. ``blocks.3.attn.qkv/MatMul``; None without one."""
     module, slash, operator = node.partition("/")
     if not slash or node.endswith(("/QuantizeLinear", "/DequantizeLinear")):
         return None
@@ -227,10 +241,13 @@ def _place_node(node: str) -> tuple[int | None, str] | None:
 
 
 def group_layers(layers: Mapping[str, float], metadata: Mapping[str, str] | None = None) -> dict[str, Any]:
-    """Milliseconds of engine layers by part, and by block and part; ``unplaced_ms``: of what names no block, patch embed apart.
+    """Group milliseconds of engine layers by part, and by block and part.
+
+    ``unplaced_ms``: of layers that name no block, without the patch embedding.
 
     Args:
-        layers: name -> milliseconds, as TensorRT's profiler tells. metadata: name -> what its inspector says of the layer.
+        layers: name -> milliseconds by TensorRT's profiler.
+        metadata: name -> what TensorRT's inspector says of the layer.
     """
     by_part: dict[str, float] = dict.fromkeys(PARTS, 0.0)
     blocks: dict[str, dict[str, float]] = {}
@@ -245,38 +262,3 @@ def group_layers(layers: Mapping[str, float], metadata: Mapping[str, str] | None
             unplaced += took
     ordered = {block: blocks[block] for block in sorted(blocks, key=int)}
     return {"total_ms": sum(layers.values()), "parts": by_part, "blocks": ordered, "unplaced_ms": unplaced}
-
-
-def register_cost(with_: dict[str, Any], without: dict[str, Any]) -> list[dict[str, Any]]:
-    """What registers cost: two reports of one model, with and without, by batch, size and graph.
-
-    ``latency``: the two medians in milliseconds; ``ratio`` of them, of ``compute`` where told, and of ``images_per_second``;
-    ``measurable``: the intervals of the medians are apart.
-
-    Raises:
-        PhregError: no reports of ``profile_gpu``, of different models, or with nothing in common.
-    """
-    try:
-        models = [{key: report["model"][key] for key in ("width", "depth", "precision")} for report in (with_, without)]
-        more, fewer = (int(report["model"]["registers"]) for report in (with_, without))
-        sides = [{(r["batch"], *r["size"], r["graph"]): r for r in report["results"]} for report in (with_, without)]
-    except (KeyError, TypeError, ValueError):
-        raise PhregError("registers: expected two reports of `phreg-deploy profile --json` on a GPU.") from None
-    if models[0] != models[1] or more <= fewer:
-        got = f"{models[0]} with {more} and {models[1]} with {fewer} registers"
-        raise PhregError(f"registers: got {got}, expected one model, the one with more registers first.")
-    shared = [key for key in sides[0] if key in sides[1]]
-    if not shared:
-        raise PhregError(f"registers: no batch, size and graph in common: {list(sides[0])} and {list(sides[1])}.")
-    costs = []
-    for key in shared:
-        a, b = sides[0][key], sides[1][key]
-        ends = a["latency"]["p50_interval"], b["latency"]["p50_interval"]
-        costs.append({
-            "batch": key[0], "size": list(key[1:3]), "graph": key[3], "registers": [more, fewer],
-            "latency": [a["latency"]["p50"], b["latency"]["p50"]], "ratio": a["latency"]["p50"] / b["latency"]["p50"],
-            "compute": a["compute"]["p50"] / b["compute"]["p50"] if "compute" in a and "compute" in b else None,
-            "images_per_second": a["images_per_second"] / b["images_per_second"],
-            "measurable": ends[0][0] > ends[1][1] or ends[1][0] > ends[0][1],
-        })  # fmt: skip
-    return costs

@@ -1,4 +1,4 @@
-"""Arrays on a GPU that pass between libraries without a copy: ``__cuda_array_interface__`` and DLPack, in and out."""
+"""Share arrays on a GPU between libraries without a copy, by ``__cuda_array_interface__`` and DLPack."""
 
 from __future__ import annotations
 
@@ -12,34 +12,36 @@ from phreg_deploy.errors import PhregError
 from phreg_deploy.images.intake import CPU, GPU, MANAGED, on_gpu
 from phreg_deploy.runtime.gpu.cuda import Cuda, DeviceBuffer
 
-CODES = {"i": 0, "u": 1, "f": 2}  # kDLInt, kDLUInt, kDLFloat
+# kDLInt, kDLUInt, kDLFloat
+CODES = {"i": 0, "u": 1, "f": 2}
 
 
 class DeviceArray:
     """A contiguous array in device memory.
 
-    ``pointer`` address, ``shape``, ``dtype`` numpy's; ``stream``: the stream whose work fills it, which the array interface
-    tells a reader to wait for. ``owner`` is kept alive as long as the array is.
+    ``pointer``: its address. ``dtype``: numpy's. ``stream``: the stream that fills it; readers wait for it.
+    ``owner`` lives as long as the array.
     """
 
     def __init__(
-        self, pointer: int, shape: tuple[int, ...], dtype: np.dtype[Any], owner: Any = None, stream: int | None = None,
-        device: tuple[int, int] = (GPU, 0), cuda: Cuda | None = None,
-    ) -> None:  # fmt: skip
-        self.pointer, self.shape, self.dtype, self.stream, self.device = (
-            pointer,
-            tuple(shape),
-            np.dtype(dtype),
-            stream,
-            device,
-        )
+        self,
+        pointer: int,
+        shape: tuple[int, ...],
+        dtype: np.dtype[Any],
+        owner: Any = None,
+        stream: int | None = None,
+        device: tuple[int, int] = (GPU, 0),
+        cuda: Cuda | None = None,
+    ) -> None:
+        self.pointer, self.shape, self.dtype = pointer, tuple(shape), np.dtype(dtype)
+        self.stream, self.device = stream, device
         self._owner, self._cuda = owner, cuda
 
     @classmethod
     def allocate(
         cls, cuda: Cuda, shape: tuple[int, ...], dtype: np.dtype[Any], stream: int | None = None
     ) -> DeviceArray:
-        """Fresh device memory, freed when the last reference is gone."""
+        """Allocate device memory; it is freed with the last reference."""
         buffer = _Owned(cuda, int(np.prod(shape)) * np.dtype(dtype).itemsize)
         return cls(buffer.pointer, shape, dtype, buffer, stream, (GPU, cuda.index), cuda)
 
@@ -50,21 +52,22 @@ class DeviceArray:
     @property
     def __cuda_array_interface__(self) -> dict[str, Any]:
         if self.device[0] == CPU:
-            raise AttributeError("__cuda_array_interface__")  # how the protocol says no
+            raise AttributeError("__cuda_array_interface__")
         return {
             "shape": self.shape,
             "typestr": self.dtype.str,
             "data": (self.pointer, False),
             "strides": None,
             "version": 3,
-            "stream": 1 if self.stream == 0 else self.stream,  # the protocol has another number for the default stream
+            # The protocol's number of the default stream is 1.
+            "stream": 1 if self.stream == 0 else self.stream,
         }
 
     def __dlpack_device__(self) -> tuple[int, int]:
         return self.device
 
     def __dlpack__(self, *, stream: int | None = None, **_: Any) -> Any:
-        """A capsule for a reader on ``stream``, which is made to wait for the work that fills the array."""
+        """A capsule for a reader on ``stream``, given once the work that fills the array is done."""
         if self.device[0] != CPU and self.stream is not None and stream not in (-1, self.stream):
             self._driver().call("cudaStreamSynchronize", self.stream)
         return _capsule(self)
@@ -82,37 +85,41 @@ class DeviceArray:
         return host
 
     def _driver(self) -> Cuda:
-        """The device that the memory is on, also where another library made it."""
+        """The device of the memory, also if another library allocated it."""
         if self._cuda is None:
             self._cuda = Cuda(self.device[1])
         return self._cuda
 
 
 class _Owned(DeviceBuffer):
-    """Device memory that goes with its last reader, at whatever time that is."""
+    """Device memory that is freed with its last reader."""
 
     def __del__(self) -> None:
-        with contextlib.suppress(Exception):  # the interpreter or the driver may be going down, and the memory with it
+        # The interpreter or the driver may be shutting down, which frees the memory.
+        with contextlib.suppress(Exception):
             self.close()
 
 
 def as_device(value: Any, stream: int | None = None) -> DeviceArray:
-    """An array of another library, seen as it lies, without a copy.
+    """View an array of another library without a copy.
 
     Args:
-        stream: the stream that will read it; the other library makes it wait for its own pending work.
+        stream: the stream that will read it; the other library lets it wait for its own pending work.
 
     Raises:
-        PhregError: not on a GPU, or not contiguous.
+        PhregError: the array is not on a GPU, or not contiguous.
     """
     if isinstance(value, DeviceArray):
         return value
     if not on_gpu(value):
         raise PhregError(
-            f"device array: got {type(value).__name__}, expected an array on a GPU with __cuda_array_interface__ or __dlpack__."
+            f"device array: got {type(value).__name__}, expected an array on a GPU with __cuda_array_interface__ or "
+            "__dlpack__."
         )
-    if hasattr(value, "__dlpack__"):  # first: it puts streams in order, and torch's array interface names none
-        reader = stream or 1  # DLPack forbids 0
+    # DLPack first: it orders the streams, and torch's array interface names no stream.
+    if hasattr(value, "__dlpack__"):
+        # DLPack forbids 0.
+        reader = stream or 1
         try:
             capsule = value.__dlpack__(stream=reader)
         except (BufferError, TypeError, RuntimeError, ValueError) as error:
@@ -126,15 +133,22 @@ def as_device(value: Any, stream: int | None = None) -> DeviceArray:
     return DeviceArray(int(facts["data"][0]), shape, dtype, value, facts.get("stream"))
 
 
-# DLPack 0.x, which every library still gives when it is not asked for more: github.com/dmlc/dlpack, include/dlpack/dlpack.h
+# DLPack 0.x, the default of every library; see include/dlpack/dlpack.h in github.com/dmlc/dlpack.
 
 
 class _Tensor(ctypes.Structure):
     _fields_ = (
-        ("data", ctypes.c_void_p), ("device_type", ctypes.c_int32), ("device_id", ctypes.c_int32), ("ndim", ctypes.c_int32),
-        ("code", ctypes.c_uint8), ("bits", ctypes.c_uint8), ("lanes", ctypes.c_uint16),
-        ("shape", ctypes.POINTER(ctypes.c_int64)), ("strides", ctypes.POINTER(ctypes.c_int64)), ("byte_offset", ctypes.c_uint64),
-    )  # fmt: skip
+        ("data", ctypes.c_void_p),
+        ("device_type", ctypes.c_int32),
+        ("device_id", ctypes.c_int32),
+        ("ndim", ctypes.c_int32),
+        ("code", ctypes.c_uint8),
+        ("bits", ctypes.c_uint8),
+        ("lanes", ctypes.c_uint16),
+        ("shape", ctypes.POINTER(ctypes.c_int64)),
+        ("strides", ctypes.POINTER(ctypes.c_int64)),
+        ("byte_offset", ctypes.c_uint64),
+    )
 
 
 class _Managed(ctypes.Structure):
@@ -145,36 +159,39 @@ _Deleter = ctypes.CFUNCTYPE(None, ctypes.POINTER(_Managed))
 _Managed._fields_ = (("tensor", _Tensor), ("context", ctypes.c_void_p), ("deleter", _Deleter))
 
 _api = ctypes.pythonapi
-_api.PyCapsule_GetPointer.restype, _api.PyCapsule_GetPointer.argtypes = (
-    ctypes.c_void_p,
-    (ctypes.py_object, ctypes.c_char_p),
-)
+_api.PyCapsule_GetPointer.restype = ctypes.c_void_p
+_api.PyCapsule_GetPointer.argtypes = (ctypes.py_object, ctypes.c_char_p)
 _api.PyCapsule_SetName.argtypes = (ctypes.py_object, ctypes.c_char_p)
 _NEW, _USED = b"dltensor", b"used_dltensor"
 
 
-class _Seen:
-    """Memory on a GPU in the words of numpy's own protocol, which reads no byte of it."""
+class _NumpyView:
+    """Memory on a GPU under numpy's array interface; numpy reads no byte of it."""
 
     def __init__(self, array: DeviceArray) -> None:
         self.array = array
         self.__array_interface__ = {
-            "shape": array.shape, "typestr": array.dtype.str, "data": (array.pointer, False), "version": 3,
-        }  # fmt: skip
+            "shape": array.shape,
+            "typestr": array.dtype.str,
+            "data": (array.pointer, False),
+            "version": 3,
+        }
 
 
 def _capsule(array: DeviceArray) -> Any:
-    """numpy's own capsule of the same memory, with the device put right. numpy, in C, frees it: a destructor in Python would
-    run while an error is on its way, e.g. that the reader refuses the device, and lose it.
+    """numpy's capsule of the same memory, with the array's device written into it.
+
+    numpy frees the capsule in C. A destructor in Python would lose an error that is being raised, e.g. if the
+    reader refuses the device.
     """
-    capsule = np.asarray(_Seen(array)).__dlpack__()
+    capsule = np.asarray(_NumpyView(array)).__dlpack__()
     tensor = ctypes.cast(_api.PyCapsule_GetPointer(capsule, _NEW), ctypes.POINTER(_Managed)).contents.tensor
     tensor.device_type, tensor.device_id = array.device
     return capsule
 
 
 class _Borrowed:
-    """A consumed capsule: its producer is told when the last reader is gone."""
+    """A consumed capsule; the last reader's end calls the producer's deleter."""
 
     def __init__(self, capsule: Any, managed: Any) -> None:
         self.capsule, self.managed = capsule, managed
@@ -185,10 +202,11 @@ class _Borrowed:
 
 
 def from_capsule(capsule: Any, expected: tuple[int, ...] = (GPU, MANAGED)) -> DeviceArray:
-    """A DLPack capsule as an array, consumed.
+    """Consume a DLPack capsule as an array.
 
     Raises:
-        PhregError: on another kind of device than ``expected``, not contiguous, or of a type that numpy does not know.
+        PhregError: the array is on another kind of device than ``expected``, is not contiguous, or has a type that
+            numpy does not know.
     """
     managed = ctypes.cast(_api.PyCapsule_GetPointer(capsule, _NEW), ctypes.POINTER(_Managed))
     tensor = managed.contents.tensor
@@ -198,7 +216,8 @@ def from_capsule(capsule: Any, expected: tuple[int, ...] = (GPU, MANAGED)) -> De
         raise PhregError(f"device array: got DLPack device type {tensor.device_type}, expected {GPU} (CUDA).")
     if tensor.lanes != 1 or tensor.code not in kinds:
         raise PhregError(
-            f"device array: got DLPack type code {tensor.code} with {tensor.bits} bits, expected integers or floats that numpy knows."
+            f"device array: got DLPack type code {tensor.code} with {tensor.bits} bits, expected integers or floats "
+            "that numpy knows."
         )
     dtype = np.dtype(f"{kinds[tensor.code]}{tensor.bits // 8}")
     strides = None if not tensor.strides else tuple(tensor.strides[i] * dtype.itemsize for i in range(tensor.ndim))
@@ -217,6 +236,7 @@ def _contiguous(strides: tuple[int, ...] | None, shape: tuple[int, ...], itemsiz
     for side, stride in zip(reversed(shape), reversed(tuple(strides))):
         if side != 1 and stride != step:
             raise PhregError(
-                f"device array: got strides {strides} for shape {shape}, expected a contiguous array; make it one first."
+                f"device array: got strides {strides} for shape {shape}, expected a contiguous array; make it one "
+                "first."
             )
         step *= side

@@ -1,20 +1,20 @@
-"""``with`` for anything that has ``close``."""
+"""A base class that closes itself at the end of ``with``."""
 
 from __future__ import annotations
 
-from types import TracebackType
+from typing import TypeVar
+
+C = TypeVar("C", bound="Closing")
 
 
 class Closing:
-    """``with`` for anything that has ``close``."""
+    """Calls ``close`` at the end of ``with``; contextlib's own base class leaves that to each subclass."""
 
     def close(self) -> None:
         raise NotImplementedError
 
-    def __enter__(self):  # type: ignore[no-untyped-def]  # noqa: ANN204
+    def __enter__(self: C) -> C:
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self.close()

@@ -1,4 +1,4 @@
-"""CUDA by cuda-python: a device, streams, events, buffers and graphs that are freed once, and errors in words. Never torch."""
+"""CUDA through cuda-python: a device, its streams, events, buffers and graphs, each freed once; errors as sentences."""
 
 from __future__ import annotations
 
@@ -13,12 +13,17 @@ from phreg_deploy.errors import BackendMissing, PhregError
 from phreg_deploy.runtime.gpu.closing import Closing
 from phreg_deploy.spec import Stored
 
-OUT_OF_MEMORY = 2  # cudaErrorMemoryAllocation
+# cudaErrorMemoryAllocation
+OUT_OF_MEMORY = 2
 
 
 @dataclass(frozen=True)
 class Gpu(Stored):
-    """A device as the driver describes it. ``architecture``: compute capability times ten, e.g. 87 for Orin. ``memory``: bytes."""
+    """A device as the driver describes it.
+
+    ``architecture``: compute capability times ten, e.g. 87 for Orin. ``memory``: bytes. ``driver``: the CUDA version
+    that it supports, e.g. 12060.
+    """
 
     index: int
     name: str
@@ -26,11 +31,11 @@ class Gpu(Stored):
     memory: int
     multiprocessors: int
     integrated: bool
-    driver: int  # CUDA version that the driver supports, e.g. 12060
+    driver: int
 
 
 class Cuda:
-    """The CUDA runtime on one device. Each thread that calls it must have called ``use``.
+    """The CUDA runtime on one device. Each thread must call ``use`` before it calls anything else.
 
     Raises:
         BackendMissing: cuda-python is not installed, there is no driver, or no such device.
@@ -50,19 +55,26 @@ class Cuda:
         facts = self.call("cudaGetDeviceProperties", index)
         name = facts.name.decode() if isinstance(facts.name, bytes) else str(facts.name)
         self.gpu = Gpu(
-            index, name.strip("\x00 "), 10 * int(facts.major) + int(facts.minor), int(facts.totalGlobalMem),
-            int(facts.multiProcessorCount), bool(facts.integrated), int(self.call("cudaDriverGetVersion")),
-        )  # fmt: skip
+            index,
+            name=name.strip("\x00 "),
+            architecture=10 * int(facts.major) + int(facts.minor),
+            memory=int(facts.totalGlobalMem),
+            multiprocessors=int(facts.multiProcessorCount),
+            integrated=bool(facts.integrated),
+            driver=int(self.call("cudaDriverGetVersion")),
+        )
 
     def call(self, name: str, *arguments: Any) -> Any:
-        """One call of the CUDA runtime; its result, without the status.
+        """Call a function of the CUDA runtime and return its result without the status.
 
         Raises:
-            BackendMissing: no driver or no device. PhregError: everything else, out of memory with what to do.
+            BackendMissing: no driver or no device.
+            PhregError: any other status.
         """
         try:
             status, *results = getattr(self.api, name)(*arguments)
-        except RuntimeError as error:  # cuda-python where libcuda.so.1 is not there
+        except RuntimeError as error:
+            # cuda-python raises this if there is no libcuda.so.1.
             raise BackendMissing(
                 f"GPU: {error}; install the NVIDIA driver, and start a container with --gpus all."
             ) from None
@@ -71,7 +83,8 @@ class Cuda:
             return None if not results else results[0] if len(results) == 1 else results
         if code == OUT_OF_MEMORY:
             raise PhregError(
-                f"GPU: out of memory in {name}. Use a smaller batch, close other extractors, or build with a smaller --workspace."
+                f"GPU: out of memory in {name}. Use a smaller batch, close other extractors, or build with a smaller "
+                "--workspace."
             )
         reason = f"{name} failed with CUDA error {code} ({getattr(status, 'name', status)})"
         if name == "cudaGetDeviceCount":
@@ -81,11 +94,11 @@ class Cuda:
         raise PhregError(f"GPU: {reason}.")
 
     def use(self) -> None:
-        """Make the device the calling thread's own."""
+        """Select the device for the calling thread."""
         self.call("cudaSetDevice", self.index)
 
     def free_memory(self) -> tuple[int, int]:
-        """Bytes free and in all."""
+        """Bytes of device memory: free, total."""
         free, total = self.call("cudaMemGetInfo")
         return int(free), int(total)
 
@@ -97,7 +110,7 @@ class Cuda:
 
 
 class Stream(Closing):
-    """A stream of its own that does not wait for the default one; ``handle`` is what others call a ``cudaStream_t``."""
+    """A stream that does not wait for the default stream; ``handle`` is its ``cudaStream_t`` as a number."""
 
     def __init__(self, cuda: Cuda) -> None:
         self.cuda = cuda
@@ -105,15 +118,16 @@ class Stream(Closing):
         self.handle = int(self._stream)
 
     def wait(self) -> None:
-        """Block until everything that was queued is done; errors of queued work surface here."""
+        """Block until all queued work is done; raise the error of any of it."""
         self.cuda.call("cudaStreamSynchronize", self.handle)
 
     def begin(self) -> None:
-        """Record what follows instead of running it."""
+        """Start to record the work that follows, instead of running it."""
         mode = self.cuda.api.cudaStreamCaptureMode.cudaStreamCaptureModeThreadLocal
         self.cuda.call("cudaStreamBeginCapture", self.handle, mode)
 
     def end(self) -> Graph:
+        """End the recording."""
         return Graph(self.cuda, self.cuda.call("cudaStreamEndCapture", self.handle))
 
     def close(self) -> None:
@@ -142,7 +156,7 @@ class Graph(Closing):
 
 
 class Event(Closing):
-    """A mark in a stream; the time between two is what the device took."""
+    """A mark in a stream; the device took the time between two marks."""
 
     def __init__(self, cuda: Cuda) -> None:
         self.cuda = cuda
@@ -153,7 +167,7 @@ class Event(Closing):
         self.cuda.call("cudaEventRecord", self._event, stream)
 
     def order(self, earlier: int, later: int) -> None:
-        """Let the stream ``later`` wait for what is queued in ``earlier``; the host waits for nothing."""
+        """Let the stream ``later`` wait for the work queued in ``earlier``; the host does not wait."""
         self.record(earlier)
         self.cuda.call("cudaStreamWaitEvent", later, self.handle, 0)
 
@@ -161,7 +175,7 @@ class Event(Closing):
         self.cuda.call("cudaEventSynchronize", self._event)
 
     def since(self, earlier: Event) -> float:
-        """Milliseconds from ``earlier`` to here; both must have happened."""
+        """Milliseconds from ``earlier`` to this event; the device must have reached both."""
         return float(self.cuda.call("cudaEventElapsedTime", earlier._event, self._event))
 
     def close(self) -> None:
@@ -184,7 +198,7 @@ class DeviceBuffer(Closing):
 
 
 class PinnedBuffer(Closing):
-    """Page-locked host memory of ``size`` bytes, which copies reach without a detour; ``view`` shows it as an array."""
+    """Page-locked host memory of ``size`` bytes, from which copies are asynchronous; ``view`` shows it as an array."""
 
     def __init__(self, cuda: Cuda, size: int) -> None:
         import ctypes
@@ -206,7 +220,8 @@ class PinnedBuffer(Closing):
 def _load() -> Any:
     if importlib.util.find_spec("cuda") is None or importlib.util.find_spec("cuda.bindings") is None:
         raise BackendMissing(
-            'GPU: cuda-python is not installed. Run: pip install "phreg-deploy[cuda]" (for CUDA 12: pip install "cuda-python<13").'
+            'GPU: cuda-python is not installed. Run: pip install "phreg-deploy[cuda]" '
+            '(for CUDA 12: pip install "cuda-python<13").'
         )
     try:
         from cuda.bindings import runtime

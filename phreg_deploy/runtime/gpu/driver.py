@@ -1,4 +1,4 @@
-"""Whether this machine has an NVIDIA driver."""
+"""Look for an NVIDIA driver."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import sys
 
 
 def driver_present() -> bool:
-    """Whether there is an NVIDIA driver at all: without one nothing on a GPU is worth a try."""
+    """Whether the NVIDIA driver's library can be loaded."""
     try:
         ctypes.CDLL("nvcuda.dll" if sys.platform == "win32" else "libcuda.so.1")
     except OSError:

@@ -1,4 +1,4 @@
-"""Which shared libraries a file needs, read from its ELF header without loading it."""
+"""Read from a shared object's ELF header which libraries it needs."""
 
 from __future__ import annotations
 
@@ -7,10 +7,10 @@ from pathlib import Path
 
 
 def needed_libraries(path: Path) -> list[str]:
-    """The libraries that a shared object of 64 bits names in its header (DT_NEEDED), without opening it for real.
+    """The libraries that a 64-bit shared object names in its header (DT_NEEDED); the object is not loaded.
 
     Raises:
-        OSError, ValueError, struct.error: it cannot be read, or is no such file.
+        OSError, ValueError, struct.error: the file cannot be read, or is no such object.
     """
     with open(path, "rb") as file:
 
@@ -23,9 +23,10 @@ def needed_libraries(path: Path) -> list[str]:
             raise ValueError(f"{path} is no 64-bit little-endian shared object")
         table, size, count = *struct.unpack_from("<Q", head, 40), *struct.unpack_from("<HH", head, 58)
         sections = [struct.unpack("<IIQQQQIIQQ", read(table + i * size, 64)) for i in range(count)]
-        found = []
-        for dynamic in (s for s in sections if s[1] == 6):  # SHT_DYNAMIC, whose link is the table of its names
+        needed = []
+        # Type 6 is SHT_DYNAMIC, whose link is the section with its names; tag 1 is DT_NEEDED.
+        for dynamic in (s for s in sections if s[1] == 6):
             names = read(sections[dynamic[6]][4], sections[dynamic[6]][5])
             entries = struct.iter_unpack("<qQ", read(dynamic[4], dynamic[5] // 16 * 16))
-            found += [names[at:].split(b"\0", 1)[0].decode() for tag, at in entries if tag == 1]  # DT_NEEDED
-        return found
+            needed += [names[at:].split(b"\0", 1)[0].decode() for tag, at in entries if tag == 1]
+        return needed

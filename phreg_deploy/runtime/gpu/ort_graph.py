@@ -1,4 +1,4 @@
-"""ONNX Runtime on CUDA with everything bound once: pinned staging and a CUDA graph, for bundles of one size and one batch."""
+"""Replay ONNX Runtime's CUDA graph on bound buffers, for bundles of one size and one batch."""
 
 from __future__ import annotations
 
@@ -10,13 +10,14 @@ import numpy as np
 from phreg_deploy.runtime.gpu.closing import Closing
 from phreg_deploy.runtime.gpu.cuda import Cuda, DeviceBuffer, PinnedBuffer, Stream
 
-Layout = dict[str, tuple[tuple[int, ...], np.dtype[Any]]]  # tensor -> shape and type
+# Tensor -> shape and type.
+Layout = dict[str, tuple[tuple[int, ...], np.dtype[Any]]]
 
 
 class Staging(Closing):
-    """Buffers of one session at fixed addresses, which its CUDA graph replays on; one call at a time.
+    """Buffers of one session at the fixed addresses that its CUDA graph uses; one call at a time.
 
-    The session must have been made with ``enable_cuda_graph``: ONNX Runtime records the graph in its first runs with a binding.
+    The session needs ``enable_cuda_graph``: ONNX Runtime then records the graph in its first runs with a binding.
     """
 
     def __init__(self, cuda: Cuda, session: Any, inputs: Layout, outputs: Layout) -> None:
@@ -29,10 +30,8 @@ class Staging(Closing):
             self._stream = self._own(Stream(cuda))
             for name, (shape, dtype) in {**inputs, **outputs}.items():
                 size = int(np.prod(shape)) * dtype.itemsize
-                self._host[name], self._device[name] = (
-                    self._own(PinnedBuffer(cuda, size)),
-                    self._own(DeviceBuffer(cuda, size)),
-                )
+                self._host[name] = self._own(PinnedBuffer(cuda, size))
+                self._device[name] = self._own(DeviceBuffer(cuda, size))
             self._binding = session.io_binding()
             for name, (shape, dtype) in inputs.items():
                 self._binding.bind_input(name, "cuda", cuda.index, dtype, shape, self._device[name].pointer)
@@ -43,7 +42,7 @@ class Staging(Closing):
             raise
 
     def run(self, feed: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
-        """Host arrays in, host arrays out, in the shapes that were bound."""
+        """Run on host arrays of the bound shapes, and return host arrays."""
         with self.lock:
             self.cuda.use()
             handle = self._stream.handle
@@ -52,7 +51,8 @@ class Staging(Closing):
                 self.cuda.copy(
                     self._device[name].pointer, self._host[name].pointer, value.nbytes, "HostToDevice", handle
                 )
-            self._stream.wait()  # the session has a stream of its own
+            # The session runs on another stream.
+            self._stream.wait()
             self._session.run_with_iobinding(self._binding)
             self._binding.synchronize_outputs()
             for name in self.outputs:

@@ -1,4 +1,4 @@
-"""One thread's way through a TensorRT engine: a context, a stream, pinned staging, and a CUDA graph per shape."""
+"""Run a TensorRT engine from one thread: a context, a stream, pinned staging, and a CUDA graph per shape."""
 
 from __future__ import annotations
 
@@ -19,16 +19,19 @@ Feed = dict[str, np.ndarray]
 
 
 class TrtContext(Closing):
-    """An execution context with all that it needs; used by one thread at a time, as TensorRT demands.
+    """An execution context with its stream and buffers, for one thread at a time, as TensorRT requires.
 
-    Buffers only grow. A graph holds the copy in, the engine and the copy out of one set of shapes; it is recorded on the
-    second call in a row with them, because TensorRT settles its own memory in the first. It is dropped as soon as the
-    context is given other shapes or addresses: NVIDIA calls its replay undefined from then on.
+    Buffers only grow. A graph holds the upload, the inference and the download for one set of shapes. It is recorded on
+    the second call in a row with these shapes, because TensorRT allocates memory in the first. It is dropped when the
+    context gets other shapes or addresses: NVIDIA calls its replay undefined from then on.
     """
 
     def __init__(self, trt: Any, cuda: Cuda, engine: Any, profiles: list[ProfileShapes], graphs: bool) -> None:
         self.trt, self.cuda, self.engine, self.profiles, self.graphs = trt, cuda, engine, profiles, graphs
         self._owned: list[Closing] = []
+        self._host: dict[str, PinnedBuffer] = {}
+        self._device: dict[str, DeviceBuffer] = {}
+        self._recorded: dict[tuple[Any, ...], Graph] = {}
         self._context: Any = None
         try:
             self.stream = self._own(Stream(cuda))
@@ -45,69 +48,69 @@ class TrtContext(Closing):
         inputs = {name for name in names if engine.get_tensor_mode(name) == trt.TensorIOMode.INPUT}
         self.inputs, self.outputs = [n for n in names if n in inputs], [n for n in names if n not in inputs]
         self.dtypes = {name: np.dtype(trt.nptype(engine.get_tensor_dtype(name))) for name in names}
-        self._host: dict[str, PinnedBuffer] = {}
-        self._device: dict[str, DeviceBuffer] = {}
         self._shapes: dict[str, tuple[int, ...]] = {}
         self._profile = 0
-        self._recorded: dict[tuple[Any, ...], Graph] = {}
-        self._seen: set[tuple[Any, ...]] = set()
-        self._pending = False  # work of this context on a caller's stream
-        self._last: dict[str, np.ndarray] = {}  # what the device holds already, e.g. a position embedding
+        self._warm_keys: set[tuple[Any, ...]] = set()
+        # Whether work of this context is queued on a caller's stream.
+        self._pending = False
+        # Inputs that the device holds already, e.g. a position embedding.
+        self._last: dict[str, np.ndarray] = {}
 
     def run(self, feed: Feed) -> Feed:
-        """Host arrays in, host arrays out; returns when they are there."""
+        """Run on host arrays, and return host arrays."""
         key = self._ready({name: value.shape for name, value in feed.items()})
         self._stage(feed)
         graph = self._recorded.get(key)
         if graph is not None:
             graph.launch(self.stream.handle)
-        elif self.graphs and key in self._seen:
+        elif self.graphs and key in self._warm_keys:
             self._recorded[key] = self._capture(image=True)
             self._recorded[key].launch(self.stream.handle)
         else:
             self._upload("image")
             self._enqueue(self.stream.handle)
             self._download()
-            self._seen.add(key)
+            self._warm_keys.add(key)
         self.stream.wait()
         return {name: self._host[name].view(self._shapes[name], self.dtypes[name]).copy() for name in self.outputs}
 
     def run_device(
         self, image: DeviceArray, others: Feed, stream: int | None, out: Mapping[str, DeviceArray] | None
     ) -> dict[str, DeviceArray]:
-        """Device memory in, device memory out, nothing copied, nothing waited for when ``stream`` is the caller's own."""
+        """Run on device memory without a copy; with a ``stream`` of the caller, return before the work is done."""
         shapes = {"image": image.shape, **{name: value.shape for name, value in others.items()}}
         self._ready(shapes)
         self._stage(others)
         wanted = self._shapes
-        found = dict(out) if out else {}
+        outputs = dict(out) if out else {}
         handle = self.stream.handle if stream is None else stream
-        # what this lane did before, on its own stream or another caller's, comes first, and so does who fills the arrays
-        before = {self.stream.handle, *(a.stream for a in (image, *found.values()) if a.stream is not None)}
+        # Earlier work of this context, and the work that fills the arrays, must come first.
+        before = {self.stream.handle, *(a.stream for a in (image, *outputs.values()) if a.stream is not None)}
         for other in before - {handle}:
             self._done.order(other, handle)
-        self._shapes = {}  # addresses are set anew by the next call
+        # The next call must set all addresses again.
+        self._shapes = {}
         self._address("image", image.pointer)
         for name in self.outputs:
             shape, dtype = wanted[name], self.dtypes[name]
-            if name not in found:
-                found[name] = DeviceArray.allocate(self.cuda, shape, dtype)
-            elif found[name].shape != shape or found[name].dtype != dtype:
+            if name not in outputs:
+                outputs[name] = DeviceArray.allocate(self.cuda, shape, dtype)
+            elif outputs[name].shape != shape or outputs[name].dtype != dtype:
                 raise PhregError(
-                    f"out: got {name} as {found[name].dtype} {found[name].shape}, expected {dtype} {shape}."
+                    f"out: got {name} as {outputs[name].dtype} {outputs[name].shape}, expected {dtype} {shape}."
                 )
-            self._address(name, found[name].pointer)
+            self._address(name, outputs[name].pointer)
         self._enqueue(handle)
         self._done.record(handle)
         self._pending = stream is not None
-        for array in found.values():
+        for array in outputs.values():
             array.stream = stream
         if stream is None:
             self.stream.wait()
-        return found
+        return outputs
 
     def split(self, feed: Feed, graph: bool) -> dict[str, float]:
-        """One inference with marks between its parts; milliseconds. ``enqueue`` is time of the host, the others of the device."""
+        """Milliseconds of each part of one inference: ``enqueue`` on the host, the others on the device."""
         key = self._ready({name: value.shape for name, value in feed.items()})
         self._stage(feed)
         marks = [Event(self.cuda) for _ in range(4)]
@@ -132,7 +135,7 @@ class TrtContext(Closing):
                 mark.close()
 
     def layers(self, feed: Feed, rounds: int) -> dict[str, float]:
-        """Mean milliseconds of every layer, by TensorRT's own profiler; slower than a run without it."""
+        """Mean milliseconds of each layer by TensorRT's profiler, which slows the run down."""
         trt, times = self.trt, dict[str, float]()
 
         class Profiler(trt.IProfiler):  # type: ignore[misc,name-defined]
@@ -146,7 +149,8 @@ class TrtContext(Closing):
         self._stage(feed)
         self._upload("image")
         context = self._context
-        self._enqueue(self.stream.handle)  # what is settled in a first run does not count
+        # The first run, which may allocate memory, does not count.
+        self._enqueue(self.stream.handle)
         self.stream.wait()
         context.profiler = Profiler()
         try:
@@ -159,7 +163,7 @@ class TrtContext(Closing):
         return {name: value / rounds for name, value in times.items()}
 
     def _ready(self, shapes: dict[str, tuple[int, ...]]) -> tuple[Any, ...]:
-        """Profile, shapes, buffers and addresses for inputs of these shapes; the key of their graph."""
+        """Set the profile, shapes, buffers and addresses for inputs of these shapes; return the key of their graph."""
         self.cuda.use()
         if self._pending:
             self.cuda.call("cudaStreamWaitEvent", self.stream.handle, self._done.handle, 0)
@@ -170,10 +174,12 @@ class TrtContext(Closing):
         index = next((i for i, profile in enumerate(self.profiles) if profile.holds(shapes)), None)
         if index is None:
             raise PhregError(
-                f"engine: got inputs of {shapes}, expected {' or '.join(str(p.inputs) for p in self.profiles)}. Build the bundle again with these sizes."
+                f"engine: got inputs of {shapes}, expected {' or '.join(str(p.inputs) for p in self.profiles)}. "
+                "Build the bundle again with these sizes."
             )
         self._forget()
-        self._shapes = {}  # until everything is as it should be
+        # An error below must leave no shapes that look ready.
+        self._shapes = {}
         context = self._context
         if index != self._profile:
             if not context.set_optimization_profile_async(index, self.stream.handle):
@@ -200,9 +206,9 @@ class TrtContext(Closing):
         if name in self._device and self._device[name].size >= size:
             return
         self._last.pop(name, None)
-        for held in (self._device, self._host):
-            if name in held:
-                held.pop(name).close()
+        for buffers in (self._device, self._host):
+            if name in buffers:
+                buffers.pop(name).close()
         device = DeviceBuffer(self.cuda, size)
         try:
             self._host[name] = PinnedBuffer(self.cuda, size)
@@ -212,17 +218,17 @@ class TrtContext(Closing):
         self._device[name] = device
 
     def _forget(self) -> None:
-        """Drop the graphs: the context is about to change, or has."""
+        """Drop the graphs, because the context changes."""
         while self._recorded:
             self._recorded.popitem()[1].close()
-        self._seen.clear()
+        self._warm_keys.clear()
 
     def _address(self, name: str, pointer: int) -> None:
         if not self._context.set_tensor_address(name, pointer):
             raise PhregError(f"engine: TensorRT refuses the address of {name}.")
 
     def _stage(self, feed: Feed) -> None:
-        """Into pinned memory; everything but the image goes up at once, and only when it changed."""
+        """Copy to pinned memory; upload inputs other than the image, if they changed."""
         for name, value in feed.items():
             if self.dtypes[name] != value.dtype:
                 raise PhregError(f"engine: got {name} in {value.dtype}, expected {self.dtypes[name]}.")
@@ -250,16 +256,16 @@ class TrtContext(Closing):
             raise PhregError("engine: TensorRT could not start the inference; the device may be out of memory.")
 
     def _compute_graph(self, key: tuple[Any, ...]) -> Graph:
-        """The engine alone as a graph, kept beside the whole one."""
-        alone = ("compute", *key)
-        if alone not in self._recorded:
+        """The graph of the inference without upload and download."""
+        compute_key = ("compute", *key)
+        if compute_key not in self._recorded:
             self._enqueue(self.stream.handle)
             self.stream.wait()
-            self._recorded[alone] = self._capture(image=False)
-        return self._recorded[alone]
+            self._recorded[compute_key] = self._capture(image=False)
+        return self._recorded[compute_key]
 
     def _capture(self, image: bool) -> Graph:
-        """The engine as a graph, with ``image`` also the copies before and behind it."""
+        """Record the inference as a graph, and with ``image`` also the upload and the download."""
         self.stream.begin()
         try:
             if image:
@@ -268,7 +274,8 @@ class TrtContext(Closing):
             if image:
                 self._download()
         except BaseException:
-            with contextlib.suppress(PhregError):  # so that the stream can be used and freed
+            # End the recording, or the stream could neither be used nor freed.
+            with contextlib.suppress(PhregError):
                 self.stream.end().close()
             raise
         return self.stream.end()
@@ -278,14 +285,10 @@ class TrtContext(Closing):
         return thing
 
     def close(self) -> None:
-        """Free everything, whatever failed before; the first error is raised at the end."""
-        self._context = None  # before its memory and stream
-        things = [
-            *getattr(self, "_recorded", {}).values(),
-            *getattr(self, "_device", {}).values(),
-            *getattr(self, "_host", {}).values(),
-            *reversed(self._owned),
-        ]
+        """Free everything, then raise the first error."""
+        # The context must go before its memory and stream.
+        self._context = None
+        things = [*self._recorded.values(), *self._device.values(), *self._host.values(), *reversed(self._owned)]
         failed = None
         for thing in things:
             try:

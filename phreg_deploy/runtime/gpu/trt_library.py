@@ -1,4 +1,4 @@
-"""Finds TensorRT and turns what it logs into sentences. One code path for 10.3 to 11.x, on the names that all of them have."""
+"""Import TensorRT, keep its log messages, and deserialise plans, with names that 10.3 to 11.x all have."""
 
 from __future__ import annotations
 
@@ -8,16 +8,21 @@ from typing import Any
 from phreg_deploy.errors import BackendMissing, PhregError
 from phreg_deploy.extras import is_importable
 
-OLDEST = (10, 3)  # JetPack 6.2's
-KEPT = 40  # messages kept of a build or a load
-EXTRA = 'Run: pip install "phreg-deploy[trt]" (on a Jetson TensorRT comes with JetPack: make the environment with --system-site-packages)'
+# The version in JetPack 6.2.
+OLDEST = (10, 3)
+# Messages that are kept of a build or a load.
+KEPT = 40
+EXTRA = (
+    'Run: pip install "phreg-deploy[trt]" (on a Jetson TensorRT comes with JetPack: make the environment with '
+    "--system-site-packages)"
+)
 
 
 def load_tensorrt(lean: bool = False) -> Any:
-    """The module ``tensorrt``, or with ``lean`` also ``tensorrt_lean``, which runs version-compatible plans and builds none.
+    """Import ``tensorrt``, or with ``lean`` also ``tensorrt_lean``, which only runs version-compatible plans.
 
     Raises:
-        BackendMissing: not installed, a library of it is missing, or older than 10.3.
+        BackendMissing: TensorRT is not installed, lacks a library, or is older than 10.3.
     """
     for name in ("tensorrt", *(["tensorrt_lean"] if lean else [])):
         if not is_importable(name):
@@ -39,9 +44,10 @@ def version_of(trt: Any) -> tuple[int, ...]:
 
 
 def make_logger(trt: Any) -> Any:
-    """A TensorRT logger that keeps warnings and errors instead of printing them.
+    """Make a TensorRT logger that keeps warnings and errors instead of printing them.
 
-    ``messages``: (severity in words, text) in order, the latest ``KEPT``; ``reason()``: the last error in one line.
+    ``messages``: ("warning" or "error", text) in order, the latest ``KEPT``; ``reason()``: the last
+    error's first line.
     """
 
     class TrtLogger(trt.ILogger):  # type: ignore[misc]
@@ -64,24 +70,27 @@ def make_logger(trt: Any) -> Any:
     return TrtLogger()
 
 
-def deserialise(trt: Any, plan: bytes, diary: Any, host_code: bool = False) -> tuple[Any, Any]:
-    """A plan as ``(runtime, engine)``; the runtime must outlive the engine.
+def deserialise(trt: Any, plan: bytes, logger: Any, host_code: bool = False) -> tuple[Any, Any]:
+    """Load a plan as ``(runtime, engine)``; the runtime must outlive the engine.
 
     Args:
-        host_code: allow code of the host in the plan, which a version-compatible one carries its own runtime as.
+        host_code: allow host code in the plan; a version-compatible plan carries its own runtime as host code.
 
     Raises:
-        BackendMissing: no runtime can be made here. PhregError: the plan is refused.
+        BackendMissing: TensorRT cannot start here.
+        PhregError: TensorRT refuses the plan.
     """
     try:
-        runtime = trt.Runtime(diary)
-    except (TypeError, RuntimeError) as error:  # older bindings where CUDA does not start
-        raise BackendMissing(f"TensorRT: {trt.__version__} cannot start here: {error}; {diary.reason()}.") from None
+        runtime = trt.Runtime(logger)
+    except (TypeError, RuntimeError) as error:
+        # Older bindings raise these if CUDA does not start.
+        raise BackendMissing(f"TensorRT: {trt.__version__} cannot start here: {error}; {logger.reason()}.") from None
     if host_code:
         runtime.engine_host_code_allowed = True
     engine = runtime.deserialize_cuda_engine(plan)
     if engine is None:
         raise PhregError(
-            f"engine: TensorRT {trt.__version__} refuses the plan: {diary.reason()}. Build it again on this machine with `phreg-deploy build --force`."
+            f"engine: TensorRT {trt.__version__} refuses the plan: {logger.reason()}. Build it again on this machine "
+            "with `phreg-deploy build --force`."
         )
     return runtime, engine

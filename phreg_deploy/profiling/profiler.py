@@ -1,0 +1,124 @@
+"""Profile a bundle: open it, compare the conditions with the baseline's, then measure."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from phreg_deploy.bundle.bundle import Bundle
+from phreg_deploy.errors import PhregError
+from phreg_deploy.profiling.baseline import Baseline, Case
+from phreg_deploy.profiling.gpu import GpuRequest, pci_of, profile_gpu
+from phreg_deploy.profiling.latency import conditions, measure_bundle, measured_cases
+from phreg_deploy.profiling.register_cost import register_cost
+from phreg_deploy.profiling.report import Comparison, GpuReport, ProfileReport
+from phreg_deploy.profiling.roofline import measure_peaks
+from phreg_deploy.profiling.telemetry import Telemetry
+from phreg_deploy.progress import Progress
+from phreg_deploy.runtime.backends.options import BackendOptions
+from phreg_deploy.runtime.backends.registry import GPU
+from phreg_deploy.runtime.features import FeatureExtractor
+
+
+@dataclass(frozen=True)
+class ProfileRequest:
+    """What to measure, see ``phreg_deploy.profiling.profile``; ``size`` and ``frame`` are (height, width)."""
+
+    bundle: Path
+    backend: str
+    options: BackendOptions
+    batches: list[int] | None
+    size: tuple[int, int] | None
+    frame: tuple[int, int]
+    seconds: float
+    streams: list[int]
+    fps: float | None
+    without: Path | None
+
+    def cases(self, bundle: Path) -> list[Case]:
+        """The batches and sizes to measure. Raises ``PhregError`` if ``bundle`` does not serve one of them."""
+        return measured_cases(Bundle.read(bundle).manifest, self.batches, self.size)
+
+    def load(self, bundle: Path, threads: int | None) -> FeatureExtractor:
+        how = self.options
+        return FeatureExtractor.load(
+            bundle, self.backend, threads=threads, compute=how.compute, mode=how.mode, device=how.device
+        )
+
+    def on_gpu(self, fps: float | None) -> GpuRequest:
+        return GpuRequest(self.batches, self.size, self.seconds, self.streams, fps)
+
+
+def profile_bundle(
+    request: ProfileRequest, baseline: Baseline | None, tolerance: float, any_conditions: bool, progress: Progress
+) -> ProfileReport:
+    """Measure as ``request`` says; for the rest see ``phreg_deploy.profiling.profile``."""
+    cases, how = request.cases(request.bundle), request.options
+    differences: list[str] = []
+    with request.load(request.bundle, how.threads) as extractor:
+        on_gpu = extractor.backend in GPU
+        if (request.fps or request.without) and not on_gpu:
+            raise PhregError(f"profile: --fps and --without are for a GPU; this would run on {extractor.backend}.")
+        if request.without is not None:
+            request.cases(request.without)
+        if baseline is not None:
+            now = conditions(extractor, how.threads, how.mode, request.frame, cases[0][1])
+            differences = baseline.differences(now, cases)
+            _check_conditions(baseline, differences, any_conditions)
+        report = measure_bundle(
+            extractor,
+            batches=request.batches,
+            size=request.size,
+            seconds=request.seconds,
+            threads=how.threads,
+            mode=how.mode,
+            frame=request.frame,
+            progress=progress,
+        )
+        if on_gpu:
+            report = replace(report, gpu=_measure_gpu(extractor, request.on_gpu(request.fps), report.remarks, progress))
+    if request.without is not None and report.gpu is not None:
+        with request.load(request.without, None) as extractor:
+            plain = _measure_gpu(extractor, request.on_gpu(None), report.remarks, progress)
+        report = replace(report, registers=register_cost(report.gpu, plain), without=plain)
+    if baseline is not None:
+        rows = baseline.rows(report.results)
+        report = replace(report, baseline=Comparison(str(baseline.path), differences, tolerance, rows))
+    return report
+
+
+def _check_conditions(baseline: Baseline, differences: list[str], any_conditions: bool) -> None:
+    if differences and not any_conditions:
+        raise PhregError(
+            f"baseline: {baseline.path} was measured under other conditions: {'; '.join(differences)}. Measure the "
+            "baseline again under these, or add --allow-other-conditions to compare all the same.",
+            {"differences": differences},
+        )
+
+
+def _measure_gpu(extractor: FeatureExtractor, request: GpuRequest, remarks: list[str], progress: Progress) -> GpuReport:
+    """``profile_gpu`` with telemetry and with the peaks of this GPU; what fails on the way goes to ``remarks``."""
+    backend: Any = extractor.opened
+    gemm, metadata = None, None
+    # The lean runtime has no builder and no inspector.
+    if extractor.backend == "tensorrt" and hasattr(backend.trt, "Builder"):
+        from phreg_deploy.export.engine.gemm import measure_product
+        from phreg_deploy.export.engine.inspection import read_layers
+
+        def gemm() -> float:
+            return measure_product(backend.trt, backend.cuda)
+
+        metadata = {layer["Name"]: str(layer.get("Metadata", "")) for layer in read_layers(backend.trt, backend.engine)}
+    try:
+        peaks = measure_peaks(backend.cuda, gemm)
+    except PhregError as error:
+        # The figures below the roof are worth more than the roof.
+        remarks.append(f"No peak of products: {error}")
+        peaks = measure_peaks(backend.cuda)
+    # NVML numbers devices in another order than CUDA.
+    telemetry = Telemetry(backend.cuda.index, pci=pci_of(backend.cuda))
+    try:
+        return profile_gpu(extractor, request, progress=progress, telemetry=telemetry, peaks=peaks, metadata=metadata)
+    finally:
+        telemetry.close()

@@ -1,0 +1,217 @@
+"""The fake ``cuda.bindings.runtime``: every call that the project makes, on a ``Device``."""
+
+import ctypes
+import functools
+import threading
+import types
+
+from tests.fake_gpu.cuda_types import Refused, Stream, cudaError_t, cudaMemcpyKind, cudaStreamCaptureMode
+
+
+def _call(function):
+    """A call of the runtime: noted, refused where a test planted it, and answered as cuda-python answers."""
+
+    @functools.wraps(function)
+    def call(self, *arguments):
+        device = self._device
+        with device.lock:
+            device.calls.append((function.__name__, arguments))
+            planted = device.planted.get(function.__name__)
+            try:
+                if device.fault is not None:
+                    raise Refused(device.fault)
+                if planted is not None:
+                    planted[0] -= 1
+                    if planted[0] == 0:
+                        del device.planted[function.__name__]
+                        if function.__name__ == "cudaStreamEndCapture":  # is over even so
+                            device.stream_of(arguments[0]).recording = None
+                        raise Refused(planted[1])
+                result = function(device, *arguments)
+            except Refused as refused:
+                return (refused.code, None)
+            return (cudaError_t.cudaSuccess,) if result is None else (cudaError_t.cudaSuccess, *result)
+
+    return call
+
+
+class Runtime:
+    """``cuda.bindings.runtime``: every call returns ``(status, *results)``."""
+
+    cudaError_t, cudaMemcpyKind, cudaStreamCaptureMode = cudaError_t, cudaMemcpyKind, cudaStreamCaptureMode
+    cudaStreamNonBlocking = 1
+
+    def __init__(self, device):
+        self._device = device
+
+    @_call
+    def cudaGetDeviceCount(device):
+        if not device.installed:
+            raise Refused(cudaError_t.cudaErrorNoDevice)
+        return (device.installed,)
+
+    @_call
+    def cudaSetDevice(device, index):
+        if not 0 <= index < device.installed:
+            raise Refused(cudaError_t.cudaErrorInvalidDevice)
+        device.chosen.index = index
+
+    @_call
+    def cudaGetDeviceProperties(device, index):
+        return (
+            types.SimpleNamespace(
+                name=device.name.encode().ljust(256, b"\0"), major=device.architecture // 10, minor=device.architecture % 10,
+                totalGlobalMem=device.memory, multiProcessorCount=16, integrated=int(device.integrated),
+            ),
+        )  # fmt: skip
+
+    @_call
+    def cudaDriverGetVersion(device):
+        return (device.driver,)
+
+    @_call
+    def cudaMemGetInfo(device):
+        return device.memory - device.used, device.memory
+
+    @_call
+    def cudaMalloc(device, size):
+        return (device.allocate(device.device_memory, size),)
+
+    @_call
+    def cudaFree(device, pointer):
+        device.free(device.device_memory, pointer)
+
+    @_call
+    def cudaMallocHost(device, size):
+        return (device.allocate(device.pinned, size),)
+
+    @_call
+    def cudaFreeHost(device, pointer):
+        device.free(device.pinned, pointer)
+
+    @_call
+    def cudaMemcpyAsync(device, target, source, size, kind, handle):
+        stream, kind = device.stream_of(handle), cudaMemcpyKind(kind)
+        ends = {
+            "target": (target, kind.name.endswith("ToDevice")),
+            "source": (source, kind.name.startswith("cudaMemcpyDevice")),
+        }
+        pageable = any(not on and device.span(at, size, pinned=True) is None for at, on in ends.values())
+        if any(on and device.span(at, size) is None for at, on in ends.values()):
+            raise Refused(cudaError_t.cudaErrorInvalidValue)
+        if pageable:  # is copied before the call returns, which a recording cannot
+            if stream.recording is not None:
+                stream.broken = True
+                raise Refused(cudaError_t.cudaErrorStreamCaptureUnsupported)
+            device.drain(stream)
+            ctypes.memmove(target, source, size)
+            return
+
+        def copy():
+            if all(device.span(at, size, pinned=not on) is not None for at, on in ends.values()):
+                ctypes.memmove(target, source, size)
+            else:
+                device.crash(f"a copy of {size} bytes reached memory that was freed")
+
+        device.queue(stream, copy)
+
+    @_call
+    def cudaStreamCreateWithFlags(device, flags):
+        assert flags == 1, "a stream that waits for the default one"
+        return (device.new(device.streams, Stream()),)
+
+    @_call
+    def cudaStreamDestroy(device, handle):
+        stream = device.stream_of(handle)
+        if int(handle) in (0, 1) or stream.recording is not None:
+            raise Refused(cudaError_t.cudaErrorInvalidResourceHandle)
+        device.drain(stream)
+        del device.streams[int(handle)]
+
+    @_call
+    def cudaStreamSynchronize(device, handle):
+        stream = device.stream_of(handle)
+        if stream.recording is not None:
+            stream.broken = True
+            raise Refused(cudaError_t.cudaErrorStreamCaptureUnsupported)
+        device.drain(stream)
+
+    @_call
+    def cudaStreamWaitEvent(device, handle, event, flags):
+        stream, mark = device.stream_of(handle), device.take(device.events, event)[0]
+        if stream.recording is not None:
+            stream.broken = True
+            raise Refused(cudaError_t.cudaErrorStreamCaptureIsolation)
+        if mark is not None:
+            device.queue(stream, lambda: device.finish(mark))
+
+    @_call
+    def cudaStreamBeginCapture(device, handle, mode):
+        stream = device.stream_of(handle)
+        if stream is device.streams[0]:
+            raise Refused(cudaError_t.cudaErrorStreamCaptureUnsupported)
+        if stream.recording is not None:
+            raise Refused(cudaError_t.cudaErrorInvalidValue)
+        assert mode == cudaStreamCaptureMode.cudaStreamCaptureModeThreadLocal, "others would disturb other threads"
+        stream.recording, stream.thread, stream.broken = [], threading.get_ident(), False
+
+    @_call
+    def cudaStreamEndCapture(device, handle):
+        stream = device.stream_of(handle)
+        if stream.recording is None:
+            raise Refused(cudaError_t.cudaErrorInvalidValue)
+        if stream.thread != threading.get_ident():
+            raise Refused(cudaError_t.cudaErrorStreamCaptureWrongThread)
+        recorded, stream.recording = stream.recording, None
+        if stream.broken:
+            raise Refused(cudaError_t.cudaErrorStreamCaptureInvalidated)
+        return (device.new(device.graphs, recorded),)
+
+    @_call
+    def cudaGraphInstantiate(device, graph, flags):
+        return (device.new(device.programs, list(device.take(device.graphs, graph))),)
+
+    @_call
+    def cudaGraphDestroy(device, graph):
+        device.take(device.graphs, graph)
+        del device.graphs[int(graph)]
+
+    @_call
+    def cudaGraphLaunch(device, program, handle):
+        stream = device.stream_of(handle)
+        for work in device.take(device.programs, program):
+            device.queue(stream, work)
+
+    @_call
+    def cudaGraphExecDestroy(device, program):
+        device.take(device.programs, program)
+        del device.programs[int(program)]
+
+    @_call
+    def cudaEventCreate(device):
+        return (device.new(device.events, [None]),)
+
+    @_call
+    def cudaEventRecord(device, event, handle):
+        stream = device.stream_of(handle)
+        device.take(device.events, event)[0] = device.mark(stream)
+
+    @_call
+    def cudaEventSynchronize(device, event):
+        mark = device.take(device.events, event)[0]
+        if mark is not None:
+            device.finish(mark)
+
+    @_call
+    def cudaEventElapsedTime(device, start, end):
+        marks = [device.take(device.events, event)[0] for event in (start, end)]
+        if None in marks:
+            raise Refused(cudaError_t.cudaErrorInvalidResourceHandle)
+        if any(mark.time is None for mark in marks):
+            raise Refused(cudaError_t.cudaErrorNotReady)
+        return (1e3 * (marks[1].time - marks[0].time),)
+
+    @_call
+    def cudaEventDestroy(device, event):
+        device.take(device.events, event)
+        del device.events[int(event)]

@@ -1,0 +1,64 @@
+"""Enums, errors, handles and streams of the fake CUDA runtime."""
+
+import enum
+from collections import deque
+
+
+class cudaError_t(enum.IntEnum):
+    cudaSuccess = 0
+    cudaErrorInvalidValue = 1
+    cudaErrorMemoryAllocation = 2
+    cudaErrorInsufficientDriver = 35
+    cudaErrorNoDevice = 100
+    cudaErrorInvalidDevice = 101
+    cudaErrorInvalidResourceHandle = 400
+    cudaErrorNotReady = 600
+    cudaErrorIllegalAddress = 700
+    cudaErrorLaunchFailure = 719
+    cudaErrorStreamCaptureUnsupported = 900
+    cudaErrorStreamCaptureInvalidated = 901
+    cudaErrorStreamCaptureUnmatched = 903
+    cudaErrorStreamCaptureIsolation = 905
+    cudaErrorStreamCaptureWrongThread = 908
+
+
+class cudaMemcpyKind(enum.IntEnum):
+    cudaMemcpyHostToDevice = 1
+    cudaMemcpyDeviceToHost = 2
+    cudaMemcpyDeviceToDevice = 3
+
+
+class cudaStreamCaptureMode(enum.IntEnum):
+    cudaStreamCaptureModeGlobal = 0
+    cudaStreamCaptureModeThreadLocal = 1
+    cudaStreamCaptureModeRelaxed = 2
+
+
+class Refused(Exception):
+    """What a call answers with instead of a result."""
+
+    def __init__(self, code):
+        super().__init__(code.name)
+        self.code = code
+
+
+class Handle:
+    """A ``cudaStream_t`` and the like: no number, but it has one."""
+
+    def __init__(self, number):
+        self.number = number
+
+    def __int__(self):
+        return self.number
+
+
+class Mark:
+    """A place in a stream; ``time`` is there once the stream has reached it."""
+
+    def __init__(self, stream):
+        self.stream, self.time = stream, None
+
+
+class Stream:
+    def __init__(self):
+        self.queue, self.recording, self.thread, self.broken = deque(), None, None, False
