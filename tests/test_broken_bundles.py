@@ -111,5 +111,5 @@ def test_an_eight_bit_check_says_what_it_compares_with(eight, run_cli):
     outcome = run_cli("check", eight, "--backend", "onnxruntime-cpu")
     printed = " ".join(outcome.err.split() + outcome.out.split())
     fidelity = Bundle.read(eight).manifest.quantisation["fidelity"]
-    assert "holds the INT8 graph's answers in ONNX Runtime, not those of FP32" in printed
+    assert "holds the answers of the INT8 graph in ONNX Runtime, not those of FP32" in printed
     assert f"1st percentile {fidelity['cosine_p1']:.5f}" in printed

@@ -92,7 +92,7 @@ def test_targets_are_identical(school, monkeypatch, devices):
     settings = {"views": 18, "seed": 1}  # two photographs a chunk
     model, seen, real, told = school.model, [], teacher.hooks.forward, []
     alone = list(Teacher(model, school.preprocess, **settings).targets(school.photographs))
-    monkeypatch.setattr(teacher.taps, "forward", lambda model, images: seen.append(id(model)) or real(model, images))
+    monkeypatch.setattr(teacher.hooks, "forward", lambda model, images: seen.append(id(model)) or real(model, images))
     spread = Teacher(model, school.preprocess, device=devices[0], more_devices=devices[1:], **settings)
     assert spread.digest == Teacher(model, school.preprocess, **settings).digest
     together = list(spread.targets(school.photographs, told.append))

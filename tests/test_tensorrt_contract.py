@@ -22,7 +22,7 @@ CLASSES = {
     "monitor": "IProgressMonitor", "diary": "ILogger", "logger": "ILogger",
 }  # fmt: skip
 # (file, variable): variables that hold an object of a class of ours.
-OUR_VARIABLES = {("build.py", "cache"), ("trt_context.py", "profile")}
+OUR_VARIABLES = {("build.py", "cache"), ("tensorrt_backend.py", "context"), ("trt_context.py", "profile")}
 METHODS = {
     "Builder": {"create_network", "create_builder_config", "create_optimization_profile", "build_serialized_network"},
     "IBuilderConfig": {
