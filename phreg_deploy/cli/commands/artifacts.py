@@ -9,7 +9,7 @@ from typing import Any
 import click
 
 from phreg_deploy.arguments import check_file
-from phreg_deploy.cli.console import Result, percent
+from phreg_deploy.cli.console import Result
 from phreg_deploy.cli.options import (
     Number,
     backend_option,
@@ -18,6 +18,7 @@ from phreg_deploy.cli.options import (
     images_option,
     output_options,
 )
+from phreg_deploy.cli.tables.artifacts import show_scores
 
 
 @click.command()
@@ -41,7 +42,7 @@ from phreg_deploy.cli.options import (
 @device_option
 @backend_option
 @output_options
-def artifacts(model: str, images: Path, picture: Path | None, as_json: bool, quiet: bool, **asked: Any) -> None:
+def artifacts(model: str, images: Path, picture: Path | None, as_json: bool, quiet: bool, **options: Any) -> None:
     """Score the artifacts in the dense features of MODEL: a timm name, a student's folder or a bundle.
 
     \b
@@ -55,26 +56,9 @@ def artifacts(model: str, images: Path, picture: Path | None, as_json: bool, qui
     result = Result(as_json, quiet)
     if picture is not None:
         check_file(picture, "picture")
-    report = score_artifacts(model, images, progress=result.progress, **asked)
+    report = score_artifacts(model, images, progress=result.progress, **options)
     document = report.to_json()
-    outliers, shift = document["norm_outliers"], document["shift_incoherence"]
-    rows = [
-        ["norm-outlier rate", percent(outliers["rate"])],
-        ["    high / low", f"{percent(outliers['upper'])} / {percent(outliers['lower'])}"],
-        ["largest norm / median", outliers["largest"]],
-        ["median norm measured against", outliers["median"]],
-        ["shift incoherence", percent(shift["rate"])],
-        [
-            "    1 - cosine, percentiles 50 / 90 / 95 / 99",
-            " / ".join(f"{shift[p]:.3f}" for p in ("p50", "p90", "p95", "p99")),
-        ],
-    ]
-    result.table(f"Artifacts of {model} on {document['images']} images", ["score", "value"], rows)
-    if document.get("blocks"):
-        rows = [[str(i), b["median"], b["largest"], percent(b["rate"])] for i, b in enumerate(document["blocks"])]
-        result.table(
-            "Block by block, over patch tokens", ["block", "median norm", "largest / median", "above 2x"], rows
-        )
+    show_scores(model, document, result)
     if picture is not None:
         from phreg_deploy.files.atomic import write_atomic
 
