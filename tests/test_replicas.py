@@ -90,15 +90,15 @@ def test_targets_are_identical(school, monkeypatch, devices):
     from phreg_deploy.distill import teacher
 
     settings = {"views": 18, "seed": 1}  # two photographs a chunk
-    model, seen, real, told = school.model, [], teacher.hooks.forward, []
+    model, seen, real, counts = school.model, [], teacher.hooks.forward, []
     alone = list(Teacher(model, school.preprocess, **settings).targets(school.photographs))
     monkeypatch.setattr(teacher.hooks, "forward", lambda model, images: seen.append(id(model)) or real(model, images))
     spread = Teacher(model, school.preprocess, device=devices[0], more_devices=devices[1:], **settings)
     assert spread.digest == Teacher(model, school.preprocess, **settings).digest
-    together = list(spread.targets(school.photographs, told.append))
+    together = list(spread.targets(school.photographs, counts.append))
     assert len(set(seen)) == len(devices)
     assert len(seen) == 4
-    assert told == [2, 2, 2, 1]
+    assert counts == [2, 2, 2, 1]
     for one, other in zip(alone, together, strict=True):
         for name in ("patches", "cls", "norms", "plain"):
             assert np.array_equal(getattr(one, name), getattr(other, name))

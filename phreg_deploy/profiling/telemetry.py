@@ -116,14 +116,17 @@ class Telemetry:
         found, jetson = summarise(self.samples, frames, self.idle_power), self.jetson
         silent = [call[0] for call in CALLS if all(getattr(sample, call[0]) is None for sample in self.samples)]
         silent = [name for name in silent if name != "energy" or found["energy"]["joules"] is None]
-        told = {**self.missing, **({name: f"Jetson: {why}." for name, why in SILENT.items()} if jetson.present else {})}
+        reasons = {
+            **self.missing,
+            **({name: f"Jetson: {why}." for name, why in SILENT.items()} if jetson.present else {}),
+        }
         source = jetson.power_source if found["rails"] else "NVML"
         found["power"]["source"] = None if found["power"]["mean"] is None else source
         found.update(
             power_mode=jetson.power_mode,
             release=jetson.release,
             clocks_locked=jetson.clocks_locked(),
-            missing={name: told.get(name, told.get("NVML", "no sample tells.")) for name in silent},
+            missing={name: reasons.get(name, reasons.get("NVML", "no sample tells.")) for name in silent},
         )
         return found
 
@@ -185,5 +188,5 @@ def _largest(values: Iterable[float | None]) -> float | None:
 
 
 def _least_mean(values: list[float | None]) -> dict[str, float | None]:
-    told = [value for value in values if value is not None]
-    return {"minimum": min(told, default=None), "mean": sum(told) / len(told) if told else None}
+    measured = [value for value in values if value is not None]
+    return {"minimum": min(measured, default=None), "mean": sum(measured) / len(measured) if measured else None}
