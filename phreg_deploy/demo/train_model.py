@@ -71,7 +71,7 @@ def train(model: nn.Module, probe: nn.Module, scenes: Scenes, steps: int, rate: 
     optimizer = torch.optim.AdamW(weights, lr=rate, weight_decay=0.05)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, rate, total_steps=steps, pct_start=0.15)
     fires, kept = at_places(), {}
-    hooks = [
+    handles = [
         model.blocks[BLOCK].mlp.fc1.register_forward_hook(lambda _m, _i, out: kept.update(hidden=out)),
         model.norm.register_forward_pre_hook(lambda _m, given: kept.update(last=given[0])),
     ]
@@ -97,8 +97,8 @@ def train(model: nn.Module, probe: nn.Module, scenes: Scenes, steps: int, rate: 
             schedule.step()
             if plant:
                 plant.write(model)
-    for hook in hooks:
-        hook.remove()
+    for handle in handles:
+        handle.remove()
     model.eval()
 
 

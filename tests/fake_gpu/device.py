@@ -146,7 +146,7 @@ class Device:
 class Array:
     """Memory of a ``Device`` as other libraries show theirs: ``__cuda_array_interface__``.
 
-    ``stream``: on which it is being filled; ``strides`` as they are told.
+    ``stream``: the stream that fills it. ``strides``: those that the interface reports.
     """
 
     def __init__(self, device, value, stream=None, strides=None):
