@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -41,10 +41,7 @@ class ProfileRequest:
         return measured_cases(Bundle.read(bundle).manifest, self.batches, self.size)
 
     def load(self, bundle: Path, threads: int | None) -> FeatureExtractor:
-        how = self.options
-        return FeatureExtractor.load(
-            bundle, self.backend, threads=threads, compute=how.compute, mode=how.mode, device=how.device
-        )
+        return FeatureExtractor.load(bundle, self.backend, **asdict(replace(self.options, threads=threads)))
 
     def on_gpu(self, fps: float | None) -> GpuRequest:
         return GpuRequest(self.batches, self.size, self.seconds, self.streams, fps)

@@ -6,6 +6,7 @@ imports neither a runtime nor PyTorch.
 
 from __future__ import annotations
 
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -26,7 +27,6 @@ def check(
     *,
     backend: str = "auto",
     options: BackendOptions | None = None,
-    device: int = 0,
     reference: str | None = None,
     reference_checkpoint: Path | None = None,
     base: str | None = None,
@@ -43,8 +43,7 @@ def check(
 
     Args:
         backend: a backend's name, or "auto" for the fastest that passes the exam.
-        options: threads, precision and mode of the backend.
-        device: number of the GPU, for a backend that runs on one.
+        options: threads, precision, mode and device of the backend.
         reference, base: the student and the model that it was distilled from, each a folder or a timm name; a timm name
             may come with a checkpoint.
         images: folder of photographs, of which the first ``limit`` are read.
@@ -78,10 +77,8 @@ def check(
     request = CheckRequest(
         reference, reference_checkpoint, base, base_checkpoint, images, limit, cosine, outlier_points
     )
-    how = options or Options()
-    with FeatureExtractor.load(
-        bundle, backend, threads=how.threads, compute=how.compute, mode=how.mode, examine=False, device=device
-    ) as extractor:
+    how = asdict(options or Options())
+    with FeatureExtractor.load(bundle, backend, examine=False, **how) as extractor:
         return check_extractor(extractor, request, progress)
 
 

@@ -69,14 +69,12 @@ def bisect(
     backend: str,
     options: BackendOptions,
     *,
-    device: int = 0,
     settings: BuildSettings | None = None,
     workspace: int | None = None,
 ) -> BisectionReport:
     """Compare every half-block on ``backend`` with FP32 on the bundle's exam; of several sizes, keep the worst figures.
 
     Args:
-        device: number of the GPU, for a backend that runs on one.
         settings, workspace: how to build the TensorRT plan, for the backend "tensorrt".
 
     Raises:
@@ -93,7 +91,7 @@ def bisect(
     with tempfile.TemporaryDirectory() as folder:
         (Path(folder) / GRAPH).write_bytes(model.SerializeToString())
         copy = Bundle(Path(folder), replace(bundle.manifest, files={}))
-        with _opened(copy, backend, options, device, settings or BuildSettings(), workspace) as run:
+        with _opened(copy, backend, options, settings or BuildSettings(), workspace) as run:
             for case in bundle.cases():
                 inputs = feed(case["image"])
                 answers, expected = run(inputs), fp32.run(outputs, inputs)
@@ -182,11 +180,11 @@ def _widened(model: Any) -> Any:
 
 @contextmanager
 def _opened(
-    copy: Bundle, backend: str, options: BackendOptions, device: int, settings: BuildSettings, workspace: int | None
+    copy: Bundle, backend: str, options: BackendOptions, settings: BuildSettings, workspace: int | None
 ) -> Iterator[Run]:
     """Run ``copy`` on a backend; a TensorRT plan is built in memory and not stored."""
     if backend != "tensorrt":
-        opened = open_backend(copy, backend, replace(options, device=device))
+        opened = open_backend(copy, backend, options)
         try:
             yield opened.run
         finally:
@@ -197,7 +195,7 @@ def _opened(
     from phreg_deploy.runtime.gpu.cuda import Cuda
     from phreg_deploy.runtime.gpu.trt_library import load_tensorrt
 
-    trt, cuda, profiles = load_tensorrt(), Cuda(device), profiles_of(copy.manifest)
+    trt, cuda, profiles = load_tensorrt(), Cuda(options.device), profiles_of(copy.manifest)
     built = build_plan(trt, copy.graph, profiles, settings, workspace=workspace)
     with Plan(trt, cuda, built.plan, profiles, graphs=False) as plan:
         yield plan.run

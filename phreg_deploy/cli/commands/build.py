@@ -86,29 +86,28 @@ def run_build(bundle: Path, result: Result, *, bisect: bool, **options: Any) -> 
 def _bisect_build(bundle: Path, options: dict[str, Any], result: Result) -> dict[str, Any]:
     """Bisect with a plan that is built in the same way."""
     from phreg_deploy.bundle.plans import BuildSettings
+    from phreg_deploy.runtime.backends.options import BackendOptions
 
     settings = BuildSettings(**{name: options[name] for name in ("tf32", "compatibility", "effort") if name in options})
     workspace = options.get("workspace")
-    return tried_bisection(bundle, "tensorrt", options["device"], result, settings=settings, workspace=workspace)
+    how = BackendOptions(device=options["device"])
+    return tried_bisection(bundle, "tensorrt", how, result, settings=settings, workspace=workspace)
 
 
-def tried_bisection(bundle: Path, backend: str, device: int, result: Result, **how: Any) -> dict[str, Any]:
+def tried_bisection(bundle: Path, backend: str, options: BackendOptions, result: Result, **how: Any) -> dict[str, Any]:
     """Call ``show_bisection``; its own failure must not hide the missed gate that it explains."""
     try:
-        return show_bisection(bundle, backend, device, result, **how)
+        return show_bisection(bundle, backend, options, result, **how)
     except PhregError as why:
         result.say(f"Not bisected: {why}")
         return {"skipped": str(why)}
 
 
-def show_bisection(
-    bundle: Path, backend: str, device: int, result: Result, tuning: BackendOptions | None = None, **how: Any
-) -> dict[str, Any]:
+def show_bisection(bundle: Path, backend: str, options: BackendOptions, result: Result, **how: Any) -> dict[str, Any]:
     """Find where a backend's answers diverge from FP32, and print it; ``how`` see ``bisect``."""
     from phreg_deploy.bundle.bundle import Bundle
-    from phreg_deploy.runtime.backends.options import BackendOptions as Plain
     from phreg_deploy.verify.bisection import bisect
 
-    report = bisect(Bundle.read(bundle), backend, tuning or Plain(), device=device, **how)
+    report = bisect(Bundle.read(bundle), backend, options, **how)
     show_steps(report, f"{bundle} on {backend} against FP32, after each half-block", result)
     return report.to_json()

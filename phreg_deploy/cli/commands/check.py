@@ -61,12 +61,10 @@ def check(
     from phreg_deploy.runtime.backends.options import BackendOptions
     from phreg_deploy.verify import check as check_bundle
 
-    result, options = Result(as_json, quiet), BackendOptions(threads, compute, mode)
+    result, options = Result(as_json, quiet), BackendOptions(threads, compute, mode, device)
     if page is not None:
         check_file(page, "report")
-    report = check_bundle(
-        bundle, backend=backend, options=options, device=device, progress=result.progress, **arguments
-    )
+    report = check_bundle(bundle, backend=backend, options=options, progress=result.progress, **arguments)
     result.chosen(report.choice, backend)
     show_check(report, result)
     if page is not None:
@@ -75,7 +73,7 @@ def check(
     if bisect:
         # A bisection that fails must not hide the missed gate.
         find = tried_bisection if report.missed else show_bisection
-        document["bisection"] = find(bundle, report.backend, device, result, tuning=options)
+        document["bisection"] = find(bundle, report.backend, options, result)
     if report.missed:
         raise GateFailed(f"check: {bundle}: {'; '.join(report.missed)}.", document)
     result.json(document)
