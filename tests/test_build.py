@@ -319,7 +319,7 @@ def test_an_engine_whose_exam_was_interrupted_does_not_count(copy, workshop, mon
 
     folder = copy("bundle")
     with monkeypatch.context() as patch:
-        patch.setattr(engine, "run_exam", ctrl_c)
+        patch.setattr(engine, "judge_exam", ctrl_c)
         build(folder).refused(130, "Interrupted")
     assert plan_files(folder) == []
     assert leftovers(folder) == []

@@ -13,7 +13,7 @@ from phreg_deploy.runtime.backends.interface import Backend, Feed
 from phreg_deploy.runtime.backends.options import BackendOptions
 from phreg_deploy.runtime.backends.registry import installed, open_backend
 from phreg_deploy.runtime.feed import InputFeed
-from phreg_deploy.runtime.parity import gate_precision, missed_gates, run_exam, worst, writes_exams
+from phreg_deploy.runtime.parity import judge_exam
 
 # Timed calls per backend; the seconds after which three are enough; and seconds between calls, because a runtime's
 # threads spin for a while and would slow the next backend.
@@ -60,8 +60,8 @@ def choose(bundle: Bundle, options: BackendOptions, examine: bool = True) -> tup
     names = installed()
     if len(names) == 1:
         return open_backend(bundle, names[0], options), f"{names[0]}: the only one installed"
-    feed = InputFeed(bundle)
-    tried = [_try(bundle, name, options, feed) for name in names]
+    feed, cases = InputFeed(bundle), bundle.cases()
+    tried = [_try(bundle, name, options, feed, cases) for name in names]
     usable = [c for c in tried if not c.refused]
     failed = [c for c in tried if c.failed]
     if not usable and failed and not examine:
@@ -71,7 +71,7 @@ def choose(bundle: Bundle, options: BackendOptions, examine: bool = True) -> tup
     if not usable:
         kind = BackendMissing if all(c.missing for c in tried) else PhregError
         raise kind(f"backend: no installed backend serves {bundle.folder}: {'; '.join(str(c) for c in tried)}.")
-    first = feed(bundle.cases()[0]["image"])
+    first = feed(cases[0]["image"])
     best = min(usable, key=lambda c: _measure(c, first, len(usable)))
     for candidate in usable:
         if candidate is not best:
@@ -80,23 +80,18 @@ def choose(bundle: Bundle, options: BackendOptions, examine: bool = True) -> tup
     return best.backend, f"{best.name}: " + ", ".join(str(c) for c in tried)
 
 
-def _try(bundle: Bundle, name: str, options: BackendOptions, feed: InputFeed) -> Candidate:
+def _try(bundle: Bundle, name: str, options: BackendOptions, feed: InputFeed, cases: list[Feed]) -> Candidate:
     """Open one backend and run the exam on it."""
     try:
         backend = open_backend(bundle, name, options)
     except PhregError as error:
         return Candidate(name, refused=f"does not serve it ({error})", missing=isinstance(error, BackendMissing))
     try:
-        cases = run_exam(bundle, lambda image: backend.run(feed(image)))
+        _, gates = judge_exam(bundle, lambda image: backend.run(feed(image)), name, backend.compute, cases)
     except Exception as error:  # runtimes raise errors of many kinds
         backend.close()
         return Candidate(name, refused=f"fails when it runs ({error})")
-    missed = missed_gates(
-        worst([case.parity for case in cases]),
-        gate_precision(bundle.manifest, backend.compute),
-        exam=True,
-        again=writes_exams(bundle.manifest, name),
-    )
+    missed = [str(gate) for gate in gates if not gate.passed]
     if missed:
         return Candidate(name, backend, refused=f"fails the exam ({'; '.join(missed)})", failed=True)
     return Candidate(name, backend)

@@ -16,6 +16,8 @@ from phreg_deploy.bundle.gates import AT_LEAST, GATES, SENTENCES, exam_bars
 from phreg_deploy.bundle.manifest import Manifest
 from phreg_deploy.spec import Stored
 
+Answer = Callable[[np.ndarray], dict[str, np.ndarray]]
+
 
 @dataclass(frozen=True)
 class Gate(Stored):
@@ -91,17 +93,32 @@ class ExamCase:
     parity: Parity
 
 
-def run_exam(bundle: Bundle, answer: Callable[[np.ndarray], dict[str, np.ndarray]]) -> list[ExamCase]:
+def run_exam(bundle: Bundle, answer: Answer, cases: list[dict[str, np.ndarray]] | None = None) -> list[ExamCase]:
     """Compare a backend's answers with those in the bundle.
 
     Args:
         answer: uint8 ``(B, H, W, 3)`` -> the graph's outputs by name, e.g. ``FeatureExtractor.run``.
+        cases: ``bundle.cases()``, where they are read already.
     """
-    cases = []
-    for case in bundle.cases():
+    compared = []
+    for case in bundle.cases() if cases is None else cases:
         parity = compare_runs(answer(case["image"]), case, bundle.manifest.norm_median)
-        cases.append(ExamCase(case["image"].shape[1:3], len(case["image"]), parity))
-    return cases
+        compared.append(ExamCase(case["image"].shape[1:3], len(case["image"]), parity))
+    return compared
+
+
+def judge_exam(
+    bundle: Bundle, answer: Answer, backend: str, compute: str, cases: list[dict[str, np.ndarray]] | None = None
+) -> tuple[Parity, list[Gate]]:
+    """Run the exam; return the worst parity over its cases, and the gates of that parity.
+
+    Args:
+        backend, compute: the name of the backend that answers, and the precision that it computes in.
+        answer, cases: see ``run_exam``.
+    """
+    parity = worst([case.parity for case in run_exam(bundle, answer, cases)])
+    again = writes_exams(bundle.manifest, backend)
+    return parity, gates_of(parity, gate_precision(bundle.manifest, compute), exam=True, again=again)
 
 
 def worst(parities: list[Parity]) -> Parity:

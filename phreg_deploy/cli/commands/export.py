@@ -160,7 +160,7 @@ def _build(output: Path, result: Result, **options: Any) -> dict[str, Any]:
 def _examine(output: Path, result: Result) -> dict[str, Any]:
     """Compare the written bundle's answers with its exam, if a runtime is installed."""
     from phreg_deploy.runtime.features import FeatureExtractor
-    from phreg_deploy.runtime.parity import gates_of, run_exam, verdict, worst, writes_exams
+    from phreg_deploy.runtime.parity import judge_exam, verdict
 
     try:
         extractor = FeatureExtractor.load(output, examine=False)
@@ -170,8 +170,6 @@ def _examine(output: Path, result: Result) -> dict[str, Any]:
     except PhregError as error:
         raise GateFailed(f"export: the written bundle does not load: {error}") from error
     with extractor:
-        parity = worst([case.parity for case in run_exam(extractor.bundle, extractor.run)])
+        parity, gates = judge_exam(extractor.bundle, extractor.run, extractor.backend, extractor.compute)
         show_parity(parity, extractor, result)
-        again = writes_exams(extractor.manifest, extractor.backend)
-        gates = gates_of(parity, extractor.precision, exam=True, again=again)
         return {"backend": extractor.backend, **verdict(parity, gates)}

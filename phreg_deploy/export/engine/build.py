@@ -34,7 +34,7 @@ from phreg_deploy.runtime.backends.tensorrt_backend import TensorRtBackend
 from phreg_deploy.runtime.features import FeatureExtractor
 from phreg_deploy.runtime.gpu.cuda import Cuda, Gpu
 from phreg_deploy.runtime.gpu.trt_library import deserialise, load_tensorrt, make_logger
-from phreg_deploy.runtime.parity import gates_of, run_exam, verdict, worst
+from phreg_deploy.runtime.parity import judge_exam, verdict
 
 # Precision -> the first compute capability, times ten, whose GPUs compute in it.
 LEAST_ARCHITECTURE = {"bf16": 80, "fp8": 89}
@@ -187,8 +187,7 @@ def _examine_and_keep(
 def examine(bundle: Bundle, plan: StoredPlan, device: int = 0) -> dict[str, Any]:
     """Compare the answers of a saved plan with the bundle's exam; see ``verdict`` for the result."""
     with FeatureExtractor(bundle, TensorRtBackend(bundle, BackendOptions(device=device), plan)) as extractor:
-        parity = worst([case.parity for case in run_exam(extractor.bundle, extractor.run)])
-        return verdict(parity, gates_of(parity, extractor.precision, exam=True))
+        return verdict(*judge_exam(bundle, extractor.run, extractor.backend, extractor.compute))
 
 
 def eight_bit_layers(bundle: Bundle) -> list[str]:
