@@ -13,6 +13,7 @@ from phreg_deploy.bundle.manifest import Manifest
 from phreg_deploy.errors import PhregError
 from phreg_deploy.images.photographs import Photographs, read_photographs
 from phreg_deploy.runtime.features import FeatureExtractor
+from phreg_deploy.runtime.feed import pad_batch
 
 # Batches of graph inputs, and how many images of each count.
 Feeds = list[tuple[dict[str, np.ndarray], int]]
@@ -81,7 +82,4 @@ def feeds(extractor: FeatureExtractor, photographs: Photographs) -> Iterator[tup
     lowest, best = extractor.manifest.batches.lowest, extractor.manifest.batches.best
     for start in range(0, len(photographs), best):
         batch = photographs.batch(start, start + best)
-        count = len(batch)
-        if count < lowest:
-            batch = np.concatenate([batch, np.repeat(batch[-1:], lowest - count, axis=0)])
-        yield extractor.feed(np.ascontiguousarray(batch)), count
+        yield extractor.feed(np.ascontiguousarray(pad_batch(batch, lowest))), len(batch)

@@ -22,7 +22,7 @@ from phreg_deploy.runtime.backends.interface import Backend, DeviceBackend
 from phreg_deploy.runtime.backends.options import BackendOptions
 from phreg_deploy.runtime.backends.registry import GPU, open_backend
 from phreg_deploy.runtime.dense_features import DenseFeatures
-from phreg_deploy.runtime.feed import InputFeed, check_batch
+from phreg_deploy.runtime.feed import InputFeed, check_batch, pad_batch
 from phreg_deploy.runtime.forking import ForkSafeBackend
 from phreg_deploy.runtime.parity import gate_precision
 
@@ -164,8 +164,7 @@ class FeatureExtractor(AbstractContextManager["FeatureExtractor"]):
         parts = []
         for start in range(0, len(batch), highest):
             part = batch[start : start + highest]
-            missing = max(0, lowest - len(part))
-            padded = np.concatenate([part, np.repeat(part[-1:], missing, axis=0)]) if missing else part
+            padded = pad_batch(part, lowest)
             outputs = self.run(padded)
             check_shapes(self.manifest, outputs, padded.shape)
             parts.append({name: value[: len(part)] for name, value in outputs.items()})

@@ -55,6 +55,12 @@ class InputFeed:
         return resample(self._base, (size[0] // patch[0], size[1] // patch[1]))
 
 
+def pad_batch(batch: np.ndarray, lowest: int) -> np.ndarray:
+    """Fill a batch up to ``lowest`` images with copies of its last one."""
+    missing = lowest - len(batch)
+    return batch if missing <= 0 else np.concatenate([batch, np.repeat(batch[-1:], missing, axis=0)])
+
+
 def check_batch(batch: Any) -> np.ndarray:
     """The array of a batch on the host, uint8 ``(B, H, W, 3)``.
 
