@@ -191,7 +191,7 @@ def test_two_threads_read_targets_at_once(case, monkeypatch):
     ``ast`` in two threads at once can end in a SystemError, as seen on Python 3.11.7 (python/cpython#106905).
     """
     from phreg_deploy.distill.recipes import RECIPES
-    from phreg_deploy.distill.training import _batches, _load
+    from phreg_deploy.distill.training import load_batch, read_batches
 
     cache, photographs = case
     cache.fill(photographs)
@@ -209,10 +209,10 @@ def test_two_threads_read_targets_at_once(case, monkeypatch):
     with monkeypatch.context() as patch:
         patch.setattr(cache, "read", read)
         patch.setattr(ast, "literal_eval", parse)
-        batches = list(_batches(cache, digests, recipe, seed=0, epoch=0))
+        batches = list(read_batches(cache, digests, recipe, seed=0, epoch=0))
     order = np.random.default_rng([0, 0]).permutation(18)
     assert len(batches) == 18
     for i, batch in zip(order, batches):
-        alone = _load(cache, [digests[i]], np.zeros(1, bool))
+        alone = load_batch(cache, [digests[i]], np.zeros(1, bool))
         for name in ("images", "patches", "cls", "drift"):
             assert np.array_equal(getattr(batch, name), getattr(alone, name))
