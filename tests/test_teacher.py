@@ -46,7 +46,7 @@ def test_the_target_is_the_mean_over_views_done_one_by_one(photographs):
 
 @pytest.mark.parametrize("grid", [(5, 5), (4, 7), (14, 9)])
 def test_the_mean_in_torch_is_the_mean_in_numpy(grid):
-    """Against the definition: for each patch (y, x), the mean of the features at its place in every view that shows it."""
+    """Against the definition: for each patch (y, x), the mean of its features in all views that show it."""
     views = draw_views(min(12, most_views(grid)), grid, seed=1)
     assert any(view.flip for view in views)
     maps = np.random.default_rng(0).normal(size=(len(views), *grid, 3)).astype(np.float32)

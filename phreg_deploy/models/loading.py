@@ -232,7 +232,8 @@ def _from_file(name: str, path: Path) -> ViT:
     model = _create(name, pretrained=False, num_classes=next(iter(classes.values()), 0))
     module = timm.models.eva if isinstance(model, Eva) else timm.models.vision_transformer
     try:
-        model.load_state_dict(module.checkpoint_filter_fn(state, model) if type(model) in (VisionTransformer, Eva) else state)
+        plain = type(model) in (VisionTransformer, Eva)
+        model.load_state_dict(module.checkpoint_filter_fn(state, model) if plain else state)
     except (RuntimeError, KeyError, IndexError, AttributeError) as error:
         reason = " ".join(line.strip() for line in str(error).splitlines()[:3])[:400]
         raise PhregError(f"checkpoint: the weights in {path} do not fit {name}: {reason}") from error
