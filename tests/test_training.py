@@ -1,5 +1,7 @@
 import json
 import shutil
+import subprocess
+import sys
 from dataclasses import replace
 
 import numpy as np
@@ -51,6 +53,39 @@ def run(inputs, output, **changes):
 
 def digest(folder):
     return weights_digest(load_model(str(folder)))
+
+
+DOORS = """
+import sys
+for name in ("torch", "timm", "safetensors", "onnx", "onnxruntime"):
+    sys.modules[name] = None
+from phreg_deploy.demo import run_demo
+from phreg_deploy.distill import distill
+from phreg_deploy.errors import BackendMissing, PhregError
+try:
+    distill(sys.argv[1], sys.argv[2], sys.argv[3], recipe="ph-reg", strength=0.1)
+except PhregError as error:
+    print(error)
+for call in (lambda: distill(*sys.argv[1:4]), lambda: run_demo(sys.argv[3])):
+    try:
+        call()
+    except BackendMissing as error:
+        print(error)
+"""
+
+
+def test_the_doors_open_without_pytorch_and_check_arguments_first(inputs, tmp_path):
+    words = [inputs / "model", inputs / "pictures", tmp_path / "student"]
+    command = [sys.executable, "-W", "error", "-c", DOORS, *(str(word) for word in words)]
+    process = subprocess.run(command, capture_output=True, text=True, check=True)
+    strength, distillation_error, demo_error = process.stdout.splitlines()
+    assert strength.startswith("strength: got 0.1 with the recipe ph-reg, which moves no neurons")
+    assert distillation_error == (
+        "phreg_deploy.distill needs the modules 'safetensors', 'timm', 'torch', which are not installed. "
+        'Run: pip install "phreg-deploy[distill]"'
+    )
+    assert "'onnx'" in demo_error
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_the_same_request_gives_the_same_student_and_a_better_one(inputs, tmp_path):

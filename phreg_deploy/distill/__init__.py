@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING
 
 from phreg_deploy.arguments import check_distillation, check_model, check_resume
 from phreg_deploy.distill.recipes import Request
-from phreg_deploy.extras import DISTILL, require
 from phreg_deploy.files.atomic import check_target
 from phreg_deploy.images.photographs import list_images
 from phreg_deploy.progress import SILENT, Progress
@@ -109,7 +108,8 @@ def distill(
     list_images(images)
     check_target(output, force, [model_path(model), images, checkpoint])
     check_resume(output.with_name(output.name + ".partial"), resume, force)
-    require("phreg_deploy.distill", distill=DISTILL)
+    # Checks first that torch, timm and safetensors are there and work.
+    import phreg_deploy.models  # noqa: F401
     from phreg_deploy.distill.distillation import run_distillation
 
     return run_distillation(request, output, cache=cache, resume=resume, force=force, progress=progress)
