@@ -44,7 +44,7 @@ def test_targets_are_computed_once(case):
     )
 
 
-def test_targets_do_not_depend_on_company_or_order(case):
+def test_a_target_does_not_depend_on_the_other_images_or_their_order(case):
     cache, photographs = case
     cache.fill(photographs.subset([4]))
     alone = cache.read(photographs.digests[4])
@@ -94,7 +94,7 @@ def test_the_same_weights_computed_otherwise_have_another_folder(photos, tmp_pat
     photographs = read_photographs(photos, tuple(models[0].patch_embed.img_size), preprocess, limit=1)
     caches = [TargetCache(Teacher(model, preprocess, views=2), tmp_path) for model in models]
     assert caches[0].fill(photographs) == 1
-    assert caches[1].fill(photographs) == 1  # nothing of the first's is taken
+    assert caches[1].fill(photographs) == 1, "the first cache is not used"
     first, second = (cache.read(photographs.digests[0])["patches"].astype(np.float32) for cache in caches)
     assert np.abs(first - second).max() > 0.015
 
@@ -196,10 +196,11 @@ def test_two_threads_read_targets_at_once(case, monkeypatch):
     cache, photographs = case
     cache.fill(photographs)
     digests = photographs.digests * 3
+    # Each thread waits for the other one.
     meeting, real = threading.Barrier(2), cache.read
 
     def read(digest):
-        meeting.wait(timeout=30)  # nobody gets past alone
+        meeting.wait(timeout=30)
         return real(digest)
 
     def parse(text):

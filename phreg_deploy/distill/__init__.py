@@ -66,19 +66,19 @@ def distill(
         strength: activation of a transplanted neuron, as a share of its activation on outlier tokens; None for 0.07.
         int8_aware: train through the fake quantisation of INT8.
         views: shifted and flipped views per teacher target.
-        holdout: share of the images, chosen by name, that are kept for scores and never trained on.
+        holdout: share of the images, chosen by name, that are used for scores and not for training.
         seed: of registers, views and the order of images.
         device: "auto", "cpu", "cuda", "cuda:N", or several GPUs, "cuda:0,cuda:1".
         precision: "auto", "fp32" or "bf16" (autocast).
         cache: folder of teacher targets; None for ``$XDG_CACHE_HOME/phreg-deploy``.
-        resume: continue an interrupted run of the same settings, which is kept in ``OUTPUT.partial``.
+        resume: continue the interrupted run of the same settings in ``OUTPUT.partial``.
         force: replace an output or an interrupted run.
 
     ``micro_batch``, ``grad_checkpointing`` and the number of GPUs change the student by rounding only.
 
     Raises:
         PhregError: bad input, an output that exists, leftovers of another run, or a loss that is not finite.
-        BackendMissing: the extra ``distill`` is not installed, or the device is not there.
+        BackendMissing: the extra ``distill`` is not installed, or PyTorch cannot use the device.
     """
     images, output = Path(images), Path(output)
     request = Request(
@@ -108,7 +108,7 @@ def distill(
     list_images(images)
     check_target(output, force, [model_path(model), images, checkpoint])
     check_resume(output.with_name(output.name + ".partial"), resume, force)
-    # Checks first that torch, timm and safetensors are there and work.
+    # Raises BackendMissing if torch, timm or safetensors is missing or broken.
     import phreg_deploy.models  # noqa: F401
     from phreg_deploy.distill.distillation import run_distillation
 

@@ -104,12 +104,7 @@ def train(
     student.to(devices[0])
     weights = unlock_weights(student, recipe.unlock)
     optimizer = _make_optimizer(weights, recipe)
-    losses: list[float] = []
-    state = read_state(work, devices[0]) if resume else None
-    if state is not None:
-        student.load_state_dict(state["student"])
-        optimizer.load_state_dict(state["optimizer"])
-        losses = state["history"]
+    losses = _restore(student, optimizer, work, devices[0]) if resume else []
     variance = target_variance(cache, digests) if recipe.scale_free else TargetVariance()
     student.train()
     student.set_grad_checkpointing(grad_checkpointing)
@@ -128,6 +123,16 @@ def train(
     student.set_grad_checkpointing(False)
     student.requires_grad_(True)
     return History(losses, steps)
+
+
+def _restore(student: ViT, optimizer: torch.optim.Optimizer, work: Path, device: str) -> list[float]:
+    """Load the state after the last finished epoch; returns the losses until then."""
+    state = read_state(work, device)
+    if state is None:
+        return []
+    student.load_state_dict(state["student"])
+    optimizer.load_state_dict(state["optimizer"])
+    return list(state["history"])
 
 
 def _make_optimizer(weights: list[nn.Parameter], recipe: Recipe) -> torch.optim.Optimizer:

@@ -32,7 +32,7 @@ LOWEST_INPUT = -32.0
 LEAST_GAP = 0.01
 # Share of the activation on outlier tokens; the next norm keeps the direction alone (docs/figures.md).
 STRENGTH = 0.07
-# Rows that are kept for the quantile.
+# Rows in the sample for the quantile.
 SAMPLES = 65536
 
 
@@ -122,8 +122,8 @@ class _RowSample:
             rows, keys = rows[keys < self.keys.max()], keys[keys < self.keys.max()]
         self.rows, self.keys = torch.cat([self.rows, rows]), torch.cat([self.keys, keys])
         if len(self.rows) > self.most:
-            kept = self.keys.topk(self.most, largest=False).indices
-            self.rows, self.keys = self.rows[kept], self.keys[kept]
+            smallest = self.keys.topk(self.most, largest=False).indices
+            self.rows, self.keys = self.rows[smallest], self.keys[smallest]
 
 
 @dataclass
