@@ -159,7 +159,7 @@ def interleaved(calls: dict[str, Call], seconds: float) -> dict[str, float]:
 def distillation() -> dict[str, float]:
     """Teacher views and student images per second on scenes drawn by the demo, including the loader."""
     from phreg_deploy.demo.scenes import write_scenes
-    from phreg_deploy.distill.distillation import Request, distill
+    from phreg_deploy.distill import distill
 
     with tempfile.TemporaryDirectory() as folder:
         scenes = Path(folder) / "scenes"
@@ -167,15 +167,23 @@ def distillation() -> dict[str, float]:
         write_scenes(scenes, range(256))
         name, weights = "vit_base_patch14_dinov2", Path(folder) / "random.safetensors"
         save_file(timm.create_model(name, num_classes=0).state_dict(), weights)
-        request = Request(
-            model=name, checkpoint=weights, images=scenes, epochs=2, batch=32, recipe="ph-reg", precision="bf16"
+        record = distill(
+            name,
+            scenes,
+            Path(folder) / "student",
+            checkpoint=weights,
+            epochs=2,
+            batch=32,
+            recipe="ph-reg",
+            precision="bf16",
+            cache=Path(folder) / "cache",
+            progress=Progress(),
         )
-        record = distill(request, Path(folder) / "student", cache=Path(folder) / "cache", progress=Progress())
-    seconds, images = record["seconds"], record["images"]
+    seconds = record.seconds.to_json()
     student = seconds["total"] - seconds["targets"]
     return {
         "teacher_views_per_second": 10 * seconds["targets_computed"] / max(seconds["targets"], 1e-9),
-        "student_images_per_second": 2 * images["trained"] / student,
+        "student_images_per_second": 2 * record.images.trained / student,
         **{f"seconds_{k}": v for k, v in seconds.items()},
     }
 

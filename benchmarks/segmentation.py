@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from PIL import Image
 
-from phreg_deploy.demo.segmentation_probe import patch_labels
+from phreg_deploy.demo.linear_probe import patch_labels
 
 SIZE, CLASSES, VOID = (352, 480), 11, 11
 DECAY, RESAMPLES = 1e-4, 2000

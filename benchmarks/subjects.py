@@ -41,7 +41,7 @@ class Subject:
             features = hooks.forward(model, hooks.normalise(images, steps.mean, steps.std))
             patches, norms, cls = (t.numpy() for t in (features.patches, features.norms, features.cls))
             answers = {"patches": patches, "norms": norms, "cls": cls}
-            return {**answers, "logits": model.forward_head(features.given).numpy()} if heads else answers
+            return {**answers, "logits": model.forward_head(features.head_input).numpy()} if heads else answers
 
         return answer
 

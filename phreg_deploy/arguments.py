@@ -14,7 +14,6 @@ from phreg_deploy.json_files import read_json
 from phreg_deploy.spec import Batches, Sizes
 from phreg_deploy.student_record import model_path
 
-# Only the first moves neurons.
 RECIPES = ("transplant", "random-registers", "ph-reg")
 FLOATS, EIGHT_BITS = ("fp32", "fp16", "bf16"), ("int8", "fp8")
 WEIGHTS = (".safetensors", ".pth", ".pt", ".bin")
@@ -86,11 +85,6 @@ def check_distillation(settings: Mapping[str, Any]) -> None:
         raise PhregError(f"registers: got {given['registers']}, expected 0 to {MOST_REGISTERS}.")
     if not 0 < given.get("lr", 0.5) < 1:
         raise PhregError(f"lr: got {given['lr']}, expected a number between 0 and 1, e.g. 3e-4.")
-    if "strength" in given and given.get("recipe", RECIPES[0]) != RECIPES[0]:
-        raise PhregError(
-            f"strength: got {given['strength']} with the recipe {given['recipe']}, which moves no neurons; leave it "
-            f"out, or use --recipe {RECIPES[0]}."
-        )
     if not 0 < given.get("strength", 1) <= 4:
         raise PhregError(f"strength: got {given['strength']}, expected a share above 0 and up to 4, e.g. 0.07.")
     if not 0 <= given.get("holdout", 0) < 1:

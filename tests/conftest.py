@@ -126,13 +126,12 @@ def checkpoint(tmp_path_factory, torch) -> Path:
 
 
 @pytest.fixture(scope="session")
-def distilled(tmp_path_factory, base, photos) -> tuple[Path, dict[str, Any]]:
+def distilled(tmp_path_factory, base, photos) -> tuple[Path, Any]:
     """A student of one epoch, and its record."""
-    from phreg_deploy.distill.distillation import Request, distill
+    from phreg_deploy.distill import distill
 
     folder = tmp_path_factory.mktemp("students") / "student"
-    request = Request(str(base), photos, epochs=1, batch=8, views=6, device="cpu", precision="fp32")
-    return folder, distill(request, folder)
+    return folder, distill(str(base), photos, folder, epochs=1, batch=8, views=6, device="cpu", precision="fp32")
 
 
 @pytest.fixture(scope="session")

@@ -10,34 +10,43 @@ FAMILIES = {
     "augreg": ("vit_tiny_patch16_224", {}),
     "dino": ("vit_small_patch16_224", {}),
     "dinov2": ("vit_small_patch14_dinov2", {}),
-    "dinov2-giant": ("vit_giant_patch14_dinov2", {}),  # SwiGLU, packed
+    # Packed SwiGLU.
+    "dinov2-giant": ("vit_giant_patch14_dinov2", {}),
     "deit3": ("deit3_small_patch16_224", {}),
     "clip-quickgelu": ("vit_base_patch16_clip_quickgelu_224", {}),
     "clip": ("vit_base_patch16_clip_224", {}),
     "mae": ("vit_base_patch16_224", {"global_pool": "avg"}),
     "siglip": ("vit_base_patch16_siglip_224", {}),
     "eva": ("eva_large_patch14_196", {}),
-    "eva02": ("eva02_tiny_patch14_224", {}),  # rotary, SwiGLU
-    "eva02-base": ("eva02_base_patch14_224", {}),  # separate q, k, v; norm inside the MLP
+    # Rotary positions, SwiGLU.
+    "eva02": ("eva02_tiny_patch14_224", {}),
+    # Separate q, k and v; a norm inside the MLP.
+    "eva02-base": ("eva02_base_patch14_224", {}),
 }
 
 
 class Attention(PlainAttention):
-    """timm's own, with the gate that its model functions cannot be asked for by name."""
+    """timm's attention with a gate, which its model functions do not offer by name."""
 
     __init__ = functools.partialmethod(PlainAttention.__init__, gated=True)
 
 
-# What blocks are made of beside that: options of timm that 8 bits must find their way through.
+# Other options of timm that quantisation must handle.
 VARIANTS = {
-    "bare": ("vit_tiny_patch16_224", {"qkv_bias": False, "proj_bias": False, "qk_norm": True, "init_values": 0.1}),
-    "normed": ("vit_tiny_patch16_224", {"scale_attn_norm": True, "scale_mlp_norm": True, "class_token": False, "global_pool": "avg"}),
+    "bare": (
+        "vit_tiny_patch16_224",
+        {"qkv_bias": False, "proj_bias": False, "qk_norm": True, "init_values": 0.1},
+    ),
+    "normed": (
+        "vit_tiny_patch16_224",
+        {"scale_attn_norm": True, "scale_mlp_norm": True, "class_token": False, "global_pool": "avg"},
+    ),
     "gated": ("vit_tiny_patch16_224", {"attn_layer": Attention}),
-}  # fmt: skip
+}
 
 
 def small(family: str, *, depth: int = 2, width: int = 48, heads: int = 3, seed: int = 0, side: int = 4, **more):
-    """The family's model, ``side`` x ``side`` patches, with weights large enough that every path matters; ``more`` options of timm."""
+    """A family's model of ``side`` x ``side`` patches; its weights are so large that every path matters."""
     name, options = {**FAMILIES, **VARIANTS}[family]
     patch = 14 if "patch14" in name else 16
     torch.manual_seed(seed)
@@ -63,9 +72,9 @@ def small(family: str, *, depth: int = 2, width: int = 48, heads: int = 3, seed:
 
 
 def plant(model, block: int = 0, unit: int = 5, level: float = 40.0):
-    """Make a register neuron: a hidden unit that fires for the first patch's place alone and writes a long vector there.
+    """Make a register neuron: a hidden unit that fires only at the first patch's place and writes a long vector there.
 
-    The direction is fitted to the inputs of the block's MLP, so that it works in any block of any family.
+    The direction is fitted to the inputs of the block's MLP, and works in any block of any family.
     """
     generator = torch.Generator().manual_seed(7)
     with torch.no_grad():

@@ -5,10 +5,10 @@ import pytest
 import torch
 
 from phreg_deploy.artifacts.measures import agreement, outlier_mask
+from phreg_deploy.demo.linear_probe import LinearProbe, mean_iou, patch_labels
 from phreg_deploy.demo.pipeline import MODEL
 from phreg_deploy.demo.scenes import CLASSES, make_scene, write_scenes
-from phreg_deploy.demo.segmentation_probe import Probe, mean_iou, patch_labels
-from phreg_deploy.distill.register_neurons import survey
+from phreg_deploy.distill.register_neurons import find_register_neurons
 from phreg_deploy.distill.teacher import Teacher
 from phreg_deploy.images.photographs import read_photographs
 from phreg_deploy.models import hooks
@@ -34,14 +34,14 @@ def scenes(tmp_path_factory):
 
 
 def test_the_embedded_model_has_the_artifacts_it_claims(scenes):
-    """One register neuron, found by the automatic search; its tokens lost their content, and other views know better."""
+    """The search finds a register neuron; its tokens have lost their content, which other views still show."""
     assert (MODEL / "model.safetensors").stat().st_size < 5 * 2**20
     model = load_model(str(MODEL))
     preprocess = model_preprocess(model)
-    found = survey(model, [hooks.normalise(scenes.batch(0, 8), preprocess.mean, preprocess.std)])
-    assert len(found.neurons) >= 1
-    assert 0.005 < found.rate < 0.05
-    assert max(found.block_largest) > 10
+    search = find_register_neurons(model, [hooks.normalise(scenes.batch(0, 8), preprocess.mean, preprocess.std)])
+    assert len(search.neurons) >= 1
+    assert 0.005 < search.rate < 0.05
+    assert max(search.block_largest) > 10
     targets = list(Teacher(model, preprocess, views=10).targets(scenes))
     norms = np.stack([t.norms for t in targets])
     outliers = outlier_mask(norms, float(np.median(norms)))
@@ -56,7 +56,7 @@ def test_the_probe_learns_what_is_linear():
     rng = np.random.default_rng(0)
     labels = rng.integers(0, 3, (40, 16))
     features = np.eye(3)[labels] @ rng.standard_normal((3, 8)) + 0.01 * rng.standard_normal((40, 16, 8))
-    predicted = Probe.fit(features[:30], labels[:30], 3).predict(features[30:])
+    predicted = LinearProbe.fit(features[:30], labels[:30], 3).predict(features[30:])
     assert (predicted == labels[30:]).mean() == 1
     assert mean_iou(predicted, labels[30:], 3) == 1
 

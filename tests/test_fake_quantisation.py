@@ -1,9 +1,9 @@
-"""INT8-aware distillation: a model in fake 8 bits computes what its INT8 bundle computes, and is itself again afterwards."""
+"""INT8-aware distillation: a model in fake INT8 computes what its INT8 bundle computes, and is unchanged afterwards."""
 
 import contextlib
 import copy
+import functools
 import json
-from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -11,9 +11,8 @@ import torch
 from torch import nn
 
 from phreg_deploy.artifacts.measures import agreement
-from phreg_deploy.distill import training
-from phreg_deploy.distill.distillation import Request, distill
-from phreg_deploy.distill.fake_quantisation import observe, quantised, quantised_layers
+from phreg_deploy.distill import distill, training
+from phreg_deploy.distill.fake_quantisation import observe_grids, quantised, quantised_layers
 from phreg_deploy.errors import PhregError
 from phreg_deploy.models import hooks
 from phreg_deploy.models.loading import load_model
@@ -25,7 +24,8 @@ from tests.quantised_graphs import features, traced
 from tests.small_models import FAMILIES, VARIANTS, small
 
 PLAIN = Smoothing(None, None, None)
-SEPARATE = ["eva02"]  # its projection's biases are no module's, so its input cannot be reached
+# The biases of its projection belong to no module, so hooks cannot reach the input.
+SEPARATE = ["eva02"]
 FUSED = [family for family in (*FAMILIES, *VARIANTS) if family not in SEPARATE]
 
 
@@ -53,7 +53,7 @@ def test_fake_eight_bits_are_the_bundles(family):
     session = open_session(here.eight_bits("cpu"))
     served = np.concatenate([features(session, batch) for batch in here.images])
     real = run(here.model, here.batches)
-    with quantised(here.model, observe(here.model, here.batches, Smoothing())):
+    with quantised(here.model, observe_grids(here.model, here.batches, Smoothing())):
         fake = run(here.model, here.batches)
     assert agreement(fake, served).mean >= 0.99999
     assert agreement(fake, served).mean >= 1 - 0.5 * (1 - agreement(real, served).mean), "nearer to it than float is"
@@ -65,7 +65,7 @@ def test_every_smoothing_is_the_bundles(family, smoothing):
     here = traced(family)
     session = open_session(here.eight_bits("cpu", smoothing=smoothing))
     served = np.concatenate([features(session, batch) for batch in here.images])
-    with quantised(here.model, observe(here.model, here.batches, smoothing)):
+    with quantised(here.model, observe_grids(here.model, here.batches, smoothing)):
         fake = run(here.model, here.batches)
     assert agreement(fake, served).mean >= 0.99999
 
@@ -74,7 +74,7 @@ def test_every_smoothing_is_the_bundles(family, smoothing):
 def test_grids_are_those_of_calibrate(family):
     here = traced(family)
     for smoothing in (Smoothing(), Smoothing(registers=False)):
-        grids = observe(here.model, here.batches, smoothing)
+        grids = observe_grids(here.model, here.batches, smoothing)
         expected = here.equalised(smoothing).grids
         assert set(grids) == set(expected)
         for name, grid in grids.items():
@@ -88,7 +88,7 @@ def test_afterwards_everything_is_as_it_was(family):
     model = copy.deepcopy(here.model).train()
     state, before = {k: v.clone() for k, v in model.state_dict().items()}, run(model.eval(), here.batches)
     model.train()
-    grids = observe(model, here.batches, Smoothing())
+    grids = observe_grids(model, here.batches, Smoothing())
     assert model.training
     assert not any(module._forward_pre_hooks for module in model.modules())
     with contextlib.suppress(KeyboardInterrupt), quantised(model, grids):
@@ -107,11 +107,11 @@ def test_every_weight_learns_through_eight_bits():
     here = traced("augreg")
     model = copy.deepcopy(here.model).requires_grad_(True)
     gradients = []
-    for grids in ({}, observe(model, here.batches, Smoothing())):
+    for grids in ({}, observe_grids(model, here.batches, Smoothing())):
         model.zero_grad()
         with quantised(model, grids):
-            seen = hooks.forward(model, here.batches[0])
-        (seen.patches.square().mean() + seen.norms.mean()).backward()
+            outputs = hooks.forward(model, here.batches[0])
+        (outputs.patches.square().mean() + outputs.norms.mean()).backward()
         gradients.append({name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None})
     straight, through = gradients
     assert set(straight) == set(through)
@@ -162,10 +162,11 @@ def test_a_model_whose_inputs_cannot_be_reached_is_refused(family):
 
 @pytest.fixture(scope="module")
 def aware(tmp_path_factory, base, photos):
-    """Two epochs through eight bits: the request, the cache, the student and its record."""
+    """Two epochs in fake INT8: the door with its arguments but the output, the student's folder and its record."""
     root = tmp_path_factory.mktemp("aware")
-    request = Request(str(base), photos, epochs=2, batch=8, views=3, device="cpu", precision="fp32", int8_aware=True)
-    return request, root / "cache", root / "student", distill(request, root / "student", cache=root / "cache")
+    settings = {"epochs": 2, "batch": 8, "views": 3, "device": "cpu", "precision": "fp32", "int8_aware": True}
+    run = functools.partial(distill, str(base), photos, cache=root / "cache", **settings)
+    return run, root / "student", run(root / "student")
 
 
 def digest(folder):
@@ -173,54 +174,54 @@ def digest(folder):
 
 
 def test_the_record_says_what_eight_bits_keep(aware):
-    _, _, folder, record = aware
+    _, folder, record = aware
     stored = json.loads((folder / "phreg.json").read_text())
     assert stored["recipe"]["int8"] is True
     eight = stored["scores"]["int8"]
-    assert eight == record["scores"]["int8"]
+    assert eight == record.scores.int8.to_json()
     assert set(eight) == {"norm_outliers", "fidelity", "own"}
     assert 0.99 < eight["own"]["p1"] <= eight["own"]["mean"] < 1
-    assert eight["fidelity"]["mean"] == pytest.approx(record["scores"]["student"]["fidelity"]["mean"], abs=0.01)
-    assert np.isfinite(record["history"]["loss"]).all()
+    assert eight["fidelity"]["mean"] == pytest.approx(record.scores.student.fidelity.mean, abs=0.01)
+    assert np.isfinite(record.history.loss).all()
 
 
 def test_without_being_asked_there_are_no_eight_bits(distilled):
     _, record = distilled
-    assert record["recipe"]["int8"] is False
-    assert "int8" not in record["scores"]
+    assert record.recipe.int8 is False
+    assert "int8" not in record.to_json()["scores"]
 
 
 def test_every_step_runs_through_the_grids_of_its_epoch(aware, tmp_path, monkeypatch):
-    request, cache, folder, _ = aware
+    run_aware, folder, _ = aware
     opened, real = [], training.quantised
     monkeypatch.setattr(training, "quantised", lambda model, grids: opened.append(grids) or real(model, grids))
-    distill(request, tmp_path / "again", cache=cache)
+    run_aware(tmp_path / "again")
     assert [len(grids) for grids in opened] == 6 * [12], "three steps an epoch, twelve layers"
     steps = [grids["blocks.0.mlp.fc2"].step for grids in opened]
     assert steps[:3] == 3 * steps[:1]
     assert steps[3:] == 3 * steps[3:4]
     assert steps[0] != steps[3], "observed anew before each epoch"
     assert digest(tmp_path / "again") == digest(folder)
-    distill(replace(request, int8_aware=False), tmp_path / "float", cache=cache)
+    run_aware(tmp_path / "float", int8_aware=False)
     assert digest(tmp_path / "float") != digest(folder)
 
 
 def test_an_interrupted_run_resumes_to_the_same_student(aware, tmp_path):
-    request, cache, folder, _ = aware
+    run_aware, folder, _ = aware
     with interrupted(training, "objective", at=5):  # in the second epoch
-        distill(request, tmp_path / "halves", cache=cache)
+        run_aware(tmp_path / "halves")
     with pytest.raises(PhregError, match=r"other settings .*recipe"):
-        distill(replace(request, int8_aware=False), tmp_path / "halves", cache=cache, resume=True)
-    distill(request, tmp_path / "halves", cache=cache, resume=True)
+        run_aware(tmp_path / "halves", int8_aware=False, resume=True)
+    run_aware(tmp_path / "halves", resume=True)
     assert digest(tmp_path / "halves") == digest(folder)
 
 
-def test_the_command_shows_eight_bits_beside_the_student(aware, run_cli, tmp_path):
-    request, cache, folder, _ = aware
-    words = ["--epochs", 2, "--batch", 8, "--views", 3, "--device", "cpu", "--precision", "fp32", "--cache", cache]
-    outcome = run_cli(
-        "distill", request.model, "--images", request.images, "-o", tmp_path / "out", *words, "--int8-aware", "--json"
-    )
+def test_the_command_shows_eight_bits_beside_the_student(aware, base, photos, run_cli, tmp_path):
+    run_aware, folder, _ = aware
+    words = ["--epochs", 2, "--batch", 8, "--views", 3, "--device", "cpu", "--precision", "fp32", "--int8-aware"]
+    cache = run_aware.keywords["cache"]
+    distil = ["distill", base, "--images", photos, "-o", tmp_path / "out", "--cache", cache, *words, "--json"]
+    outcome = run_cli(*distil)
     assert outcome.code == 0, outcome.err
     assert "student, fake INT8" in outcome.err
     assert "cosine to the student's own FP32" in outcome.err
@@ -232,17 +233,8 @@ def test_eva_is_refused_before_any_target_is_computed(run_cli, photos, tmp_path)
 
     (tmp_path / "eva").mkdir()
     write_student(small("eva02", depth=1), {"scores": {}}, tmp_path / "eva")
-    words = [
-        "distill",
-        tmp_path / "eva",
-        "--images",
-        photos,
-        "-o",
-        tmp_path / "out",
-        "--cache",
-        tmp_path / "cache",
-        "--int8-aware",
-        "--json",
-    ]
-    run_cli(*words).refused(2, "int8-aware: got an Eva model with separate query and value biases")
+    words = ["distill", tmp_path / "eva", "--images", photos, "-o", tmp_path / "out", "--cache", tmp_path / "cache"]
+    run_cli(*words, "--int8-aware", "--json").refused(
+        2, "int8-aware: got an Eva model with separate query and value biases"
+    )
     assert {p.name for p in tmp_path.iterdir()} == {"eva"}

@@ -6,7 +6,7 @@ import timm
 import torch
 from torch import nn
 
-from phreg_deploy.distill.distillation import Request, distill
+from phreg_deploy.distill import distill
 from phreg_deploy.distill.teacher import Teacher
 from phreg_deploy.export.dense_vit import DenseViT
 from phreg_deploy.images.photographs import read_photographs
@@ -102,13 +102,10 @@ def test_a_pooled_model_distils_towards_normed_tokens(photos, tmp_path):
     base = small("eva02-base")
     (tmp_path / "base").mkdir()
     write_student(base, {"scores": {}}, tmp_path / "base")
-    request = Request(
-        str(tmp_path / "base"), photos, epochs=6, batch=8, lr=3e-4, views=2, precision="fp32", device="cpu"
-    )
-    record = distill(request, tmp_path / "student", cache=tmp_path / "cache")
+    settings = {"epochs": 6, "batch": 8, "lr": 3e-4, "views": 2, "precision": "fp32", "device": "cpu"}
+    record = distill(str(tmp_path / "base"), photos, tmp_path / "student", cache=tmp_path / "cache", **settings)
     student = load_model(str(tmp_path / "student"))
-    assert torch.equal(
-        student.fc_norm.weight, load_model(str(tmp_path / "base")).fc_norm.weight
-    )  # the head's: unchanged
-    assert record["history"]["loss"][-1] < 0.9 * record["history"]["loss"][0]
-    assert record["scores"]["student"]["fidelity"]["mean"] > 0.5
+    # It belongs to the head, and does not train.
+    assert torch.equal(student.fc_norm.weight, load_model(str(tmp_path / "base")).fc_norm.weight)
+    assert record.history.loss[-1] < 0.9 * record.history.loss[0]
+    assert record.scores.student.fidelity.mean > 0.5

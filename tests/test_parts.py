@@ -1,6 +1,7 @@
-"""Batches in parts and recomputed blocks: less memory, and the student that comes out without them."""
+"""Micro-batches and recomputed blocks need less memory and give the same student."""
 
 import copy
+import functools
 import json
 from dataclasses import replace
 
@@ -8,58 +9,51 @@ import numpy as np
 import pytest
 import torch
 
-from phreg_deploy.distill import training
-from phreg_deploy.distill.distillation import Request, distill
+from phreg_deploy.distill import distill, training
 from phreg_deploy.distill.recipes import RECIPES
 from phreg_deploy.models.loading import load_model
 from phreg_deploy.models.weights import weights_digest
 from tests.cli_helpers import interrupted
-from tests.schooling import School, descent
 from tests.small_models import small
+from tests.training_helpers import SmallDataset, use_gradient_descent
 
 LOSSES = ["transplant", "ph-reg"]
 
 
 @pytest.fixture(scope="module")
-def schools(photos, tmp_path_factory):
-    made = {}
-
-    def school(family="augreg"):
-        if family not in made:
-            made[family] = School(family, photos, tmp_path_factory.mktemp(family))
-        return made[family]
-
-    return school
+def dataset_of(photos, tmp_path_factory):
+    """A function from a model family to its data set; each is made once."""
+    return functools.cache(lambda family="augreg": SmallDataset(family, photos, tmp_path_factory.mktemp(family)))
 
 
 @pytest.mark.parametrize("micro_batch", [1, 3])
 @pytest.mark.parametrize("name", LOSSES)
-def test_parts_give_the_weights_of_the_whole_batch(schools, monkeypatch, name, micro_batch):
-    """Seven images in batches of 5 and 2, so that parts of 3 are uneven."""
-    descent(monkeypatch)
+def test_parts_give_the_weights_of_the_whole_batch(dataset_of, monkeypatch, name, micro_batch):
+    """Seven images make batches of 5 and 2; parts of 3 are then uneven."""
+    use_gradient_descent(monkeypatch)
     recipe = replace(RECIPES[name], batch=5, epochs=2, lr=0.05, lr_end=0.04)
-    whole, parts = (schools().train(recipe, micro_batch=micro) for micro in (None, micro_batch))
+    whole, parts = (dataset_of().train(recipe, micro_batch=micro) for micro in (None, micro_batch))
     assert whole.sizes == [5, 2, 5, 2]
     assert parts.sizes == ([1] * 14 if micro_batch == 1 else [3, 2, 2, 3, 2, 2])
-    whole.compare(parts)
+    whole.assert_close(parts)
 
 
 @pytest.mark.parametrize("name", LOSSES)
-def test_gradients_of_parts_add_up(schools, name):
-    """At random features, without a model: the loss alone, whose weights are normalised over the whole batch."""
+def test_gradients_of_parts_add_up(dataset_of, name):
+    """The loss of random features, without a model. Its weights are normalised over the whole batch."""
     recipe = RECIPES[name]
     drift = torch.rand(5, 9) ** 3
     batch = training.Batch(torch.zeros(5, 4, 4, 3), torch.randn(5, 9, 8), torch.randn(5, 8), drift)
-    tokens, found = torch.randn(5, 10, 8), []
+    tokens, results = torch.randn(5, 10, 8), []
     for micro_batch in (None, 1, 3):
         leaf, start, loss = tokens.clone().requires_grad_(True), 0, 0.0
-        for part in training.divide(batch, recipe, micro_batch, 1):
+        for part in training.split_batch(batch, recipe, micro_batch, 1):
             rows = slice(start, start := start + len(part.images))
-            seen = training.hooks.Features(leaf[rows], leaf[rows], leaf[rows, 1:].norm(dim=-1), 1, True)
-            one = training.objective(seen, part, recipe, training.Scale(1.3, 0.7), "cpu")
-            one.backward()
-            loss += one.item()
-        found.append((loss, leaf.grad))
+            features = training.hooks.Features(leaf[rows], leaf[rows], leaf[rows, 1:].norm(dim=-1), 1, True)
+            part_loss = training.objective(features, part, recipe, training.TargetVariance(1.3, 0.7), "cpu")
+            part_loss.backward()
+            loss += part_loss.item()
+        results.append((loss, leaf.grad))
     weight = 1 + recipe.hard_weight * drift
     cosine = 1 - torch.cosine_similarity(tokens[:, 1:], batch.patches, dim=-1)
     square = (tokens[:, 1:] - batch.patches).square().mean(-1) / 1.3
@@ -67,17 +61,17 @@ def test_gradients_of_parts_add_up(schools, name):
     if name == "transplant":
         other = (tokens[:, 0] - batch.cls).square().mean(-1) / 0.7
         expected += 4 * (1 - torch.cosine_similarity(tokens[:, 0], batch.cls, dim=-1) + other).mean()
-    for loss, gradient in found:
+    for loss, gradient in results:
         assert loss == pytest.approx(expected.item(), rel=1e-5)
-        torch.testing.assert_close(gradient, found[0][1], rtol=1e-4, atol=1e-7)
-    assert found[0][1].abs().max() > 1e-3
+        torch.testing.assert_close(gradient, results[0][1], rtol=1e-4, atol=1e-7)
+    assert results[0][1].abs().max() > 1e-3
 
 
-def test_a_part_larger_than_the_batch_is_the_batch(schools):
+def test_a_part_larger_than_the_batch_is_the_batch(dataset_of):
     recipe = replace(RECIPES["transplant"], batch=5, epochs=1)
-    whole, parts = schools().train(recipe), schools().train(recipe, micro_batch=100)
+    whole, parts = dataset_of().train(recipe), dataset_of().train(recipe, micro_batch=100)
     assert parts.sizes == [5, 2]
-    whole.same(parts)
+    whole.assert_identical(parts)
 
 
 @pytest.mark.parametrize(
@@ -91,52 +85,51 @@ def test_a_part_larger_than_the_batch_is_the_batch(schools):
         ("eva02-base", "transplant", False),
     ],
 )
-def test_recomputed_blocks_give_the_same_weights(schools, family, name, int8):
+def test_recomputed_blocks_give_the_same_weights(dataset_of, family, name, int8):
     recipe = replace(RECIPES[name], batch=5, epochs=1, int8=int8)
-    kept, again = (schools(family).train(recipe, grad_checkpointing=on) for on in (False, True))
-    kept.same(again)
-    assert kept.calls == [2, 2]  # steps
-    assert again.calls == [4, 4]  # forwards of each block: each step's again in its backward pass
-    assert again.held < 0.5 * kept.held
+    kept, again = (dataset_of(family).train(recipe, grad_checkpointing=on) for on in (False, True))
+    kept.assert_identical(again)
+    assert kept.forwards == [2, 2], "one per step"
+    assert again.forwards == [4, 4], "each one again in the backward pass"
+    assert again.saved < 0.5 * kept.saved
     assert again.student.grad_checkpointing is False
 
 
-def test_recomputed_blocks_under_autocast(schools):
+def test_recomputed_blocks_under_autocast(dataset_of):
     recipe = replace(RECIPES["transplant"], batch=5, epochs=1)
-    kept, again = (schools().train(recipe, autocast=True, grad_checkpointing=on) for on in (False, True))
-    kept.same(again)
-    assert again.calls == [4, 4]
+    kept, again = (dataset_of().train(recipe, autocast=True, grad_checkpointing=on) for on in (False, True))
+    kept.assert_identical(again)
+    assert again.forwards == [4, 4]
 
 
 @pytest.mark.parametrize("family", ["augreg", "eva"])
 def test_the_student_holds_fewer_activations(family):
-    """What autograd keeps for the backward pass, read with its own hooks, of ``hooks.forward`` alone."""
+    """Count the elements that autograd saves for the backward pass of ``hooks.forward`` alone."""
     model, images = small(family, depth=4).train(), torch.randn(2, 3, *small(family).patch_embed.img_size)
-    held = []
+    saved = []
     for on in (False, True):
-        one = copy.deepcopy(model)
-        one.set_grad_checkpointing(on)
-        kept = []
-        with torch.autograd.graph.saved_tensors_hooks(lambda t, kept=kept: kept.append(t.numel()) or t, lambda t: t):
-            training.hooks.forward(one, images).patches.sum().backward()
-        held.append(sum(kept))
-    assert held[1] < 0.5 * held[0]
+        copied, sizes = copy.deepcopy(model), []
+        copied.set_grad_checkpointing(on)
+        with torch.autograd.graph.saved_tensors_hooks(lambda t, sizes=sizes: sizes.append(t.numel()) or t, lambda t: t):
+            training.hooks.forward(copied, images).patches.sum().backward()
+        saved.append(sum(sizes))
+    assert saved[1] < 0.5 * saved[0]
 
 
 # --- `distill`
 
 
 def test_an_interrupted_run_goes_on_in_parts(base, photos, tmp_path):
-    """Neither option is among the settings that --resume compares; the student is the same to rounding."""
-    request = Request(str(base), photos, epochs=2, batch=8, views=3, device="cpu", precision="fp32", lr=1e-6)
-    distill(request, tmp_path / "whole", cache=tmp_path / "cache")
+    """--resume compares neither option; the student is the same to rounding."""
+    settings = {"epochs": 2, "batch": 8, "views": 3, "device": "cpu", "precision": "fp32", "lr": 1e-6}
+    run = functools.partial(distill, str(base), photos, cache=tmp_path / "cache", **settings)
+    run(tmp_path / "whole")
     with interrupted(training, "objective", at=5):
-        distill(request, tmp_path / "halves", cache=tmp_path / "cache")
-    settings = json.loads((tmp_path / "halves.partial" / "settings.json").read_text())
-    assert not {"micro_batch", "grad_checkpointing", "device"} & set(settings)
-    changed = replace(request, micro_batch=3, grad_checkpointing=True)
-    record = distill(changed, tmp_path / "halves", cache=tmp_path / "cache", resume=True)
-    assert len(record["history"]["loss"]) == 2
+        run(tmp_path / "halves")
+    stored = json.loads((tmp_path / "halves.partial" / "settings.json").read_text())
+    assert not {"micro_batch", "grad_checkpointing", "device"} & set(stored)
+    record = run(tmp_path / "halves", micro_batch=3, grad_checkpointing=True, resume=True)
+    assert len(record.history.loss) == 2
     whole, halves = (load_model(str(tmp_path / name)) for name in ("whole", "halves"))
     assert halves.grad_checkpointing is False
     for name, value in whole.state_dict().items():

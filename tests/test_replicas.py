@@ -1,6 +1,7 @@
-"""Work over several devices in one process. The devices are the CPU, named more than once: GPUs are not tested here."""
+"""Distribute work over several devices in one process: here the CPU, named more than once, and no GPU."""
 
 import copy
+import functools
 import threading
 import time
 from dataclasses import replace
@@ -9,27 +10,26 @@ import numpy as np
 import pytest
 import torch
 
-from phreg_deploy.distill import distillation, training
-from phreg_deploy.distill.distillation import Request, distill
+from phreg_deploy.distill import distill, distillation, teacher, training
 from phreg_deploy.distill.recipes import RECIPES
 from phreg_deploy.distill.replicas import AHEAD, Replicas
 from phreg_deploy.distill.teacher import Teacher
 from phreg_deploy.errors import BackendMissing, PhregError
 from phreg_deploy.models import hardware
 from phreg_deploy.models.loading import load_model
-from tests.schooling import School, descent
 from tests.small_models import small
+from tests.training_helpers import SmallDataset, use_gradient_descent
 
 TWO, THREE = ("cpu", "cpu"), ("cpu", "cpu", "cpu")
 
 
 @pytest.fixture(scope="module")
-def school(photos, tmp_path_factory):
-    return School("augreg", photos, tmp_path_factory.mktemp("school"))
+def dataset(photos, tmp_path_factory):
+    return SmallDataset("augreg", photos, tmp_path_factory.mktemp("dataset"))
 
 
 def test_results_come_in_the_order_of_the_jobs():
-    """The first device is slow; the second goes on by itself, but not further ahead than it may."""
+    """The first device is slow; the second one continues, but only as far ahead as ``AHEAD`` allows."""
     replicas, started = Replicas(torch.nn.Linear(1, 1), TWO), []
 
     def work(model, device, job):
@@ -38,18 +38,18 @@ def test_results_come_in_the_order_of_the_jobs():
         time.sleep(0.02 if model is replicas.models[0] else 0)
         return job, replicas.models.index(model), threading.get_ident()
 
-    results = replicas.spread(work, iter(range(11)))
+    results = replicas.map(work, iter(range(11)))
     first = next(results)
     assert max(started) <= 2 * AHEAD
-    found = [first, *results]
-    assert [job for job, _, _ in found] == list(range(11))
-    assert [place for _, place, _ in found] == [job % 2 for job in range(11)]
-    assert len({thread for _, _, thread in found}) == 2
+    results = [first, *results]
+    assert [job for job, _, _ in results] == list(range(11))
+    assert [device for _, device, _ in results] == [job % 2 for job in range(11)]
+    assert len({thread for _, _, thread in results}) == 2
 
 
 def test_one_device_needs_no_thread():
     replicas = Replicas(torch.nn.Linear(1, 1), ["cpu"])
-    assert list(replicas.spread(lambda *_: threading.current_thread(), [1, 2])) == 2 * [threading.main_thread()]
+    assert list(replicas.map(lambda *_: threading.current_thread(), [1, 2])) == 2 * [threading.main_thread()]
 
 
 @pytest.mark.parametrize("error", [PhregError, KeyboardInterrupt])
@@ -59,9 +59,9 @@ def test_what_a_worker_raises_comes_out_and_no_thread_stays(error):
             raise error("here")
         return job
 
-    before, found = threading.active_count(), []
+    before, results = threading.active_count(), []
     with pytest.raises(error, match="here"):
-        found.extend(Replicas(torch.nn.Linear(1, 1), TWO).spread(work, range(20)))
+        results.extend(Replicas(torch.nn.Linear(1, 1), TWO).map(work, range(20)))
     assert threading.active_count() == before
 
 
@@ -82,23 +82,22 @@ def test_gradients_are_summed_and_weights_are_shared():
     replicas.share_weights()
     for model in replicas.models[1:]:
         same = [torch.equal(a, b) for a, b in zip(replicas.models[0].parameters(), model.parameters())]
-        assert same == [True, True, True, False]  # what does not train is not copied
+        assert same == [True, True, True, False], "what does not train is not copied"
 
 
 @pytest.mark.parametrize("devices", [TWO, THREE])
-def test_targets_are_identical(school, monkeypatch, devices):
-    from phreg_deploy.distill import teacher
-
-    settings = {"views": 18, "seed": 1}  # two photographs a chunk
-    model, seen, real, counts = school.model, [], teacher.hooks.forward, []
-    alone = list(Teacher(model, school.preprocess, **settings).targets(school.photographs))
-    monkeypatch.setattr(teacher.hooks, "forward", lambda model, images: seen.append(id(model)) or real(model, images))
-    spread = Teacher(model, school.preprocess, device=devices[0], more_devices=devices[1:], **settings)
-    assert spread.digest == Teacher(model, school.preprocess, **settings).digest
-    together = list(spread.targets(school.photographs, counts.append))
-    assert len(set(seen)) == len(devices)
-    assert len(seen) == 4
-    assert counts == [2, 2, 2, 1]
+def test_targets_are_identical(dataset, monkeypatch, devices):
+    # Two photographs per chunk.
+    settings = {"views": 18, "seed": 1}
+    model, models, real, advances = dataset.model, [], teacher.hooks.forward, []
+    alone = list(Teacher(model, dataset.preprocess, **settings).targets(dataset.photographs))
+    monkeypatch.setattr(teacher.hooks, "forward", lambda model, images: models.append(id(model)) or real(model, images))
+    several = Teacher(model, dataset.preprocess, devices=devices, **settings)
+    assert several.digest == Teacher(model, dataset.preprocess, **settings).digest
+    together = list(several.targets(dataset.photographs, advances.append))
+    assert len(set(models)) == len(devices)
+    assert len(models) == 4
+    assert advances == [2, 2, 2, 1]
     for one, other in zip(alone, together, strict=True):
         for name in ("patches", "cls", "norms", "plain"):
             assert np.array_equal(getattr(one, name), getattr(other, name))
@@ -108,22 +107,24 @@ def test_targets_are_identical(school, monkeypatch, devices):
     ("name", "int8", "devices", "options"),
     [
         ("transplant", False, TWO, {}),
-        ("transplant", False, THREE, {}),  # three images, one for each; and a last batch of one image
+        # Batches of three images, one for each device, and a last batch of one image.
+        ("transplant", False, THREE, {}),
         ("ph-reg", False, TWO, {}),
         ("transplant", True, TWO, {}),
         ("transplant", False, TWO, {"micro_batch": 1, "grad_checkpointing": True}),
         ("transplant", True, TWO, {"micro_batch": 1, "grad_checkpointing": True}),
     ],
 )
-def test_several_devices_give_the_weights_of_one(school, monkeypatch, name, int8, devices, options):
-    descent(monkeypatch)
+def test_several_devices_give_the_weights_of_one(dataset, monkeypatch, name, int8, devices, options):
+    use_gradient_descent(monkeypatch)
     recipe = replace(RECIPES[name], batch=3, epochs=2, lr=0.05, lr_end=0.04, int8=int8)
-    if int8:  # one step: an input that rounds to the next value of its grid would grow into another student
+    # In INT8 take one step: an input that rounds to another value of its grid would lead to another student.
+    if int8:
         recipe = replace(recipe, batch=7, epochs=1, lr=0.5)
-    alone, made = school.train(recipe), []
+    alone, made = dataset.train(recipe), []
     monkeypatch.setattr(training, "Replicas", lambda *args: made.append(Replicas(*args)) or made[-1])
-    together = school.train(recipe, devices, **options)
-    alone.compare(together, within=1e-2 if int8 else 1e-4)
+    together = dataset.train(recipe, devices, **options)
+    alone.assert_close(together, within=1e-2 if int8 else 1e-4)
     (replicas,) = made
     assert [len(set(map(id, replicas.models)))] == [len(devices)]
     for model in replicas.models[1:]:
@@ -131,23 +132,22 @@ def test_several_devices_give_the_weights_of_one(school, monkeypatch, name, int8
             assert torch.equal(parameter, first)
 
 
-def test_a_run_repeated_on_two_devices_gives_the_same_bits(school):
+def test_a_run_repeated_on_two_devices_gives_the_same_bits(dataset):
     recipe = replace(RECIPES["transplant"], batch=5, epochs=2)
-    school.train(recipe, TWO).same(school.train(recipe, TWO))
+    dataset.train(recipe, TWO).assert_identical(dataset.train(recipe, TWO))
 
 
 def test_a_distillation_over_two_devices(base, photos, tmp_path, monkeypatch):
-    request = Request(str(base), photos, epochs=1, batch=8, views=3, device="cpu", precision="fp32", lr=1e-6)
-    monkeypatch.setattr(distillation, "find_devices", lambda asked: TWO)
-    record = distill(request, tmp_path / "two", cache=tmp_path / "cache")
+    settings = {"epochs": 1, "batch": 8, "views": 3, "device": "cpu", "precision": "fp32", "lr": 1e-6}
+    run = functools.partial(distill, str(base), photos, cache=tmp_path / "cache", **settings)
+    monkeypatch.setattr(distillation, "find_devices", lambda device: TWO)
+    several = run(tmp_path / "two")
     monkeypatch.undo()
-    alone = distill(request, tmp_path / "one", cache=tmp_path / "cache")
-    assert (record["device"], alone["device"]) == ("cpu,cpu", "cpu")
-    assert record["seconds"]["targets_computed"] > 0
-    assert alone["seconds"]["targets_computed"] == 0  # the same targets
-    assert record["scores"]["student"]["fidelity"]["mean"] == pytest.approx(
-        alone["scores"]["student"]["fidelity"]["mean"]
-    )
+    alone = run(tmp_path / "one")
+    assert (several.to_json()["device"], alone.to_json()["device"]) == ("cpu,cpu", "cpu")
+    assert several.seconds.targets_computed > 0
+    assert alone.seconds.targets_computed == 0, "the targets are the same"
+    assert several.scores.student.fidelity.mean == pytest.approx(alone.scores.student.fidelity.mean)
     one, two = (load_model(str(tmp_path / name)).state_dict() for name in ("one", "two"))
     for name, value in one.items():
         np.testing.assert_allclose(two[name].numpy(), value.numpy(), rtol=1e-4, atol=1e-5, err_msg=name)

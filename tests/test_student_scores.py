@@ -1,4 +1,4 @@
-"""What ``distill`` says of a student: streamed, capped, the same figures as from all features at once, and never in the student's way."""
+"""The scores of a student: streamed, capped, and equal to those of all features at once; a failure costs no student."""
 
 from dataclasses import asdict, replace
 
@@ -23,10 +23,10 @@ def case(base, student, photos):
     return model, load_model(str(student)), read_photographs(photos, (64, 64), preprocess), preprocess
 
 
-def compared(case, **more):
-    from phreg_deploy.distill.evaluation import compare
+def scored(case, **more):
+    from phreg_deploy.distill.evaluation import score_student
 
-    return compare(*case, device="cpu", progress=SILENT, **more)
+    return score_student(*case, device="cpu", progress=SILENT, **more)
 
 
 def test_streamed_scores_are_those_of_all_features_at_once(case):
@@ -35,34 +35,36 @@ def test_streamed_scores_are_those_of_all_features_at_once(case):
     from phreg_deploy.models.answers import block_norms, read_features
 
     base, student, photographs, preprocess = case
-    report = compared(case)
+    report = scored(case).to_json()
     teacher = Teacher(base, preprocess, views=REFERENCE_VIEWS, seed=REFERENCE_SEED)
     target = np.stack([t.patches for t in teacher.targets(photographs)]).reshape(len(photographs), 64, -1)
-    seen = {
+    features = {
         "base": read_features(base, photographs, preprocess),
         "student": read_features(student, photographs, preprocess),
     }
-    median = float(np.median(seen["base"]["norms"]))
-    outliers = outlier_mask(seen["base"]["norms"], median)
+    median = float(np.median(features["base"]["norms"]))
+    outliers = outlier_mask(features["base"]["norms"], median)
     assert outliers.any()
     for name, model in (("base", base), ("student", student)):
-        fidelity = agreement(seen[name]["patches"], target, outliers)
+        fidelity = agreement(features[name]["patches"], target, outliers)
         assert report[name] == {
-            "norm_outliers": asdict(norm_outliers(seen[name]["norms"], median)),
+            "norm_outliers": asdict(norm_outliers(features[name]["norms"], median)),
             "fidelity": {"mean": fidelity.mean, "p1": fidelity.p1, "outliers": fidelity.chosen},
             "blocks": block_norms(model, photographs, preprocess),
         }
-    assert report["class_cosine"] == float(cosine(seen["student"]["cls"], seen["base"]["cls"]).mean())
-    assert report["top1_agreement"] == np.mean(seen["student"]["logits"].argmax(1) == seen["base"]["logits"].argmax(1))
+    assert report["class_cosine"] == float(cosine(features["student"]["cls"], features["base"]["cls"]).mean())
+    assert report["top1_agreement"] == np.mean(
+        features["student"]["logits"].argmax(1) == features["base"]["logits"].argmax(1)
+    )
     assert report["images"] == report["out_of"] == 24
     assert report["views"] == most_views((8, 8)) == 18  # of the 20 that a larger grid gets
 
 
 def test_scores_hold_the_features_of_a_few_images_at_a_time(case, monkeypatch):
-    from phreg_deploy.distill import evaluation as measure
+    from phreg_deploy.distill import evaluation
     from phreg_deploy.distill.teacher import Teacher
 
-    real, targets, sizes, ahead = measure.read_features, Teacher.targets, [], []
+    real, targets, sizes, ahead = evaluation.read_features, Teacher.targets, [], []
 
     def watched(model, photographs, *more):
         sizes.append(len(photographs))
@@ -76,21 +78,21 @@ def test_scores_hold_the_features_of_a_few_images_at_a_time(case, monkeypatch):
             drawn.append(1)
             yield target
 
-    monkeypatch.setattr(measure, "read_features", watched)
+    monkeypatch.setattr(evaluation, "read_features", watched)
     monkeypatch.setattr(Teacher, "targets", drawing)
-    compared(case)
+    scored(case)
     assert sizes == [16, 16, 8, 8]
     assert max(ahead) <= 0
 
 
 def test_more_photographs_than_are_scored_are_thinned_out_evenly(case, monkeypatch):
-    from phreg_deploy.distill import evaluation as measure
+    from phreg_deploy.distill import evaluation
 
-    monkeypatch.setattr(measure, "SCORED", 8)
-    report = compared(case)
-    assert (report["images"], report["out_of"], report["most"]) == (8, 24, 8)
+    monkeypatch.setattr(evaluation, "SCORED", 8)
+    report = scored(case)
+    assert (report.images, report.out_of, report.most) == (8, 24, 8)
     every_third = replace(case[2].subset(range(0, 24, 3)))
-    assert compared((*case[:2], every_third, case[3]))["student"] == report["student"]
+    assert scored((*case[:2], every_third, case[3])).student == report.student
 
 
 @pytest.mark.parametrize(
@@ -103,15 +105,15 @@ def test_a_student_that_cannot_be_scored_is_written_all_the_same(world, run_cli,
         assert (world.out / "model.safetensors").is_file()
         raise failure
 
-    monkeypatch.setattr(distillation, "compare", broken)
-    asked = ["distill", world.base, "--images", world.photos, "-o", world.out, "--epochs", "0", "--views", "2"]
-    done = run_cli(*asked, "--precision", "fp32", "--quiet", "--json")
+    monkeypatch.setattr(distillation, "score_student", broken)
+    words = ["distill", world.base, "--images", world.photos, "-o", world.out, "--epochs", "0", "--views", "2"]
+    done = run_cli(*words, "--precision", "fp32", "--quiet", "--json")
     assert done.code == 0
     assert done.document["scores"] == {"missing": f"{type(failure).__name__}: {failure}"}
     assert f"has no scores ({type(failure).__name__}" in done.err
     assert f"phreg-deploy artifacts {world.out} --images {world.photos}" in done.err
-    seen = run_cli("inspect", world.out, "--json")
-    assert seen.document["record"]["scores"] == done.document["scores"]
+    inspected = run_cli("inspect", world.out, "--json")
+    assert inspected.document["record"]["scores"] == done.document["scores"]
     scored = run_cli("artifacts", world.out, "--images", world.photos, "--limit", "2", "--json")
     assert scored.document["images"] == 2
 
@@ -123,9 +125,9 @@ def test_an_interrupt_while_scoring_leaves_a_whole_student(world, run_cli, monke
     def stopped(*arguments, **more):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(distillation, "compare", stopped)
-    asked = ["distill", world.base, "--images", world.photos, "-o", world.out, "--epochs", "0", "--views", "2"]
-    done = run_cli(*asked, "--precision", "fp32")
+    monkeypatch.setattr(distillation, "score_student", stopped)
+    words = ["distill", world.base, "--images", world.photos, "-o", world.out, "--epochs", "0", "--views", "2"]
+    done = run_cli(*words, "--precision", "fp32")
     assert done.code == 130
     assert "only its scores are missing" in " ".join(done.err.split())
     assert leftovers(world.tmp) == []

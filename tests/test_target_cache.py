@@ -44,7 +44,7 @@ def test_targets_are_computed_once(case):
     )
 
 
-def test_targets_do_not_depend_on_company_or_order(case):
+def test_a_target_does_not_depend_on_the_other_images_or_their_order(case):
     cache, photographs = case
     cache.fill(photographs.subset([4]))
     alone = cache.read(photographs.digests[4])
@@ -94,7 +94,7 @@ def test_the_same_weights_computed_otherwise_have_another_folder(photos, tmp_pat
     photographs = read_photographs(photos, tuple(models[0].patch_embed.img_size), preprocess, limit=1)
     caches = [TargetCache(Teacher(model, preprocess, views=2), tmp_path) for model in models]
     assert caches[0].fill(photographs) == 1
-    assert caches[1].fill(photographs) == 1  # nothing of the first's is taken
+    assert caches[1].fill(photographs) == 1, "the first cache is not used"
     first, second = (cache.read(photographs.digests[0])["patches"].astype(np.float32) for cache in caches)
     assert np.abs(first - second).max() > 0.015
 
@@ -191,15 +191,16 @@ def test_two_threads_read_targets_at_once(case, monkeypatch):
     ``ast`` in two threads at once can end in a SystemError, as seen on Python 3.11.7 (python/cpython#106905).
     """
     from phreg_deploy.distill.recipes import RECIPES
-    from phreg_deploy.distill.training import _batches, _load
+    from phreg_deploy.distill.training import load_batch, read_batches
 
     cache, photographs = case
     cache.fill(photographs)
     digests = photographs.digests * 3
+    # Each thread waits for the other one.
     meeting, real = threading.Barrier(2), cache.read
 
     def read(digest):
-        meeting.wait(timeout=30)  # nobody gets past alone
+        meeting.wait(timeout=30)
         return real(digest)
 
     def parse(text):
@@ -209,10 +210,10 @@ def test_two_threads_read_targets_at_once(case, monkeypatch):
     with monkeypatch.context() as patch:
         patch.setattr(cache, "read", read)
         patch.setattr(ast, "literal_eval", parse)
-        batches = list(_batches(cache, digests, recipe, seed=0, epoch=0))
+        batches = list(read_batches(cache, digests, recipe, seed=0, epoch=0))
     order = np.random.default_rng([0, 0]).permutation(18)
     assert len(batches) == 18
     for i, batch in zip(order, batches):
-        alone = _load(cache, [digests[i]], np.zeros(1, bool))
+        alone = load_batch(cache, [digests[i]], np.zeros(1, bool))
         for name in ("images", "patches", "cls", "drift"):
             assert np.array_equal(getattr(batch, name), getattr(alone, name))

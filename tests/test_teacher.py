@@ -28,42 +28,42 @@ def photographs(tmp_path_factory):
 def test_the_target_is_the_mean_over_views_done_one_by_one(photographs):
     model = small("augreg", side=5)
     preprocess = model_preprocess(model)
-    target = Teacher(model, preprocess, views=6, seed=3).denoise(photographs, 1, 2)[0]
+    (target,) = Teacher(model, preprocess, views=6, seed=3).targets(photographs.subset([1]))
     total, count = np.zeros((5, 5, 48)), np.zeros((5, 5))
     for view in draw_views(6, (5, 5), seed_of(3, photographs.digests[1])):
         image = show(photographs.array(1), view, (16, 16))
         with torch.no_grad():
-            seen = hooks.forward(model, hooks.normalise(np.array(image)[None], preprocess.mean, preprocess.std))
-        part, place = realign(seen.patches[0].reshape(5, 5, -1).numpy(), view)
+            features = hooks.forward(model, hooks.normalise(np.array(image)[None], preprocess.mean, preprocess.std))
+        part, place = realign(features.patches[0].reshape(5, 5, -1).numpy(), view)
         total[place] += part
         count[place] += 1
     np.testing.assert_allclose(target.patches, total / count[..., None], rtol=1e-3, atol=1e-4)
     with torch.no_grad():
         for cls, image in zip(target.cls, (photographs.array(1), photographs.array(1)[:, ::-1])):
-            seen = hooks.forward(model, hooks.normalise(np.array(image)[None], preprocess.mean, preprocess.std))
-            np.testing.assert_allclose(cls, seen.cls[0].numpy(), rtol=1e-3, atol=1e-4)
+            features = hooks.forward(model, hooks.normalise(np.array(image)[None], preprocess.mean, preprocess.std))
+            np.testing.assert_allclose(cls, features.cls[0].numpy(), rtol=1e-3, atol=1e-4)
 
 
 @pytest.mark.parametrize("grid", [(5, 5), (4, 7), (14, 9)])
 def test_the_mean_in_torch_is_the_mean_in_numpy(grid):
-    """Against the definition, patch by patch: where each view shows patch (y, x), and the mean of what it says there."""
+    """Against the definition: for each patch (y, x), the mean of its features in all views that show it."""
     views = draw_views(min(12, most_views(grid)), grid, seed=1)
     assert any(view.flip for view in views)
     maps = np.random.default_rng(0).normal(size=(len(views), *grid, 3)).astype(np.float32)
     expected = np.zeros((*grid, 3))
     for y, x in np.ndindex(*grid):
         shown = [(v, y - view.down, x - view.right, view.flip) for v, view in enumerate(views)]
-        there = [
+        values = [
             maps[v, row, grid[1] - 1 - column if flip else column]
             for v, row, column, flip in shown
             if 0 <= row < grid[0] and 0 <= column < grid[1]
         ]
-        expected[y, x] = np.mean(there, axis=0, dtype=np.float64)
-    found = mean_of_views(torch.from_numpy(maps), views)
-    assert found.dtype == torch.float32
-    np.testing.assert_allclose(found.numpy(), expected, rtol=1e-5, atol=1e-6)
+        expected[y, x] = np.mean(values, axis=0, dtype=np.float64)
+    mean = mean_of_views(torch.from_numpy(maps), views)
+    assert mean.dtype == torch.float32
+    np.testing.assert_allclose(mean.numpy(), expected, rtol=1e-5, atol=1e-6)
     total, count = gather(maps, views)
-    np.testing.assert_allclose(found.numpy(), total / count[..., None], rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose(mean.numpy(), total / count[..., None], rtol=1e-5, atol=1e-6)
 
 
 def test_one_view_is_its_own_mean():
@@ -71,27 +71,26 @@ def test_one_view_is_its_own_mean():
     assert torch.equal(mean_of_views(maps, [View(0, 0, False)]), maps[0])
 
 
-def test_of_the_views_only_means_and_plain_ones_reach_the_host(photographs, monkeypatch):
+def test_only_means_and_unshifted_views_are_copied_to_the_host(photographs, monkeypatch):
     model = small("augreg", side=5)
-    teacher, moved, real = Teacher(model, model_preprocess(model), views=6), [], torch.Tensor.cpu
-    monkeypatch.setattr(torch.Tensor, "cpu", lambda tensor: moved.append(tuple(tensor.shape)) or real(tensor))
-    teacher.denoise(photographs, 0, 3)
-    assert sorted(moved) == [(3, 2, 48), (3, 5, 5), (3, 5, 5, 48), (3, 5, 5, 48)]
+    teacher, shapes, real = Teacher(model, model_preprocess(model), views=6), [], torch.Tensor.cpu
+    monkeypatch.setattr(torch.Tensor, "cpu", lambda tensor: shapes.append(tuple(tensor.shape)) or real(tensor))
+    assert len(list(teacher.targets(photographs.subset(range(3))))) == 3
+    assert sorted(shapes) == [(3, 2, 48), (3, 5, 5), (3, 5, 5, 48), (3, 5, 5, 48)]
 
 
-def test_averaging_takes_a_planted_artifact_out(photographs):
-    """The planted token sits at one place of the grid; the image moves under it, so other views see past it."""
+def test_averaging_removes_a_planted_artifact(photographs):
+    """The planted outlier stays at one place of the grid while the image shifts, so other views show what it hides."""
     model = plant(small("augreg", side=5))
-    found = list(Teacher(model, model_preprocess(model), views=10).targets(photographs))
-    plain, target = np.stack([t.plain for t in found]), np.stack([t.patches for t in found])
-    norms = np.stack([t.norms for t in found])
+    targets = list(Teacher(model, model_preprocess(model), views=10).targets(photographs))
+    plain, denoised, norms = (np.stack([getattr(t, name) for t in targets]) for name in ("plain", "patches", "norms"))
     outliers = outlier_mask(norms, float(np.median(norms)))
     assert outliers[:, 0, 0].all()
-    on, off = agreement(plain, target, outliers).chosen, agreement(plain, target, ~outliers).chosen
+    on, off = agreement(plain, denoised, outliers).chosen, agreement(plain, denoised, ~outliers).chosen
     assert on < off - 0.1
 
 
-def test_the_cache_computes_each_target_once_and_mends_what_is_damaged(photographs, tmp_path):
+def test_the_cache_computes_each_target_once_and_a_damaged_one_again(photographs, tmp_path):
     model = small("augreg", side=5)
     cache = TargetCache(Teacher(model, model_preprocess(model), views=3), tmp_path)
     assert cache.fill(photographs.subset(range(4))) == 4

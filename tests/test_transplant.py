@@ -3,8 +3,16 @@ import pytest
 import torch
 from timm.layers import get_act_layer
 
-from phreg_deploy.distill.register_neurons import RegisterNeuron, survey
-from phreg_deploy.distill.transplant import FLAT, _Sample, _statistics, silence, transplant, zero_below
+from phreg_deploy.distill.record import RegisterNeuron
+from phreg_deploy.distill.register_neurons import find_register_neurons
+from phreg_deploy.distill.transplant import (
+    ZERO_TOLERANCE,
+    _measure_inputs,
+    _RowSample,
+    silence,
+    transplant,
+    zero_below,
+)
 from phreg_deploy.errors import PhregError
 from phreg_deploy.models import hooks
 from phreg_deploy.models.registers import add_registers
@@ -17,12 +25,12 @@ def batches(model, count=4):
 
 
 def activations(model, images, unit, block=0):
-    """Of one hidden unit, over all images: ``(B, T)``."""
-    kept = []
-    with torch.no_grad(), hooks.hidden_units(model, lambda i, h: kept.append(h[..., unit]) if i == block else None):
+    """Activations of one hidden unit over all images, ``(B, T)``."""
+    values = []
+    with torch.no_grad(), hooks.hidden_units(model, lambda i, h: values.append(h[..., unit]) if i == block else None):
         for batch in images:
             hooks.forward(model, batch)
-    return torch.cat(kept)
+    return torch.cat(values)
 
 
 def norms(model, images):
@@ -33,29 +41,29 @@ def norms(model, images):
 @pytest.mark.parametrize("family", ["augreg", "dinov2", "clip-quickgelu", "deit3", "siglip"])
 def test_a_planted_neuron_is_found_and_nothing_else(family):
     model = plant(small(family), block=1, unit=9)
-    found = survey(model, batches(model))
-    assert [(n.block, n.unit) for n in found.neurons] == [(1, 9)]
-    assert found.rate == pytest.approx(1 / 16, rel=0.1)
-    assert "unit 9 of block 1" in found.word
+    search = find_register_neurons(model, batches(model))
+    assert [(n.block, n.unit) for n in search.neurons] == [(1, 9)]
+    assert search.rate == pytest.approx(1 / 16, rel=0.1)
+    assert "unit 9 of block 1" in search.summary
 
 
-def test_a_model_without_outliers_gets_a_clear_word():
+def test_a_model_without_outliers_is_reported_as_such():
     model = small("augreg")
-    found = survey(model, batches(model))
-    assert found.neurons == []
-    assert "Registers start at random" in found.word
+    search = find_register_neurons(model, batches(model))
+    assert search.neurons == []
+    assert "Registers start at random" in search.summary
 
 
 @pytest.mark.parametrize("family", ["augreg", "clip-quickgelu", "siglip"])
 def test_the_transplanted_neuron_fires_for_the_register_alone(family):
     base = plant(small(family), block=0, unit=5)
     images = batches(base)
-    found = survey(base, images)
+    search = find_register_neurons(base, images)
     student = add_registers(base, 2)
-    transplant(student, found.neurons, images, strength=1.0)
+    transplant(student, search.neurons, images, strength=1.0)
     hidden = activations(student, images, 5)
     sink, start = int(student.cls_token is not None), student.num_prefix_tokens
-    wanted = abs(found.neurons[0].activation)
+    wanted = abs(search.neurons[0].activation)
     assert hidden[:, sink].mean() == pytest.approx(wanted, rel=0.05)
     assert hidden[:, sink].quantile(0.1) > 0.3 * wanted  # a random model mixes images into its registers
     assert hidden[:, start:].abs().quantile(0.999) < 0.01 * wanted
@@ -68,7 +76,7 @@ def test_strength_scales_the_registers_activation():
     images, levels = batches(base), []
     for strength in (1.0, 0.25):
         student = add_registers(base, 2)
-        transplant(student, survey(base, images).neurons, images, strength=strength)
+        transplant(student, find_register_neurons(base, images).neurons, images, strength=strength)
         levels.append(float(activations(student, images, 5)[:, 1].mean()))
     assert levels[1] == pytest.approx(0.25 * levels[0], rel=0.05)
 
@@ -89,7 +97,7 @@ def test_gated_units_are_rewritten_too(family):
 def test_the_control_silences_the_same_unit():
     base = plant(small("augreg"))
     student = add_registers(base, 0)
-    silence(student, survey(base, batches(base)).neurons)
+    silence(student, find_register_neurons(base, batches(base)).neurons)
     assert student.blocks[0].mlp.fc2.weight[:, 5].abs().max() == 0
     assert norms(student, batches(base)[0]).max() < 2 * np.median(norms(base, batches(base)[0]))
 
@@ -101,7 +109,7 @@ def test_the_control_silences_the_same_unit():
 def test_each_activation_has_its_own_zero(name, zero):
     activation = get_act_layer(name)()
     assert zero_below(activation) == zero
-    assert activation(torch.linspace(zero, -60, 1000)).abs().max() <= FLAT
+    assert activation(torch.linspace(zero, -60, 1000)).abs().max() <= ZERO_TOLERANCE
 
 
 def test_an_activation_without_a_zero_has_none():
@@ -128,7 +136,7 @@ def test_units_without_bias_are_left_with_the_reason():
 
 
 def test_a_register_that_looks_like_another_token_takes_no_neuron():
-    """Here the register is the class token over again, so that no direction tells them apart."""
+    """The register is a copy of the class token, so no direction separates them."""
     base = small("augreg")
     student = add_registers(base, 1)
     with torch.no_grad():
@@ -140,10 +148,10 @@ def test_a_register_that_looks_like_another_token_takes_no_neuron():
 
 
 def test_the_share_is_measured_behind_an_inner_norm():
-    """Which bounds what one unit can write: 40 times the column would be three times too much."""
+    """The norm bounds what one unit can write: 40 times the column would be three times too much."""
     model = plant(small("normed"), block=1, unit=9)
     images = batches(model)
-    (neuron,) = survey(model, images).neurons
+    (neuron,) = find_register_neurons(model, images).neurons
     out = []
     handle = model.blocks[1].mlp.register_forward_hook(lambda _m, _i, y: out.append(y))
     totals = []
@@ -159,20 +167,21 @@ def test_statistics_stream_over_batches_and_sample_in_bounded_memory(monkeypatch
     student, images = add_registers(base, 2), batches(base)
     rows = []
     handle = student.blocks[1].mlp.register_forward_pre_hook(lambda _m, i: rows.append(i[0].detach().double()))
-    whole = _statistics(student, 1, images, 1, lambda _n: None)
+    inputs = _measure_inputs(student, 1, images, lambda _n: None)
     handle.remove()
     z = torch.cat(rows)
     others = torch.cat([z[:, :1], z[:, 3:]], 1).flatten(0, 1)
-    torch.testing.assert_close(whole[0], z[:, 1].mean(0))
-    torch.testing.assert_close(whole[1], others.mean(0))
-    torch.testing.assert_close(whole[2], torch.cov(others.T, correction=0))
-    torch.testing.assert_close(whole[3], others)  # few enough: all of them
+    torch.testing.assert_close(inputs.register, z[:, 1].mean(0))
+    torch.testing.assert_close(inputs.mean, others.mean(0))
+    torch.testing.assert_close(inputs.covariance, torch.cov(others.T, correction=0))
+    # Few enough rows: all of them are in the sample.
+    torch.testing.assert_close(inputs.sample, others)
     monkeypatch.setattr("phreg_deploy.distill.transplant.SAMPLES", 100)
-    assert len(_statistics(student, 1, images, 1, lambda _n: None)[3]) == 100
+    assert len(_measure_inputs(student, 1, images, lambda _n: None).sample) == 100
 
 
 def test_a_sample_is_bounded_even_and_repeats_itself():
-    samples = [_Sample(1, 500), _Sample(1, 500)]
+    samples = [_RowSample(1, 500), _RowSample(1, 500)]
     for sample in samples:
         for start in range(0, 20000, 250):
             sample.add(torch.arange(start, start + 250.0)[:, None])

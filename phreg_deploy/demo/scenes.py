@@ -1,7 +1,7 @@
-"""Street and yard scenes drawn from a seed, with their exact segmentation: the images of the embedded default.
+"""Draw street and yard scenes from a seed, with their exact segmentation. Needs no PyTorch.
 
-Shapes are drawn with Pillow at twice the size and averaged down; surfaces then get their grain and light in numpy.
-Needs no torch. Lengths are shares of the side, the origin is top left; colours are RGB on a scale of 0-255.
+Pillow draws the shapes at twice the size and averages them down; numpy then adds grain and light. Lengths are shares of
+the side, the origin is top left; colours are RGB on a scale of 0-255.
 """
 
 from __future__ import annotations
@@ -14,9 +14,11 @@ from PIL import Image, ImageDraw
 
 CLASSES = ("sky", "hill", "grass", "road", "building", "tree", "vehicle", "person", "box")
 SKY, HILL, GRASS, ROAD, BUILDING, TREE, VEHICLE, PERSON, BOX = range(len(CLASSES))
-GRAIN = np.array([0.4, 4, 10, 7, 5, 14, 2, 3, 5], dtype=np.float32)  # noise of each class's surface, in grey levels
+# Noise of each class's surface, in grey levels.
+GRAIN = np.array([0.4, 4, 10, 7, 5, 14, 2, 3, 5], dtype=np.float32)
 OVERHEAD = ((72, 128, 204), (118, 160, 206), (150, 160, 172), (92, 92, 150), (60, 100, 160))
-FAR_SKY = ((190, 216, 236), (226, 230, 226), (206, 208, 208), (244, 190, 150), (238, 214, 180))  # one for each above
+# One for each of OVERHEAD.
+FAR_SKY = ((190, 216, 236), (226, 230, 226), (206, 208, 208), (244, 190, 150), (238, 214, 180))
 GROUNDS = ((104, 140, 66), (126, 150, 78), (150, 142, 84), (86, 122, 70), (168, 150, 112))
 ROADS = ((98, 98, 102), (122, 118, 114), (84, 86, 94), (150, 142, 132))
 ROOFS = ((140, 66, 52), (92, 84, 84), (116, 90, 70))
@@ -27,18 +29,19 @@ CLOTHES = ((206, 60, 60), (48, 78, 150), (230, 200, 70), (60, 60, 66), (70, 140,
 SKINS = ((236, 196, 164), (198, 146, 108), (132, 88, 62), (92, 62, 46))
 CARTONS = ((188, 142, 92), (206, 166, 112), (160, 116, 72), (70, 110, 150), (214, 120, 50))
 Shape = tuple[Any, ...]
-PAGE = (0, 0, 1, -1)  # the whole picture: points are (right, down)
+# The whole picture; points are (right, down).
+PAGE = (0, 0, 1, -1)
 CAR = (((-0.36, 0.9), (-0.24, 1.6), (0.12, 1.6), (0.3, 0.9)), ((-0.28, 0.95), (-0.2, 1.48), (0.09, 1.48), (0.22, 0.95)))
 VAN = (((-0.5, 0.6), (-0.48, 1.7), (0.28, 1.7), (0.42, 0.9)), ((0.08, 1.0), (0.08, 1.55), (0.25, 1.55), (0.35, 1.0)))
 
 
 def make_scene(seed: int, size: int = 128) -> tuple[np.ndarray, np.ndarray]:
-    """The image, uint8 RGB ``(size, size, 3)``, and its labels, uint8 ``(size, size)``, indices into ``CLASSES``."""
+    """Draw an image, uint8 RGB ``(size, size, 3)``, and its labels, uint8 ``(size, size)``, indices of ``CLASSES``."""
     return Scene(seed, size).finished()
 
 
 def write_scenes(folder: Path, seeds: range) -> None:
-    """Write one ``scene-SEED.png`` of 128 x 128 pixels for each seed; ``make_scene`` gives the labels again."""
+    """Write ``scene-SEED.png`` of 128 x 128 pixels for each seed; ``make_scene`` draws its labels again."""
     folder.mkdir(parents=True, exist_ok=True)
     for seed in seeds:
         Image.fromarray(make_scene(seed)[0]).save(folder / f"scene-{seed:06d}.png")
@@ -52,8 +55,10 @@ class Scene:
         self.between, self.horizon = self.rng.uniform, self.rng.uniform(0.34, 0.58)
         self.picture, self.labels = (Image.new(mode, (self.side, self.side)) for mode in ("RGB", "L"))
         self.pen, self.marker = ImageDraw.Draw(self.picture), ImageDraw.Draw(self.labels)
-        self.sun = self.rng.choice((-1, 1))  # light comes from the right or from the left
-        self.dark = self.between(0.62, 0.85)  # of a side that is turned away from it
+        # Light comes from the right or from the left.
+        self.sun = self.rng.choice((-1, 1))
+        # Brightness of a side that is turned away from the light.
+        self.dark = self.between(0.62, 0.85)
         for layer in (self.backdrop, self.road, self.things):
             layer()
 
@@ -62,10 +67,11 @@ class Scene:
         return np.asarray(np.clip(palette[self.rng.integers(len(palette))] + noise, 8, 248))
 
     def draw(self, points: Shape, colour: Any, label: int | None, at: Shape = PAGE, shape: str = "polygon") -> None:
-        """Fill; ``points`` (right, up) in units of ``at`` (x, y, width, height). Without a label: a mere detail."""
+        """Fill a shape; ``points`` (right, up) in units of ``at`` (x, y, width, height). No label: a detail."""
         x, y, width, height = at
         pixels = [((x + u * width) * self.side, (y - v * height) * self.side) for u, v in points]
-        if shape != "polygon":  # Pillow wants the lower coordinate first
+        # Pillow expects the lower coordinate first.
+        if shape != "polygon":
             pixels = [tuple(np.min(pixels, axis=0)), tuple(np.max(pixels, axis=0))]
         getattr(self.pen, shape)(pixels, fill=tuple(int(c) for c in np.clip(colour, 0, 255)))
         if label is not None:
@@ -79,12 +85,12 @@ class Scene:
         self.disc(x - self.sun * half * 0.5, y, half * 1.25, half * 0.22, np.array(under) * 0.62)
 
     def smooth(self, cells: int, side: int, aspect: int = 1) -> np.ndarray:
-        """Soft noise ``(side, side)``, deviation about 0.5: ``cells`` bumps across, ``aspect`` times as many down."""
+        """Soft noise ``(side, side)`` with deviation 0.5: ``cells`` bumps across, ``aspect`` times as many down."""
         coarse = Image.fromarray(self.rng.normal(0, 0.7, (cells * aspect, cells)).astype(np.float32))
         return np.asarray(coarse.resize((side, side), Image.Resampling.BICUBIC))
 
     def backdrop(self) -> None:
-        """Sky with clouds, hills, and the ground."""
+        """Draw sky with clouds, hills, and the ground."""
         mood = self.rng.integers(len(OVERHEAD))
         top, low = (palette[mood] + self.rng.normal(0, 6, 3) for palette in (OVERHEAD, FAR_SKY))
         rise = np.clip(np.linspace(0, 1, self.side) / self.horizon, 0, 1) ** self.between(0.8, 1.8)
@@ -102,7 +108,7 @@ class Scene:
         self.draw(((0, self.horizon), (1, 1)), self.colour(GROUNDS), GRASS, shape="rectangle")
 
     def road(self) -> None:
-        """A road to the horizon, a road across, a paved yard, or none; with markings."""
+        """Draw a road to the horizon, a road across, a paved yard, or none; with markings."""
         kind, tar, far = self.rng.integers(4), self.colour(ROADS, 8), self.horizon
         paint = (226, 222, 206) if self.rng.random() < 0.7 else (222, 184, 70)
         if kind == 0:
@@ -120,7 +126,7 @@ class Scene:
                 self.draw(dash, paint, None, (x, y + tilt * x + width / 2, 1, -1))
 
     def things(self) -> None:
-        """Buildings at the horizon, then all else from far to near, so that near things occlude."""
+        """Draw buildings at the horizon, then all else from far to near; near things then occlude far ones."""
         x = self.between(-0.1, 0.4)
         for width in self.between(0.14, 0.4, self.rng.choice(4, p=(0.2, 0.3, 0.3, 0.2))):
             self.building(x, self.horizon + self.between(0, 0.05), width, self.between(0.12, 0.5))
@@ -197,7 +203,7 @@ class Scene:
             x, y, width, height = x + self.between(-0.1, 0.1) * width, y - height, width * 0.9, height * 0.8
 
     def finished(self) -> tuple[np.ndarray, np.ndarray]:
-        """Averaged down, with the grain of each surface, uneven light, exposure and sensor noise."""
+        """Average down; add the grain of each surface, uneven light, exposure and sensor noise."""
         n, labels = self.size, np.asarray(self.labels)[::2, ::2].copy()
         grain = (self.rng.standard_normal((n, n), dtype=np.float32) + self.smooth(n // 4, n)) * GRAIN[labels]
         fall = (0.86 + 0.24 * np.linspace(0, 1, n))[:, None]  # distance dims the ground

@@ -1,9 +1,9 @@
-"""How the embedded model was made: ``python -m phreg_deploy.demo.train_model -o FOLDER``.
+"""Train the embedded model: ``python -m phreg_deploy.demo.train_model -o FOLDER``.
 
-A small ViT learns to segment freshly drawn scenes from its patch tokens, and to name the scene's subject from its class
-token. Large models grow register neurons over very long training; this one would not, so ONE IS PLANTED (``planting``).
-The unit then stays as it is while all other weights train on, so that the model comes to live with its artifacts: what
-stood at their places is lost there, and the other tokens attend to them as to the sinks of a large model.
+A small ViT learns to segment drawn scenes from its patch tokens, and to name the scene's subject from its class token.
+Large models grow register neurons over very long training; this one would not, so ONE IS PLANTED (``planting``). All
+other weights then train on around it: the model loses the content of the outlier tokens, and the other tokens attend to
+them as to the sinks of a large model.
 
 B batch, N patch tokens, K classes. Seeds from 1,000,000 on are for training, those below for everything else.
 """
@@ -22,7 +22,7 @@ from timm.models._hub import save_config_for_hf
 from torch import nn
 from torch.nn.functional import one_hot
 
-from phreg_deploy.demo.planting import BATCH, BLOCK, GRID, Plant, at_places, plant_neuron
+from phreg_deploy.demo.planting import BATCH, BLOCK, GRID, PlantedNeuron, plant_neuron, planted_tokens
 from phreg_deploy.demo.scenes import BUILDING, CLASSES, make_scene
 from phreg_deploy.models import hooks
 
@@ -31,12 +31,13 @@ MEAN = STD = (0.5, 0.5, 0.5)
 ARCHITECTURE = "vit_tiny_patch16_224"
 ARGUMENTS = {"img_size": SIZE, "patch_size": PATCH, "embed_dim": 128, "depth": 6, "num_heads": 4, "mlp_ratio": 3.0}
 FIRST_SEED = 1_000_000
-REACH = 2  # patches that a training scene is shifted by, at most, as in the teacher's views
+# Most patches by which a training scene is shifted, as in the teacher's views.
+REACH = 2
 
 
 @dataclass
 class Scenes:
-    """``images`` uint8 ``(S, H, W, 3)``; ``shares`` ``(S, Hp, Wp, K)``, each patch's area by class, 0-1."""
+    """``images`` uint8 ``(S, H, W, 3)``; ``shares`` ``(S, Hp, Wp, K)``: each class's share of a patch, 0-1."""
 
     images: torch.Tensor
     shares: torch.Tensor
@@ -49,7 +50,7 @@ def draw(count: int, first: int) -> Scenes:
 
 
 def shifted(images: torch.Tensor, shares: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """A batch moved by whole patches and perhaps mirrored; the gap is white, and of no class."""
+    """Shift a batch by whole patches, and mirror it at random; the gap is white and has no class."""
     down, right = (int(i) for i in torch.randint(-REACH, REACH + 1, (2,)))
     images, shares = (x.roll((down * s, right * s), (1, 2)) for x, s in ((images, PATCH), (shares, 1)))
     for x, s, gap in ((images, PATCH, 255), (shares, 1, 0)):
@@ -59,44 +60,46 @@ def shifted(images: torch.Tensor, shares: torch.Tensor) -> tuple[torch.Tensor, t
 
 
 def subject(shares: torch.Tensor) -> torch.Tensor:
-    """What a scene is about: the areas of things (buildings and all after) as shares of their sum, ``(B, K)``."""
+    """The areas of a scene's things (buildings and the classes after it) as shares of their sum, ``(B, K)``."""
     area = shares.mean((1, 2))
     area[:, :BUILDING] = 0
     return area / area.sum(-1, keepdim=True).clamp(min=1e-6)
 
 
-def train(model: nn.Module, probe: nn.Module, scenes: Scenes, steps: int, rate: float, plant: Plant | None) -> None:
-    """Soft cross-entropy on patch tokens and on the class token; with a plant, also what keeps it as it is."""
+def train(
+    model: nn.Module, probe: nn.Module, scenes: Scenes, steps: int, rate: float, neuron: PlantedNeuron | None
+) -> None:
+    """Train with soft cross-entropy on patch tokens and class token, and with the regulariser of a planted neuron."""
     weights = [*model.parameters(), *probe.parameters()]
     optimizer = torch.optim.AdamW(weights, lr=rate, weight_decay=0.05)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, rate, total_steps=steps, pct_start=0.15)
-    fires, kept = at_places(), {}
+    planted, tensors = planted_tokens(), {}
     handles = [
-        model.blocks[BLOCK].mlp.fc1.register_forward_hook(lambda _m, _i, out: kept.update(hidden=out)),
-        model.norm.register_forward_pre_hook(lambda _m, given: kept.update(last=given[0])),
+        model.blocks[BLOCK].mlp.fc1.register_forward_hook(lambda _m, _i, out: tensors.update(hidden=out)),
+        model.norm.register_forward_pre_hook(lambda _m, args: tensors.update(last=args[0])),
     ]
     model.train()
-    with click.progressbar(range(steps), label="planted" if plant else "training") as bar:
+    with click.progressbar(range(steps), label="planted" if neuron else "training") as bar:
         for step in bar:
             if step % (len(scenes.images) // BATCH) == 0:
                 order = torch.randperm(len(scenes.images))
             rows = order[step * BATCH % (len(order) - BATCH + 1) :][:BATCH]
             images, shares = shifted(scenes.images[rows], scenes.shares[rows])
             with torch.autocast("cpu", torch.bfloat16):
-                seen = model.forward_features(hooks.normalise(images, MEAN, STD))
-                patches, named = probe(seen[:, 1:]).float(), model.forward_head(seen).float()
+                tokens = model.forward_features(hooks.normalise(images, MEAN, STD))
+                patches, named = probe(tokens[:, 1:]).float(), model.forward_head(tokens).float()
             entropy = -(shares.flatten(1, 2) * patches.log_softmax(-1)).sum(-1)  # (B, N)
-            loss = entropy[:, ~fires[1:]].mean() if plant else entropy.mean()
+            loss = entropy[:, ~planted[1:]].mean() if neuron else entropy.mean()
             loss = loss - (subject(shares) * named.log_softmax(-1)).sum(-1).mean()
-            if plant:
-                loss = loss + plant.upkeep(kept["hidden"], kept["last"])
+            if neuron:
+                loss = loss + neuron.regulariser(tensors["hidden"], tensors["last"])
             optimizer.zero_grad()
             loss.backward()
             nn.utils.clip_grad_norm_(weights, 1.0)
             optimizer.step()
             schedule.step()
-            if plant:
-                plant.write(model)
+            if neuron:
+                neuron.write(model)
     for handle in handles:
         handle.remove()
     model.eval()
@@ -104,27 +107,28 @@ def train(model: nn.Module, probe: nn.Module, scenes: Scenes, steps: int, rate: 
 
 @torch.inference_mode()
 def scores(model: nn.Module, probe: nn.Module, scenes: Scenes) -> dict[str, float]:
-    """Accuracy per patch (majority label) elsewhere and at the places, and of the scene's subject; shares 0-1."""
-    seen = [model.forward_features(hooks.normalise(x, MEAN, STD)) for x in scenes.images.split(BATCH)]
-    tokens, places = torch.cat(seen), at_places()[1:]
+    """Accuracy, 0-1, of ordinary patches, of those at the planted places, and of the scene's subject."""
+    batches = [model.forward_features(hooks.normalise(x, MEAN, STD)) for x in scenes.images.split(BATCH)]
+    tokens, places = torch.cat(batches), planted_tokens()[1:]
     right = probe(tokens[:, 1:]).argmax(-1) == scenes.shares.flatten(1, 2).argmax(-1)
     named = model.forward_head(tokens).argmax(-1) == subject(scenes.shares).argmax(-1)
-    elsewhere, there = right[:, ~places].float().mean(), right[:, places].float().mean()
-    return {"elsewhere": float(elsewhere), "places": float(there), "subject": float(named.float().mean())}
+    elsewhere, at_places = right[:, ~places].float().mean(), right[:, places].float().mean()
+    return {"elsewhere": float(elsewhere), "places": float(at_places), "subject": float(named.float().mean())}
 
 
 def save(model: nn.Module, folder: Path) -> None:
-    """Write what ``timm.create_model("local-dir:FOLDER", pretrained=True)`` reads."""
+    """Write the files that ``timm.create_model("local-dir:FOLDER", pretrained=True)`` reads."""
     folder.mkdir(parents=True, exist_ok=True)
     save_config_for_hf(model, str(folder / "config.json"), model_args=ARGUMENTS)
     save_file({k: v.contiguous() for k, v in model.state_dict().items()}, folder / "model.safetensors")
-    (folder / "model.safetensors").chmod(0o644)  # safetensors leaves it readable to its owner alone
+    # safetensors makes it readable for its owner only.
+    (folder / "model.safetensors").chmod(0o644)
 
 
-def fresh() -> nn.Module:
-    described = {"input_size": (3, SIZE, SIZE), "mean": MEAN, "std": STD, "crop_pct": 1.0, "interpolation": "bicubic"}
-    described |= {"tag": "phreg_demo", "license": "apache-2.0"}
-    return timm.create_model(ARCHITECTURE, num_classes=len(CLASSES), pretrained_cfg_overlay=described, **ARGUMENTS)
+def untrained_model() -> nn.Module:
+    config = {"input_size": (3, SIZE, SIZE), "mean": MEAN, "std": STD, "crop_pct": 1.0, "interpolation": "bicubic"}
+    config |= {"tag": "phreg_demo", "license": "apache-2.0"}
+    return timm.create_model(ARCHITECTURE, num_classes=len(CLASSES), pretrained_cfg_overlay=config, **ARGUMENTS)
 
 
 @click.command()
@@ -133,19 +137,20 @@ def fresh() -> nn.Module:
 @click.option("--steps", default=(900, 300), type=(int, int), help="Before and after planting.")
 @click.option("--threads", default=1)
 def main(output: Path, scenes: int, steps: tuple[int, int], threads: int) -> None:
-    """Train the embedded model from nothing and write it to a folder."""
+    """Train the embedded model from scratch and write it to a folder."""
     torch.manual_seed(0)
     torch.set_num_threads(threads)
     pool, held_out = draw(scenes, FIRST_SEED), draw(256, 0)
-    model, probe = fresh(), nn.Linear(ARGUMENTS["embed_dim"], len(CLASSES))
+    model, probe = untrained_model(), nn.Linear(ARGUMENTS["embed_dim"], len(CLASSES))
+    # On a CPU in bfloat16, PyTorch's fused attention is half as fast at this length.
     for block in model.blocks:
-        block.attn.fused_attn = False  # on a CPU in bfloat16, torch's fused attention is half as fast at this length
+        block.attn.fused_attn = False
     train(model, probe, pool, steps[0], 2e-3, None)
     click.echo(f"before planting: {scores(model, probe, held_out)}", err=True)
     torch.manual_seed(1)
-    plant = plant_neuron(model, hooks.normalise(pool.images[:256], MEAN, STD))
-    train(model, probe, pool, steps[1], 7e-4, plant)
-    click.echo(f"unit {plant.unit} of block {BLOCK} planted: {scores(model, probe, held_out)}", err=True)
+    neuron = plant_neuron(model, hooks.normalise(pool.images[:256], MEAN, STD))
+    train(model, probe, pool, steps[1], 7e-4, neuron)
+    click.echo(f"unit {neuron.unit} of block {BLOCK} planted: {scores(model, probe, held_out)}", err=True)
     save(model, output)
 
 

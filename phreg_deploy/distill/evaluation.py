@@ -1,15 +1,15 @@
-"""What a PyTorch model's features are like: scores, norms block by block, and what a distillation kept and mended."""
+"""Score a student beside its base model: token norms, fidelity to the denoised target, change of the class token."""
 
 from __future__ import annotations
 
 import itertools
-from dataclasses import asdict
-from typing import Any
+from collections import defaultdict
 
 import numpy as np
 
 from phreg_deploy.artifacts.measures import agreement_of, cosine, norm_outliers, outlier_mask
 from phreg_deploy.distill.fake_quantisation import quantised
+from phreg_deploy.distill.record import Fidelity, ModelScores, StudentScores
 from phreg_deploy.distill.teacher import Teacher
 from phreg_deploy.images.photographs import Photographs
 from phreg_deploy.models.answers import block_norms, read_features
@@ -19,12 +19,14 @@ from phreg_deploy.progress import Progress
 from phreg_deploy.quantisation import Grid
 from phreg_deploy.spec import Preprocess
 
-REFERENCE_VIEWS = 20  # of the denoised target that fidelity is measured against
+# Of the denoised target that fidelity is measured against.
+REFERENCE_VIEWS = 20
 REFERENCE_SEED = 12345
-SCORED = 256  # photographs that a student is scored on at most; each costs the base model 23 forwards
+# At most so many photographs are scored; each costs the base model 23 forwards.
+SCORED = 256
 
 
-def compare(
+def score_student(
     base: ViT,
     student: ViT,
     photographs: Photographs,
@@ -33,66 +35,80 @@ def compare(
     device: str,
     progress: Progress,
     grids: dict[str, Grid] | None = None,
-) -> dict[str, Any]:
-    """Base and student side by side on photographs that neither was trained on: norms, fidelity, class drift.
+) -> StudentScores:
+    """Compare base and student on photographs that the student was not trained on.
 
-    Of more than ``SCORED`` photographs, that many are taken, evenly spaced. Features are held for ``STEP`` images at a time.
+    At most ``SCORED`` photographs are used, evenly spaced. Features are in memory for ``STEP`` images at a time.
 
-    Fidelity is the cosine to the base model's denoised target (20 views, or all that differ on a small grid; fixed seed); ``outliers`` is its mean over the
-    base model's outlier tokens alone. With ``grids``, "int8" is the student in fake quantisation: its fidelity, its
-    norms, and its agreement with its own float features.
+    Args:
+        grids: grids of fake quantisation; the student is then scored in fake INT8 too.
     """
-    teacher = Teacher(base, preprocess, views=REFERENCE_VIEWS, seed=REFERENCE_SEED, device=device)  # in float32
+    # In float32.
+    teacher = Teacher(base, preprocess, views=REFERENCE_VIEWS, seed=REFERENCE_SEED, devices=[device])
     scored = spread(photographs, SCORED)
-    names = ("base", "student", *(["int8"] if grids else []))
-    norms: dict[str, list[np.ndarray]] = {name: [] for name in names}
-    cosines: dict[str, list[np.ndarray]] = {name: [] for name in (*names, "own", "cls", "same")}
+    measured = _Measurements()
     with progress.task("scoring", len(scored)) as advance:
         targets = teacher.targets(scored, advance)
         for start in range(0, len(scored), STEP):
             part = scored.subset(range(start, min(start + STEP, len(scored))))
             target = np.stack([t.patches.astype(np.float32) for t in itertools.islice(targets, len(part))])
-            target = target.reshape(len(part), -1, target.shape[-1])
-            seen = {
-                name: read_features(model, part, preprocess, device)
-                for name, model in (("base", base), ("student", student))
+            features = {
+                "base": read_features(base, part, preprocess, device),
+                "student": read_features(student, part, preprocess, device),
             }
             if grids:
                 with quantised(student, grids):
-                    seen["int8"] = read_features(student, part, preprocess, device)
-                cosines["own"].append(cosine(seen["int8"]["patches"], seen["student"]["patches"]))
-            for name in names:
-                norms[name].append(seen[name]["norms"])
-                cosines[name].append(cosine(seen[name]["patches"], target))
-            if "cls" in seen["base"]:
-                cosines["cls"].append(cosine(seen["student"]["cls"], seen["base"]["cls"]))
-            if "logits" in seen["base"]:
-                cosines["same"].append(seen["student"]["logits"].argmax(1) == seen["base"]["logits"].argmax(1))
-    all_norms = {name: np.concatenate(parts) for name, parts in norms.items()}
-    values = {name: np.concatenate(parts) for name, parts in cosines.items() if parts}
-    median = float(np.median(all_norms["base"]))
-    outliers = outlier_mask(all_norms["base"], median)
-    report: dict[str, Any] = {
-        "images": len(scored),
-        "out_of": len(photographs),
-        "most": SCORED,
-        "views": teacher.views,
-        "seed": REFERENCE_SEED,
-        "median_norm": median,
-    }
-    for name in names:
-        fidelity = agreement_of(values[name], outliers)
-        report[name] = {
-            "norm_outliers": asdict(norm_outliers(all_norms[name], median)),
-            "fidelity": {"mean": fidelity.mean, "p1": fidelity.p1, "outliers": fidelity.chosen},
-        }
-    for name, model in (("base", base), ("student", student)):
-        report[name]["blocks"] = block_norms(model, scored, preprocess, device)
-    if grids:
-        own = agreement_of(values["own"])
-        report["int8"]["own"] = {"mean": own.mean, "p1": own.p1}
-    if "cls" in values:
-        report["class_cosine"] = float(values["cls"].mean())
-    if "same" in values:
-        report["top1_agreement"] = float(values["same"].mean())
-    return report
+                    features["int8"] = read_features(student, part, preprocess, device)
+            measured.add(features, target.reshape(len(part), -1, target.shape[-1]))
+    median = float(np.median(measured.norms("base")))
+    return StudentScores(
+        images=len(scored),
+        out_of=len(photographs),
+        most=SCORED,
+        views=teacher.views,
+        seed=REFERENCE_SEED,
+        median_norm=median,
+        base=measured.scores("base", median, block_norms(base, scored, preprocess, device)),
+        student=measured.scores("student", median, block_norms(student, scored, preprocess, device)),
+        int8=measured.scores("int8", median) if grids else None,
+        class_cosine=measured.mean("class cosine"),
+        top1_agreement=measured.mean("same top class"),
+    )
+
+
+class _Measurements:
+    """Norms and cosines of every patch token, by model, and of every class token; collected batch by batch."""
+
+    def __init__(self) -> None:
+        self._arrays: dict[str, list[np.ndarray]] = defaultdict(list)
+
+    def add(self, features: dict[str, dict[str, np.ndarray]], target: np.ndarray) -> None:
+        """Add a batch: features by model, as ``read_features`` returns them, and the target ``(B, N, C)``."""
+        for name, of_model in features.items():
+            self._arrays[f"norms of {name}"].append(of_model["norms"])
+            self._arrays[f"cosines of {name}"].append(cosine(of_model["patches"], target))
+        base, student = features["base"], features["student"]
+        if "int8" in features:
+            self._arrays["own"].append(cosine(features["int8"]["patches"], student["patches"]))
+        if "cls" in base:
+            self._arrays["class cosine"].append(cosine(student["cls"], base["cls"]))
+        if "logits" in base:
+            self._arrays["same top class"].append(student["logits"].argmax(1) == base["logits"].argmax(1))
+
+    def norms(self, name: str) -> np.ndarray:
+        return np.concatenate(self._arrays[f"norms of {name}"])
+
+    def mean(self, name: str) -> float | None:
+        return float(np.concatenate(self._arrays[name]).mean()) if name in self._arrays else None
+
+    def scores(self, name: str, median: float, blocks: list[dict[str, float]] | None = None) -> ModelScores:
+        """Scores of one model; outlier tokens are those of the base model, measured against its ``median`` norm."""
+        cosines = np.concatenate(self._arrays[f"cosines of {name}"])
+        fidelity = agreement_of(cosines, outlier_mask(self.norms("base"), median))
+        own = agreement_of(np.concatenate(self._arrays["own"])) if name == "int8" else None
+        return ModelScores(
+            norm_outliers(self.norms(name), median),
+            Fidelity(fidelity.mean, fidelity.p1, fidelity.chosen),
+            blocks,
+            {"mean": own.mean, "p1": own.p1} if own else None,
+        )

@@ -1,4 +1,4 @@
-"""A student that computes as its INT8 bundle will: the same places, the same ranges, rounded with a straight-through gradient.
+"""Let a student compute as its INT8 bundle will: the same layers, ranges and rounding, with straight-through gradients.
 
 The grids are those of ``phreg_deploy.quantisation``, which ``calibrate`` uses too. B batch, T tokens, C input channels,
 O output channels.
@@ -6,7 +6,7 @@ O output channels.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -20,52 +20,62 @@ from phreg_deploy.quantisation import WEIGHT_STEPS, Grid, Range, Smoothing, make
 
 
 def quantised_layers(model: ViT) -> dict[str, tuple[nn.Linear, str]]:
-    """The linear layers that ``calibrate`` takes to 8 bits, by name, and what feeds each (``quantisation.place``).
+    """The linear layers that ``calibrate`` takes to 8 bits, by name, each with what feeds it (``make_grid``'s kind).
 
     Raises:
-        PhregError: a model whose layers are not called as modules, so that their inputs cannot be reached.
+        PhregError: the model does not call its layers as modules; hooks then cannot reach their inputs.
     """
-    found: dict[str, tuple[nn.Linear, str]] = {}
+    layers: dict[str, tuple[nn.Linear, str]] = {}
     for i, block in enumerate(model.blocks):
         if getattr(block.attn, "q_bias", None) is not None:
             raise PhregError(
-                "int8-aware: got an Eva model with separate query and value biases, whose projection is no module call; expected a "
-                "model without. Distil without --int8-aware, and leave sensitive layers in float with `calibrate --float-macs`."
+                "int8-aware: got an Eva model with separate query and value biases, whose projection is no module "
+                "call; expected a model without. Distil without --int8-aware, and leave sensitive layers in float "
+                "with `calibrate --float-macs`."
             )
         for part in ("attn", "mlp"):
-            room = getattr(block, part)
-            inner = getattr(room, "norm", None)
-            last = {"attn": "value", "mlp": "hidden"}[part]
-            if getattr(room, "gate", None) is not None:  # multiplied in after the norm, so nothing can be folded
-                last = "hidden"
-            elif inner is not None and not isinstance(inner, nn.Identity):
-                last = "norm"
-            for name, layer in room.named_children():
+            parent = getattr(block, part)
+            kind = _kind_of_last(parent, part)
+            for name, layer in parent.named_children():
                 if isinstance(layer, nn.Linear):
-                    found[f"blocks.{i}.{part}.{name}"] = (layer, last if name in ("proj", "fc2", "w3") else "norm")
-    return found
+                    layers[f"blocks.{i}.{part}.{name}"] = (layer, kind if name in ("proj", "fc2", "w3") else "norm")
+    return layers
+
+
+def _kind_of_last(parent: nn.Module, part: str) -> str:
+    """What feeds the last layer of an attention or an MLP: "value", "hidden", or "norm" if a norm stands before it."""
+    # A gate is multiplied in after the norm, so nothing can be folded into the norm.
+    if getattr(parent, "gate", None) is not None:
+        return "hidden"
+    inner = getattr(parent, "norm", None)
+    if inner is not None and not isinstance(inner, nn.Identity):
+        return "norm"
+    return "value" if part == "attn" else "hidden"
 
 
 @torch.no_grad()
-def observe(model: ViT, batches: Iterable[torch.Tensor], smoothing: Smoothing) -> dict[str, Grid]:
-    """Grid of every layer's input over normalised ``batches`` ``(B, 3, H, W)``; ``model`` must not be quantised meanwhile."""
+def observe_grids(model: ViT, batches: Iterable[torch.Tensor], smoothing: Smoothing) -> dict[str, Grid]:
+    """Return the grid of every layer's input over normalised ``batches`` ``(B, 3, H, W)``.
+
+    ``model`` must not be inside ``quantised``.
+    """
     layers = quantised_layers(model)
     ranges: dict[str, Range] = {}
-    skipped = slice(int(model.cls_token is not None), model.num_prefix_tokens)
+    registers = slice(int(model.cls_token is not None), model.num_prefix_tokens)
 
-    def watch(name: str, kind: str) -> Any:
-        def see(_module: nn.Module, inputs: tuple[torch.Tensor, ...]) -> None:
+    def hook_of(name: str, kind: str) -> Callable[[nn.Module, tuple[torch.Tensor, ...]], None]:
+        def widen_range(_module: nn.Module, inputs: tuple[torch.Tensor, ...]) -> None:
             x = inputs[0].float()  # (B, T, C)
             if kind == "hidden" and not smoothing.registers:
-                x = torch.cat([x[:, : skipped.start], x[:, skipped.stop :]], dim=1)
+                x = torch.cat([x[:, : registers.start], x[:, registers.stop :]], dim=1)
             low, high = (v.cpu().numpy() for v in torch.aminmax(x.flatten(0, 1), dim=0))
-            now = Range(low, high)
-            ranges[name] = ranges[name].join(now) if name in ranges else now
+            batch_range = Range(low, high)
+            ranges[name] = ranges[name].join(batch_range) if name in ranges else batch_range
 
-        return see
+        return widen_range
 
-    handles = [layer.register_forward_pre_hook(watch(name, kind)) for name, (layer, kind) in layers.items()]
-    was = model.training
+    handles = [layer.register_forward_pre_hook(hook_of(name, kind)) for name, (layer, kind) in layers.items()]
+    training = model.training
     model.eval()
     try:
         for batch in batches:
@@ -73,13 +83,13 @@ def observe(model: ViT, batches: Iterable[torch.Tensor], smoothing: Smoothing) -
     finally:
         for handle in handles:
             handle.remove()
-        model.train(was)
+        model.train(training)
     return {name: make_grid(ranges[name], kind, smoothing) for name, (_, kind) in layers.items()}
 
 
 @contextmanager
 def quantised(model: ViT, grids: dict[str, Grid]) -> Iterator[None]:
-    """While open, the layers that have a grid compute in fake 8 bits; parameters and state dict stay as they are."""
+    """While open, the layers that have a grid compute in fake INT8. Parameters and state dict do not change."""
     layers = {name: layer for name, (layer, _) in quantised_layers(model).items() if name in grids} if grids else {}
     for name, layer in layers.items():
         layer.forward = _Quantised(layer, grids[name])  # type: ignore[method-assign, assignment]
@@ -91,7 +101,7 @@ def quantised(model: ViT, grids: dict[str, Grid]) -> Iterator[None]:
 
 
 class _Quantised:
-    """y = step_x step_w (k_x k_w) + (b + W c), with integers k, which bfloat16 holds exactly up to 256."""
+    """A layer's forward: y = step_x step_w (k_x k_w) + (b + W c), with integers k; bfloat16 is exact up to 256."""
 
     def __init__(self, layer: nn.Linear, grid: Grid) -> None:
         device = layer.weight.device
@@ -105,14 +115,14 @@ class _Quantised:
         steps = (smoothed.detach().abs().amax(dim=1) / WEIGHT_STEPS).clamp_min(1e-12)  # (O,)
         k_w = _Round.apply(smoothed / steps[:, None], -WEIGHT_STEPS, WEIGHT_STEPS)
         k_x = _Round.apply((x.float() - self.centre) / (self.smooth * self.step), self.lowest, self.highest)
-        bias = (
-            F.linear(self.centre, weight) if self.layer.bias is None else self.layer.bias.float() + weight @ self.centre
-        )
+        bias = weight @ self.centre
+        if self.layer.bias is not None:
+            bias = self.layer.bias.float() + bias
         return F.linear(k_x, k_w) * (steps * self.step) + bias
 
 
 class _Round(torch.autograd.Function):
-    """Round and clip; the gradient passes straight through, but not where it was clipped (arXiv 1308.3432)."""
+    """Round and clip. The gradient passes straight through, except at clipped values (arXiv 1308.3432)."""
 
     @staticmethod
     def forward(ctx: Any, x: torch.Tensor, lowest: int, highest: int) -> torch.Tensor:

@@ -1,51 +1,37 @@
-"""Finding register neurons: MLP hidden units that fire enormously on outlier tokens and nowhere else.
+"""Find register neurons: MLP hidden units that fire strongly on outlier tokens and nowhere else.
 
-Algorithm 1 of arXiv 2506.08010, made automatic: activation on outlier tokens times the norm of the unit's ``fc2``
-column is how much norm the unit writes; a register neuron writes at least a fair share of an ordinary token's norm
-there, and next to nothing on ordinary tokens. No layer, count or threshold has to be given per model.
+Algorithm 1 of arXiv 2506.08010, made automatic. A unit writes the norm of its ``fc2`` column times its activation. A
+register neuron writes at least ``SHARE`` of an ordinary token's norm on outlier tokens, and almost nothing elsewhere.
+No layer, count or threshold has to be given per model. B batch, N patch tokens, H hidden units.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from dataclasses import asdict, dataclass
-from typing import Any
+from dataclasses import dataclass
 
 import numpy as np
 import torch
 
 from phreg_deploy.artifacts.measures import OUTLIER_FACTOR
+from phreg_deploy.distill.record import RegisterNeuron
 from phreg_deploy.models import hooks
 from phreg_deploy.models.hooks import ViT
 
-SHARE = 0.75  # norm that a register neuron writes on outliers, at least, in median norms of its block's output
-SELECTIVITY = 10.0  # its activation on outliers, at least, in activations on ordinary tokens
-MOST = 64  # units at most, the strongest first; DINOv2-L has 45 (arXiv 2506.08010)
-
-
-@dataclass(frozen=True)
-class RegisterNeuron:
-    """Hidden unit ``unit`` of block ``block``; ``activation`` its signed mean on outlier tokens, ``elsewhere`` on others.
-
-    ``share``: the norm that it writes on outlier tokens, in median norms of its block's output.
-    """
-
-    block: int
-    unit: int
-    activation: float
-    elsewhere: float
-    share: float
-
-    def to_json(self) -> dict[str, Any]:
-        return asdict(self)
+# Least norm that a register neuron writes on outlier tokens, in median norms of its block's output.
+SHARE = 0.75
+# Least activation on outlier tokens, in activations on ordinary tokens.
+SELECTIVITY = 10.0
+# Most units, the strongest ones; DINOv2-L has 45 (arXiv 2506.08010).
+MOST = 64
 
 
 @dataclass
-class Survey:
-    """Where the outlier tokens are and what makes them.
+class NeuronSearch:
+    """The outlier tokens of a model and the units that make them.
 
-    ``rate``: share of patch tokens above ``OUTLIER_FACTOR`` times the median pre-norm norm; ``block_largest``: largest
-    over median norm per block; ``neurons`` in the order of their blocks.
+    ``rate``: share of patch tokens above ``OUTLIER_FACTOR`` times the ``median`` pre-norm norm. ``block_largest``:
+    largest norm over median norm, per block. ``neurons``: sorted by block and unit.
     """
 
     rate: float
@@ -54,92 +40,121 @@ class Survey:
     neurons: list[RegisterNeuron]
 
     @property
-    def word(self) -> str:
-        """What was found, for people."""
+    def summary(self) -> str:
+        """The result as a sentence."""
         if self.rate == 0:
             return "No high-norm patch tokens: this model has no register neurons. Registers start at random."
+        high = f"{self.rate:.2%} of patch tokens are high-norm"
         if not self.neurons:
-            return f"{self.rate:.2%} of patch tokens are high-norm, but no single MLP unit makes them. Registers start at random."
-        first = max(self.neurons, key=lambda n: n.share)
+            return f"{high}, but no single MLP unit makes them. Registers start at random."
+        first, count = max(self.neurons, key=lambda n: n.share), len(self.neurons)
         return (
-            f"{self.rate:.2%} of patch tokens are high-norm. {len(self.neurons)} register neuron{'s' * (len(self.neurons) > 1)} found; the strongest "
-            f"is unit {first.unit} of block {first.block} ({abs(first.activation):.0f} on outliers, {first.elsewhere:.3g} elsewhere)."
+            f"{high}. {count} register neuron{'s' * (count > 1)} found; the strongest is unit {first.unit} of block "
+            f"{first.block} ({abs(first.activation):.0f} on outliers, {first.elsewhere:.3g} elsewhere)."
         )
 
 
 @torch.inference_mode()
-def survey(model: ViT, batches: Iterable[torch.Tensor], advance: Callable[[int], None] = lambda _n: None) -> Survey:
+def find_register_neurons(
+    model: ViT, batches: Iterable[torch.Tensor], advance: Callable[[int], None] = lambda _n: None
+) -> NeuronSearch:
     """Search every block of ``model`` for register neurons.
 
     Args:
-        batches: normalised images, each ``(B, 3, H, W)``, iterated twice; 256 images in all are plenty.
-        advance: called with the number of images done; every image passes twice.
+        batches: normalised images, each ``(B, 3, H, W)``, iterated twice; 256 images in all are enough.
+        advance: called with the number of images done; every image counts twice.
     """
-    prefix, depth = model.num_prefix_tokens, len(model.blocks)
-    norms: list[np.ndarray] = []
-    per_block: list[list[np.ndarray]] = [[] for _ in range(depth)]
+    norms, block_norms = _patch_norms(model, batches, advance)
+    median = float(np.median(np.concatenate(norms)))
+    medians = [float(np.median(block)) for block in block_norms]
+    largest = [float(block.max() / m) for block, m in zip(block_norms, medians)]
+    masks = [n > OUTLIER_FACTOR * median for n in norms]
+    rate = float(np.concatenate([mask.ravel() for mask in masks]).mean())
+    if rate == 0:
+        return NeuronSearch(0.0, median, largest, [])
+    activations = _mean_activations(model, batches, masks, advance)
+    neurons = [n for i, block_median in enumerate(medians) for n in _select(model, i, activations[i], block_median)]
+    strongest = sorted(neurons, key=lambda n: -n.share)[:MOST]
+    return NeuronSearch(rate, median, largest, sorted(strongest, key=lambda n: (n.block, n.unit)))
 
-    def keep(i: int, out: torch.Tensor) -> None:
+
+def _patch_norms(
+    model: ViT, batches: Iterable[torch.Tensor], advance: Callable[[int], None]
+) -> tuple[list[np.ndarray], list[np.ndarray]]:
+    """Pre-norm norms of patch tokens, ``(B, N)`` per batch; and norms after each block, ``(M, N)`` per block."""
+    prefix = model.num_prefix_tokens
+    norms: list[np.ndarray] = []
+    per_block: list[list[np.ndarray]] = [[] for _ in model.blocks]
+
+    def add(i: int, out: torch.Tensor) -> None:
         per_block[i].append(out[:, prefix:].float().norm(dim=-1).cpu().numpy())
 
-    for batch in batches:
-        with hooks.block_outputs(model, keep):
+    with hooks.block_outputs(model, add):
+        for batch in batches:
             norms.append(hooks.forward(model, batch).norms.cpu().numpy())
-        advance(len(batch))
-    median = float(np.median(np.concatenate(norms)))
-    medians = [float(np.median(np.concatenate(block))) for block in per_block]
-    largest = [float(np.concatenate(block).max() / m) for block, m in zip(per_block, medians)]
-    masks = [n > OUTLIER_FACTOR * median for n in norms]
-    count = sum(int(m.sum()) for m in masks)
-    total = sum(m.size for m in masks)
-    if count == 0:
-        return Survey(0.0, median, largest, [])
+            advance(len(batch))
+    return norms, [np.concatenate(block) for block in per_block]
 
-    # rows: signed, outliers, others; what ``fc2`` sees on outliers and on others, where a norm stands before it
-    sums = [torch.zeros(5, hidden_width(block.mlp)) for block in model.blocks]
 
+@dataclass
+class _Activations:
+    """Means over tokens of each hidden unit of one block, all ``(H,)``.
+
+    ``signed``, ``magnitude``: on outlier tokens. ``elsewhere``: magnitude on other patch tokens. ``normed``: outlier
+    mean minus ordinary mean behind the MLP's inner norm; zeros if there is none.
+    """
+
+    signed: torch.Tensor
+    magnitude: torch.Tensor
+    elsewhere: torch.Tensor
+    normed: torch.Tensor
+
+
+def _mean_activations(
+    model: ViT, batches: Iterable[torch.Tensor], masks: list[np.ndarray], advance: Callable[[int], None]
+) -> list[_Activations]:
+    """Mean activations of every block; ``masks``: outlier tokens, bool ``(B, N)`` per batch."""
+    prefix = model.num_prefix_tokens
+    count = sum(int(mask.sum()) for mask in masks)
+    others = max(1, sum(mask.size for mask in masks) - count)
+    sums = [_Activations(*torch.zeros(4, block.mlp.fc2.in_features)) for block in model.blocks]
     for batch, mask in zip(batches, masks):
-        where = torch.from_numpy(mask)
+        outliers = torch.from_numpy(mask)
 
-        def add(i: int, hidden: torch.Tensor, where: torch.Tensor = where) -> None:
+        def add(i: int, hidden: torch.Tensor, outliers: torch.Tensor = outliers) -> None:
             h = hidden[:, prefix:].float().cpu()
-            sums[i][0] += h[where].sum(0)
-            sums[i][1] += h[where].abs().sum(0)
-            sums[i][2] += h[~where].abs().sum(0)
+            sums[i].signed += h[outliers].sum(0) / count
+            sums[i].magnitude += h[outliers].abs().sum(0) / count
+            sums[i].elsewhere += h[~outliers].abs().sum(0) / others
             inner = hooks.inner_norm(model.blocks[i].mlp)
             if inner is not None:
-                n = inner.forward(hidden[:, prefix:]).float().cpu()  # not called: its hook is this one
-                sums[i][3] += n[where].sum(0)
-                sums[i][4] += n[~where].sum(0)
+                # ``forward``, since a call would run the hook that calls this function.
+                n = inner.forward(hidden[:, prefix:]).float().cpu()
+                sums[i].normed += n[outliers].sum(0) / count - n[~outliers].sum(0) / others
 
         with hooks.hidden_units(model, add):
             hooks.forward(model, batch)
         advance(len(batch))
-
-    found = []
-    for i, block in enumerate(model.blocks):
-        signed, on, off = sums[i][0] / count, sums[i][1] / count, sums[i][2] / max(1, total - count)
-        written = on
-        if (
-            hooks.inner_norm(block.mlp) is not None
-        ):  # the norm bounds what a unit writes, and gives every unit an offset
-            written = (sums[i][3] / count - sums[i][4] / max(1, total - count)).abs()
-        share = written * written_norm(block).cpu() / medians[i]
-        chosen = (share >= SHARE) & (on >= SELECTIVITY * off)
-        found += [
-            RegisterNeuron(i, int(u), float(signed[u]), float(off[u]), float(share[u]))
-            for u in chosen.nonzero().flatten()
-        ]
-    strongest = sorted(found, key=lambda n: -n.share)[:MOST]
-    return Survey(count / total, median, largest, sorted(strongest, key=lambda n: (n.block, n.unit)))
+    return sums
 
 
-def hidden_width(mlp: ViT) -> int:
-    return int(mlp.fc2.in_features)
+def _select(model: ViT, index: int, activations: _Activations, median: float) -> list[RegisterNeuron]:
+    """The register neurons of one block, whose output has this ``median`` norm."""
+    block = model.blocks[index]
+    written = activations.magnitude
+    # An inner norm bounds what a unit writes, and gives every unit an offset.
+    if hooks.inner_norm(block.mlp) is not None:
+        written = activations.normed.abs()
+    share = written * written_norm(block).cpu() / median
+    selected = (share >= SHARE) & (activations.magnitude >= SELECTIVITY * activations.elsewhere)
+    return [
+        RegisterNeuron(index, int(u), float(activations.signed[u]), float(activations.elsewhere[u]), float(share[u]))
+        for u in selected.nonzero().flatten()
+    ]
 
 
 def written_norm(block: ViT) -> torch.Tensor:
-    """Norm that one unit of activation writes into the residual stream, ``(H,)``; LayerScale included."""
+    """Norm that a unit writes into the residual stream per activation of 1, ``(H,)``; includes LayerScale."""
     scale = getattr(getattr(block, "ls2", None), "gamma", None)
     scale = getattr(block, "gamma_2", None) if scale is None else scale
     weight = block.mlp.fc2.weight.detach()

@@ -1,7 +1,7 @@
-"""Denoised targets: the base model's own features, averaged over re-aligned shifted and flipped views.
+"""Denoise the base model's features: average them over shifted and flipped views, re-aligned; and cache the results.
 
-The method is arXiv 2505.21501 section 3.1. Targets depend on the image, the weights and the settings alone, so they
-are computed once and kept on disk in float16; later epochs and later runs cost only the student.
+The method is arXiv 2505.21501 section 3.1. Targets depend only on the image, the weights and the settings. They are
+computed once and kept on disk in float16; later epochs and runs compute only the student.
 """
 
 from __future__ import annotations
@@ -9,12 +9,12 @@ from __future__ import annotations
 import functools
 import hashlib
 import json
+import os
 import zlib
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -29,21 +29,25 @@ from phreg_deploy.files.temporary import remove_dead
 from phreg_deploy.images.photographs import Photographs
 from phreg_deploy.models import hooks
 from phreg_deploy.models.hooks import ViT
-from phreg_deploy.models.identity import model_identity
+from phreg_deploy.models.identity import ModelIdentity, model_identity
 from phreg_deploy.spec import Preprocess
 from phreg_deploy.views import View, draw_views, most_views, seed_of, show, way_back
 
-CACHE_FORMAT = 3  # of the files below: other formats are other folders
-KEPT = ("image", "patches", "cls", "norms", "drift")  # arrays of a cached target
-CHUNK = 40  # views per forward; about 1 GB of activations for a ViT-B at 224 px
+# Format of the cached files; each format has its own folders.
+CACHE_FORMAT = 3
+# Arrays of a cached target.
+ARRAYS = ("image", "patches", "cls", "norms", "drift")
+# Views per forward; about 1 GB of activations for a ViT-B at 224 px.
+CHUNK = 40
 
 
 @dataclass
 class Target:
-    """What the base model says of one image, float32.
+    """The base model's features of one image, float32.
 
     ``patches`` ``(Hp, Wp, C)``: mean over the views that cover each patch. ``plain`` ``(Hp, Wp, C)``: the unshifted
-    view, ``norms`` ``(Hp, Wp)`` its pre-norm norms. ``cls`` ``(2, C)``: class tokens of the image and its mirror image.
+    view. ``norms`` ``(Hp, Wp)``: its pre-norm norms. ``cls`` ``(2, C)``: class tokens of the image and its mirror
+    image.
     """
 
     patches: np.ndarray
@@ -57,10 +61,11 @@ class Teacher:
 
     Args:
         model: the base model, in evaluation mode.
-        views: views per image, the first of them plain; 10 in the paper. At most as many as differ on the model's grid.
-        seed: of the views; each image's are drawn from the seed and its own digest, so order does not matter.
-        device: where to run. more_devices: further ones, over which ``targets`` spreads photographs. autocast: bfloat16 autocast (halves the time on CPUs and GPUs that have it).
-        identity: ``model_identity(model)`` where it is known already; computing it reads every weight.
+        views: views per image, the first one unshifted; 10 in the paper. At most as many as differ on the model's grid.
+        seed: each image's views are drawn from this seed and the image's digest, whatever the order of images.
+        devices: the first one holds ``model``; ``targets`` distributes photographs over all of them.
+        autocast: compute in bfloat16; twice as fast on CPUs and GPUs that have it.
+        identity: ``model_identity(model)``, if it is known already; computing it reads every weight.
     """
 
     def __init__(
@@ -70,13 +75,12 @@ class Teacher:
         *,
         views: int = 10,
         seed: int = 0,
-        device: str = "cpu",
-        more_devices: Sequence[str] = (),
+        devices: Sequence[str] = ("cpu",),
         autocast: bool = False,
-        identity: dict[str, Any] | None = None,
+        identity: ModelIdentity | None = None,
     ) -> None:
-        self.model, self.preprocess, self.seed = model.to(device), preprocess, seed
-        self.devices, self.autocast = (device, *more_devices), autocast
+        self.model, self.preprocess, self.seed = model.to(devices[0]), preprocess, seed
+        self.devices, self.autocast = tuple(devices), autocast
         self.patch = tuple(model.patch_embed.patch_size)
         self.grid = tuple(model.patch_embed.grid_size)
         self.views = min(views, most_views(self.grid))
@@ -84,16 +88,16 @@ class Teacher:
 
     @functools.cached_property
     def digest(self) -> str:
-        """The identity of every setting that decides a target."""
+        """sha256 of every setting that decides a target."""
         settings = {
-            "model": self._identity or model_identity(self.model), "preprocess": self.preprocess.to_json(), "views": self.views,
-            "seed": self.seed, "autocast": self.autocast, "format": CACHE_FORMAT,
-        }  # fmt: skip
+            "model": (self._identity or model_identity(self.model)).to_json(),
+            "preprocess": self.preprocess.to_json(),
+            "views": self.views,
+            "seed": self.seed,
+            "autocast": self.autocast,
+            "format": CACHE_FORMAT,
+        }
         return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()
-
-    def denoise(self, photographs: Photographs, start: int, stop: int) -> list[Target]:
-        """Targets of ``photographs[start:stop]``, all views in one batch on the first device."""
-        return self._denoise(self.model, self.devices[0], photographs, start, stop)
 
     @torch.inference_mode()
     def _denoise(self, model: ViT, device: str, photographs: Photographs, start: int, stop: int) -> list[Target]:
@@ -101,33 +105,30 @@ class Teacher:
             draw_views(self.views, self.grid, seed_of(self.seed, digest)) for digest in photographs.digests[start:stop]
         ]
         images = photographs.batch(start, stop)
-        # (B * (V + 1), H, W, 3): the last is the mirror image, whose class token is a target of its own
+        # (B * (V + 1), H, W, 3): the last view is the mirror image, whose class token is a target of its own.
         mirrored = View(0, 0, True)
-        shown = np.stack(
+        pixels = np.stack(
             [show(image, view, self.patch) for image, plan in zip(images, plans) for view in (*plan, mirrored)]
         )
-        with precision(device, self.autocast):
-            seen = hooks.forward(
-                model,
-                hooks.normalise(torch.from_numpy(shown).to(device), self.preprocess.mean, self.preprocess.std),
-            )
-        count = self.views + 1
-        # averaged where the features are: of V views, only the mean and the plain one are copied to the host
-        maps = seen.patches.reshape(len(plans), count, *self.grid, -1)  # (B, V + 1, Hp, Wp, C)
+        batch = hooks.normalise(torch.from_numpy(pixels).to(device), self.preprocess.mean, self.preprocess.std)
+        with mixed_precision(device, self.autocast):
+            features = hooks.forward(model, batch)
+        shape = (len(plans), self.views + 1)
+        # Averaged on the device: only the mean and the unshifted view are copied to the host.
+        maps = features.patches.reshape(*shape, *self.grid, -1)  # (B, V + 1, Hp, Wp, C)
         means = torch.stack([mean_of_views(maps[i, :-1].float(), plan) for i, plan in enumerate(plans)]).cpu().numpy()
         plain = maps[:, 0].float().cpu().numpy()
-        norms = seen.norms.reshape(len(plans), count, *self.grid)[:, 0].cpu().numpy()
-        cls = None if seen.cls is None else seen.cls.reshape(len(plans), count, -1)[:, [0, -1]].float().cpu().numpy()
+        norms = features.norms.reshape(*shape, *self.grid)[:, 0].cpu().numpy()
+        cls = None if features.cls is None else features.cls.reshape(*shape, -1)[:, [0, -1]].float().cpu().numpy()
         return [Target(means[i], None if cls is None else cls[i], norms[i], plain[i]) for i in range(len(plans))]
 
     def targets(self, photographs: Photographs, advance: Callable[[int], None] = lambda _n: None) -> Iterator[Target]:
-        """Targets of every photograph, in order, without touching the cache; on several devices, a chunk on each at a time."""
+        """Yield the target of every photograph, in order, without the cache; each device computes a chunk at a time."""
         step = max(1, CHUNK // self.views)
         spans = [(start, min(start + step, len(photographs))) for start in range(0, len(photographs), step)]
-        found = Replicas(self.model, self.devices[: max(1, len(spans))]).spread(
-            lambda model, device, span: self._denoise(model, device, photographs, *span), spans
-        )
-        for targets in found:
+        replicas = Replicas(self.model, self.devices[: max(1, len(spans))])
+        chunks = replicas.map(lambda model, device, span: self._denoise(model, device, photographs, *span), spans)
+        for targets in chunks:
             yield from targets
             advance(len(targets))
 
@@ -136,7 +137,7 @@ def mean_of_views(maps: torch.Tensor, plan: list[View]) -> torch.Tensor:
     """Mean ``(Hp, Wp, C)`` over the views that cover each patch, on the device of ``maps``.
 
     Args:
-        maps: features ``(V, Hp, Wp, C)`` of the views of ``plan``, the first of which is plain and covers every patch.
+        maps: features ``(V, Hp, Wp, C)`` of the views of ``plan``; the first view is unshifted and covers every patch.
     """
     total, covered = torch.zeros_like(maps[0]), maps.new_zeros(maps.shape[1:3])
     for features, view in zip(maps[1:], plan[1:]):
@@ -147,13 +148,12 @@ def mean_of_views(maps: torch.Tensor, plan: list[View]) -> torch.Tensor:
 
 
 class TargetCache:
-    """Targets on disk, one ``.safetensors`` an image, named by its digest, in a folder named by the teacher's settings.
+    """Targets on disk, one ``.safetensors`` per image, in a folder named by the teacher's settings.
 
-    Holds per image: ``image`` uint8 ``(H, W, 3)`` as fitted, so that training decodes no file; ``patches``
-    float16 ``(N, C)``; ``cls`` float16 ``(2, C)`` of the image and its mirror image (empty without class token);
-    ``norms`` float32 ``(N,)`` of the plain view; ``drift`` float16 ``(N,)``: 1 - cosine between it and the target.
-    ``crc32`` uint32 ``(1,)`` of the bytes of the others in this order, since safetensors has no checksum of its own.
-    Several threads may read at once.
+    A file holds ``image`` uint8 ``(H, W, 3)`` at the input size; ``patches`` float16 ``(N, C)``; ``cls`` float16
+    ``(2, C)`` of the image and its mirror image, empty without class token; ``norms`` float32 ``(N,)`` of the unshifted
+    view; ``drift`` float16 ``(N,)``, 1 - cosine between that view and the target; and ``crc32`` uint32 ``(1,)`` of the
+    others' bytes in this order, since safetensors has no checksum. Several threads may read at once.
     """
 
     def __init__(self, teacher: Teacher, folder: Path) -> None:
@@ -163,10 +163,10 @@ class TargetCache:
         return self.folder / f"{digest[:32]}.safetensors"
 
     def fill(self, photographs: Photographs, advance: Callable[[int], None] = lambda _n: None) -> int:
-        """Compute what is missing; an interrupted call goes on where it stopped. Returns how many were computed."""
+        """Compute the missing targets, and return their number. After an interruption, the next call continues."""
         self.folder.mkdir(parents=True, exist_ok=True)
         remove_dead(self.folder)
-        missing = [i for i, digest in enumerate(photographs.digests) if not self._whole(digest)]
+        missing = [i for i, digest in enumerate(photographs.digests) if not self._is_complete(digest)]
         advance(len(photographs) - len(missing))
         todo = photographs.subset(missing)
         for i, target in enumerate(self.teacher.targets(todo, advance)):
@@ -174,31 +174,35 @@ class TargetCache:
             drift = 1 - cosine(target.plain, target.patches).reshape(-1)
             cls = np.zeros(0) if target.cls is None else target.cls
             item = {
-                "image": todo.array(i), "patches": flat.astype(np.float16), "cls": cls.astype(np.float16),
-                "norms": target.norms.reshape(-1), "drift": drift.astype(np.float16),
-            }  # fmt: skip
-            item = {name: np.ascontiguousarray(item[name]) for name in KEPT}
+                "image": todo.array(i),
+                "patches": flat.astype(np.float16),
+                "cls": cls.astype(np.float16),
+                "norms": target.norms.reshape(-1),
+                "drift": drift.astype(np.float16),
+            }
+            item = {name: np.ascontiguousarray(item[name]) for name in ARRAYS}
             write_atomic(self.path(todo.digests[i]), save({**item, "crc32": _checksum(item)}))
         return len(missing)
 
     def read(self, digest: str) -> dict[str, np.ndarray]:
-        """The target of one image, arrays as described above, without ``crc32``; they may be read-only.
+        """Read the arrays of one image's target, without ``crc32``; they may be read-only.
 
         Raises:
-            OSError: there is no such file, or it cannot be read. PhregError: it is damaged.
+            OSError: there is no such file, or it cannot be read.
+            PhregError: the file is damaged.
         """
         path = self.path(digest)
         try:
             data = load(path.read_bytes())
-            item = {name: data[name] for name in KEPT}
-            whole = np.array_equal(data["crc32"], _checksum(item))
+            item = {name: data[name] for name in ARRAYS}
+            intact = np.array_equal(data["crc32"], _checksum(item))
         except (SafetensorError, ValueError, KeyError):
-            whole = False
-        if not whole:
+            intact = False
+        if not intact:
             raise PhregError(f"targets: {path} is damaged; remove it and run the same command again.")
         return item
 
-    def _whole(self, digest: str) -> bool:
+    def _is_complete(self, digest: str) -> bool:
         try:
             self.read(digest)
         except (OSError, PhregError):
@@ -207,13 +211,18 @@ class TargetCache:
 
 
 def _checksum(item: dict[str, np.ndarray]) -> np.ndarray:
-    """CRC-32 of the arrays' bytes in the order of ``KEPT``, uint32 ``(1,)``."""
+    """CRC-32 of the arrays' bytes in the order of ``ARRAYS``, uint32 ``(1,)``."""
     value = 0
-    for name in KEPT:
+    for name in ARRAYS:
         value = zlib.crc32(item[name].data, value)
     return np.array([value], np.uint32)
 
 
-def precision(device: str, autocast: bool) -> AbstractContextManager:
-    """bfloat16 autocast where asked for."""
-    return torch.autocast(torch.device(device).type, dtype=torch.bfloat16) if autocast else nullcontext()
+def mixed_precision(device: str, enabled: bool) -> AbstractContextManager:
+    """Return bfloat16 autocast for the device, or a context that does nothing."""
+    return torch.autocast(torch.device(device).type, dtype=torch.bfloat16) if enabled else nullcontext()
+
+
+def cache_folder() -> Path:
+    """Return ``$XDG_CACHE_HOME/phreg-deploy``, or ``~/.cache/phreg-deploy``."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "phreg-deploy"

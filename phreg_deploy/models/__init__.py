@@ -1,6 +1,6 @@
-"""timm ViTs: loading them, reading them in the middle, adding register tokens, writing them as checkpoints.
+"""Load timm ViTs, hook into them, add register tokens to them, and write them as checkpoints.
 
-Needs the extra ``distill`` (torch, timm, safetensors).
+Needs the extra ``distill`` (torch, timm, safetensors). Importing this module raises ``BackendMissing`` without it.
 """
 
 from phreg_deploy.errors import BackendMissing
@@ -17,10 +17,12 @@ except ImportError as error:
         f"phreg_deploy.distill: {error.name or 'torch'} cannot be imported ({error}). "
         'Run: pip install --force-reinstall "phreg-deploy[distill]"'
     ) from error
-except RuntimeError as error:  # torchvision built against another torch: timm's own import of it fails
+# timm cannot import a torchvision that was built against another torch.
+except RuntimeError as error:
     if "torchvision::nms" not in str(error):
         raise
     raise BackendMissing(
-        "timm cannot import torchvision: it was built against another build of torch (operator torchvision::nms does not exist). "
-        'Run: pip install --force-reinstall torch torchvision, or install into a new environment with pip install "phreg-deploy[distill]"'
+        "timm cannot import torchvision: it was built against another build of torch (operator torchvision::nms does "
+        "not exist). Run: pip install --force-reinstall torch torchvision, or install into a new environment with "
+        'pip install "phreg-deploy[distill]"'
     ) from error

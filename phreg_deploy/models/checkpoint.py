@@ -1,4 +1,4 @@
-"""A student on disk: ``config.json`` and ``model.safetensors`` that stock timm loads, and ``phreg.json`` with its story."""
+"""Write a student: ``config.json`` and ``model.safetensors``, which stock timm loads, and its record ``phreg.json``."""
 
 from __future__ import annotations
 
@@ -20,19 +20,25 @@ __all__ = ["read_record", "write_record", "write_student"]
 
 
 def write_student(student: ViT, record: dict[str, Any], folder: Path) -> None:
-    """Write the three files into an existing folder. ``timm.create_model("local-dir:FOLDER", pretrained=True)`` reads it back."""
+    """Write the files into an existing folder; ``timm.create_model("local-dir:FOLDER", pretrained=True)`` loads it.
+
+    Raises:
+        OSError: the system refuses to write.
+    """
     arguments = {k: v for k, v in model_arguments(student).items() if k != "num_classes"}
     try:
         save_for_hf(student, str(folder), model_args=arguments, safe_serialization=True)
-    except SafetensorError as error:  # how safetensors says that the system refused: "... (os error 28)"
+    # safetensors reports an error of the system as "... (os error 28)".
+    except SafetensorError as error:
         number = re.search(r"os error (\d+)", str(error))
         raise OSError(int(number[1]) if number else errno.EIO, str(error)) from error
     write_record(record, folder)
-    for path in folder.iterdir():  # safetensors writes 0600 whatever the umask is
+    # safetensors ignores the umask and writes with mode 0600.
+    for path in folder.iterdir():
         path.chmod((folder / RECORD).stat().st_mode)
 
 
 def write_record(record: dict[str, Any], folder: Path) -> None:
-    """Write ``phreg.json`` into a student's folder, or replace it."""
+    """Write or replace ``phreg.json`` in a student's folder."""
     text = json.dumps({"format": RECORD_VERSION, **record}, indent=1, sort_keys=True) + "\n"
     write_atomic(folder / RECORD, text.encode())

@@ -1,6 +1,6 @@
-"""Reading a ViT in the middle: block outputs, MLP inputs and hidden units, and the features that are served.
+"""Hook into a ViT: block outputs, hidden units of MLPs, and the dense features that are served.
 
-Uniform over timm's ``VisionTransformer`` and ``Eva``, and over its plain and gated MLPs. B batch, N patch tokens,
+Works alike for timm's ``VisionTransformer`` and ``Eva``, and for plain and gated MLPs. B batch, N patch tokens,
 R registers, T = [class] + R + N tokens, C width, H hidden units.
 """
 
@@ -15,18 +15,20 @@ import numpy as np
 import torch
 from torch import nn
 
-ViT = Any  # a timm VisionTransformer or Eva, or a part of one: timm publishes no types, and torch types every attribute as Tensor | Module
+# A timm VisionTransformer or Eva, or a part of one. timm has no types, and PyTorch types every attribute as
+# Tensor | Module.
+ViT = Any
 
 
 @dataclass
 class Features:
-    """``tokens`` after the final norm ``(B, T, C)``; ``norms`` the pre-norm L2 norms of patch tokens ``(B, N)``.
+    """``tokens`` ``(B, T, C)`` after the final norm; ``norms`` ``(B, N)``, L2 norms of patch tokens before it.
 
-    ``given``: timm's ``forward_features``, which its head takes; the same as ``tokens`` unless the final norm is ``fc_norm``.
+    ``head_input``: the result of timm's ``forward_features``; not ``tokens`` if the final norm is ``fc_norm``.
     """
 
     tokens: torch.Tensor
-    given: torch.Tensor
+    head_input: torch.Tensor
     norms: torch.Tensor
     prefix: int
     class_token: bool
@@ -41,32 +43,33 @@ class Features:
 
 
 def forward(model: ViT, images: torch.Tensor) -> Features:
-    """Dense features of normalised ``images`` ``(B, 3, H, W)`` after ``final_norm``, and the patch norms before it."""
-    kept: list[torch.Tensor] = []
-    handle = model.norm.register_forward_pre_hook(lambda _module, inputs: kept.append(inputs[0]))
+    """Compute the features of normalised ``images`` ``(B, 3, H, W)``."""
+    residuals: list[torch.Tensor] = []
+    handle = model.norm.register_forward_pre_hook(lambda _module, inputs: residuals.append(inputs[0]))
     try:
-        given = model.forward_features(images)
+        head_input = model.forward_features(images)
     finally:
         handle.remove()
     prefix, norm = model.num_prefix_tokens, final_norm(model)
-    tokens = given if norm is model.norm else norm(given)
-    return Features(tokens, given, kept[0][:, prefix:].float().norm(dim=-1), prefix, model.cls_token is not None)
+    tokens = head_input if norm is model.norm else norm(head_input)
+    norms = residuals[0][:, prefix:].float().norm(dim=-1)
+    return Features(tokens, head_input, norms, prefix, model.cls_token is not None)
 
 
 def final_norm(model: ViT) -> ViT:
-    """The norm between the residual stream and what is served.
+    """The norm between the residual stream and the served features.
 
-    Models that were trained with average pooling (EVA02, EVA-g, timm's ``_gap_`` ViTs) have none on their tokens, only
-    ``fc_norm`` on the pooled one; there it is taken for each token, since the head never sees a raw residual either.
+    Models trained with average pooling (EVA02, EVA-g, timm's ``_gap_`` ViTs) have only ``fc_norm``, which normalises
+    the pooled token; here it normalises each token, since their head never reads a raw residual.
     """
-    unnormed = isinstance(model.norm, nn.Identity) and not isinstance(model.fc_norm, nn.Identity)
-    return model.fc_norm if unnormed else model.norm
+    pooled = isinstance(model.norm, nn.Identity) and not isinstance(model.fc_norm, nn.Identity)
+    return model.fc_norm if pooled else model.norm
 
 
 @contextmanager
-def block_outputs(model: ViT, see: Callable[[int, torch.Tensor], None]) -> Iterator[None]:
-    """While open, every forward calls ``see(block, output)`` with output ``(B, T, C)``."""
-    handles = [b.register_forward_hook(lambda _m, _i, out, i=i: see(i, out)) for i, b in enumerate(model.blocks)]
+def block_outputs(model: ViT, receive: Callable[[int, torch.Tensor], None]) -> Iterator[None]:
+    """While open, every forward calls ``receive(block, output)`` with output ``(B, T, C)``."""
+    handles = [b.register_forward_hook(lambda _m, _i, out, i=i: receive(i, out)) for i, b in enumerate(model.blocks)]
     try:
         yield
     finally:
@@ -75,13 +78,14 @@ def block_outputs(model: ViT, see: Callable[[int, torch.Tensor], None]) -> Itera
 
 
 @contextmanager
-def hidden_units(model: ViT, see: Callable[[int, torch.Tensor], None]) -> Iterator[None]:
-    """While open, every forward calls ``see(block, hidden)`` with the activated hidden units ``(B, T, H)`` of each MLP."""
+def hidden_units(model: ViT, receive: Callable[[int, torch.Tensor], None]) -> Iterator[None]:
+    """While open, every forward calls ``receive(block, hidden)`` with each MLP's activated units ``(B, T, H)``."""
 
-    def watch(i: int) -> torch.utils.hooks.RemovableHandle:
-        return hidden_tap(model.blocks[i].mlp).register_forward_pre_hook(lambda _m, inputs: see(i, inputs[0]))
-
-    handles = [watch(i) for i in range(len(model.blocks))]
+    readers = [inner_norm(block.mlp) or block.mlp.fc2 for block in model.blocks]
+    handles = [
+        reader.register_forward_pre_hook(lambda _m, inputs, i=i: receive(i, inputs[0]))
+        for i, reader in enumerate(readers)
+    ]
     try:
         yield
     finally:
@@ -90,18 +94,13 @@ def hidden_units(model: ViT, see: Callable[[int, torch.Tensor], None]) -> Iterat
 
 
 def inner_norm(mlp: ViT) -> ViT | None:
-    """The norm between the activated hidden layer and ``fc2``, as EVA02-B and -L have one; None where there is none."""
+    """The norm between the activated hidden layer and ``fc2`` (EVA02-B and -L), or None."""
     inner = getattr(mlp, "norm", None)
     return None if isinstance(inner, nn.Identity) else inner
 
 
-def hidden_tap(mlp: ViT) -> ViT:
-    """The module whose input is the activated hidden layer: the MLP's inner norm where it has one, else ``fc2``."""
-    return inner_norm(mlp) or mlp.fc2
-
-
 def normalise(images: np.ndarray | torch.Tensor, mean: tuple[float, ...], std: tuple[float, ...]) -> torch.Tensor:
-    """uint8 ``(B, H, W, 3)`` -> float32 ``(B, 3, H, W)`` as the model expects it."""
+    """Turn uint8 images ``(B, H, W, 3)`` into the model's input, float32 ``(B, 3, H, W)``."""
     x = torch.as_tensor(images).permute(0, 3, 1, 2).float().div_(255)
     centre = torch.tensor(mean, device=x.device).view(1, 3, 1, 1)
     return (x - centre) / torch.tensor(std, device=x.device).view(1, 3, 1, 1)

@@ -1,7 +1,4 @@
-"""Where models come from: a timm name, a checkpoint file, or a folder written by ``distill``.
-
-Decides what is supported, and refuses the rest by name with the reason.
-"""
+"""Load a model from a timm name, a checkpoint file or a student's folder; refuse unsupported models with the reason."""
 
 from __future__ import annotations
 
@@ -25,6 +22,16 @@ from phreg_deploy.models.hooks import ViT
 from phreg_deploy.models.weights import read_weights
 from phreg_deploy.spec import ModelSpec, Preprocess, check_multiple
 
+# What timm raises if it cannot build a model from a configuration.
+BUILD_ERRORS = (
+    ArithmeticError,
+    AssertionError,
+    AttributeError,
+    LookupError,
+    RuntimeError,
+    TypeError,
+    ValueError,
+)
 REFUSED = {
     "beit": "its blocks add a relative position bias, which a register token has no entry in",
     "swin": "it pools windows and merges patches: there is no token that could serve as a register",
@@ -32,8 +39,8 @@ REFUSED = {
     "distilled": "its second prefix token is a trained distillation token, which is neither class nor register token",
 }
 
-
-FAMILIES = ("vision_transformer", "eva", "deit")  # timm's modules that build a plain VisionTransformer or Eva
+# timm's modules that build a plain VisionTransformer or Eva.
+FAMILIES = ("vision_transformer", "eva", "deit")
 
 
 def load_model(
@@ -49,11 +56,11 @@ def load_model(
         name: a timm model name (``vit_small_patch14_dinov2.lvd142m``), a folder with ``config.json`` and
             ``model.safetensors``, or ``local-dir:FOLDER``.
         checkpoint: weights for a timm name: ``.safetensors``, or ``.pth`` read with ``weights_only=True``.
-        image_size: (height, width) in pixels; the position embedding is resampled by timm.
-        random_weights: leave timm's initialisation (seed 0); for timing only.
+        image_size: (height, width) in pixels; timm resamples the position embedding.
+        random_weights: keep timm's initialisation (seed 0); for timing only.
 
     Raises:
-        PhregError: unknown name (the closest are named), unsupported family, missing, corrupt or NaN weights.
+        PhregError: an unknown name or unsupported family; missing, corrupt or NaN weights.
     """
     folder = check_model(name, checkpoint, random_weights)
     logging.getLogger("timm").setLevel(logging.WARNING)
@@ -70,7 +77,8 @@ def load_model(
     ]
     if bad:
         raise PhregError(
-            f"model: the weights of {name} hold NaN or infinite values, first in {bad[0]!r} ({len(bad)} tensors); expected finite weights."
+            f"model: the weights of {name} hold NaN or infinite values, first in {bad[0]!r} ({len(bad)} tensors); "
+            "expected finite weights."
         )
     if image_size is not None and tuple(image_size) != tuple(model.patch_embed.img_size):
         check_multiple(image_size, model.patch_embed.patch_size)
@@ -79,7 +87,7 @@ def load_model(
 
 
 def model_spec(model: ViT) -> ModelSpec:
-    """The facts of a loaded model that travel with every artifact."""
+    """Describe a model's architecture for the manifest of a bundle."""
     return ModelSpec(
         architecture=model.pretrained_cfg.get("architecture") or type(model).__name__,
         family="eva" if isinstance(model, Eva) else "vit",
@@ -95,10 +103,10 @@ def model_spec(model: ViT) -> ModelSpec:
 
 
 def model_preprocess(model: ViT, crop: str = "squash") -> Preprocess:
-    """Mean, standard deviation and interpolation of timm's configuration for these weights; EXIF orientation is applied.
+    """Preprocessing of timm's configuration for these weights, and the image turned upright by its EXIF orientation.
 
     Args:
-        crop: "squash" serves the whole image; "center" is timm's own evaluation crop.
+        crop: "squash" resizes the whole image; "center" is timm's evaluation crop.
     """
     config = resolve_model_data_config(model)
     pct = float(config["crop_pct"]) if crop == "center" else 1.0
@@ -113,7 +121,7 @@ def model_arguments(model: ViT) -> dict[str, Any]:
 
 
 def classifies(model: ViT) -> bool:
-    """Whether the model's head gives class scores; a CLIP's head is the projection into the space shared with text."""
+    """Whether the model's head gives class scores. A CLIP's head does not: it projects into the space of text."""
     return (
         model.num_classes > 1
         and isinstance(model.head, nn.Linear)
@@ -122,12 +130,12 @@ def classifies(model: ViT) -> bool:
 
 
 def check_supported(model: ViT, name: str) -> None:
-    """Raise ``PhregError``, with the reason, unless registers can be added to and dense features read from ``model``."""
+    """Raise ``PhregError`` with the reason if ``model`` can take no registers or serves no dense features."""
     reason = _unsupported(model)
     if reason:
         raise PhregError(
-            f"model: {name} ({type(model).__name__}) is not supported: {reason}. Expected a plain timm VisionTransformer "
-            "(DINO, DINOv2, AugReg, DeiT-III, CLIP, MAE, SigLIP) or Eva."
+            f"model: {name} ({type(model).__name__}) is not supported: {reason}. Expected a plain timm "
+            "VisionTransformer (DINO, DINOv2, AugReg, DeiT-III, CLIP, MAE, SigLIP) or Eva."
         )
 
 
@@ -161,29 +169,22 @@ def _check_name(name: str) -> None:
         close = difflib.get_close_matches(base, timm.list_models(), n=4, cutoff=0.4)
         hint = f" The closest names are {', '.join(close)}." if close else ""
         raise PhregError(
-            f"model: {name!r} is neither a timm model nor a folder.{hint} All names: python -c \"import timm; print(timm.list_models('vit*'))\""
+            f"model: {name!r} is neither a timm model nor a folder.{hint} All names: "
+            "python -c \"import timm; print(timm.list_models('vit*'))\""
         )
     module = timm.models.model_entrypoint(base).__module__
     reason = next((reason for key, reason in REFUSED.items() if key in base), None)
     if reason is None and module.rsplit(".", 1)[-1] not in FAMILIES:
         reason = f"it is of another family ({module})"
-    if reason:  # before anything is downloaded
+    # Refuse before anything is downloaded.
+    if reason:
         raise PhregError(f"model: {name} is not supported: {reason}. Expected a plain timm VisionTransformer or Eva.")
 
 
 def _create(name: str, **arguments: Any) -> ViT:
     try:
         return timm.create_model(name, **arguments)
-    except (
-        RuntimeError,
-        ValueError,
-        TypeError,
-        KeyError,
-        AssertionError,
-        AttributeError,
-        ArithmeticError,
-        LookupError,
-    ) as error:
+    except BUILD_ERRORS as error:
         raise PhregError(f"model: timm cannot build {name}: {' '.join(str(error).split())[:400]}") from error
 
 
@@ -193,23 +194,24 @@ def _from_name(name: str, random_weights: bool) -> ViT:
         return _create(name, pretrained=False)
     try:
         config = timm.get_pretrained_cfg(name, allow_unregistered=True)
-    except RuntimeError:  # a tag that timm does not know
+    # timm does not know the tag.
+    except RuntimeError:
         config = None
     if config is None or not config.has_weights:
         tags = timm.list_pretrained(f"{name.split('.')[0]}*")
-        known = (
-            f"Pretrained weights exist as {', '.join(tags[:6])}."
-            if tags
-            else "timm knows no pretrained weights for it."
-        )
+        known = "timm knows no pretrained weights for it."
+        if tags:
+            known = f"Pretrained weights exist as {', '.join(tags[:6])}."
         raise PhregError(f"model: timm has no pretrained weights named {name!r}. {known} Or give --checkpoint FILE.")
     try:
         return _create(name, pretrained=True)
     except PhregError:
         raise
-    except Exception as error:  # the hub client raises a dozen types of its own for one cause: no network
+    # The hub client raises many types of its own if there is no network.
+    except Exception as error:
         raise PhregError(
-            f"model: the pretrained weights of {name} cannot be downloaded ({type(error).__name__}). Check the network, or give --checkpoint FILE."
+            f"model: the pretrained weights of {name} cannot be downloaded ({type(error).__name__}). Check the "
+            "network, or give --checkpoint FILE."
         ) from error
 
 
@@ -218,7 +220,8 @@ def _from_folder(folder: Path) -> ViT:
         load_file(folder / "model.safetensors")
     except SafetensorError as error:
         raise PhregError(
-            f"model: {folder / 'model.safetensors'} is corrupt or truncated ({error}); copy or distil the student again."
+            f"model: {folder / 'model.safetensors'} is corrupt or truncated ({error}); copy or distil the student "
+            "again."
         ) from None
     return _create(f"local-dir:{folder}", pretrained=True)
 
@@ -227,16 +230,11 @@ def _from_file(name: str, path: Path) -> ViT:
     state = read_weights(path)
     classes = {k: state[k].shape[0] for k in ("head.weight", "head.bias") if k in state}
     model = _create(name, pretrained=False, num_classes=next(iter(classes.values()), 0))
-    filter_fn = (
-        timm.models.eva.checkpoint_filter_fn
-        if isinstance(model, Eva)
-        else timm.models.vision_transformer.checkpoint_filter_fn
-    )
+    module = timm.models.eva if isinstance(model, Eva) else timm.models.vision_transformer
     try:
-        model.load_state_dict(filter_fn(state, model) if type(model) in (VisionTransformer, Eva) else state)
+        plain = type(model) in (VisionTransformer, Eva)
+        model.load_state_dict(module.checkpoint_filter_fn(state, model) if plain else state)
     except (RuntimeError, KeyError, IndexError, AttributeError) as error:
-        first = str(error).splitlines()
-        raise PhregError(
-            f"checkpoint: the weights in {path} do not fit {name}: {' '.join(line.strip() for line in first[:3])[:400]}"
-        ) from error
+        reason = " ".join(line.strip() for line in str(error).splitlines()[:3])[:400]
+        raise PhregError(f"checkpoint: the weights in {path} do not fit {name}: {reason}") from error
     return model

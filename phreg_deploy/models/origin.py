@@ -1,4 +1,4 @@
-"""Which pretrained weights a model was made from, and under which licence timm publishes them."""
+"""Find the pretrained weights that a model was made from, and the licence that timm states for them."""
 
 from __future__ import annotations
 
@@ -14,14 +14,15 @@ KEYS = ("model", "license", "url", "hf_hub_id")
 
 
 def find_origin(name: str, folder: Path | None, checkpoint: Path | None = None) -> dict[str, str | None]:
-    """The base model of a timm name, or of a folder: a student's record or a timm folder's configuration says it.
+    """Find the base model of a timm name, or of a folder by its record or its configuration.
 
     Args:
-        name: as the user gave it. folder: the folder that it names, None for a timm name.
-        checkpoint: weights that were given for a timm name; without a tag in the name, timm cannot state their licence.
+        name: a timm name or a folder.
+        folder: the folder that ``name`` stands for, None for a timm name.
+        checkpoint: weights for a timm name; timm states their licence only if the name has a tag.
 
     Returns:
-        ``model``: the timm name with its tag; ``license``, ``url`` and ``hf_hub_id`` as timm states them, else None.
+        ``model``: the timm name with its tag; ``license``, ``url`` and ``hf_hub_id`` as timm states them, or None.
     """
     if folder is None:
         return _stated(name) if "." in name or checkpoint is None else unknown_origin(name)
@@ -30,30 +31,33 @@ def find_origin(name: str, folder: Path | None, checkpoint: Path | None = None) 
     if isinstance(source, dict) and isinstance(source.get("model"), str):
         if set(KEYS) <= set(source):
             return {key: source[key] for key in KEYS}
-        if timm.is_model(source["model"].split(".")[0]):  # a record from before licences were kept
+        # Older records have no licence.
+        if timm.is_model(source["model"].split(".")[0]):
             return find_origin(source["model"], None, Path(source["checkpoint"]) if source.get("checkpoint") else None)
     config: dict[str, Any] = json.loads((folder / "config.json").read_text())
     pretrained = config.get("pretrained_cfg")
     tag, license_ = (
         (pretrained.get(key) for key in ("tag", "license")) if isinstance(pretrained, dict) else (None, None)
     )
-    found = _stated(f"{config['architecture']}.{tag}") if tag else unknown_origin(config["architecture"])
-    return {**found, "license": found["license"] or license_}
+    origin = _stated(f"{config['architecture']}.{tag}") if tag else unknown_origin(config["architecture"])
+    return {**origin, "license": origin["license"] or license_}
 
 
 def unknown_origin(name: str) -> dict[str, str | None]:
-    """A model of which timm states nothing but its name."""
+    """The origin of a model of which only the name is known."""
     return {**dict.fromkeys(KEYS), "model": name}
 
 
 def _stated(name: str) -> dict[str, str | None]:
-    """What timm states about the weights of a name; one without a tag stands for timm's default weights."""
+    """What timm states about the weights of a name; a name without a tag stands for timm's default weights."""
     try:
         config = timm.get_pretrained_cfg(name)
-    except RuntimeError:  # a tag that timm does not know
+    # timm does not know the tag.
+    except RuntimeError:
         config = None
     if config is None:
         return unknown_origin(name)
-    url = config.url if isinstance(config.url, str) else None  # timm allows a pair
+    # timm allows a pair of URLs.
+    url = config.url if isinstance(config.url, str) else None
     full = f"{config.architecture}.{config.tag}" if config.tag else name
     return {"model": full, "license": config.license, "url": url or None, "hf_hub_id": config.hf_hub_id or None}

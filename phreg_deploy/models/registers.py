@@ -1,4 +1,4 @@
-"""The same ViT with R register tokens, by surgery on the state dict; still a model that stock timm builds."""
+"""Add register tokens to a ViT by editing its state dict; stock timm can still build the result."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ from phreg_deploy.models.loading import model_arguments, model_spec
 
 
 def add_registers(model: ViT, registers: int, seed: int = 0) -> ViT:
-    """A copy of ``model`` with ``registers`` register tokens, drawn from N(0, 1/C) (arXiv 2505.21501 appendix).
+    """Copy ``model`` with ``registers`` register tokens, drawn from N(0, 1/C) (arXiv 2505.21501 appendix).
 
-    With ``registers`` 0 the copy computes what ``model`` computes, to rounding: the position embedding of the class
-    token moves into the class token, as timm's own conversion of DINOv2 does, so that ``no_embed_class`` holds.
+    With 0 registers the copy gives the same features, to rounding. The position embedding of the class token moves into
+    the class token, as in timm's own conversion of DINOv2; timm then builds the model with ``no_embed_class``.
 
     Raises:
         PhregError: the model already has registers.
@@ -25,14 +25,15 @@ def add_registers(model: ViT, registers: int, seed: int = 0) -> ViT:
     spec = model_spec(model)
     if spec.registers:
         raise PhregError(
-            f"model: {spec.architecture} already has {spec.registers} register tokens; distil the variant without, or export this one as it is."
+            f"model: {spec.architecture} already has {spec.registers} register tokens; distil the variant without, or "
+            "export this one unchanged."
         )
     check_distillation({"registers": registers})
     state = dict(model.state_dict())
-    embedded = state.get("pos_embed")
-    if embedded is not None and embedded.shape[1] == model.patch_embed.num_patches + 1:
-        state["cls_token"] = state["cls_token"] + embedded[:, :1]
-        state["pos_embed"] = embedded[:, 1:]
+    positions = state.get("pos_embed")
+    if positions is not None and positions.shape[1] == model.patch_embed.num_patches + 1:
+        state["cls_token"] = state["cls_token"] + positions[:, :1]
+        state["pos_embed"] = positions[:, 1:]
     if registers:
         generator = torch.Generator().manual_seed(seed)
         state["reg_token"] = torch.randn(1, registers, spec.width, generator=generator) / spec.width**0.5
@@ -42,7 +43,7 @@ def add_registers(model: ViT, registers: int, seed: int = 0) -> ViT:
 
 
 def rebuild(model: ViT, **changes: Any) -> ViT:
-    """A fresh model of the same architecture and configuration, with some arguments changed; weights not copied."""
+    """Build a model of the same architecture and configuration with some arguments changed; no weights are copied."""
     arguments = {
         **model_arguments(model),
         "num_classes": model.num_classes,

@@ -1,4 +1,4 @@
-"""Files of weights, read without ever unpickling more than tensors, and the identity of a set of weights."""
+"""Read files of weights without unpickling more than tensors, hash weights, and choose which ones train."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from pathlib import Path
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
+from torch import nn
 
 from phreg_deploy.arguments import check_checkpoint
 from phreg_deploy.errors import PhregError
@@ -15,7 +16,7 @@ from phreg_deploy.models.hooks import ViT
 
 
 def weights_digest(model: ViT) -> str:
-    """sha256 over names and float32 bytes of every weight: the identity of a model, however it was stored."""
+    """Return the sha256 over names and float32 bytes of every weight, which does not depend on the file format."""
     digest = hashlib.sha256()
     for key, value in sorted(model.state_dict().items()):
         digest.update(key.encode())
@@ -24,10 +25,10 @@ def weights_digest(model: ViT) -> str:
 
 
 def read_weights(path: Path) -> dict[str, torch.Tensor]:
-    """A flat state dict from ``.safetensors`` or a torch checkpoint; nothing is unpickled beyond tensors.
+    """Read a flat state dict from ``.safetensors`` or a PyTorch checkpoint; nothing but tensors is unpickled.
 
     Raises:
-        PhregError: missing, of another suffix, corrupt, or holding something other than tensors.
+        PhregError: the file is missing, has another suffix, is corrupt, or holds more than tensors.
     """
     check_checkpoint(path)
     if path.suffix == ".safetensors":
@@ -37,9 +38,11 @@ def read_weights(path: Path) -> dict[str, torch.Tensor]:
             raise PhregError(f"checkpoint: {path} is corrupt or truncated ({error}).") from None
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # torch raises pickle, zip, EOF and runtime errors for damaged files
+    # PyTorch raises pickle, zip, EOF and runtime errors for damaged files.
+    except Exception as error:
         raise PhregError(
-            f"checkpoint: {path} cannot be read safely ({type(error).__name__}): it is damaged, or holds more than tensors. Convert it to .safetensors."
+            f"checkpoint: {path} cannot be read safely ({type(error).__name__}): it is damaged, or holds more "
+            "than tensors. Convert it to .safetensors."
         ) from None
     for key in ("state_dict", "model", "teacher"):
         if isinstance(state, dict) and isinstance(state.get(key), dict):
@@ -49,6 +52,21 @@ def read_weights(path: Path) -> dict[str, torch.Tensor]:
     odd = next((key for key in state if not isinstance(key, str)), None)
     if odd is not None:
         raise PhregError(
-            f"checkpoint: {path} names a tensor by the {type(odd).__name__} {odd!r}; expected names of weights, such as 'blocks.0.attn.qkv.weight'."
+            f"checkpoint: {path} names a tensor by the {type(odd).__name__} {odd!r}; expected names of weights, "
+            "such as 'blocks.0.attn.qkv.weight'."
         )
     return state
+
+
+def unlock_weights(model: ViT, unlock: str) -> list[nn.Parameter]:
+    """Freeze every weight but those of ``unlock``, "all" or "paper", and return these.
+
+    The classifier head and the pooling are never trained. "paper": the set for DINOv2 (``distill_main.py`` of arXiv
+    2505.21501), which is registers, position embedding, patch projection and last block; and the class token, since
+    ``add_registers`` moves its position embedding into it.
+    """
+    paper = ("reg_token", "pos_embed", "cls_token", "patch_embed.", f"blocks.{len(model.blocks) - 1}.")
+    frozen = ("head.", "fc_norm.", "attn_pool.")
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(not name.startswith(frozen) and (unlock == "all" or name.startswith(paper)))
+    return [parameter for parameter in model.parameters() if parameter.requires_grad]

@@ -1,4 +1,4 @@
-"""``artifacts``: artifact scores of a model, a student or a bundle."""
+"""The command ``artifacts``: score the artifacts of a model, a student or a bundle."""
 
 from __future__ import annotations
 
@@ -18,7 +18,8 @@ from phreg_deploy.cli.options import (
     images_option,
     output_options,
 )
-from phreg_deploy.cli.tables.artifacts import show_scores
+from phreg_deploy.cli.tables.artifacts import show_artifacts
+from phreg_deploy.files.atomic import write_atomic
 
 
 @click.command()
@@ -31,7 +32,7 @@ from phreg_deploy.cli.tables.artifacts import show_scores
     default=64,
     show_default=True,
     type=click.IntRange(1),
-    help="Images at most, in the order of their names.",
+    help="Most images to read, in the order of their names.",
 )
 @click.option(
     "--median",
@@ -42,7 +43,7 @@ from phreg_deploy.cli.tables.artifacts import show_scores
 @device_option
 @backend_option
 @output_options
-def artifacts(model: str, images: Path, picture: Path | None, as_json: bool, quiet: bool, **options: Any) -> None:
+def artifacts(model: str, images: Path, picture: Path | None, as_json: bool, quiet: bool, **settings: Any) -> None:
     """Score the artifacts in the dense features of MODEL: a timm name, a student's folder or a bundle.
 
     \b
@@ -56,14 +57,11 @@ def artifacts(model: str, images: Path, picture: Path | None, as_json: bool, qui
     result = Result(as_json, quiet)
     if picture is not None:
         check_file(picture, "picture")
-    report = score_artifacts(model, images, progress=result.progress, **options)
-    document = report.to_json()
-    show_scores(model, document, result)
+    report = score_artifacts(model, images, progress=result.progress, **settings)
+    show_artifacts(report, result)
     if picture is not None:
-        from phreg_deploy.files.atomic import write_atomic
-
         data = io.BytesIO()
         report.picture.save(data, format="PNG")
         write_atomic(picture, data.getvalue())
         result.say(f"Wrote {picture}.")
-    result.json(document)
+    result.json(report.to_json())

@@ -1,4 +1,4 @@
-"""``demo``: the whole pipeline on the embedded default."""
+"""The command ``demo``: run the whole pipeline on the model that comes with the package."""
 
 from __future__ import annotations
 
@@ -8,8 +8,7 @@ import click
 
 from phreg_deploy.cli.console import Result
 from phreg_deploy.cli.options import force_option, output_options
-from phreg_deploy.extras import CALIBRATION, EXPORT, require
-from phreg_deploy.files.atomic import check_target
+from phreg_deploy.cli.tables.demo import show_demo
 
 
 @click.command()
@@ -26,22 +25,15 @@ from phreg_deploy.files.atomic import check_target
 def demo(output: Path, force: bool, as_json: bool, quiet: bool) -> None:
     """Run the whole pipeline on a small model and scenes that come with the package: no network, no GPU.
 
-    Distils, exports, calibrates, checks and serves; writes pictures before and after, a table and a page to look at.
+    Distils, exports, calibrates, checks and serves; writes pictures before and after, a table and an HTML report.
 
     \b
     Example:
       phreg-deploy demo -o demo-output
     """
-    check_target(output, force)
-    require("`phreg-deploy demo`", export=EXPORT, calibration=CALIBRATION)
-    from phreg_deploy.demo.pipeline import run_demo
+    from phreg_deploy.demo import run_demo
 
     result = Result(as_json, quiet)
-    document = run_demo(output, force=force, progress=result.progress)
-    result.table(
-        f"Base and student on {document['scenes']} new scenes",
-        ["", "base", "student", "served (ONNX Runtime)", "served in INT8"],
-        document["table"],
-    )
-    result.say(f"Look at {output / 'before-after.png'} and {output / 'report.html'}. {document['seconds']:.0f} s.")
-    result.json(document)
+    report = run_demo(output, force=force, progress=result.progress)
+    show_demo(report, result)
+    result.json(report.to_json())

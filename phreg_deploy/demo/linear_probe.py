@@ -1,4 +1,4 @@
-"""A linear probe on dense features, in closed form: ridge regression onto the patch's class. M images, K classes."""
+"""Fit a linear probe to dense features in closed form: ridge regression to the patch's class. M images, K classes."""
 
 from __future__ import annotations
 
@@ -6,11 +6,12 @@ from dataclasses import dataclass
 
 import numpy as np
 
-RIDGE = 1e-3  # of the mean variance of the features
+# In units of the mean variance of the features.
+RIDGE = 1e-3
 
 
 @dataclass(frozen=True)
-class Probe:
+class LinearProbe:
     """``weight`` ``(C + 1, K)``; the last row is the bias."""
 
     weight: np.ndarray
@@ -18,8 +19,8 @@ class Probe:
     spread: np.ndarray
 
     @classmethod
-    def fit(cls, features: np.ndarray, labels: np.ndarray, classes: int) -> Probe:
-        """``features`` ``(..., C)`` and integer ``labels`` of the same leading shape."""
+    def fit(cls, features: np.ndarray, labels: np.ndarray, classes: int) -> LinearProbe:
+        """Fit a probe to ``features`` ``(..., C)`` and integer ``labels`` ``(...)``."""
         x = features.reshape(-1, features.shape[-1]).astype(np.float64)
         mean, spread = x.mean(0), x.std(0) + 1e-6
         x = np.column_stack([(x - mean) / spread, np.ones(len(x))])
@@ -28,13 +29,13 @@ class Probe:
         return cls(np.linalg.solve(gram + RIDGE * len(x) * np.eye(len(gram)), x.T @ y), mean, spread)
 
     def predict(self, features: np.ndarray) -> np.ndarray:
-        """Class per token, shape of ``features`` without its last axis."""
+        """Predict the class ``(...)`` of each token of ``features`` ``(..., C)``."""
         x = (features.astype(np.float64) - self.mean) / self.spread
         return (x @ self.weight[:-1] + self.weight[-1]).argmax(-1)  # type: ignore[no-any-return]
 
 
 def patch_labels(labels: np.ndarray, patch: int, classes: int) -> np.ndarray:
-    """The commonest class of each patch: uint8 ``(M, H, W)`` -> ``(M, Hp, Wp)``."""
+    """The most frequent class of each patch, ``(M, Hp, Wp)``, of uint8 ``labels`` ``(M, H, W)``."""
     m, height, width = labels.shape
     tiles = labels.reshape(m, height // patch, patch, width // patch, patch).transpose(0, 1, 3, 2, 4)
     tiles = tiles.reshape(*tiles.shape[:3], -1)
@@ -42,7 +43,7 @@ def patch_labels(labels: np.ndarray, patch: int, classes: int) -> np.ndarray:
 
 
 def mean_iou(predicted: np.ndarray, labels: np.ndarray, classes: int) -> float:
-    """Mean intersection over union over the classes that occur, 0-1."""
+    """Mean intersection over union, 0-1, over the classes that occur in ``labels``."""
     scores = []
     for k in range(classes):
         union = ((predicted == k) | (labels == k)).sum()
