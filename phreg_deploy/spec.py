@@ -91,6 +91,27 @@ class Preprocess(Stored):
 
 
 @dataclass(frozen=True)
+class Rotary(Stored):
+    """How a rotary position embedding follows from the patch grid (``runtime.rotary``).
+
+    ``kind``: timm's name of it, "cat", "dinov3", "mixed" or "mrope". ``temperature``: what its frequencies were made
+    from, or began from if they were trained; None if unknown. ``coordinates`` of patch ``i`` of ``n`` on an axis:
+    "index" ``i + offset``, then times ``reference / n`` where there is a reference grid (rows, columns); "centered"
+    ``2 (i + 0.5 + offset) / n - 1``. ``layers`` and ``heads`` are 1 if all share the frequencies. ``pairs``: half the
+    width of a head.
+    """
+
+    kind: str
+    temperature: float | None
+    coordinates: str
+    offset: float
+    reference: tuple[int, int] | None
+    layers: int
+    heads: int
+    pairs: int
+
+
+@dataclass(frozen=True)
 class Sizes(Stored):
     """The input sizes that a bundle serves, (height, width) in pixels.
 

@@ -22,6 +22,18 @@ FAMILIES = {
     "eva02": ("eva02_tiny_patch14_224", {}),
     # Separate q, k and v; a norm inside the MLP.
     "eva02-base": ("eva02_base_patch14_224", {}),
+    # Centred rotary positions by halves, no learned ones; four registers of its own; any size.
+    "dinov3": ("vit_small_patch16_dinov3_qkvb", {}),
+    # The same with a SwiGLU of two layers.
+    "dinov3-plus": ("vit_small_plus_patch16_dinov3", {}),
+    # Rotary and learned positions, columns first, from 1; a pooling head.
+    "perception": ("vit_pe_core_small_patch16_384", {"attn_pool_num_heads": 3}),
+    # Trained frequencies for every layer and head.
+    "rope-mixed": ("vit_small_patch16_rope_mixed_ape_224", {}),
+    # RMS norms, SwiGLU, no class token.
+    "aimv2": ("aimv2_large_patch14_224", {}),
+    # Keys and values that heads share, norms of queries and keys.
+    "sapiens2": ("vit_base_patch16_sapiens2", {"num_kv_heads": 1}),
 }
 
 

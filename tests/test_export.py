@@ -16,8 +16,10 @@ from phreg_deploy.export.trace import OPSET, trace
 from phreg_deploy.models import hooks
 from phreg_deploy.models.loading import model_preprocess
 from phreg_deploy.models.registers import add_registers
+from phreg_deploy.models.rotary import describe_rotary
 from phreg_deploy.onnx_graph.mixed_precision import narrow
 from phreg_deploy.runtime.positions import resample
+from phreg_deploy.runtime.rotary import rotary_table
 from phreg_deploy.spec import Batches, Sizes
 from tests.small_models import FAMILIES, small
 
@@ -27,7 +29,7 @@ def served(model, images, *, sizes=None, batch="1", precision="fp32", keep=()):
     patch = tuple(model.patch_embed.patch_size)
     sizes = sizes or Sizes("fixed", (tuple(images.shape[1:3]),))
     preprocess = model_preprocess(model)
-    positions = patch_positions(model)
+    positions, rotary = patch_positions(model), describe_rotary(model)
     grid = None if positions is None else positions.reshape(*model.patch_embed.grid_size, -1).numpy()
     sized = model
     if tuple(model.patch_embed.img_size) != sizes.default:
@@ -41,7 +43,11 @@ def served(model, images, *, sizes=None, batch="1", precision="fp32", keep=()):
     session = onnxruntime.InferenceSession(proto.SerializeToString(), providers=["CPUExecutionProvider"])
     feed = {"image": images}
     if sizes.dynamic:
-        feed["pos_embed"] = resample(grid, tuple(s // p for s, p in zip(images.shape[1:3], patch)))
+        cells = tuple(s // p for s, p in zip(images.shape[1:3], patch))
+        if grid is not None:
+            feed["pos_embed"] = resample(grid, cells)
+        if rotary is not None:
+            feed["rotary"] = rotary_table(rotary[0], rotary[1].numpy(), cells)
     names = [o.name for o in session.get_outputs()]
     got = dict(zip(names, session.run(None, feed)))
     if tuple(sized.patch_embed.img_size) != tuple(images.shape[1:3]):
@@ -74,7 +80,9 @@ def test_every_family_is_served_as_pytorch_computes_it(family, registers):
         np.testing.assert_allclose(got["cls"], expected.cls.numpy(), rtol=1e-3, atol=2e-4 * np.abs(patches).max())
 
 
-@pytest.mark.parametrize("family", ["dinov2", "clip-quickgelu", "siglip", "eva"])
+@pytest.mark.parametrize(
+    "family", ["dinov2", "clip-quickgelu", "siglip", "eva", "eva02", "dinov3", "perception", "rope-mixed", "aimv2"]
+)
 @pytest.mark.parametrize(("size", "batch"), [((4, 4), 1), ((3, 6), 2), ((7, 5), 4)])
 def test_one_graph_serves_a_range_of_sizes_and_batches(family, size, batch):
     model = add_registers(small(family), 4)

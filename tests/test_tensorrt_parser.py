@@ -11,7 +11,7 @@ from phreg_deploy.errors import PhregError
 from phreg_deploy.export.engine.inspection import take_census
 from tests import nvidia
 from tests.small_models import FAMILIES
-from tests.trt_graphs import DEPTH, PRECISIONS, ROTARY, SAME, build, graphs
+from tests.trt_graphs import DEPTH, PRECISIONS, SAME, build, graphs
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -22,13 +22,7 @@ def compiler():
     nvidia.shims(nvidia.NEWEST.partition(".")[0])
 
 
-CELLS = [
-    (family, sizes, precision)
-    for precision in PRECISIONS
-    for family in FAMILIES
-    for sizes in ("fixed", "range")
-    if not (sizes == "range" and family in ROTARY)
-]
+CELLS = [(family, sizes, precision) for precision in PRECISIONS for family in FAMILIES for sizes in ("fixed", "range")]
 
 
 @pytest.fixture(scope="module")

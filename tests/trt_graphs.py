@@ -16,6 +16,7 @@ from phreg_deploy.export.folding import patch_positions
 from phreg_deploy.export.trace import trace
 from phreg_deploy.models.loading import model_preprocess, model_spec
 from phreg_deploy.models.registers import add_registers
+from phreg_deploy.models.rotary import describe_rotary, rotary_tables
 from phreg_deploy.onnx_graph.linears import Linear, find_linears
 from phreg_deploy.onnx_graph.mixed_precision import narrow
 from phreg_deploy.onnx_graph.split_qkv import split_projections
@@ -30,8 +31,6 @@ DEPTH, WIDTH, HEADS = 2, 96, 3
 # Patches per side. A smaller grid has too few tokens for fused attention in FP8.
 SIDE = 8
 PRECISIONS = ("fp32", "fp16", "bf16", "int8", "fp8")
-# Families with a rotary embedding, which is baked for one size.
-ROTARY = ("eva02", "eva02-base")
 # Families whose small models are equal.
 SAME = {"dino": "augreg"}
 
@@ -72,9 +71,12 @@ class Graphs:
         lean = DenseViT(model, model_preprocess(model), positions_as_input=ranging)
         self.graph: onnx.ModelProto = trace(lean, served, batches).model
         inputs = [value.name for value in self.graph.graph.input]
-        spec = model_spec(model)
-        self.profiles = profiles_of(SimpleNamespace(batches=batches, sizes=served, model=spec, inputs=inputs))
+        spec, rotary = model_spec(model), describe_rotary(model)
+        facts = {"model": spec, "inputs": inputs, "rotary": None if rotary is None else rotary[0]}
+        self.profiles = profiles_of(SimpleNamespace(batches=batches, sizes=served, **facts))
         positions = {"pos_embed": patch_positions(model).numpy()} if "pos_embed" in inputs else {}
+        if "rotary" in inputs:
+            positions["rotary"] = rotary_tables(model).numpy()
         pictures = [np.asarray(photograph(i, *native[::-1]))[None] for i in range(2)]
         feeds = [({"image": picture, **positions}, 1) for picture in pictures]
         silent = lambda _count: None  # noqa: E731

@@ -16,7 +16,7 @@ import numpy as np
 
 from phreg_deploy.arguments import refuse_url
 from phreg_deploy.bundle.exam import read_cases, read_positions
-from phreg_deploy.bundle.manifest import GRAPH, MANIFEST, POSITIONS, REFERENCE, Manifest
+from phreg_deploy.bundle.manifest import GRAPH, MANIFEST, POSITIONS, REFERENCE, ROTARY, Manifest
 from phreg_deploy.bundle.onnx_metadata import read_metadata
 from phreg_deploy.bundle.validity import check_files, read_manifest
 from phreg_deploy.errors import PhregError
@@ -115,6 +115,13 @@ class Bundle:
         """Read the position embedding at the model's own grid, float32 ``(gh, gw, C)``; only for several sizes."""
         model = self.manifest.model
         return self._load(POSITIONS, lambda path: read_positions(path, (*model.grid, model.width)))
+
+    def frequencies(self) -> np.ndarray:
+        """Read the frequencies of the rotary embedding, float32 ``(2, L, H, D / 2)``; only if ``rotary`` is an input."""
+        rotary = self.manifest.rotary
+        assert rotary is not None
+        shape = (2, rotary.layers, rotary.heads, rotary.pairs)
+        return self._load(ROTARY, lambda path: read_positions(path, shape))
 
     def cases(self) -> list[dict[str, np.ndarray]]:
         """Read the exam: seeded inputs and the right answers, one dictionary per case.

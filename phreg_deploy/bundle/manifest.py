@@ -6,11 +6,13 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from phreg_deploy.errors import PhregError
-from phreg_deploy.spec import Batches, ModelSpec, Preprocess, Sizes
+from phreg_deploy.spec import Batches, ModelSpec, Preprocess, Rotary, Sizes
 
-FORMAT = 3
+FORMAT = 4
 MANIFEST, GRAPH, REFERENCE, POSITIONS = "manifest.json", "model.onnx", "reference.npz", "pos_embed.npy"
-CALIBRATION = "calibration.json"
+ROTARY, CALIBRATION = "rotary.npy", "calibration.json"
+# Inputs of the graph beside the images, and the file that each is computed from.
+TABLES = {"pos_embed": POSITIONS, "rotary": ROTARY}
 
 
 @dataclass(frozen=True)
@@ -20,6 +22,7 @@ class Manifest:
     ``inputs`` and ``outputs`` map names to ``{"dtype", "shape"}``. ``source``: where the weights came from, with their
     sha256. ``norm_median``: the base model's median pre-norm patch-token norm, to which live artifact rates are
     relative; None if it was not measured. ``float_parts``: the nodes in a higher precision than ``precision``.
+    ``rotary``: how the input ``rotary`` is computed; None if the graph has none.
     ``quantisation``: what ``calibrate`` did and measured; None if the bundle was not calibrated. ``files``: name ->
     sha256.
     """
@@ -38,12 +41,14 @@ class Manifest:
     float_parts: list[str] = field(default_factory=list)
     random_weights: bool = False
     quantisation: dict[str, Any] | None = None
+    rotary: Rotary | None = None
     files: dict[str, str] = field(default_factory=dict)
 
     def to_json(self) -> dict[str, Any]:
         own = {k: getattr(self, k) for k in self.__dataclass_fields__}
         stored = {k: own[k].to_json() for k in ("model", "preprocess", "sizes", "batches")}
-        return {"format": FORMAT, **own, **stored}
+        rotary = None if self.rotary is None else self.rotary.to_json()
+        return {"format": FORMAT, **own, **stored, "rotary": rotary}
 
     @classmethod
     def from_json(cls, data: Any) -> Manifest:
@@ -63,6 +68,8 @@ class Manifest:
         fields = {k: v for k, v in data.items() if k != "format"}
         if version == 1:  # older than calibration
             fields.setdefault("quantisation", None)
+        if version < 4:  # older than inputs for rotary embeddings
+            fields.setdefault("rotary", None)
         missing = sorted(set(cls.__dataclass_fields__) - set(fields))
         unknown = sorted(set(fields) - set(cls.__dataclass_fields__))
         if missing or unknown:
@@ -74,6 +81,7 @@ class Manifest:
             preprocess=Preprocess.from_json(fields["preprocess"]),
             sizes=Sizes.from_json(fields["sizes"]),
             batches=Batches.from_json(fields["batches"]),
+            rotary=None if fields["rotary"] is None else Rotary.from_json(fields["rotary"]),
         )
         for key in ("inputs", "outputs", "source", "versions", "files"):
             if not isinstance(fields[key], dict):
@@ -82,5 +90,5 @@ class Manifest:
 
     def required(self) -> list[str]:
         """Return the names of the files that a reader needs."""
-        positions = [POSITIONS] if "pos_embed" in self.inputs else []
+        positions = [name for key, name in TABLES.items() if key in self.inputs]
         return [GRAPH, REFERENCE, *positions, *([CALIBRATION] if self.quantisation else [])]

@@ -41,5 +41,8 @@ def profiles_of(manifest: Manifest) -> list[ProfileShapes]:
         inputs = {"image": [[b, *size, 3] for b, size in zip(numbers, triple)]}
         if "pos_embed" in manifest.inputs:
             inputs["pos_embed"] = [[1, (h // patch[0]) * (w // patch[1]), width] for h, w in triple]
+        if "rotary" in manifest.inputs and manifest.rotary is not None:
+            layers, heads, pairs = manifest.rotary.layers, manifest.rotary.heads, manifest.rotary.pairs
+            inputs["rotary"] = [[2, layers, heads, (h // patch[0]) * (w // patch[1]), pairs] for h, w in triple]
         profiles.append(ProfileShapes(inputs))
     return profiles

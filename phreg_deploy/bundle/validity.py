@@ -54,6 +54,7 @@ def check_manifest(manifest: Manifest, precisions: Collection[str]) -> None:
     _check_model(manifest.model)
     _check_preprocess(manifest.preprocess)
     _check_sizes(manifest)
+    _check_rotary(manifest)
     known = isinstance(manifest.precision, str) and manifest.precision in precisions
     _expect(known, "precision", manifest.precision, f"one of {', '.join(precisions)}")
     _expect(_is_integer(manifest.opset, 1, 1000), "opset", manifest.opset, "a whole number")
@@ -125,6 +126,25 @@ def _check_sizes(manifest: Manifest) -> None:
         _expect(grow, "sizes", sizes.sizes, "least, preferred and most in growing order")
 
 
+def _check_rotary(manifest: Manifest) -> None:
+    rotary, model = manifest.rotary, manifest.model
+    if rotary is None:
+        return
+    _expect(manifest.sizes.dynamic, "rotary", "an object", "null with one fixed size")
+    _expect(isinstance(rotary.kind, str), "rotary.kind", rotary.kind, "text")
+    fits = rotary.temperature is None or _is_number(rotary.temperature, 1e-12, 1e12)
+    _expect(fits, "rotary.temperature", rotary.temperature, "a number above 0, or null")
+    known = isinstance(rotary.coordinates, str) and rotary.coordinates in ("index", "centered")
+    _expect(known, "rotary.coordinates", rotary.coordinates, "index or centered")
+    _expect(_is_number(rotary.offset, -1e6, 1e6), "rotary.offset", rotary.offset, "a number")
+    fits = rotary.reference is None or _is_pair(rotary.reference, LARGEST_SIDE)
+    _expect(fits, "rotary.reference", rotary.reference, "two whole numbers above 0, or null")
+    for key, most in (("layers", model.depth), ("heads", model.heads)):
+        value = getattr(rotary, key)
+        _expect(type(value) is int and value in (1, most), f"rotary.{key}", value, f"1 or {most}")
+    _expect(_is_integer(rotary.pairs, 1, LARGEST_WIDTH), "rotary.pairs", rotary.pairs, "a whole number above 0")
+
+
 def _check_tensors(manifest: Manifest) -> None:
     """Check names, types and shapes of inputs and outputs against model, sizes and batches."""
     sizes, patch, width = manifest.sizes, manifest.model.patch, manifest.model.width
@@ -141,8 +161,13 @@ def _check_tensors(manifest: Manifest) -> None:
         "token_norm": [batch, rows, columns],
         "cls": [batch, channels],
     }
-    types = {"image": ("uint8",), "pos_embed": ("float32",), **OUTPUTS}
+    types = {"image": ("uint8",), "pos_embed": ("float32",), "rotary": ("float32",), **OUTPUTS}
     inputs = {"image"} | ({"pos_embed"} if free and "pos_embed" in manifest.inputs else set())
+    if manifest.rotary is not None:
+        inputs |= {"rotary"}
+        fixed = (2, manifest.rotary.layers, manifest.rotary.heads, manifest.rotary.pairs)
+        two, layers, heads, pairs = (({n}, False) for n in fixed)
+        shapes["rotary"] = [two, layers, heads, tokens, pairs]
     outputs = {"features", "token_norm"} | ({"cls"} if manifest.model.class_token else set())
     for key, described, names in (("inputs", manifest.inputs, inputs), ("outputs", manifest.outputs, outputs)):
         _expect(set(described) == names, key, sorted(described), ", ".join(sorted(names)))

@@ -15,7 +15,7 @@ from onnx import ModelProto
 
 from phreg_deploy import __version__
 from phreg_deploy.bundle.bundle import Bundle
-from phreg_deploy.bundle.manifest import CALIBRATION, GRAPH, POSITIONS, REFERENCE, Manifest
+from phreg_deploy.bundle.manifest import CALIBRATION, GRAPH, REFERENCE, TABLES, Manifest
 from phreg_deploy.bundle.writing import write_manifest, write_npz, write_onnx_metadata
 from phreg_deploy.calibration.images import Feeds, Shares, feeds, split_images
 from phreg_deploy.calibration.kernels import open_counted
@@ -254,8 +254,8 @@ def write_bundle(report: CalibrationReport, graph: QuantisedGraph, extractor: Fe
         (folder / GRAPH).write_bytes(graph.model.SerializeToString(deterministic=True))
         write_npz(folder / REFERENCE, reference)
         (folder / CALIBRATION).write_text(json.dumps(report.to_json(), indent=1, sort_keys=True) + "\n")
-        if (bundle.folder / POSITIONS).is_file():
-            shutil.copyfile(bundle.folder / POSITIONS, folder / POSITIONS)
+        for name in {*TABLES.values()} & {*bundle.manifest.required()}:
+            shutil.copyfile(bundle.folder / name, folder / name)
         write_manifest(folder, manifest)
 
 

@@ -52,8 +52,7 @@ def export(
 
     Raises:
         BackendMissing: the extra ``export`` is not installed.
-        PhregError: bad input, an output that exists, a size that is not a multiple of the patch, or several sizes for
-            a model with a rotary position embedding.
+        PhregError: bad input, an output that exists, or a size that is not a multiple of the patch.
     """
     from phreg_deploy.arguments import EIGHT_BITS, FLOATS, check_export, check_model
     from phreg_deploy.errors import PhregError

@@ -9,7 +9,6 @@ import copy
 from typing import Any
 
 import torch
-from timm.layers.pos_embed_sincos import apply_rot_embed_cat
 from torch import nn
 
 from phreg_deploy.export.folding import (
@@ -17,11 +16,17 @@ from phreg_deploy.export.folding import (
     fold_attention_scale,
     fold_layer_scale,
     fold_normalisation,
+    fused_qkv,
     patch_positions,
     prefix_tokens,
 )
+from phreg_deploy.export.rotation import paired_halves, reorder_norm, rotate, wide_tables
 from phreg_deploy.models.hooks import ViT, final_norm
+from phreg_deploy.models.rotary import is_half, rotary_tables
 from phreg_deploy.spec import Preprocess
+
+# The two tables that a layer's queries and keys are rotated by (``rotation.rotate``).
+Turn = tuple[torch.Tensor, torch.Tensor]
 
 
 class DenseViT(nn.Module):
@@ -30,7 +35,8 @@ class DenseViT(nn.Module):
     Args:
         model: a model at its input size, which a rotary embedding is computed for; not changed.
         preprocess: its mean and standard deviation are folded into the patch projection.
-        positions_as_input: take ``pos_embed`` ``(1, N, C)`` as a second input, for bundles with several sizes.
+        positions_as_input: take the position embeddings that the model has as further inputs, for bundles with several
+            sizes: ``pos_embed`` ``(1, N, C)``, ``rotary`` ``(2, L, H, N, D / 2)``.
     """
 
     def __init__(self, model: ViT, preprocess: Preprocess, *, positions_as_input: bool = False) -> None:
@@ -41,7 +47,11 @@ class DenseViT(nn.Module):
         weight, bias = fold_normalisation(model.patch_embed.proj, preprocess.mean, preprocess.std)
         self.projection = nn.Parameter(weight)
         positions = patch_positions(model)
-        self.learned = positions is not None
+        rotary = rotary_tables(model)
+        self.tables: dict[str, torch.Tensor] = {}
+        if positions_as_input:
+            tables = {"pos_embed": positions, "rotary": rotary}
+            self.tables = {name: table for name, table in tables.items() if table is not None}
         if positions_as_input or positions is None or not isinstance(model.patch_embed.norm, nn.Identity):
             self.offset = nn.Parameter(bias)  # (C,)
             self.positions = None if positions_as_input or positions is None else nn.Parameter(positions)
@@ -53,17 +63,19 @@ class DenseViT(nn.Module):
         prefix = prefix_tokens(model)
         self.prefix = None if prefix is None else nn.Parameter(prefix)
         self.norm_pre = copy.deepcopy(model.norm_pre)
-        ropes = _rotary(model)
-        self.blocks = nn.ModuleList(
-            DenseBlock(block, rope, self.prefix_count) for block, rope in zip(model.blocks, ropes)
-        )
+        self.turns = nn.ParameterList()
+        if rotary is not None and not positions_as_input:
+            self.turns.extend(part for wide in wide_tables(rotary, self.prefix_count) for part in wide)
+        neighbours = rotary is not None and not is_half(model)
+        self.blocks = nn.ModuleList(DenseBlock(block, neighbours) for block in model.blocks)
         self.norm = copy.deepcopy(final_norm(model))
 
-    def forward(self, image: torch.Tensor, pos_embed: torch.Tensor | None = None) -> tuple[torch.Tensor, ...]:
+    def forward(self, image: torch.Tensor, *tables: torch.Tensor) -> tuple[torch.Tensor, ...]:
         """Compute dense features.
 
         Args:
             image: uint8 ``(B, H, W, 3)``, values 0-255.
+            tables: the inputs that ``self.tables`` has examples of, in its order.
 
         Returns:
             features ``(B, Hp, Wp, C)``, cls ``(B, C)`` if the model has a class token, token_norm ``(B, Hp, Wp)``.
@@ -75,15 +87,17 @@ class DenseViT(nn.Module):
         x = x.reshape(b, hp, self.patch[0], wp, self.patch[1], 3).permute(0, 1, 3, 2, 4, 5)
         x = x.reshape(b, hp * wp, -1)  # (B, N, p * p * 3)
         x = self.patch_norm(x @ self.projection + self.offset)  # (B, N, C)
-        if pos_embed is not None and self.learned:
-            x = x + pos_embed
+        given = dict(zip(self.tables, tables))
+        if "pos_embed" in given:
+            x = x + given["pos_embed"]
         elif self.positions is not None:
             x = x + self.positions
         if self.prefix is not None:
             x = torch.cat([self.prefix.expand(b, -1, -1), x], dim=1)  # (B, T, C)
         x = self.norm_pre(x)
-        for block in self.blocks:
-            x = block(x)
+        turns = self._turns(given.get("rotary"))
+        for i, block in enumerate(self.blocks):
+            x = block(x, turns[i % len(turns)])
         patches = x[:, self.prefix_count :]  # (B, N, C), without registers
         token_norm = patches.square().sum(-1).sqrt().reshape(b, hp, wp)
         features = self.norm(patches).reshape(b, hp, wp, -1)
@@ -91,32 +105,48 @@ class DenseViT(nn.Module):
             return features, token_norm
         return features, self.norm(x[:, 0]), token_norm
 
+    def _turns(self, rotary: torch.Tensor | None) -> list[Any]:
+        """The two tables that each layer's queries and keys are rotated by; one pair if all layers share it."""
+        if rotary is not None:
+            return list(zip(*(wide.unbind(0) for wide in wide_tables(rotary, self.prefix_count))))
+        layers = len(self.turns) // 2
+        return list(zip(self.turns[:layers], self.turns[layers:])) or [None]
+
 
 class DenseBlock(nn.Module):
     """A pre-norm block, equal to timm's, with LayerScale folded into its linear layers."""
 
-    def __init__(self, block: ViT, rope: torch.Tensor | None, prefix_count: int) -> None:
+    def __init__(self, block: ViT, neighbours: bool) -> None:
         super().__init__()
         self.norm1, self.norm2 = copy.deepcopy(block.norm1), copy.deepcopy(block.norm2)
-        self.attn = DenseAttention(block.attn, rope, prefix_count)
+        self.attn = DenseAttention(block.attn, neighbours)
         self.mlp = copy.deepcopy(block.mlp)
         fold_layer_scale(self.attn.proj, _layer_scale(block, 1))
         fold_layer_scale(self.mlp.fc2, _layer_scale(block, 2))
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        x = x + self.attn(self.norm1(x))
+    def forward(self, x: torch.Tensor, turn: Turn | None) -> torch.Tensor:
+        x = x + self.attn(self.norm1(x), turn)
         return x + self.mlp(self.norm2(x))
 
 
 class DenseAttention(nn.Module):
-    """Attention with one qkv projection whose query rows are scaled, written out so that each runtime can fuse it."""
+    """Attention with one qkv projection whose query rows are scaled, written out so that each runtime can fuse it.
 
-    def __init__(self, attn: ViT, rope: torch.Tensor | None, prefix_count: int) -> None:
+    ``neighbours``: the model rotates pairs of neighbouring channels, see ``rotation``.
+    """
+
+    def __init__(self, attn: ViT, neighbours: bool) -> None:
         super().__init__()
-        self.heads, self.head_width, self.prefix_count = attn.num_heads, attn.head_dim, prefix_count
+        self.heads, self.head_width = attn.num_heads, attn.head_dim
         width = self.heads * self.head_width
-        weight, bias = _fused_qkv(attn)
         self.q_norm, self.k_norm = copy.deepcopy(attn.q_norm), copy.deepcopy(attn.k_norm)
+        weight, bias = fused_qkv(attn)
+        if neighbours:
+            for part in (weight, bias):
+                if part is not None:
+                    part[: 2 * width] = paired_halves(part[: 2 * width], 2 * self.heads)
+            reorder_norm(self.q_norm)
+            reorder_norm(self.k_norm)
         self.scale = None if isinstance(self.q_norm, nn.Identity) else attn.scale
         if self.scale is None:
             fold_attention_scale(weight, bias, width, attn.scale)
@@ -125,17 +155,15 @@ class DenseAttention(nn.Module):
         if bias is not None:
             self.qkv.bias = nn.Parameter(bias)
         self.norm, self.gate, self.proj = copy.deepcopy(attn.norm), copy.deepcopy(attn.gate), copy.deepcopy(attn.proj)
-        self.half_rotation = bool(getattr(attn, "rotate_half", False))
-        self.rope: Any = None if rope is None else nn.Parameter(rope.clone())
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
+    def forward(self, x: torch.Tensor, turn: Turn | None) -> torch.Tensor:
         b, t, _ = x.shape
         parts = self.qkv(x).chunk(3, dim=-1)
         # Each (B, H, T, D).
         q, k, v = (part.reshape(b, t, self.heads, self.head_width).transpose(1, 2) for part in parts)
         q, k = self.q_norm(q), self.k_norm(k)
-        if self.rope is not None:
-            q, k = self._rotate(q), self._rotate(k)
+        if turn is not None:
+            q, k = rotate(q, turn), rotate(k, turn)
         if self.scale is not None:
             q = q * self.scale
         y = (q @ k.transpose(-2, -1)).softmax(-1) @ v
@@ -144,37 +172,7 @@ class DenseAttention(nn.Module):
             y = y * self.gate(x).sigmoid()
         return self.proj(y)  # type: ignore[no-any-return]
 
-    def _rotate(self, x: torch.Tensor) -> torch.Tensor:
-        """Rotate the patch tokens by their position; class token and registers have none."""
-        head, tail = x[:, :, : self.prefix_count], x[:, :, self.prefix_count :]
-        return torch.cat([head, apply_rot_embed_cat(tail, self.rope, half=self.half_rotation)], dim=2)
-
-
-def _fused_qkv(attn: ViT) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """Return copies of weight ``(3 * H * D, C)`` and bias of the queries, keys and values of timm's attention."""
-    if attn.qkv is not None:
-        weight, bias = attn.qkv.weight.detach().clone(), attn.qkv.bias
-        if bias is None and getattr(attn, "q_bias", None) is not None:
-            bias = torch.cat([attn.q_bias, torch.zeros_like(attn.q_bias), attn.v_bias])
-        return weight, None if bias is None else bias.detach().clone()
-    parts = (attn.q_proj, attn.k_proj, attn.v_proj)
-    weight = torch.cat([part.weight.detach() for part in parts])
-    if all(part.bias is None for part in parts):
-        return weight, None
-    zeros = torch.zeros(len(weight) // 3)
-    return weight, torch.cat([zeros if part.bias is None else part.bias.detach() for part in parts])
-
 
 def _layer_scale(block: ViT, which: int) -> torch.Tensor | None:
     gamma = getattr(getattr(block, f"ls{which}", None), "gamma", None)
     return getattr(block, f"gamma_{which}", None) if gamma is None else gamma
-
-
-def _rotary(model: ViT) -> list[torch.Tensor | None]:
-    """Return the rotary embedding of each block at the model's input size, None for models without one."""
-    rope = getattr(model, "rope", None)
-    if rope is None:
-        return [None] * len(model.blocks)
-    table = rope.get_embed() if hasattr(rope, "feat_shape") else rope.get_embed(shape=model.patch_embed.grid_size)
-    table = table.detach()
-    return list(table) if getattr(model, "rope_mixed", False) else [table] * len(model.blocks)

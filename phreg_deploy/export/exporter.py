@@ -19,10 +19,9 @@ import numpy as np
 from phreg_deploy import __version__
 from phreg_deploy.arguments import check_model
 from phreg_deploy.bundle.bundle import Bundle
-from phreg_deploy.bundle.manifest import GRAPH, POSITIONS, REFERENCE, Manifest
+from phreg_deploy.bundle.manifest import GRAPH, POSITIONS, REFERENCE, ROTARY, Manifest
 from phreg_deploy.bundle.validity import check_extent
 from phreg_deploy.bundle.writing import write_manifest, write_npz, write_onnx_metadata
-from phreg_deploy.errors import PhregError
 from phreg_deploy.export.dense_vit import DenseViT
 from phreg_deploy.export.exam import at_size, make_exam
 from phreg_deploy.export.folding import patch_positions
@@ -32,6 +31,7 @@ from phreg_deploy.images.photographs import list_images, read_fitted
 from phreg_deploy.models.hooks import ViT
 from phreg_deploy.models.loading import load_model, model_preprocess, model_spec
 from phreg_deploy.models.origin import find_origin, unknown_origin
+from phreg_deploy.models.rotary import describe_rotary, rotary_tables
 from phreg_deploy.models.weights import weights_digest
 from phreg_deploy.onnx_graph.mixed_precision import islands, narrow
 from phreg_deploy.progress import SILENT, Progress
@@ -93,11 +93,6 @@ def _load(request: ExportRequest) -> _Source:
     model = load_model(request.model, checkpoint=request.checkpoint, random_weights=request.random_weights)
     height, width = model.patch_embed.img_size
     sizes = Sizes.parse(request.image_size or f"{height}x{width}", tuple(model.patch_embed.patch_size))
-    if sizes.dynamic and getattr(model, "rope", None) is not None:
-        raise PhregError(
-            f"image size: got {request.image_size!r}, but {request.model} has a rotary position embedding, which is "
-            "baked for one size. Export one bundle per size."
-        )
     batches = Batches.parse(request.batch)
     check_extent(sizes, batches)
     folder = model_path(request.model)
@@ -131,13 +126,15 @@ def _observe(traced: Traced, source: _Source, exam: dict[str, np.ndarray], image
         part = images[start : start + count]
         batches.append(np.stack(part + part[-1:] * (count - len(part))))
     for batch in batches:
-        positions = None
+        tables = []
         if source.sizes.dynamic:
-            positions = patch_positions(at_size(source.model, (batch.shape[1], batch.shape[2])))
-        traced.observe(torch.from_numpy(batch), *([] if positions is None else [positions]))
+            sized = at_size(source.model, (batch.shape[1], batch.shape[2]))
+            tables = [table for table in (patch_positions(sized), rotary_tables(sized)) if table is not None]
+        traced.observe(torch.from_numpy(batch), *tables)
 
 
 def _manifest(request: ExportRequest, source: _Source, graph: onnx.ModelProto, float_parts: list[str]) -> Manifest:
+    rotary = describe_rotary(source.model) if source.sizes.dynamic else None
     folder = check_model(request.model, request.checkpoint, request.random_weights)
     if request.random_weights:
         origin = unknown_origin(request.model)
@@ -161,6 +158,7 @@ def _manifest(request: ExportRequest, source: _Source, graph: onnx.ModelProto, f
             "python": platform.python_version(),
         },
         norm_median=source.norm_median,
+        rotary=None if rotary is None else rotary[0],
         float_parts=float_parts,
         random_weights=request.random_weights,
     )
@@ -182,11 +180,13 @@ def _write(
     output: Path, force: bool, graph: onnx.ModelProto, exam: dict[str, np.ndarray], source: _Source, manifest: Manifest
 ) -> None:
     write_onnx_metadata(graph, manifest)
-    positions = patch_positions(source.model)
+    positions, rotary = patch_positions(source.model), describe_rotary(source.model)
     with atomic_folder(output, force) as folder:
         (folder / GRAPH).write_bytes(graph.SerializeToString(deterministic=True))
         write_npz(folder / REFERENCE, exam)
         if source.sizes.dynamic and positions is not None:
             grid = positions.reshape(*source.model.patch_embed.grid_size, -1).numpy().astype(np.float32)
             np.save(folder / POSITIONS, grid, allow_pickle=False)
+        if source.sizes.dynamic and rotary is not None:
+            np.save(folder / ROTARY, rotary[1].numpy(), allow_pickle=False)
         write_manifest(folder, manifest)

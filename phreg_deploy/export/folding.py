@@ -59,6 +59,33 @@ def fold_attention_scale(weight: torch.Tensor, bias: torch.Tensor | None, width:
             bias[:width] *= scale
 
 
+def fused_qkv(attn: ViT) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """Return copies of weight ``(3 * H * D, C)`` and bias of the queries, keys and values of timm's attention.
+
+    Keys and values that several heads share (grouped-query attention, Sapiens2) are repeated for each head: the products
+    of the attention stay those that every runtime fuses.
+    """
+    if attn.qkv is not None:
+        weight, bias = attn.qkv.weight.detach().clone(), attn.qkv.bias
+        if bias is None and getattr(attn, "q_bias", None) is not None:
+            bias = torch.cat([attn.q_bias, torch.zeros_like(attn.q_bias), attn.v_bias])
+        return weight, None if bias is None else bias.detach().clone()
+    weights, biases, any_bias = [], [], False
+    for part in (attn.q_proj, attn.k_proj, attn.v_proj):
+        groups = attn.num_heads * attn.head_dim // len(part.weight)
+        any_bias = any_bias or part.bias is not None
+        bias = torch.zeros(len(part.weight)) if part.bias is None else part.bias.detach()
+        weights.append(_repeat_heads(part.weight.detach(), attn.head_dim, groups))
+        biases.append(_repeat_heads(bias, attn.head_dim, groups))
+    return torch.cat(weights), torch.cat(biases) if any_bias else None
+
+
+def _repeat_heads(rows: torch.Tensor, head: int, times: int) -> torch.Tensor:
+    """Repeat the rows ``(H * D, ...)`` of each head, so that heads that share a key or value follow each other."""
+    parts = rows.reshape(-1, head, *rows.shape[1:])
+    return parts.repeat_interleave(times, dim=0).reshape(-1, *rows.shape[1:])
+
+
 def prefix_tokens(model: ViT) -> torch.Tensor | None:
     """Return class token and R registers with their position embedding, ``(1, 1 + R, C)``; None if there are none."""
     parts = [token for token in (model.cls_token, model.reg_token) if token is not None]

@@ -33,7 +33,7 @@ SMALLEST_SIDE, LARGEST_SIDE = 2, 4096
 class Traced:
     """A graph and the torch program that it came from.
 
-    ``model``: inputs ``image`` and, for several sizes, ``pos_embed``; outputs ``features``, ``cls`` if the model has a
+    ``model``: inputs ``image`` and, for several sizes, ``pos_embed`` and ``rotary``; outputs ``features``, ``cls`` if the model has a
     class token, ``token_norm``. ``program``: a ``torch.onnx.ONNXProgram``. ``largest``: tensor of the graph -> the
     largest magnitude observed in it.
     """
@@ -77,7 +77,7 @@ def trace(module: DenseViT, sizes: Sizes, batches: Batches) -> Traced:
         program = torch.onnx.export(
             module.eval(),
             inputs,
-            input_names=["image", "pos_embed"][: len(inputs)],
+            input_names=["image", *module.tables],
             output_names=outputs,
             opset_version=OPSET,
             dynamo=True,
@@ -89,10 +89,8 @@ def trace(module: DenseViT, sizes: Sizes, batches: Batches) -> Traced:
     return Traced(_clean(program.model_proto, module, sizes, batches), program)
 
 
-def _examples(
-    module: DenseViT, sizes: Sizes, batches: Batches
-) -> tuple[tuple[torch.Tensor, ...], tuple[dict[int, Any], ...]]:
-    """Example inputs, and the axes of each that vary."""
+def _examples(module: DenseViT, sizes: Sizes, batches: Batches) -> tuple[tuple[torch.Tensor, ...], tuple[Any, ...]]:
+    """Example inputs, and the axes that vary: of the image, and of each further input."""
     height, width = sizes.default
     hp, wp = height // module.patch[0], width // module.patch[1]
     # torch.export treats a side of 1 as a constant, and two equal sides as one.
@@ -107,8 +105,10 @@ def _examples(
         return (image,), (axes,)
     for axis, name in ((1, "Hp"), (2, "Wp")):
         axes[axis] = module.patch[axis - 1] * torch.export.Dim(name, min=SMALLEST_SIDE, max=LARGEST_SIDE)
-    positions = torch.zeros(1, hp * wp, module.projection.shape[1])
-    return (image, positions), (axes, {1: torch.export.Dim.AUTO})
+    # The axis of patches is the last but one.
+    examples = [table.new_zeros(*table.shape[:-2], hp * wp, table.shape[-1]) for table in module.tables.values()]
+    others = tuple({table.ndim - 2: torch.export.Dim.AUTO} for table in examples)
+    return (image, *examples), (axes, others) if others else (axes,)
 
 
 def _clean(model: ModelProto, module: DenseViT, sizes: Sizes, batches: Batches) -> ModelProto:
@@ -124,7 +124,7 @@ def _clean(model: ModelProto, module: DenseViT, sizes: Sizes, batches: Batches) 
     width = module.projection.shape[1]
     shapes = {
         "image": [batch, *pixels, 3],
-        "pos_embed": [1, "N", width],
+        **{name: [*table.shape[:-2], "N", table.shape[-1]] for name, table in module.tables.items()},
         "features": [batch, *grid, width],
         "cls": [batch, width],
         "token_norm": [batch, *grid],

@@ -19,6 +19,7 @@ from torch import nn
 from phreg_deploy.arguments import check_model
 from phreg_deploy.errors import PhregError
 from phreg_deploy.models.hooks import ViT
+from phreg_deploy.models.rotary import unsupported_rotary
 from phreg_deploy.models.weights import read_weights
 from phreg_deploy.spec import ModelSpec, Preprocess, check_multiple
 
@@ -158,9 +159,7 @@ def _unsupported(model: ViT) -> str | None:
         return f"it reads {model.patch_embed.proj.in_channels} channels, not RGB"
     if type(model.blocks[0].attn).__name__ not in ("Attention", "EvaAttention", "AttentionRope"):
         return f"its attention is {type(model.blocks[0].attn).__name__}"
-    if model.dynamic_img_size:
-        return "it was built with dynamic_img_size; build it without, and choose sizes at export"
-    return None
+    return unsupported_rotary(model)
 
 
 def _check_name(name: str) -> None:

@@ -14,30 +14,34 @@ from phreg_deploy.models.loading import model_arguments, model_spec
 
 
 def add_registers(model: ViT, registers: int, seed: int = 0) -> ViT:
-    """Copy ``model`` with ``registers`` register tokens, drawn from N(0, 1/C) (arXiv 2505.21501 appendix).
+    """Copy ``model`` with ``registers`` more register tokens, drawn from N(0, 1/C) (arXiv 2505.21501 appendix).
 
-    With 0 registers the copy gives the same features, to rounding. The position embedding of the class token moves into
-    the class token, as in timm's own conversion of DINOv2; timm then builds the model with ``no_embed_class``.
+    The new ones come first, then those that the architecture has (DINOv3, ``reg4`` variants). With 0 registers the copy
+    gives the same features, to rounding. The position embedding of class token and registers moves into them, as in
+    timm's own conversion of DINOv2; timm then builds the model with ``no_embed_class``.
 
     Raises:
-        PhregError: the model already has registers.
+        PhregError: registers were added to the model before.
     """
     spec = model_spec(model)
-    if spec.registers:
+    if spec.registers and spec.registers != _native_registers(model):
         raise PhregError(
             f"model: {spec.architecture} already has {spec.registers} register tokens; distil the variant without, or "
             "export this one unchanged."
         )
     check_distillation({"registers": registers})
     state = dict(model.state_dict())
-    positions = state.get("pos_embed")
-    if positions is not None and positions.shape[1] == model.patch_embed.num_patches + 1:
-        state["cls_token"] = state["cls_token"] + positions[:, :1]
-        state["pos_embed"] = positions[:, 1:]
+    positions, parts = state.get("pos_embed"), [name for name in ("cls_token", "reg_token") if name in state]
+    if positions is not None and positions.shape[1] > model.patch_embed.num_patches:
+        for name in parts:
+            count = state[name].shape[1]
+            state[name], positions = state[name] + positions[:, :count], positions[:, count:]
+        state["pos_embed"] = positions
     if registers:
         generator = torch.Generator().manual_seed(seed)
-        state["reg_token"] = torch.randn(1, registers, spec.width, generator=generator) / spec.width**0.5
-    student = rebuild(model, **_register_arguments(model, registers))
+        added = torch.randn(1, registers, spec.width, generator=generator) / spec.width**0.5
+        state["reg_token"] = torch.cat([added, *([state["reg_token"]] if spec.registers else [])], dim=1)
+    student = rebuild(model, **_register_arguments(model, spec.registers + registers))
     student.load_state_dict(state, strict=True)
     return student.eval()
 
@@ -58,3 +62,10 @@ def rebuild(model: ViT, **changes: Any) -> ViT:
 def _register_arguments(model: ViT, registers: int) -> dict[str, Any]:
     name = "num_reg_tokens" if model_spec(model).family == "eva" else "reg_tokens"
     return {name: registers, "no_embed_class": True}
+
+
+def _native_registers(model: ViT) -> int:
+    """How many register tokens timm's model of this name has by itself."""
+    with torch.device("meta"):
+        stock = timm.create_model(model.pretrained_cfg["architecture"], pretrained=False)
+    return model_spec(stock).registers

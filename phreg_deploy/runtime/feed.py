@@ -11,26 +11,28 @@ from phreg_deploy.bundle.bundle import Bundle
 from phreg_deploy.errors import PhregError
 from phreg_deploy.images.intake import host_array
 from phreg_deploy.runtime.positions import resample
+from phreg_deploy.runtime.rotary import rotary_table
 from phreg_deploy.spec import check_multiple
 
-# Resampled position embeddings in the cache; the least recently used is dropped first.
+# Grids whose position embeddings are in the cache; the least recently used is dropped first.
 MAX_GRIDS = 16
 
 
 class InputFeed:
     """Builds the inputs of a bundle's graph. Several threads may call it.
 
-    The graph of a bundle with several sizes takes the position embedding as an input, which is resampled once per size.
+    The graph of a bundle with several sizes takes the position embeddings as inputs, which are computed once per size.
     """
 
     def __init__(self, bundle: Bundle) -> None:
         self.manifest = bundle.manifest
         self._base = bundle.positions() if "pos_embed" in self.manifest.inputs else None
+        self._frequencies = bundle.frequencies() if "rotary" in self.manifest.inputs else None
         # The cache needs no lock of ours, which a fork could leave locked in the child.
-        self._positions = functools.lru_cache(MAX_GRIDS)(self._resample)
+        self._tables = functools.lru_cache(MAX_GRIDS)(self._compute)
 
     def __call__(self, batch: Any) -> dict[str, np.ndarray]:
-        """``image`` and, where the bundle serves several sizes, ``pos_embed``, for uint8 RGB images ``(B, H, W, 3)``.
+        """``image`` and, where the bundle serves several sizes, ``pos_embed`` and ``rotary``, for uint8 RGB images ``(B, H, W, 3)``.
 
         Raises:
             PhregError: another kind of array, or a size or batch that the bundle does not serve.
@@ -45,14 +47,21 @@ class InputFeed:
         self.manifest.batches.check(shape[0])
 
     def others(self, size: tuple[int, int]) -> dict[str, np.ndarray]:
-        """The inputs beside the images: ``pos_embed`` ``(1, Hp * Wp, C)`` float32, or nothing."""
-        return {} if self._base is None else {"pos_embed": self._positions(size)}
+        """The inputs beside the images that the graph has, float32.
 
-    def _resample(self, size: tuple[int, int]) -> np.ndarray:
-        patch = self.manifest.model.patch
+        ``pos_embed`` ``(1, Hp * Wp, C)``, ``rotary`` ``(2, L, H, Hp * Wp, D / 2)``.
+        """
+        return dict(self._tables(size))
+
+    def _compute(self, size: tuple[int, int]) -> dict[str, np.ndarray]:
+        patch, rotary, tables = self.manifest.model.patch, self.manifest.rotary, {}
         check_multiple(size, patch)
-        assert self._base is not None
-        return resample(self._base, (size[0] // patch[0], size[1] // patch[1]))
+        grid = (size[0] // patch[0], size[1] // patch[1])
+        if self._base is not None:
+            tables["pos_embed"] = resample(self._base, grid)
+        if self._frequencies is not None and rotary is not None:
+            tables["rotary"] = rotary_table(rotary, self._frequencies, grid)
+        return tables
 
 
 def pad_batch(batch: np.ndarray, lowest: int) -> np.ndarray:
