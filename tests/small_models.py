@@ -5,6 +5,9 @@ import functools
 import timm
 import torch
 from timm.layers import Attention as PlainAttention
+from timm.models import save_for_hf
+
+from phreg_deploy.models.loading import model_arguments
 
 FAMILIES = {
     "augreg": ("vit_tiny_patch16_224", {}),
@@ -58,9 +61,9 @@ VARIANTS = {
 
 
 def small(family: str, *, depth: int = 2, width: int = 48, heads: int = 3, seed: int = 0, side: int = 4, **more):
-    """A family's model of ``side`` x ``side`` patches; its weights are so large that every path matters."""
-    name, options = {**FAMILIES, **VARIANTS}[family]
-    patch = 14 if "patch14" in name else 16
+    """The model of a family or a timm name, ``side`` x ``side`` patches; its weights are so large that every path matters."""
+    name, options = {**FAMILIES, **VARIANTS}.get(family, (family, {}))
+    patch = next((size for size in (8, 14, 32) if f"patch{size}_" in name), 16)
     torch.manual_seed(seed)
     model = timm.create_model(
         name, depth=depth, embed_dim=width, num_heads=heads, img_size=patch * side, num_classes=7, **{**options, **more}
@@ -107,3 +110,10 @@ def plant(model, block: int = 0, unit: int = 5, level: float = 40.0):
         mlp.fc1.bias[unit] = level - gain * high
         mlp.fc2.weight[:, unit] *= 3 / mlp.fc2.weight[:, unit].norm()
     return model
+
+
+def save(model, folder):
+    """Write a model as stock timm does, and return the folder."""
+    arguments = {key: value for key, value in model_arguments(model).items() if key != "num_classes"}
+    save_for_hf(model, str(folder), model_args=arguments, safe_serialization=True)
+    return folder

@@ -44,7 +44,10 @@ def expected_layers(family):
             path, last = name.rsplit(".", 1)
             kind = LAST.get((family, last), {"proj": "value", "fc2": "hidden"}.get(last, "norm"))
             full = f"{path}.{fused.get(last, last)}"
-            layers[full] = (kind, layers.get(full, ("", 0))[1] + layer.weight.numel())
+            size = layer.weight.numel()
+            if last in ("k_proj", "v_proj"):
+                size = layer.in_features * layer.in_features  # keys and values that heads share are repeated
+            layers[full] = (kind, layers.get(full, ("", 0))[1] + size)
     return layers
 
 

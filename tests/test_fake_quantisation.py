@@ -25,7 +25,7 @@ from tests.small_models import FAMILIES, VARIANTS, small
 
 PLAIN = Smoothing(None, None, None)
 # The biases of its projection belong to no module, so hooks cannot reach the input.
-SEPARATE = ["eva02"]
+SEPARATE = ["eva02", "dinov3"]
 FUSED = [family for family in (*FAMILIES, *VARIANTS) if family not in SEPARATE]
 
 

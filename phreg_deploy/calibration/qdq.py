@@ -46,17 +46,28 @@ class _Writer:
         adds = {linear.add for linear in linears if linear.add}
         for node in graph.node:
             if node.name in self.equalised.norms:
-                scale, shift = self.equalised.norms[node.name]
-                del node.input[1:]
-                for name, value in (("scale", scale), ("shift", shift)):
-                    node.input.append(self.constant(f"{node.name}.{name}", value.astype(np.float32)))
-                self.nodes.append(node)
+                self.norm(node, *self.equalised.norms[node.name])
             elif node.name in by_matmul:
                 self.linear(by_matmul[node.name], node, by_matmul[node.name].name in keep)
             elif node.name not in adds:
                 self.nodes.append(node)
         replace_nodes(self.model, self.nodes)
         return self.model
+
+    def norm(self, node: NodeProto, scale: np.ndarray, shift: np.ndarray) -> None:
+        """Write a norm with another scale and shift; an RMS norm gets an Add for the shift."""
+        scales, shifts = (
+            self.constant(f"{node.name}.{name}", value.astype(np.float32))
+            for name, value in (("scale", scale), ("shift", shift))
+        )
+        del node.input[1:]
+        node.input.append(scales)
+        self.nodes.append(node)
+        if node.op_type == "LayerNormalization":
+            node.input.append(shifts)
+            return
+        output, node.output[0] = node.output[0], f"{node.name}/scaled"
+        self.nodes.append(helper.make_node("Add", [node.output[0], shifts], [output], name=f"{node.name}/shift"))
 
     def linear(self, linear: Linear, node: NodeProto, keep: bool) -> None:
         name, bias = linear.name, self.equalised.biases[linear.name]

@@ -68,6 +68,7 @@ def equalise(
             weights[linear.name] *= grid.smooth[:, None]
         if kind == "norm":
             norm = nodes[group[0].feeder]
+            # An RMS norm, which ends in a Mul, has no shift.
             shift = wiring.value(norm.input[2]) if len(norm.input) > 2 else np.zeros_like(grid.centre)
             equalised.norms[norm.name] = (
                 wiring.value(norm.input[1]) / grid.smooth,

@@ -12,14 +12,14 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from timm.data.config import resolve_model_data_config
-from timm.models.eva import Eva, EvaBlock
-from timm.models.vision_transformer import Block, VisionTransformer
+from timm.models.eva import Eva
+from timm.models.vision_transformer import VisionTransformer
 from torch import nn
 
 from phreg_deploy.arguments import check_model
 from phreg_deploy.errors import PhregError
+from phreg_deploy.models.families import refused_model, refused_name
 from phreg_deploy.models.hooks import ViT
-from phreg_deploy.models.rotary import unsupported_rotary
 from phreg_deploy.models.weights import read_weights
 from phreg_deploy.spec import ModelSpec, Preprocess, check_multiple
 
@@ -33,15 +33,6 @@ BUILD_ERRORS = (
     TypeError,
     ValueError,
 )
-REFUSED = {
-    "beit": "its blocks add a relative position bias, which a register token has no entry in",
-    "swin": "it pools windows and merges patches: there is no token that could serve as a register",
-    "relpos": "its blocks add a relative position bias, which a register token has no entry in",
-    "distilled": "its second prefix token is a trained distillation token, which is neither class nor register token",
-}
-
-# timm's modules that build a plain VisionTransformer or Eva.
-FAMILIES = ("vision_transformer", "eva", "deit")
 
 
 def load_model(
@@ -132,34 +123,13 @@ def classifies(model: ViT) -> bool:
 
 def check_supported(model: ViT, name: str) -> None:
     """Raise ``PhregError`` with the reason if ``model`` can take no registers or serves no dense features."""
-    reason = _unsupported(model)
+    reason = refused_model(model)
     if reason:
         raise PhregError(
             f"model: {name} ({type(model).__name__}) is not supported: {reason}. Expected a plain timm "
-            "VisionTransformer (DINO, DINOv2, AugReg, DeiT-III, CLIP, MAE, SigLIP) or Eva."
+            "VisionTransformer (DINO, DINOv2, AugReg, DeiT-III, CLIP, MAE, SigLIP) or Eva (EVA02, DINOv3, Perception "
+            "Encoder)."
         )
-
-
-def _unsupported(model: ViT) -> str | None:
-    for key, reason in REFUSED.items():
-        if key in type(model).__name__.lower():
-            return reason
-    if type(model) not in (VisionTransformer, Eva):
-        return "it is of another family"
-    odd = next(
-        (type(b).__name__ for b in model.blocks if type(b) is not (EvaBlock if isinstance(model, Eva) else Block)), None
-    )
-    if odd:
-        return f"its blocks are {odd}, not the pre-norm block of a plain ViT"
-    if getattr(model, "pool_include_prefix", False):
-        return "its pooling reads the prefix tokens, so registers would leak into the pooled feature"
-    if type(model.patch_embed).__name__ != "PatchEmbed" or not isinstance(model.patch_embed.proj, nn.Conv2d):
-        return f"its patch embedding is {type(model.patch_embed).__name__}, not one strided convolution"
-    if model.patch_embed.proj.in_channels != 3:
-        return f"it reads {model.patch_embed.proj.in_channels} channels, not RGB"
-    if type(model.blocks[0].attn).__name__ not in ("Attention", "EvaAttention", "AttentionRope"):
-        return f"its attention is {type(model.blocks[0].attn).__name__}"
-    return unsupported_rotary(model)
 
 
 def _check_name(name: str) -> None:
@@ -171,10 +141,7 @@ def _check_name(name: str) -> None:
             f"model: {name!r} is neither a timm model nor a folder.{hint} All names: "
             "python -c \"import timm; print(timm.list_models('vit*'))\""
         )
-    module = timm.models.model_entrypoint(base).__module__
-    reason = next((reason for key, reason in REFUSED.items() if key in base), None)
-    if reason is None and module.rsplit(".", 1)[-1] not in FAMILIES:
-        reason = f"it is of another family ({module})"
+    reason = refused_name(base)
     # Refuse before anything is downloaded.
     if reason:
         raise PhregError(f"model: {name} is not supported: {reason}. Expected a plain timm VisionTransformer or Eva.")

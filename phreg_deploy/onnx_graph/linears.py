@@ -71,13 +71,25 @@ def _linear(node: NodeProto, wiring: Wiring, before: dict[str, Linear]) -> Linea
     return Linear(name, node.name, add, node.input[0], node.input[1], bias, kind, shape[0] * shape[1], feeder, columns)
 
 
+def norm_scale(node: NodeProto, wiring: Wiring) -> str | None:
+    """The constant ``(C,)`` that a norm multiplies by last, or None if the node does not end a norm.
+
+    An RMS norm has no operator in opset 20; its last node is a ``Mul``, named after the norm's module.
+    """
+    if node.op_type == "LayerNormalization":
+        return node.input[1]
+    module = node.name.rpartition("/")[0].rpartition(".")[2]
+    last = node.op_type == "Mul" and "norm" in module and wiring.constants.get(node.input[1])
+    return node.input[1] if last and len(last.dims) == 1 else None
+
+
 def _feeder(source: str, wiring: Wiring, before: dict[str, Linear]) -> tuple[str, str, tuple[int, int]]:
     """Kind, feeder and columns of the tensor ``source``; see ``Linear``."""
     norm = wiring.producer.get(source)
     readers = wiring.readers[source]
     if (
         norm is not None
-        and norm.op_type == "LayerNormalization"
+        and norm_scale(norm, wiring) is not None
         and all(r.op_type == "MatMul" and r.input[0] == source for r in readers)
     ):
         return "norm", norm.name, (0, 0)

@@ -25,13 +25,14 @@ class Workshop:
     ``unfused``: blocks whose attention stays in pieces; ``floats``: linear layers that lose their 8 bits; ``spoiled``: start
     of the name of weights that every engine gets wrong; ``refused``: a node that the parser does not take; ``fail_enqueue``:
     which one from now on fails; ``contexts``: how many can be made; ``steps``: of a build; ``on_step``: called in each;
-    ``dawdle``: seconds that a context is held by its caller; ``builds``: what each build was asked for.
+    ``answer``: what an engine makes of each output, (name, values) -> values; ``dawdle``: seconds that a context is held by its caller; ``builds``: what each build was asked for.
     """
 
     def __init__(self, device, version="10.16.1"):
         self.device, self.version = device, version
         self.unfused, self.floats = set(), set()
         self.spoiled = self.refused = self.fail_enqueue = self.contexts = self.on_step = None
+        self.answer = lambda _name, values: values
         self.starts, self.steps, self.dawdle, self.builds, self.uploads = True, 5, 0.0, [], []
         self.runs = 0  # inferences that were really computed
         self.tensorrt = make_tensorrt(self)
