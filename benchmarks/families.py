@@ -15,9 +15,9 @@ from pathlib import Path
 import timm
 import torch
 
+from phreg_deploy.export.rotary import describe_rotary
 from phreg_deploy.models.families import MODULES, OTHERS, refused_model, refused_name
 from phreg_deploy.models.loading import model_spec
-from phreg_deploy.models.rotary import describe_rotary
 
 PAGE = Path(__file__).resolve().parent.parent / "docs" / "families.md"
 BEGIN, END = "<!-- families -->\n", "<!-- end -->"

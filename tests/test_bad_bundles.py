@@ -85,7 +85,7 @@ def damaged(name="bundle", **files):
 BUNDLES = {
     "no folder": (lambda w: w.tmp / "none", ["none", "there is nothing"]),
     "a file": (lambda w: w.photos / "frame-01.jpg", ["frame-01.jpg", "there is a file"]),
-    "newer format": (damaged(manifest=edit(format=4)), ["got format 4", "at most 3", "Upgrade phreg-deploy"]),
+    "newer format": (damaged(manifest=edit(format=5)), ["got format 5", "at most 4", "Upgrade phreg-deploy"]),
     "no format": (damaged(manifest=edit(format=None)), ["manifest.json", "no format number"]),
     "manifest empty": (damaged(manifest=b""), ["manifest.json", "not valid JSON"]),
     "manifest truncated": (damaged(manifest=half), ["manifest.json", "not valid JSON", "export the bundle again"]),

@@ -12,11 +12,11 @@ from phreg_deploy.errors import PhregError
 from phreg_deploy.export import export
 from phreg_deploy.export.dense_vit import DenseViT
 from phreg_deploy.export.folding import patch_positions
+from phreg_deploy.export.rotary import describe_rotary
 from phreg_deploy.export.trace import OPSET, trace
 from phreg_deploy.models import hooks
 from phreg_deploy.models.loading import model_preprocess
 from phreg_deploy.models.registers import add_registers
-from phreg_deploy.models.rotary import describe_rotary
 from phreg_deploy.onnx_graph.mixed_precision import narrow
 from phreg_deploy.runtime.positions import resample
 from phreg_deploy.runtime.rotary import rotary_table
@@ -100,7 +100,10 @@ def test_rotary_models_are_served_at_sizes_that_are_not_square():
     assert agreement(got["features"].reshape(1, -1, 48), expected.patches.numpy()).minimum > 0.999999
 
 
-@pytest.mark.parametrize("family", ["dinov2", "clip-quickgelu", "siglip", "eva02"])
+@pytest.mark.parametrize(
+    "family",
+    ["dinov2", "clip-quickgelu", "siglip", "eva02", "dinov3", "perception", "rope-mixed", "aimv2", "sapiens2"],
+)
 def test_float16_graphs_stay_close(family):
     model = add_registers(small(family), 4)
     got, expected, proto = served(model, pictures(1, tuple(model.patch_embed.img_size)), precision="fp16")
@@ -109,6 +112,21 @@ def test_float16_graphs_stay_close(family):
     assert agreement(got["features"].reshape(1, -1, 48), expected.patches.numpy()).p1 > 0.999
     weights = [i for i in proto.graph.initializer if i.data_type == onnx.TensorProto.FLOAT16]
     assert len(weights) > 20
+
+
+@pytest.mark.parametrize("family", ["dinov3", "aimv2", "sapiens2"])
+def test_the_final_norm_of_a_bfloat16_graph_is_computed_in_float32(family):
+    """An RMS norm is several nodes, and none may be left in bfloat16."""
+    model = small(family)
+    sizes = Sizes("fixed", (tuple(model.patch_embed.img_size),))
+    graph = trace(DenseViT(model, model_preprocess(model)), sizes, Batches.parse("1")).model
+    narrow(graph, "bf16", {})
+    onnx.checker.check_model(graph)
+    assert {v.type.tensor_type.elem_type for v in graph.graph.output} == {onnx.TensorProto.FLOAT}
+    narrowed = {i.name for i in graph.graph.initializer if i.data_type == onnx.TensorProto.BFLOAT16}
+    inputs = {name for node in graph.graph.node if node.name.startswith("norm/") for name in node.input}
+    assert inputs
+    assert not inputs & narrowed
 
 
 def test_the_graph_is_lean():

@@ -18,10 +18,10 @@ from phreg_deploy.bundle.profiles import profiles_of
 from phreg_deploy.errors import PhregError
 from phreg_deploy.export import export
 from phreg_deploy.export.exam import at_size
+from phreg_deploy.export.rotary import describe_rotary, rotary_tables
 from phreg_deploy.export.rotation import paired_halves, rotate, wide_tables
 from phreg_deploy.models import hooks
 from phreg_deploy.models.loading import model_preprocess
-from phreg_deploy.models.rotary import describe_rotary, rotary_tables
 from phreg_deploy.runtime import FeatureExtractor
 from phreg_deploy.runtime.rotary import rotary_table
 from tests.cli_helpers import ROOT, invoke

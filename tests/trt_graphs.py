@@ -13,10 +13,10 @@ from phreg_deploy.calibration.ranges import Ranges, observe_magnitudes, observe_
 from phreg_deploy.calibration.search import Search
 from phreg_deploy.export.dense_vit import DenseViT
 from phreg_deploy.export.folding import patch_positions
+from phreg_deploy.export.rotary import describe_rotary, rotary_tables
 from phreg_deploy.export.trace import trace
 from phreg_deploy.models.loading import model_preprocess, model_spec
 from phreg_deploy.models.registers import add_registers
-from phreg_deploy.models.rotary import describe_rotary, rotary_tables
 from phreg_deploy.onnx_graph.linears import Linear, find_linears
 from phreg_deploy.onnx_graph.mixed_precision import narrow
 from phreg_deploy.onnx_graph.split_qkv import split_projections

@@ -20,9 +20,9 @@ from phreg_deploy.export.folding import (
     patch_positions,
     prefix_tokens,
 )
+from phreg_deploy.export.rotary import is_half, rotary_tables
 from phreg_deploy.export.rotation import paired_halves, reorder_norm, rotate, wide_tables
 from phreg_deploy.models.hooks import ViT, final_norm
-from phreg_deploy.models.rotary import is_half, rotary_tables
 from phreg_deploy.spec import Preprocess
 
 # The two tables that a layer's queries and keys are rotated by (``rotation.rotate``).

@@ -25,13 +25,13 @@ from phreg_deploy.bundle.writing import write_manifest, write_npz, write_onnx_me
 from phreg_deploy.export.dense_vit import DenseViT
 from phreg_deploy.export.exam import at_size, make_exam
 from phreg_deploy.export.folding import patch_positions
+from phreg_deploy.export.rotary import describe_rotary, rotary_tables
 from phreg_deploy.export.trace import OPSET, Traced, check_size, trace
 from phreg_deploy.files.atomic import atomic_folder
 from phreg_deploy.images.photographs import list_images, read_fitted
 from phreg_deploy.models.hooks import ViT
 from phreg_deploy.models.loading import load_model, model_preprocess, model_spec
 from phreg_deploy.models.origin import find_origin, unknown_origin
-from phreg_deploy.models.rotary import describe_rotary, rotary_tables
 from phreg_deploy.models.weights import weights_digest
 from phreg_deploy.onnx_graph.mixed_precision import islands, narrow
 from phreg_deploy.progress import SILENT, Progress

@@ -11,7 +11,6 @@ from timm.models.vision_transformer import Block, VisionTransformer
 from torch import nn
 
 from phreg_deploy.models.hooks import ViT
-from phreg_deploy.models.rotary import unsupported_rotary
 
 # timm's modules that build a plain VisionTransformer or Eva.
 MODULES = ("vision_transformer", "eva", "deit")
@@ -39,6 +38,13 @@ BLOCKS = {
     "ParallelThingsBlock": f"{_SIDE}vit_base_patch16_224",
     "ResPostBlock": f"{_AFTER}vit_base_patch16_224",
     "EvaBlockPostNorm": f"{_AFTER}eva02_large_patch14_clip_224",
+}
+# timm's rotary embeddings that a runtime can compute, and timm's names of them.
+ROTARY = {
+    "RotaryEmbeddingCat": "cat",
+    "RotaryEmbeddingDinoV3": "dinov3",
+    "RotaryEmbeddingMixed": "mixed",
+    "RotaryEmbeddingMRope": "mrope",
 }
 _PLAIN = "use a plain timm VisionTransformer or Eva, e.g. vit_base_patch14_dinov2"
 _DISTILLED = (
@@ -89,4 +95,18 @@ def refused_model(model: ViT) -> str | None:
         )
     if attention not in ("Attention", "EvaAttention", "AttentionRope"):
         return f"its attention is {attention}; {_PLAIN}"
-    return unsupported_rotary(model)
+    return _refused_rotary(model)
+
+
+def _refused_rotary(model: ViT) -> str | None:
+    """Return why the position embedding cannot be computed without torch, or None if it can, or if there is none."""
+    rope = getattr(model, "rope", None)
+    if rope is None:
+        return None
+    if type(rope).__name__ not in ROTARY:
+        return f"its rotary embedding is {type(rope).__name__}, expected one of {', '.join(ROTARY)}; {_PLAIN}"
+    if getattr(rope, "in_pixels", False) or getattr(rope, "grid_type", "index") != "index":
+        return f"its rotary embedding does not count patches from one end; {_PLAIN}"
+    if getattr(rope, "normalize_coords", "separate") != "separate":
+        return f"its rotary embedding normalises both axes by one side ({rope.normalize_coords}); {_PLAIN}"
+    return None

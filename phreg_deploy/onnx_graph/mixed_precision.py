@@ -152,6 +152,8 @@ class _Narrowing:
             names.add(node.name)
             node = producer.get(node.input[0])
         if self.precision == "bf16":
+            # An RMS norm is several nodes.
+            names |= {n.name for n in self.model.graph.node if n.name.startswith("norm/")}
             for output in ("features", "cls"):
                 node = producer.get(output)
                 while node is not None and node.op_type in (MOVES | {"LayerNormalization"}):

@@ -9,29 +9,9 @@ import math
 
 import torch
 
+from phreg_deploy.models.families import ROTARY
 from phreg_deploy.models.hooks import ViT
 from phreg_deploy.spec import Rotary
-
-KINDS = {
-    "RotaryEmbeddingCat": "cat",
-    "RotaryEmbeddingDinoV3": "dinov3",
-    "RotaryEmbeddingMixed": "mixed",
-    "RotaryEmbeddingMRope": "mrope",
-}
-
-
-def unsupported_rotary(model: ViT) -> str | None:
-    """Return why the position embedding cannot be computed without torch, or None if it can, or if there is none."""
-    rope = getattr(model, "rope", None)
-    if rope is None:
-        return None
-    if type(rope).__name__ not in KINDS:
-        return f"its rotary embedding is {type(rope).__name__}, expected one of {', '.join(KINDS)}"
-    if getattr(rope, "in_pixels", False) or getattr(rope, "grid_type", "index") != "index":
-        return "the frequencies of its rotary embedding are counted in pixels"
-    if getattr(rope, "normalize_coords", "separate") != "separate":
-        return f"its rotary embedding normalises both axes by one side ({rope.normalize_coords})"
-    return None
 
 
 def describe_rotary(model: ViT) -> tuple[Rotary, torch.Tensor] | None:
@@ -39,7 +19,7 @@ def describe_rotary(model: ViT) -> tuple[Rotary, torch.Tensor] | None:
     rope = getattr(model, "rope", None)
     if rope is None:
         return None
-    kind = KINDS[type(rope).__name__]
+    kind = ROTARY[type(rope).__name__]
     frequencies = {"cat": _axial, "dinov3": _axial, "mixed": _mixed, "mrope": _multimodal}[kind](rope)
     reference = getattr(rope, "ref_feat_shape", None)
     temperature = getattr(rope, "temperature", None)
