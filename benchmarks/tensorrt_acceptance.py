@@ -1,7 +1,7 @@
 """List which graphs NVIDIA's parser and builder take and what they fuse, by family, precision and sizes; without a GPU.
 
     python -m tests.nvidia_wheels                        # the wheels, once
-    python -m benchmarks.tensorrt_acceptance --json OUT [--depth 12] [--width 384] [--heads 6] [--side 16]
+    python -m benchmarks.tensorrt_acceptance --json OUT [--depth 12] [--width 384] [--heads 6] [--side 16] [--only eva02]
 
 Full depth and the width of a ViT-S, 4 registers, random weights; ranges from two photographs. Fixed: one size, batch
 1. Range: two patches a side below to two above, batch 1 to 8. A cell is fused attentions / linear layers in 8 bits
@@ -24,7 +24,7 @@ import onnx
 from phreg_deploy.errors import PhregError
 from tests import nvidia
 from tests.small_models import FAMILIES, VARIANTS
-from tests.trt_graphs import PRECISIONS, ROTARY, SAME, build, graphs
+from tests.trt_graphs import PRECISIONS, SAME, build, graphs
 
 
 def main() -> None:
@@ -32,14 +32,20 @@ def main() -> None:
     parser.add_argument("--json", type=Path, required=True)
     for name, value in (("depth", 12), ("width", 384), ("heads", 6), ("side", 16)):
         parser.add_argument(f"--{name}", type=int, default=value)
+    parser.add_argument("--only", nargs="+", help="families; the other rows of the file are kept")
     args = parser.parse_args()
+    settings = {name: value for name, value in vars(args).items() if name not in ("json", "only")}
     cells: dict[str, dict[str, Any]] = {}
-    for family in [name for name in (*FAMILIES, *VARIANTS) if name not in SAME]:
-        for sizes in ("fixed",) if family in ROTARY else ("fixed", "range"):
+    if args.only:
+        earlier = json.loads(args.json.read_text())
+        if earlier["settings"] != settings:
+            parser.error(f"--only: {args.json} was written with {earlier['settings']}")
+        cells = earlier["cells"]
+    for family in args.only or [name for name in (*FAMILIES, *VARIANTS) if name not in SAME]:
+        for sizes in ("fixed", "range"):
             cells[f"{family}, {sizes}"] = row(family, sizes, args)
             texts = [str(cells[f"{family}, {sizes}"][precision]["said"]) for precision in PRECISIONS]
             click.echo(f"| {family} | {sizes} | {' | '.join(texts)} |")
-            settings = {name: value for name, value in vars(args).items() if name != "json"}
             args.json.write_text(json.dumps({"settings": settings, "cells": cells}, indent=1) + "\n")
 
 

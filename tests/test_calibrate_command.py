@@ -282,14 +282,14 @@ def test_unreadable_images_are_skipped_and_said(world, run_cli, quick):
 
 def test_a_manifest_of_the_first_format_is_still_read(world):
     data = json.loads((world.bundle / "manifest.json").read_text())
-    assert data["format"] == FORMAT == 3
+    assert data["format"] == FORMAT == 4
     old = {k: v for k, v in data.items() if k != "quantisation"} | {"format": 1}
     assert Manifest.from_json(old) == Manifest.from_json(data)
     with pytest.raises(PhregError, match=r"missing keys \['quantisation'\]"):
         Manifest.from_json(old | {"format": 2})
     folder = world.copy("bundle", manifest=json.dumps(old).encode())
     calibrate(folder, world.photos, world.out, smoothing=Smoothing(), float_macs=0)
-    assert Bundle.read(world.out).manifest.to_json()["format"] == 3
+    assert Bundle.read(world.out).manifest.to_json()["format"] == 4
 
 
 def test_a_manifest_from_before_exif_keeps_its_preprocessing(world):

@@ -9,7 +9,7 @@ from typing import Any
 from phreg_deploy.bundle.gates import GATES
 from phreg_deploy.bundle.manifest import Manifest
 from phreg_deploy.errors import PhregError
-from phreg_deploy.spec import Batches, Sizes
+from phreg_deploy.spec import Batches, Rotary, Sizes
 
 # The numbers that one side of a shape may be, and whether it may have a name instead.
 Side = tuple[set[int], bool]
@@ -143,6 +143,18 @@ def _check_rotary(manifest: Manifest) -> None:
         value = getattr(rotary, key)
         _expect(type(value) is int and value in (1, most), f"rotary.{key}", value, f"1 or {most}")
     _expect(_is_integer(rotary.pairs, 1, LARGEST_WIDTH), "rotary.pairs", rotary.pairs, "a whole number above 0")
+    check_table(rotary, manifest.sizes, model.patch)
+
+
+def check_table(rotary: Rotary, sizes: Sizes, patch: tuple[int, int]) -> None:
+    """Raise ``PhregError`` for a rotary embedding whose sines and cosines no device should hold at the largest size."""
+    height, width = max(sizes.sizes, key=lambda size: size[0] * size[1])
+    most = 8 * rotary.layers * rotary.heads * rotary.pairs * (height // patch[0]) * (width // patch[1])
+    if most > LARGEST_INPUT:
+        raise PhregError(
+            f"image size: got up to {height}x{width}, for which the rotary embedding has {most} bytes of sines and "
+            f"cosines; expected at most {LARGEST_INPUT}. Choose a smaller largest size."
+        )
 
 
 def _check_tensors(manifest: Manifest) -> None:

@@ -20,7 +20,7 @@ from phreg_deploy import __version__
 from phreg_deploy.arguments import check_model
 from phreg_deploy.bundle.bundle import Bundle
 from phreg_deploy.bundle.manifest import GRAPH, POSITIONS, REFERENCE, ROTARY, Manifest
-from phreg_deploy.bundle.validity import check_extent
+from phreg_deploy.bundle.validity import check_extent, check_table
 from phreg_deploy.bundle.writing import write_manifest, write_npz, write_onnx_metadata
 from phreg_deploy.export.dense_vit import DenseViT
 from phreg_deploy.export.exam import at_size, make_exam
@@ -95,6 +95,9 @@ def _load(request: ExportRequest) -> _Source:
     sizes = Sizes.parse(request.image_size or f"{height}x{width}", tuple(model.patch_embed.patch_size))
     batches = Batches.parse(request.batch)
     check_extent(sizes, batches)
+    rotary = describe_rotary(model) if sizes.dynamic else None
+    if rotary is not None:
+        check_table(rotary[0], sizes, tuple(model.patch_embed.patch_size))
     folder = model_path(request.model)
     record = None if request.random_weights else read_record(folder)
     return _Source(

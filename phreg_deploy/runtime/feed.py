@@ -16,6 +16,8 @@ from phreg_deploy.spec import check_multiple
 
 # Grids whose position embeddings are in the cache; the least recently used is dropped first.
 MAX_GRIDS = 16
+# Bytes of rotary tables in the cache, at most; one table is always kept.
+MOST_BYTES = 1 << 28
 
 
 class InputFeed:
@@ -29,7 +31,7 @@ class InputFeed:
         self._base = bundle.positions() if "pos_embed" in self.manifest.inputs else None
         self._frequencies = bundle.frequencies() if "rotary" in self.manifest.inputs else None
         # The cache needs no lock of ours, which a fork could leave locked in the child.
-        self._tables = functools.lru_cache(MAX_GRIDS)(self._compute)
+        self._tables = functools.lru_cache(self._grids())(self._compute)
 
     def __call__(self, batch: Any) -> dict[str, np.ndarray]:
         """``image`` and, where the bundle serves several sizes, ``pos_embed`` and ``rotary``, for uint8 RGB images ``(B, H, W, 3)``.
@@ -52,6 +54,14 @@ class InputFeed:
         ``pos_embed`` ``(1, Hp * Wp, C)``, ``rotary`` ``(2, L, H, Hp * Wp, D / 2)``.
         """
         return dict(self._tables(size))
+
+    def _grids(self) -> int:
+        """How many grids the cache holds: fewer where every layer and head has a table of its own."""
+        rotary, patch = self.manifest.rotary, self.manifest.model.patch
+        if rotary is None:
+            return MAX_GRIDS
+        patches = max((h // patch[0]) * (w // patch[1]) for h, w in self.manifest.sizes.sizes)
+        return max(1, min(MAX_GRIDS, MOST_BYTES // (8 * rotary.layers * rotary.heads * rotary.pairs * patches)))
 
     def _compute(self, size: tuple[int, int]) -> dict[str, np.ndarray]:
         patch, rotary, tables = self.manifest.model.patch, self.manifest.rotary, {}
