@@ -100,9 +100,7 @@ def check_resume(work: Path, resume: bool, force: bool) -> None:
     if resume and not interrupted:
         raise PhregError(f"resume: there is no interrupted run in {work}; start without --resume.")
     if interrupted and not resume and not force:
-        raise PhregError(
-            f"output: an interrupted run is kept in {work}; add --resume to go on with it, or --force to start over."
-        )
+        raise PhregError(f"output: an interrupted run is kept in {work}; add --resume, or --force to start over.")
 
 
 def check_device(device: str) -> None:
@@ -119,9 +117,7 @@ def check_devices(devices: str) -> None:
         return
     for name in names:
         if not re.fullmatch(GPU, name):
-            raise PhregError(
-                f"device: got {name!r} in the list {devices!r}, expected GPUs by number, e.g. cuda:0,cuda:1."
-            )
+            raise PhregError(f"device: got {name!r} in the list {devices!r}, expected GPUs by number: cuda:0,cuda:1.")
         if names.count(name) > 1:
             raise PhregError(f"device: got {name} more than once in the list {devices!r}; name each GPU once.")
 
@@ -139,9 +135,7 @@ def check_export(
     if target not in ("cpu", "trt"):
         raise PhregError(f"target: got {target!r}, expected cpu or trt.")
     if precision == "fp32" and (keep or images):
-        raise PhregError(
-            "export: --keep-fp32 and --images say what stays in FP32; with --precision fp32 everything does."
-        )
+        raise PhregError("export: --keep-fp32 and --images say what stays FP32; with --precision fp32 everything does.")
     if precision in EIGHT_BITS and images is None:
         raise PhregError(
             f"export: --precision {precision} needs --images DIR, photographs like those of the deployment, "

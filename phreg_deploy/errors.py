@@ -46,11 +46,8 @@ class Interrupted(PhregError):
 def write_error(error: OSError, target: Path) -> PhregError:
     """Turn a refusal of the system to write ``target`` into an error that says why."""
     if error.errno == errno.ENOSPC:
-        return PhregError(
-            f"output: the disk is full, so {target} was not written; free space or choose another folder."
-        )
+        return PhregError(f"output: the disk is full, so {target} was not written; free space, or use another folder.")
     if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
-        return PhregError(
-            f"output: {target.parent} cannot be written to ({os.strerror(error.errno)}); choose another folder."
-        )
+        reason = os.strerror(error.errno)
+        return PhregError(f"output: {target.parent} cannot be written to ({reason}); choose another folder.")
     return PhregError(f"output: {target} cannot be written ({error.strerror or error}).")

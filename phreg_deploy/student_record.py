@@ -10,7 +10,8 @@ from phreg_deploy.errors import PhregError
 from phreg_deploy.json_files import read_json
 
 RECORD = "phreg.json"
-RECORD_VERSION = 1
+# The format of the record.
+NEWEST = 1
 
 
 def model_path(name: str) -> Path:
@@ -34,10 +35,8 @@ def read_record(folder: Path) -> dict[str, Any] | None:
     version = record.get("format") if isinstance(record, dict) else None
     if type(version) is not int:
         raise PhregError(f"student: {path} is damaged (no format number); copy or distil the student again.")
-    if version > RECORD_VERSION:
-        raise PhregError(
-            f"student: {path} has format {version}, expected at most {RECORD_VERSION}. Upgrade phreg-deploy."
-        )
+    if version > NEWEST:
+        raise PhregError(f"student: {path} has format {version}, expected at most {NEWEST}. Upgrade phreg-deploy.")
     return dict(record)
 
 

@@ -65,9 +65,7 @@ class ParityAccumulator:
             raise PhregError(f"parity: got features of shape {a.shape}, expected {b.shape}.")
         lost = sorted(set(expected) & {"cls", "token_norm"} - set(got))
         if lost:
-            raise PhregError(
-                f"parity: got no {' and no '.join(lost)}, which the reference has; export the bundle again."
-            )
+            raise PhregError(f"parity: got no {' and no '.join(lost)}, which the reference has; re-export the bundle.")
         bad = int(sum((~np.isfinite(v)).sum() for v in got.values()))
         self._bad += bad
         if bad:

@@ -23,6 +23,7 @@ from phreg_deploy.errors import PhregError
 from phreg_deploy.json_files import check_regular, read_json
 
 T = TypeVar("T")
+AGAIN = "copy or export the bundle again"
 
 # Starts each key of the graph's metadata.
 METADATA_PREFIX = "phreg."
@@ -31,10 +32,9 @@ UNREADABLE = (
     OSError,
     ValueError,
     EOFError,
-    KeyError,
-    NotImplementedError,
+    LookupError,
     RuntimeError,
-    OverflowError,
+    ArithmeticError,
     struct.error,
     zipfile.BadZipFile,
 )
@@ -67,7 +67,7 @@ class Bundle:
         except PhregError as error:
             raise PhregError(f"bundle: {path}: {error}") from None
         except (OSError, ValueError, RecursionError) as error:
-            raise PhregError(f"bundle: {path} is not valid JSON ({error}); copy or export the bundle again.") from None
+            raise PhregError(f"bundle: {path} is not valid JSON ({error}); {AGAIN}.") from None
         check_regular(folder, list(manifest.files))
         return cls(folder, manifest)
 
@@ -101,9 +101,7 @@ class Bundle:
             }
             graph = read_manifest({**values, "files": self.manifest.files})
         except (PhregError, ValueError, RecursionError) as error:
-            raise PhregError(
-                f"bundle: {self.graph} does not say how it is fed ({error}); copy or export the bundle again."
-            ) from None
+            raise PhregError(f"bundle: {self.graph} does not say how it is fed ({error}); {AGAIN}.") from None
         differing = [key for key in Manifest.__dataclass_fields__ if getattr(graph, key) != getattr(self.manifest, key)]
         if differing:
             raise PhregError(
@@ -130,7 +128,7 @@ class Bundle:
         try:
             return read(path)
         except UNREADABLE as error:
-            raise PhregError(f"bundle: {path} cannot be read ({error}); copy or export the bundle again.") from None
+            raise PhregError(f"bundle: {path} cannot be read ({error}); {AGAIN}.") from None
 
 
 def _no_bundle(folder: Path) -> str:

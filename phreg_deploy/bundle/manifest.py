@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from phreg_deploy.errors import PhregError
-from phreg_deploy.spec import Batches, ModelSpec, Preprocess, Sizes
+from phreg_deploy.spec import Batches, ModelSpec, Preprocess, Sizes, plain
 
 FORMAT = 3
 MANIFEST, GRAPH, REFERENCE, POSITIONS = "manifest.json", "model.onnx", "reference.npz", "pos_embed.npy"
@@ -41,9 +41,7 @@ class Manifest:
     files: dict[str, str] = field(default_factory=dict)
 
     def to_json(self) -> dict[str, Any]:
-        own = {k: getattr(self, k) for k in self.__dataclass_fields__}
-        stored = {k: own[k].to_json() for k in ("model", "preprocess", "sizes", "batches")}
-        return {"format": FORMAT, **own, **stored}
+        return {"format": FORMAT, **plain(vars(self))}
 
     @classmethod
     def from_json(cls, data: Any) -> Manifest:
@@ -66,9 +64,7 @@ class Manifest:
         missing = sorted(set(cls.__dataclass_fields__) - set(fields))
         unknown = sorted(set(fields) - set(cls.__dataclass_fields__))
         if missing or unknown:
-            raise PhregError(
-                f"manifest: missing keys {missing}, unknown keys {unknown}; it is damaged. Export the bundle again."
-            )
+            raise PhregError(f"manifest: missing keys {missing}, unknown keys {unknown}. Export the bundle again.")
         fields.update(
             model=ModelSpec.from_json(fields["model"]),
             preprocess=Preprocess.from_json(fields["preprocess"]),

@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 import platform
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +21,7 @@ from phreg_deploy.errors import BackendMissing, PhregError, write_error
 from phreg_deploy.files.atomic import write_atomic
 from phreg_deploy.files.temporary import remove_dead
 from phreg_deploy.json_files import read_json
-from phreg_deploy.spec import Stored
+from phreg_deploy.spec import Stored, plain
 
 FOLDER = "engines"
 FORMAT = 1  # of a sidecar
@@ -74,7 +74,7 @@ class PlanKey(Stored):
     @property
     def name(self) -> str:
         """The plan's file name without suffix; every field of the key changes it."""
-        digest = hashlib.sha256(json.dumps(asdict(self), sort_keys=True).encode()).hexdigest()
+        digest = hashlib.sha256(json.dumps(self.to_json(), sort_keys=True).encode()).hexdigest()
         return f"{self.graph[:12]}-{digest[:8]}-sm{self.architecture}-trt{self.tensorrt}-cuda{self.cuda}"
 
 
@@ -110,7 +110,7 @@ class StoredPlan:
 
 def make_key(bundle: Bundle, gpu: str, architecture: int, tensorrt: str, cuda: int, settings: BuildSettings) -> PlanKey:
     """Return the key of the plan that ``settings`` give for this bundle on this GPU; arguments as in ``PlanKey``."""
-    shapes = json.dumps([profile.to_json() for profile in profiles_of(bundle.manifest)], sort_keys=True)
+    shapes = json.dumps(plain(profiles_of(bundle.manifest)), sort_keys=True)
     return PlanKey(
         graph=_graph_digest(bundle),
         precision=bundle.manifest.precision,
@@ -148,9 +148,9 @@ def write_sidecar(bundle: Bundle, plan: StoredPlan, report: dict[str, Any]) -> S
     numbered = replace(plan, report={**report, "serial": serial})
     sidecar = {
         "format": FORMAT,
-        "key": asdict(plan.key),
+        "key": plan.key.to_json(),
         "sha256": plan.sha256,
-        "profiles": [profile.to_json() for profile in plan.profiles],
+        "profiles": plain(plan.profiles),
         "report": numbered.report,
     }
     path = plan.path.with_suffix(".json")

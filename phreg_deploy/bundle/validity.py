@@ -84,9 +84,8 @@ def _check_model(model: Any) -> None:
     _expect(isinstance(model.architecture, str), "model.architecture", model.architecture, "text")
     _expect(model.family in ("vit", "eva"), "model.family", model.family, "vit or eva")
     for key, most in (("patch", LARGEST_PATCH), ("grid", LARGEST_SIDE)):
-        _expect(
-            _is_pair(getattr(model, key), most), f"model.{key}", getattr(model, key), f"two numbers from 1 to {most}"
-        )
+        pair = getattr(model, key)
+        _expect(_is_pair(pair, most), f"model.{key}", pair, f"two numbers from 1 to {most}")
     bounds = {
         "width": (1, LARGEST_WIDTH),
         "depth": (1, LARGEST_DEPTH),

@@ -11,13 +11,13 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
-import onnx
 from onnx import ModelProto, TensorProto, helper, numpy_helper
 
 from phreg_deploy.calibration.images import Feeds
 from phreg_deploy.calibration.smoothing import Equalised
 from phreg_deploy.onnx_graph.linears import Linear, by_source
 from phreg_deploy.onnx_graph.session import open_session
+from phreg_deploy.onnx_graph.wiring import copy_without_outputs
 from phreg_deploy.progress import Advance
 from phreg_deploy.quantisation import WEIGHT_STEPS, Grid, quantise_weight
 
@@ -85,10 +85,8 @@ def observe_moments(
 
 
 def _instrumented(model: ModelProto, sources: list[str], widths: dict[str, int]) -> ModelProto:
-    instrumented = onnx.ModelProto()
-    instrumented.CopyFrom(model)
+    instrumented = copy_without_outputs(model)
     graph = instrumented.graph
-    del graph.output[:]
     graph.initializer.append(numpy_helper.from_array(np.array([0], np.int64), "moments/axis"))
     for source in sources:
         flat = f"moments/{source}"

@@ -101,15 +101,12 @@ class Teacher:
 
     @torch.inference_mode()
     def _denoise(self, model: ViT, device: str, photographs: Photographs, start: int, stop: int) -> list[Target]:
-        plans = [
-            draw_views(self.views, self.grid, seed_of(self.seed, digest)) for digest in photographs.digests[start:stop]
-        ]
+        seeds = [seed_of(self.seed, digest) for digest in photographs.digests[start:stop]]
+        plans = [draw_views(self.views, self.grid, seed) for seed in seeds]
         images = photographs.batch(start, stop)
         # (B * (V + 1), H, W, 3): the last view is the mirror image, whose class token is a target of its own.
-        mirrored = View(0, 0, True)
-        pixels = np.stack(
-            [show(image, view, self.patch) for image, plan in zip(images, plans) for view in (*plan, mirrored)]
-        )
+        shown = [(*plan, View(0, 0, True)) for plan in plans]
+        pixels = np.stack([show(image, view, self.patch) for image, views in zip(images, shown) for view in views])
         batch = hooks.normalise(torch.from_numpy(pixels).to(device), self.preprocess.mean, self.preprocess.std)
         with mixed_precision(device, self.autocast):
             features = hooks.forward(model, batch)

@@ -77,7 +77,8 @@ def read_state(work: Path, device: str) -> dict[str, Any] | None:
         state: dict[str, Any] = torch.load(path, map_location=device, weights_only=True)
     # PyTorch raises pickle, zip, EOF and runtime errors for damaged files.
     except Exception as error:
+        kind = type(error).__name__
         raise PhregError(
-            f"resume: {path} is damaged ({type(error).__name__}); add --force instead of --resume to start over."
+            f"resume: {path} is damaged ({kind}); use --force instead of --resume to start over."
         ) from None
     return state

@@ -113,9 +113,7 @@ def atomic_folder(target: Path, force: bool = False, reads: Iterable[Path | None
         if descriptor is not None:
             os.close(descriptor)
     if os.path.lexists(partial):
-        raise PhregError(
-            f"output: {target} was written, but the one before it, now {partial}, cannot be removed; remove it by hand."
-        )
+        raise PhregError(f"output: {target} was written, but the old one cannot be removed; remove {partial} by hand.")
 
 
 def _publish(partial: Path, target: Path, force: bool) -> None:

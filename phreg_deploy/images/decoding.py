@@ -23,9 +23,7 @@ def to_rgb(image: Image.Image) -> Image.Image:
         PhregError: no pixels, or a mode without a defined scale (32-bit integer or float pixels).
     """
     if 0 in image.size:
-        raise PhregError(
-            f"image: got a picture of {image.size[0]}x{image.size[1]} pixels, expected at least one pixel."
-        )
+        raise PhregError(f"image: got a picture of {image.size[0]}x{image.size[1]} pixels, expected at least one.")
     if image.mode.startswith("I;16") or image.mode == "I":
         grey = np.asarray(image).astype(np.int64)
         if grey.min() < 0 or grey.max() > 65535:
@@ -35,9 +33,7 @@ def to_rgb(image: Image.Image) -> Image.Image:
             )
         return Image.fromarray((grey / 257 + 0.5).astype(np.uint8)).convert("RGB")
     if image.mode == "F":
-        raise PhregError(
-            "image: got 32-bit float pixels (mode 'F'), whose scale is unknown; expected 8-bit or 16-bit pixels."
-        )
+        raise PhregError("image: got 32-bit float pixels (mode 'F') of unknown scale; expected 8-bit or 16-bit pixels.")
     if image.mode == "P" and isinstance(image.info.get("transparency"), bytes):
         # Pillow warns of a direct conversion, though its result is the same.
         image = image.convert("RGBA")
@@ -78,9 +74,7 @@ def read_image(source: Path | str | IO[bytes], exif: bool = False, name: str | N
     except (Image.DecompressionBombError, Image.DecompressionBombWarning):  # raised by open, before _bound
         raise _too_large(name) from None
     except PermissionError as error:
-        raise PhregError(
-            f"image: {name} cannot be read ({error.strerror}); give yourself the right to read it."
-        ) from None
+        raise PhregError(f"image: {name} cannot be read ({error.strerror}); allow yourself to read it.") from None
     except (OSError, SyntaxError, ValueError, struct.error) as error:
         raise PhregError(f"image: {name} cannot be read ({error}); it is truncated or damaged. Replace it.") from None
 

@@ -46,9 +46,8 @@ def single_pictures(images: Any) -> list[Any]:
             raise PhregError("extract: got an empty list, expected at least one image.")
         if len(parts) == 1:
             return _pictures(parts[0], "image")
-        return [
-            picture for i, part in enumerate(parts) for picture in _pictures(part, f"image {i + 1} of {len(parts)}")
-        ]
+        names = [f"image {i + 1} of {len(parts)}" for i in range(len(parts))]
+        return [picture for part, name in zip(parts, names) for picture in _pictures(part, name)]
     return _pictures(images, "image")
 
 
@@ -96,9 +95,8 @@ def host_array(value: Any, what: str = "image") -> np.ndarray | None:
     try:
         return np.asarray(value) if hasattr(value, "__array__") else np.from_dlpack(value)
     except (TypeError, ValueError, RuntimeError, BufferError) as error:
-        raise PhregError(
-            f"{what}: got a {type(value).__name__} that numpy cannot read ({error}); expected uint8."
-        ) from None
+        kind = type(value).__name__
+        raise PhregError(f"{what}: got a {kind} that numpy cannot read ({error}); expected uint8.") from None
 
 
 def on_gpu(value: Any) -> bool:
@@ -112,9 +110,7 @@ def on_gpu(value: Any) -> bool:
 
 def _pictures(value: Any, what: str) -> list[Any]:
     if value is None:
-        raise PhregError(
-            f"{what}: got None; a camera read that failed gives None. Check the frame before you hand it over."
-        )
+        raise PhregError(f"{what}: got None; a camera read that failed gives None. Check the frame first.")
     if isinstance(value, (str, os.PathLike)):
         refuse_url(os.fsdecode(value))
         return [Path(value)]
@@ -145,14 +141,10 @@ def _planes(array: np.ndarray, what: str) -> list[np.ndarray]:
     if array.dtype == object:
         raise PhregError(f"{got}, expected uint8. Hand images of several sizes over as a list.")
     if array.dtype != np.uint8:
-        hint = (
-            " If its values are from 0 to 1: (255 * array).round().astype('uint8')." if array.dtype.kind == "f" else ""
-        )
+        hint = " If its values are 0-1: (255 * array).round().astype('uint8')." if array.dtype.kind == "f" else ""
         raise PhregError(f"{got}, expected uint8 with values 0-255.{hint}")
     if 0 in shape:
-        raise PhregError(
-            f"{got}, which holds no pixel; expected at least one. A camera that gives no frame may give this."
-        )
+        raise PhregError(f"{got}, which holds no pixel; expected at least one. A camera without a frame may give this.")
     if len(shape) == 4 and shape[3] in (1, 3) and not (shape[1] == 3 and shape[2] > 3):
         return [image for part in array for image in _planes(part, what)]
     if len(shape) == 2:

@@ -10,9 +10,7 @@ from PIL import Image, ImageDraw
 
 SIDE = 256
 # Anchors of a dark-to-bright map, perceptually ordered; between them the colour is interpolated.
-HEAT = np.array(
-    [[4, 5, 20], [62, 15, 92], [140, 41, 99], [221, 81, 58], [252, 165, 10], [252, 255, 164]], dtype=np.float64
-)
+HEAT = np.array([[4, 5, 20], [62, 15, 92], [140, 41, 99], [221, 81, 58], [252, 165, 10], [252, 255, 164]], np.float64)
 
 
 def components(maps: list[np.ndarray]) -> np.ndarray:

@@ -29,19 +29,15 @@ def _lanczos(x: np.ndarray) -> np.ndarray:
     return np.where(x < 3, np.sinc(x) * np.sinc(x / 3), 0.0)
 
 
-KERNELS: dict[
-    str, tuple[Callable[[np.ndarray], np.ndarray], int]
-] = {  # by name: the kernel and its support; bilinear is no faster this way
-    "bicubic": (_cubic, 2),
-    "lanczos": (_lanczos, 3),
-}
+Kernel = tuple[Callable[[np.ndarray], np.ndarray], int]
+# The kernel and its support, by name; bilinear is no faster this way.
+KERNELS: dict[str, Kernel] = {"bicubic": (_cubic, 2), "lanczos": (_lanczos, 3)}
 
 
 def applies(old: tuple[int, int], new: tuple[int, int], interpolation: str) -> bool:
     """Whether ``shrink`` serves this resize and is the faster way; ``old`` and ``new`` are (width, height)."""
-    return (
-        interpolation in KERNELS and old[0] * old[1] >= LEAST and 2 * new[0] <= old[0] and 2 * new[1] <= old[1]
-    )  # fmt: skip
+    halves = 2 * new[0] <= old[0] and 2 * new[1] <= old[1]
+    return interpolation in KERNELS and old[0] * old[1] >= LEAST and halves
 
 
 def shrink(
@@ -64,9 +60,8 @@ def shrink(
     for start in range(first, last, STRIP):
         stop = min(start + STRIP, last)
         part = image[start:stop] if array else np.asarray(image.crop((0, start, width, stop)))  # type: ignore[union-attr,index]
-        planes = (
-            part.transpose(2, 0, 1).astype(np.float32, order="C").reshape(-1, width)
-        )  # one product for all channels
+        # One product for all channels.
+        planes = part.transpose(2, 0, 1).astype(np.float32, order="C").reshape(-1, width)
         rows[:, start - first : stop - first] = _round(_products(planes, across)).reshape(3, stop - start, -1)
     whole = [np.matmul(weights.T, rows[:, begin - first :][:, : len(weights)]) for begin, weights in down]
     return _round(np.concatenate(whole, axis=1)).astype(np.uint8).transpose(1, 2, 0).copy()

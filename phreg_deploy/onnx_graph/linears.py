@@ -44,9 +44,7 @@ def find_linears(model: ModelProto) -> list[Linear]:
             linear = _linear(node, wiring, linears)
             linears[linear.name] = linear
     if not linears:
-        raise PhregError(
-            "calibrate: the bundle's graph names no blocks; it was written by an older version. Export it again."
-        )
+        raise PhregError("calibrate: the bundle's graph names no blocks; an older version wrote it. Export it again.")
     return list(linears.values())
 
 

@@ -121,9 +121,7 @@ class _Narrowing:
         for expression in keep:
             fits = [n.name for n in floats if check_pattern(expression).search(n.name)]
             if not fits:
-                raise PhregError(
-                    f"keep in FP32: {expression!r} fits no node; they are named like blocks.11.mlp.fc2/MatMul."
-                )
+                raise PhregError(f"keep in FP32: {expression!r} fits no node; a name is e.g. blocks.11.mlp.fc2/MatMul.")
             self.wide.update({name: f"asked for by {expression!r}" for name in fits if name not in self.wide})
 
     def _reaches(self) -> dict[str, float]:

@@ -39,6 +39,14 @@ class Wiring:
         return node
 
 
+def copy_without_outputs(model: ModelProto) -> ModelProto:
+    """Copy a graph, so that nodes and outputs which measure it can be added."""
+    copy = ModelProto()
+    copy.CopyFrom(model)
+    del copy.graph.output[:]
+    return copy
+
+
 def copy_without(model: ModelProto, weights: set[str]) -> ModelProto:
     """Copy a graph without the constants ``weights``."""
     copy = ModelProto(ir_version=model.ir_version, producer_name=model.producer_name)

@@ -149,9 +149,7 @@ def _config(trt: Any, builder: Any, settings: BuildSettings, workspace: int | No
     elif settings.compatibility == "same-cc":
         level = getattr(trt.HardwareCompatibilityLevel, "SAME_COMPUTE_CAPABILITY", None)
         if level is None:
-            raise PhregError(
-                f"compatibility: got same-cc, which TensorRT {trt.__version__} does not have; use none or ampere+."
-            )
+            raise PhregError(f"compatibility: TensorRT {trt.__version__} has no same-cc; use none or ampere+.")
         config.hardware_compatibility_level = level
     return config
 
