@@ -39,8 +39,7 @@ def refuse_url(text: str) -> None:
 def check_model(name: str, checkpoint: Path | None = None, random_weights: bool = False) -> Path | None:
     """Return the complete folder that a model's name points to, or None for a timm name.
 
-    Raises:
-        PhregError: the path does not exist, is a file or an incomplete folder, or the weights are given twice.
+    Raises ``PhregError`` if the path does not exist, is a file or an incomplete folder, or if weights are given twice.
     """
     refuse_url(name)
     folder = _folder(name)
@@ -70,11 +69,7 @@ def check_checkpoint(path: Path) -> None:
 
 
 def check_distillation(settings: Mapping[str, Any]) -> None:
-    """Check those settings of a distillation that are given; None stands for the recipe's own value.
-
-    Raises:
-        PhregError: an unknown recipe, device or precision, or a number out of bounds.
-    """
+    """Raise ``PhregError`` for a setting out of bounds; None stands for the recipe's own value."""
     given = {name: value for name, value in settings.items() if value is not None}
     if given.get("recipe", RECIPES[0]) not in RECIPES:
         raise PhregError(f"recipe: got {given['recipe']!r}, expected {', '.join(RECIPES[:-1])} or {RECIPES[-1]}.")
@@ -125,11 +120,7 @@ def check_devices(devices: str) -> None:
 def check_export(
     precision: str, keep: tuple[str, ...], images: Path | None, image_size: str | None, batch: str, target: str = "cpu"
 ) -> None:
-    """Check those options of an export that can be checked without the model.
-
-    Raises:
-        PhregError: an unknown precision or target, sizes or batches that cannot be read, or an option without effect.
-    """
+    """Raise ``PhregError`` for options that are wrong or without effect, as far as the model is not needed to tell."""
     if precision not in (*FLOATS, *EIGHT_BITS):
         raise PhregError(f"precision: got {precision!r}, expected {', '.join(FLOATS)}, {' or '.join(EIGHT_BITS)}.")
     if target not in ("cpu", "trt"):
@@ -164,14 +155,7 @@ def check_cosine(bar: float | None) -> None:
 
 
 def check_file(path: Path, option: str) -> None:
-    """Refuse a file that cannot be written, before any work is done.
-
-    Args:
-        option: the option that names the file, for the message.
-
-    Raises:
-        PhregError: ``path`` is a folder, its folder is missing, or the system refuses to write there.
-    """
+    """Raise ``PhregError`` if the file that ``option`` names cannot be written, before any work is done."""
     if os.path.isdir(path):
         raise PhregError(f"{option}: got the folder {path}, expected the name of a file that is to be written.")
     parent = path.absolute().parent

@@ -1,4 +1,4 @@
-"""The errors that a user can cause, each with its exit code.
+"""Define the errors that a user can cause, each with its exit code.
 
 A message says what was got, what was expected and what to do, in this order. The command line prints it as one
 paragraph without a traceback. Any other exception is a defect of this project.

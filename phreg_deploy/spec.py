@@ -1,4 +1,4 @@
-"""What every student and bundle stores: the model, its preprocessing, the sizes and batches that it serves.
+"""Define what every student and bundle stores: the model, its preprocessing, the sizes and batches that it serves.
 
 This is the only place for such constants (mean, patch size, interpolation).
 """
@@ -113,7 +113,7 @@ class Sizes(Stored):
 
     @classmethod
     def from_json(cls, data: dict[str, Any]) -> Sizes:
-        raw = Stored.from_json.__func__(cls, data)  # type: ignore[attr-defined]
+        raw = super().from_json(data)
         pairs = raw.sizes if isinstance(raw.sizes, tuple) else ()
         if not pairs or not all(isinstance(p, (list, tuple)) and [type(s) for s in p] == [int, int] for p in pairs):
             raise PhregError(f"Sizes: got the sizes {raw.sizes}, expected pairs of height and width.")

@@ -20,11 +20,7 @@ def model_path(name: str) -> Path:
 
 
 def read_record(folder: Path) -> dict[str, Any] | None:
-    """Return a student's record, None if the folder has none or does not exist.
-
-    Raises:
-        PhregError: the record is damaged, or of a newer format.
-    """
+    """Return a student's record, None if there is none. Raises ``PhregError`` if it is damaged or of a newer format."""
     path = folder / RECORD
     if not os.path.isfile(path):
         return None
@@ -41,29 +37,21 @@ def read_record(folder: Path) -> dict[str, Any] | None:
 
 
 def recorded(record: dict[str, Any], folder: Path, *keys: str) -> Any:
-    """Return ``record[key][key]...``.
-
-    Raises:
-        PhregError: a key is missing, so the record is damaged.
-    """
+    """Return ``record[key][key]...``. Raises ``PhregError`` if a key is missing."""
     value: Any = record
     for key in keys:
         if not isinstance(value, dict) or key not in value:
-            raise PhregError(
-                f"student: {folder / RECORD} is damaged (no {'.'.join(keys)}); copy or distil the student again."
-            )
+            key = ".".join(keys)
+            raise PhregError(f"student: {folder / RECORD} is damaged (no {key}); copy or distil the student again.")
         value = value[key]
     return value
 
 
-def scored(record: dict[str, Any], folder: Path, *keys: str) -> Any:
-    """Return ``record["scores"][key]...``, None for a student that could not be scored; raises as ``recorded``."""
-    return None if "missing" in recorded(record, folder, "scores") else recorded(record, folder, "scores", *keys)
-
-
 def recorded_median(record: dict[str, Any], folder: Path) -> float | None:
     """Return the base model's median patch-token norm, None if it was not measured; raises as ``recorded``."""
-    median = scored(record, folder, "median_norm")
+    if "missing" in recorded(record, folder, "scores"):
+        return None
+    median = recorded(record, folder, "scores", "median_norm")
     if median is None or (type(median) in (int, float) and 0 < median < float("inf")):
         return median  # type: ignore[no-any-return]
     raise PhregError(

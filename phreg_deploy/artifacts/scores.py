@@ -1,4 +1,4 @@
-"""Artifact scores of anything that turns uint8 images into dense features: a PyTorch model, a student, a bundle."""
+"""Score the artifacts of any source of dense features: a PyTorch model, a student or a bundle."""
 
 from __future__ import annotations
 
@@ -48,11 +48,7 @@ def score(
     progress: Progress,
     name: str = "scoring",
 ) -> Scores:
-    """Score ``run`` on every photograph.
-
-    Args:
-        median: the base model's median pre-norm norm; without it the scored model's own over these photographs.
-    """
+    """Score ``run`` on every photograph, relative to the base model's ``median`` pre-norm norm (None: its own)."""
     grid = (photographs.size[0] // patch[0], photographs.size[1] // patch[1])
     unshifted, others, covered, norms = [], [], [], []
     with progress.task(name, len(photographs)) as advance:

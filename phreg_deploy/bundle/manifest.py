@@ -45,10 +45,9 @@ class Manifest:
 
     @classmethod
     def from_json(cls, data: Any) -> Manifest:
-        """Build the manifest from JSON; see ``validity.read_manifest`` for the check of its values.
+        """Build the manifest from JSON. Raises ``PhregError`` for unknown or missing keys and for newer formats.
 
-        Raises:
-            PhregError: an unknown or missing key, a newer format, or a value that is not an object.
+        ``validity.read_manifest`` checks the values too.
         """
         version = data.get("format") if isinstance(data, dict) else None
         if type(version) is not int or version < 1:
@@ -59,7 +58,8 @@ class Manifest:
                 "bundle again."
             )
         fields = {k: v for k, v in data.items() if k != "format"}
-        if version == 1:  # older than calibration
+        # Format 1 is older than calibration.
+        if version == 1:
             fields.setdefault("quantisation", None)
         missing = sorted(set(cls.__dataclass_fields__) - set(fields))
         unknown = sorted(set(fields) - set(cls.__dataclass_fields__))

@@ -35,7 +35,7 @@ from phreg_deploy.progress import Progress
 from phreg_deploy.quantisation import Smoothing
 from phreg_deploy.runtime.backends.instructions import advice
 from phreg_deploy.runtime.features import FeatureExtractor
-from phreg_deploy.runtime.parity import Parity, gates_of, missed_gates
+from phreg_deploy.runtime.parity import gates_of
 
 # The figures behind this choice are in fp8.py.
 FP8_SMOOTHING = Smoothing(norm=0.5, value=None, hidden=None)
@@ -153,12 +153,8 @@ def choose(search: Search, rounding: Feeds, tokens: int, request: CalibrationReq
     with progress.task("sensitivity", len(search.linears)) as advance:
         sensitivities = search.sensitivities(smoothing, advance)
     bar = 1 - MARGIN * (1 - request.bars["cosine_p1"])
-
-    def passes(parity: Parity) -> bool:
-        return not missed_gates(parity, request.mode, bar)
-
     with progress.task("fallback", None) as advance:
-        layers, steps = search.fallback(smoothing, sensitivities, request.float_macs, passes, advance)
+        layers, steps = search.fallback(smoothing, sensitivities, request.float_macs, bar, advance)
     return Choice(smoothing, trials, sensitivities, layers, steps)
 
 
@@ -182,7 +178,7 @@ def write_graph(search: Search, choice: Choice, request: CalibrationRequest) -> 
 
 
 def report_layers(search: Search, choice: Choice) -> list[LayerReport]:
-    """One entry per linear layer, in the order in which they run."""
+    """Report every linear layer, in the order in which they run."""
     grids, layers = search.equalised(choice.smoothing).grids, []
     for linear in search.linears:
         name, inputs = linear.name, search.ranges[linear.source]["all"]
@@ -228,7 +224,7 @@ def write_bundle(
 
 
 def _manifest(manifest: Manifest, report: CalibrationReport, graph: ModelProto) -> Manifest:
-    """The FP32 bundle's manifest with the precision, outputs and evidence of the new graph."""
+    """Return the FP32 bundle's manifest with the precision, outputs and evidence of the new graph."""
     stored = report.to_json()
     keys = ("mode", "target", "smoothing", "float_layers", "float_macs", "fidelity", "bar", "missed")
     images = {name: {key: part[key] for key in ("count", "digest")} for name, part in stored["images"].items()}

@@ -39,7 +39,7 @@ class Moments:
     rows: int
 
     def centred(self, grid: Grid) -> np.ndarray:
-        """Mean of x' x'^T on the grid's own axes, with the rounding noise of x' (step^2 / 12) on the diagonal."""
+        """Return the mean of x' x'^T on the grid's axes, plus the rounding noise step^2 / 12 on the diagonal."""
         mean, centre = self.total / self.rows, grid.centre.astype(np.float64)
         moments = self.square / self.rows - np.outer(centre, mean) - np.outer(mean, centre) + np.outer(centre, centre)
         smooth = grid.smooth.astype(np.float64)

@@ -1,4 +1,4 @@
-"""Share out the photographs between ranges, choices and the report: no image serves two of them."""
+"""Split the photographs into those for ranges, for choices and for the report; no image is in two of them."""
 
 from __future__ import annotations
 

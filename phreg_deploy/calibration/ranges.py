@@ -27,10 +27,9 @@ def observe_ranges(
     feeds: Iterable[tuple[dict[str, np.ndarray], int]],
     advance: Advance,
 ) -> Ranges:
-    """Observe the smallest and largest value per channel of every linear layer's input. The graph itself reduces them.
+    """Observe the range per channel of every linear layer's input; the graph itself reduces the values.
 
-    Raises:
-        PhregError: no image, or a value that is not finite; the message names the layer.
+    Raises ``PhregError`` without an image, or for a value that is not finite; the message names the layer.
     """
     sources = list(dict.fromkeys(linear.source for linear in linears))
     names = {linear.source: linear.name for linear in linears}
@@ -54,7 +53,7 @@ def observe_ranges(
 
 
 def _rows(spec: ModelSpec) -> dict[str, tuple[int, int]]:
-    """First and last row of the class token, the registers and the patches, in the model's token order."""
+    """Return the first and last row of class token, registers and patches, in the model's token order."""
     first = int(spec.class_token)
     rows = {"patches": (spec.prefix_tokens, np.iinfo(np.int64).max)}
     if spec.class_token:

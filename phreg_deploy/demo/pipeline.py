@@ -28,7 +28,7 @@ from phreg_deploy.verify.html import render
 MODEL = Path(__file__).parent / "model"
 BACKEND = "onnxruntime-cpu"
 # Seeds of the scenes, none of them twice: to distil, to fit the probe, and to measure.
-TRAINING, PROBED, TESTED = range(0, 288), range(1000, 1160), range(2000, 2064)
+TRAINING, PROBED, TESTED = range(288), range(1000, 1160), range(2000, 2064)
 EPOCHS = 8
 
 

@@ -17,10 +17,9 @@ GIANT = 1 << 25
 
 
 def to_rgb(image: Image.Image) -> Image.Image:
-    """Any PIL image as 8-bit RGB. 16-bit grey is scaled by 1/257, alpha is dropped (as timm does), CMYK converted.
+    """Convert any PIL image to 8-bit RGB: 16-bit grey is divided by 257, alpha is dropped as in timm, CMYK converted.
 
-    Raises:
-        PhregError: no pixels, or a mode without a defined scale (32-bit integer or float pixels).
+    Raises ``PhregError`` for an image without pixels, or of a mode without a scale (32-bit integers or floats).
     """
     if 0 in image.size:
         raise PhregError(f"image: got a picture of {image.size[0]}x{image.size[1]} pixels, expected at least one.")
@@ -55,8 +54,7 @@ def read_image(source: Path | str | IO[bytes], exif: bool = False, name: str | N
         exif: turn the image upright by its EXIF orientation.
         name: the name in messages; by default the path.
 
-    Raises:
-        PhregError: the file is missing, a folder, empty, truncated, too large, or no image.
+    Raises ``PhregError`` if the file is missing, a folder, empty, truncated, too large, or no image.
     """
     name = name or str(source)
     if isinstance(source, (str, Path)) and Path(source).is_dir():
@@ -71,7 +69,8 @@ def read_image(source: Path | str | IO[bytes], exif: bool = False, name: str | N
     except UnidentifiedImageError:
         kind = "empty" if _is_empty(source) else "not an image that Pillow can read"
         raise PhregError(f"image: {name} is {kind}; expected JPEG, PNG, WebP, TIFF or BMP.") from None
-    except (Image.DecompressionBombError, Image.DecompressionBombWarning):  # raised by open, before _bound
+    # ``Image.open`` raises these, before ``_bound``.
+    except (Image.DecompressionBombError, Image.DecompressionBombWarning):
         raise _too_large(name) from None
     except PermissionError as error:
         raise PhregError(f"image: {name} cannot be read ({error.strerror}); allow yourself to read it.") from None

@@ -25,7 +25,7 @@ EXPECTED = "a path, encoded bytes, a binary file, a PIL image, or a uint8 array 
 
 
 def check_color(color: str) -> str:
-    """Return ``color``; raise ``PhregError`` where it is not in ``COLORS``."""
+    """Return ``color``. Raises ``PhregError`` if it is not in ``COLORS``."""
     if color not in COLORS:
         raise PhregError(f"color: got {color!r}, expected {' or '.join(COLORS)}.")
     return color
@@ -52,7 +52,7 @@ def single_pictures(images: Any) -> list[Any]:
 
 
 def rgb(picture: Any, exif: bool) -> Image.Image | np.ndarray:
-    """One entry of ``single_pictures`` as an RGB image, or uint8 ``(H, W, 3)`` in its own channel order.
+    """Convert an entry of ``single_pictures`` to an RGB image, or uint8 ``(H, W, 3)`` in its own channel order.
 
     Args:
         exif: turn files and Pillow images upright by their EXIF orientation.
@@ -72,7 +72,7 @@ def rgb(picture: Any, exif: bool) -> Image.Image | np.ndarray:
 
 
 def host_array(value: Any, what: str = "image") -> np.ndarray | None:
-    """An array-like in the host's memory as a numpy array; None for anything that is no array.
+    """Convert an array in the host's memory to numpy; return None for anything that is no array.
 
     Arrays of other libraries are read through ``__array__`` or DLPack, without an import of these libraries.
 
@@ -136,7 +136,7 @@ def _encoded(data: bytes, what: str) -> bytes:
 
 
 def _planes(array: np.ndarray, what: str) -> list[np.ndarray]:
-    """The images in an array, each ``(H, W, 3)`` or grey ``(H, W)``."""
+    """List the images in an array, each ``(H, W, 3)`` or grey ``(H, W)``."""
     shape, got = array.shape, f"{what}: got an array of {array.dtype} {array.shape}"
     if array.dtype == object:
         raise PhregError(f"{got}, expected uint8. Hand images of several sizes over as a list.")

@@ -77,7 +77,8 @@ def build_plan(
 def _open_builder(trt: Any, logger: Any) -> Any:
     try:
         return trt.Builder(logger)
-    except (TypeError, RuntimeError) as error:  # the bindings get a null pointer where CUDA does not start
+    # The bindings get a null pointer if CUDA does not start.
+    except (TypeError, RuntimeError) as error:
         raise BackendMissing(
             f"TensorRT: {trt.__version__} cannot build here: {error}; {logger.reason()}. "
             "A GPU and its driver are needed."
@@ -149,17 +150,16 @@ def _config(trt: Any, builder: Any, settings: BuildSettings, workspace: int | No
     elif settings.compatibility == "same-cc":
         level = getattr(trt.HardwareCompatibilityLevel, "SAME_COMPUTE_CAPABILITY", None)
         if level is None:
-            raise PhregError(f"compatibility: TensorRT {trt.__version__} has no same-cc; use none or ampere+.")
+            raise PhregError(
+                f"compatibility: got same-cc, which TensorRT {trt.__version__} does not have; use none or ampere+."
+            )
         config.hardware_compatibility_level = level
     return config
 
 
 def _parser_errors(parser: Any) -> str:
-    """The parser's errors, each with its node; at most three."""
-    reasons: dict[str, None] = {}
-    for i in range(parser.num_errors):
-        reasons[_describe(parser.get_error(i))] = None
-    texts = list(reasons)
+    """Describe the parser's errors, each with its node; at most three."""
+    texts = list(dict.fromkeys(_describe(parser.get_error(i)) for i in range(parser.num_errors)))
     more = f"; and {len(texts) - 3} more" if len(texts) > 3 else ""
     return "; ".join(texts[:3]) + more or "no reason given"
 
@@ -212,7 +212,8 @@ def _make_monitor(trt: Any, advance: Callable[..., None]) -> Any:
         def _quietly(self, count: int, note: str) -> None:
             try:
                 advance(count, note=note[:60])
-            except BaseException as error:  # C++ frames cannot pass it on
+            # C++ frames cannot pass an exception on.
+            except BaseException as error:
                 self.interrupted = error
 
     return Monitor()
