@@ -51,10 +51,8 @@ def check_model(name: str, checkpoint: Path | None = None, random_weights: bool 
     if folder is not None:
         _check_folder(folder)
     elif not TIMM_NAME.fullmatch(name):
-        raise PhregError(
-            f"model: got {name!r}, where there is nothing; expected a folder with config.json and model.safetensors, "
-            "or a timm name."
-        )
+        expected = "a folder with config.json and model.safetensors, or a timm name"
+        raise PhregError(f"model: got {name!r}, where there is nothing; expected {expected}.")
     if checkpoint is not None:
         check_checkpoint(checkpoint)
     return folder
@@ -128,10 +126,8 @@ def check_export(
     if precision == "fp32" and (keep or images):
         raise PhregError("export: --keep-fp32 and --images say what stays FP32; with --precision fp32 everything does.")
     if precision in EIGHT_BITS and images is None:
-        raise PhregError(
-            f"export: --precision {precision} needs --images DIR, photographs like those of the deployment, "
-            "to calibrate on."
-        )
+        photographs = "photographs like those of the deployment, to calibrate on"
+        raise PhregError(f"export: --precision {precision} needs --images DIR, {photographs}.")
     for expression in keep:
         check_pattern(expression)
     if image_size:
@@ -175,9 +171,8 @@ def _folder(name: str) -> Path | None:
     if name.startswith("local-dir:"):
         raise PhregError(f"model: {name} names no folder; expected a folder with config.json and model.safetensors.")
     if os.path.isfile(path):
-        raise PhregError(
-            f"model: got the file {path}; expected a timm name (weights go in --checkpoint FILE) or a student's folder."
-        )
+        expected = "a timm name (weights go in --checkpoint FILE) or a student's folder"
+        raise PhregError(f"model: got the file {path}; expected {expected}.")
     return None
 
 

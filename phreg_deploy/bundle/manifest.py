@@ -53,10 +53,8 @@ class Manifest:
         if type(version) is not int or version < 1:
             raise PhregError("manifest: it has no format number; it is damaged or not ours.")
         if version > FORMAT:
-            raise PhregError(
-                f"manifest: got format {version}, expected at most {FORMAT}. Upgrade phreg-deploy, or export the "
-                "bundle again."
-            )
+            advice = "Upgrade phreg-deploy, or export the bundle again"
+            raise PhregError(f"manifest: got format {version}, expected at most {FORMAT}. {advice}.")
         fields = {k: v for k, v in data.items() if k != "format"}
         # Format 1 is older than calibration.
         if version == 1:

@@ -73,7 +73,5 @@ def read_state(work: Path, device: str) -> dict[str, Any] | None:
     # PyTorch raises pickle, zip, EOF and runtime errors for damaged files.
     except Exception as error:
         kind = type(error).__name__
-        raise PhregError(
-            f"resume: {path} is damaged ({kind}); use --force instead of --resume to start over."
-        ) from None
+        raise PhregError(f"resume: {path} is damaged ({kind}); add --force, not --resume, to start over.") from None
     return state

@@ -26,10 +26,8 @@ def to_rgb(image: Image.Image) -> Image.Image:
     if image.mode.startswith("I;16") or image.mode == "I":
         grey = np.asarray(image).astype(np.int64)
         if grey.min() < 0 or grey.max() > 65535:
-            raise PhregError(
-                f"image: got mode {image.mode!r} with values up to {grey.max()}, expected 16-bit grey (0-65535) or "
-                "8-bit pixels."
-            )
+            got = f"mode {image.mode!r} with values up to {grey.max()}"
+            raise PhregError(f"image: got {got}, expected 16-bit grey (0-65535) or 8-bit pixels.")
         return Image.fromarray((grey / 257 + 0.5).astype(np.uint8)).convert("RGB")
     if image.mode == "F":
         raise PhregError("image: got 32-bit float pixels (mode 'F') of unknown scale; expected 8-bit or 16-bit pixels.")

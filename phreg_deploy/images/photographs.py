@@ -187,9 +187,9 @@ def read_photographs(
             kept_bytes += array.nbytes
     if not photographs.names:
         name, reason = next(iter(photographs.skipped.items()))
+        count = len(photographs.skipped)
         raise PhregError(
-            f"images: none of the {len(photographs.skipped)} image files in {folder} can be read. The first, {name}: "
-            f"{reason}"
+            f"images: none of the {count} image files in {folder} can be read. The first, {name}: {reason}"
         )
     if photographs.skip_line:
         say(photographs.skip_line)

@@ -79,9 +79,9 @@ def _open_builder(trt: Any, logger: Any) -> Any:
         return trt.Builder(logger)
     # The bindings get a null pointer if CUDA does not start.
     except (TypeError, RuntimeError) as error:
+        reason = f"{error}; {logger.reason()}"
         raise BackendMissing(
-            f"TensorRT: {trt.__version__} cannot build here: {error}; {logger.reason()}. "
-            "A GPU and its driver are needed."
+            f"TensorRT: {trt.__version__} cannot build here: {reason}. A GPU and its driver are needed."
         ) from None
 
 
@@ -114,8 +114,7 @@ def _set_timing_cache(config: Any, data: bytes, strict: bool) -> None:
     if data and (cache is None or not config.set_timing_cache(cache, ignore_mismatch=False)):
         if strict:
             raise PhregError(
-                "timing cache: the given file is damaged, or of another GPU or TensorRT. "
-                "Give another with --timing-cache."
+                "timing cache: the file is damaged, or of another GPU or TensorRT. Give another with --timing-cache."
             )
         cache = config.create_timing_cache(b"")
     if cache is not None:
