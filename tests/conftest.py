@@ -228,20 +228,20 @@ def world(request, tmp_path):
 
 @pytest.fixture
 def device(monkeypatch):
-    """A GPU that is not there, on which nothing undefined may have happened by the end of the test."""
-    from tests import fake_gpu as double
+    """A fake GPU; the test fails if anything on it was undefined behaviour."""
+    from tests import fake_gpu
 
-    made = double.Device()
-    double.install(monkeypatch, made)
-    yield made
-    assert made.undefined == []
+    device = fake_gpu.Device()
+    fake_gpu.install(monkeypatch, device)
+    yield device
+    assert device.undefined == []
 
 
 @pytest.fixture
-def workshop(device, monkeypatch):
-    """The TensorRT of that GPU."""
-    from tests import fake_gpu as double
+def tensorrt(device, monkeypatch):
+    """The TensorRT of the fake GPU."""
+    from tests import fake_gpu
 
-    made = double.Workshop(device)
-    double.install(monkeypatch, device, made)
-    return made
+    tensorrt = fake_gpu.FakeTensorRT(device)
+    fake_gpu.install(monkeypatch, device, tensorrt)
+    return tensorrt

@@ -202,7 +202,7 @@ MODELS = {
         lambda w: distill(w, TINY, "--checkpoint", tensors(w)),
         ["weights.pth", f"do not fit {TINY}"],
     ),
-}  # fmt: skip
+}
 IMAGES = {
     "no folder": (
         lambda w: ["distill", w.base, "--images", w.tmp / "none", "-o", w.out],
@@ -221,7 +221,7 @@ IMAGES = {
         lambda w: ["artifacts", w.base, "--images", images(w, a=b"GIF89a")],
         ["none of the 1 image files"],
     ),
-}  # fmt: skip
+}
 OPTIONS = {
     "not a multiple": (
         lambda w: distill(w, w.base, "--image-size", "60"),
@@ -284,7 +284,7 @@ OPTIONS = {
     "choice wanted": (lambda w: export(w, w.base, "--format", "pb"), ["--format", "'pb'", "onnx"]),
     "command unknown": (lambda w: ["distil", w.base], ["no command 'distil'", "Did you mean 'distill'?"]),
     "command like nothing": (lambda w: ["zzz"], ["no command 'zzz'", "distill, export"]),
-}  # fmt: skip
+}
 TABLE = [
     pytest.param(arguments, fragments, id=f"{group}: {name}")
     for group, rows in (("model", MODELS), ("images", IMAGES), ("options", OPTIONS))

@@ -224,11 +224,14 @@ def test_rounding_is_plain_where_channels_have_nothing_to_do_with_each_other():
     np.testing.assert_array_equal(values, quantise_weight(weight)[0])
 
 
-@pytest.mark.parametrize("moments", [
-    -np.eye(150),
-    np.eye(150) - 2 * np.ones((150, 150)) / 10,
-    np.full((150, 150), np.nan),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "moments",
+    [
+        -np.eye(150),
+        np.eye(150) - 2 * np.ones((150, 150)) / 10,
+        np.full((150, 150), np.nan),
+    ],
+)
 def test_rounding_falls_back_where_moments_cannot_be_inverted(moments):
     _, weight = correlated()
     values, steps = rounding.round_weight(weight, moments)

@@ -56,10 +56,10 @@ def test_everything_is_freed_once(cuda, device, maker):
 def test_what_cannot_be_freed_is_not_freed_again(cuda, device, maker):
     thing = maker(cuda)
     for call in ("cudaFree", "cudaFreeHost", "cudaStreamDestroy", "cudaEventDestroy", "cudaGraphExecDestroy"):
-        device.plant(call, 1, fake_gpu.cudaError_t.cudaErrorLaunchFailure)
+        device.fail_call(call, 1, fake_gpu.cudaError_t.cudaErrorLaunchFailure)
     with pytest.raises(PhregError, match=r"failed with CUDA error 719 \(cudaErrorLaunchFailure\)"):
         thing.close()
-    device.planted.clear()
+    device.failing.clear()
     before = len(device.calls)
     thing.close()
     assert len(device.calls) == before
@@ -75,7 +75,7 @@ def test_what_cannot_be_freed_is_not_freed_again(cuda, device, maker):
     ],
 )
 def test_out_of_memory_says_what_to_do(cuda, device, call, make):
-    device.plant(call)
+    device.fail_call(call)
     with pytest.raises(PhregError, match=f"GPU: out of memory in {call}. Use a smaller batch.*--workspace"):
         make(cuda)
     assert device.live() == {}
@@ -102,7 +102,7 @@ def test_a_device_that_is_not_there_is_refused(device, index):
 
 @pytest.mark.parametrize("code", ["cudaErrorNoDevice", "cudaErrorInsufficientDriver"])
 def test_without_a_driver_that_works_the_doctor_is_named(device, code):
-    device.plant("cudaGetDeviceCount", 1, fake_gpu.cudaError_t[code])
+    device.fail_call("cudaGetDeviceCount", 1, fake_gpu.cudaError_t[code])
     with pytest.raises(BackendMissing, match=f"{code}.*no usable NVIDIA driver or GPU here.*phreg-deploy doctor"):
         Cuda(runtime=device.runtime)
 
@@ -189,7 +189,7 @@ def test_what_is_recorded_runs_when_it_is_launched(cuda):
 def test_a_graph_that_cannot_be_made_leaves_nothing(cuda, device):
     with Stream(cuda) as stream:
         stream.begin()
-        device.plant("cudaGraphInstantiate")
+        device.fail_call("cudaGraphInstantiate")
         with pytest.raises(PhregError, match="out of memory"):
             stream.end()
     assert device.live() == {}

@@ -1,4 +1,4 @@
-"""Arrays that pass between libraries without a copy. DLPack is the same on the host, where numpy and torch can look at it."""
+"""Arrays that pass between libraries without a copy, tested on the host, where numpy and torch read the same DLPack."""
 
 import ctypes
 import gc
@@ -149,8 +149,13 @@ def test_the_array_interface_says_what_there_is(device):
     array, _ = lend(values((2, 3), "float16"), (GPU, 0))
     facts = array.__cuda_array_interface__
     assert facts == {
-        "shape": (2, 3), "typestr": "<f2", "data": (array.pointer, False), "strides": None, "version": 3, "stream": None,
-    }  # fmt: skip
+        "shape": (2, 3),
+        "typestr": "<f2",
+        "data": (array.pointer, False),
+        "strides": None,
+        "version": 3,
+        "stream": None,
+    }
     for stream, said in ((0, 1), (5, 5)):  # 0 is forbidden: nobody knows which default stream it is
         array.stream = stream
         assert array.__cuda_array_interface__["stream"] == said

@@ -1,4 +1,4 @@
-"""Gates on parity, artifact rates and latency: exit code 3, and one JSON document that holds both the figures and the error."""
+"""Gates on parity, artifact rates and latency: exit code 3, and one JSON document with the figures and the error."""
 
 import importlib
 import sys

@@ -20,7 +20,7 @@ from phreg_deploy.runtime.backends import registry as backends
 from phreg_deploy.runtime.backends.onnxruntime_gpu import HEAVY, check_assignment
 from phreg_deploy.runtime.backends.onnxruntime_options import provider_options
 from phreg_deploy.runtime.backends.options import BackendOptions
-from tests import fake_gpu as double
+from tests import fake_gpu
 from tests.cli_helpers import invoke
 
 GPU_NAMES = ("onnxruntime-cuda", "onnxruntime-tensorrt")
@@ -75,7 +75,7 @@ class Session:
         return self.bindings[-1]
 
     def run_with_iobinding(self, binding, options=None):
-        """Refuses what a session with a CUDA graph cannot do: replay it on another binding, or in two threads at once."""
+        """Refuse to replay a CUDA graph on another binding, or in two threads at once."""
         device, feed = self.library.device, {}
         graph = dict(self.asked[0][1]).get("enable_cuda_graph") == "1"
         if graph and (options is None or options.get_run_config_entry("gpu_graph_id") != "-1"):
@@ -106,10 +106,16 @@ class Session:
 def library(monkeypatch, device):
     """An ``onnxruntime`` with providers for GPUs."""
     made = types.SimpleNamespace(
-        __version__="1.31.0", __file__="/nowhere/__init__.py", device=device, drops=False, strays=[], sessions=[], SessionOptions=onnxruntime.SessionOptions,
+        __version__="1.31.0",
+        __file__="/nowhere/__init__.py",
+        device=device,
+        drops=False,
+        strays=[],
+        sessions=[],
+        SessionOptions=onnxruntime.SessionOptions,
         RunOptions=onnxruntime.RunOptions,
         get_available_providers=lambda: ["TensorrtExecutionProvider", "CUDAExecutionProvider", "CPUExecutionProvider"],
-    )  # fmt: skip
+    )
 
     def open_it(path, options, providers):
         made.sessions.append(Session(made, path, options, providers))
@@ -217,10 +223,14 @@ def test_what_a_provider_has_no_kernels_for_is_refused(bundle, library, precisio
 @pytest.mark.parametrize(
     ("precision", "name", "compute"),
     [
-        ("fp32", "onnxruntime-cpu", "fp32"), ("fp16", "onnxruntime-cpu", "fp32"), ("fp16", "onnxruntime-cuda", "fp16"),
-        ("bf16", "onnxruntime-cuda", "bf16"), ("int8", "onnxruntime-tensorrt", "fp32"), ("fp32", "onnxruntime-tensorrt", "fp32"),
+        ("fp32", "onnxruntime-cpu", "fp32"),
+        ("fp16", "onnxruntime-cpu", "fp32"),
+        ("fp16", "onnxruntime-cuda", "fp16"),
+        ("bf16", "onnxruntime-cuda", "bf16"),
+        ("int8", "onnxruntime-tensorrt", "fp32"),
+        ("fp32", "onnxruntime-tensorrt", "fp32"),
     ],
-)  # fmt: skip
+)
 def test_what_is_computed_in_is_said_and_nothing_else_taken(copy, library, precision, name, compute):
     folder = copy("bundle")
     if name == "onnxruntime-cpu":
@@ -296,7 +306,7 @@ def same(got, wanted):
 @pytest.mark.parametrize(("batch", "size"), [(1, (64, 64)), (3, (48, 96))])
 def test_an_array_on_the_gpu_is_bound_where_it_lies(on_cuda, library, device, batch, size):
     image = frames(0, batch, size)
-    array = double.Array(device, image)
+    array = fake_gpu.Array(device, image)
     got = on_cuda.run(array)
     binding = library.sessions[0].bindings[-1]
     assert binding.inputs["image"][2] == array.pointer
@@ -308,8 +318,8 @@ def test_an_array_on_the_gpu_is_bound_where_it_lies(on_cuda, library, device, ba
 def test_the_callers_outputs_are_written(on_cuda, device):
     image = frames()
     wanted = on_cuda.run(image)
-    out = {name: double.Array(device, np.zeros_like(value)) for name, value in wanted.items()}
-    got = on_cuda.run(double.Array(device, image), out=out)
+    out = {name: fake_gpu.Array(device, np.zeros_like(value)) for name, value in wanted.items()}
+    got = on_cuda.run(fake_gpu.Array(device, image), out=out)
     same({name: value.read() for name, value in out.items()}, wanted)
     assert {name: value.pointer for name, value in got.items()} == {name: value.pointer for name, value in out.items()}
     same({name: value.numpy() for name, value in got.items()}, wanted)
@@ -318,12 +328,12 @@ def test_the_callers_outputs_are_written(on_cuda, device):
 @pytest.mark.parametrize("value", [np.zeros((1, 8, 8, 48), np.float16), np.zeros((2, 8, 8, 48), np.float32)])
 def test_outputs_of_another_kind_are_refused(on_cuda, device, value):
     with pytest.raises(PhregError, match=r"out: got features as .*, expected float32 \(1, 8, 8, 48\)"):
-        on_cuda.run(double.Array(device, frames()), out={"features": double.Array(device, value)})
+        on_cuda.run(fake_gpu.Array(device, frames()), out={"features": fake_gpu.Array(device, value)})
 
 
 def test_an_array_that_is_still_being_filled_is_waited_for(on_cuda, device):
     stream, image = int(device.runtime.cudaStreamCreateWithFlags(1)[1]), frames()
-    array = double.Array(device, np.zeros_like(image), stream=stream)
+    array = fake_gpu.Array(device, np.zeros_like(image), stream=stream)
     device.queue(device.streams[stream], lambda: array.write(image))
     same({name: value.numpy() for name, value in on_cuda.run(array).items()}, on_cuda.run(image))
 
@@ -331,15 +341,15 @@ def test_an_array_that_is_still_being_filled_is_waited_for(on_cuda, device):
 def test_an_output_that_is_still_being_read_is_waited_for(on_cuda, device):
     stream, image = int(device.runtime.cudaStreamCreateWithFlags(1)[1]), frames()
     wanted = on_cuda.run(image)
-    memory, read = double.Array(device, np.full_like(wanted["features"], 5), stream=stream), []
+    memory, read = fake_gpu.Array(device, np.full_like(wanted["features"], 5), stream=stream), []
     device.queue(device.streams[stream], lambda: read.append(memory.read()))
-    on_cuda.run(double.Array(device, image), out={"features": memory})
+    on_cuda.run(fake_gpu.Array(device, image), out={"features": memory})
     assert (read[0] == 5).all()
 
 
 def test_a_stream_of_the_callers_is_refused(on_cuda, device):
     with pytest.raises(PhregError, match="runs on a stream of its own; use tensorrt"):
-        on_cuda.run(double.Array(device, frames()), stream=7)
+        on_cuda.run(fake_gpu.Array(device, frames()), stream=7)
 
 
 @pytest.mark.parametrize("name", ["onnxruntime-cpu", "openvino"])
@@ -347,7 +357,7 @@ def test_backends_of_the_processor_read_the_host_alone(bundle, device, name):
     pytest.importorskip(name.split("-")[0])
     with FeatureExtractor.load(bundle, name) as extractor:
         with pytest.raises(PhregError, match="host memory only"):
-            extractor.run(double.Array(device, frames()))
+            extractor.run(fake_gpu.Array(device, frames()))
 
 
 # One shape, staged
@@ -360,7 +370,7 @@ def test_staged_answers_are_those_of_the_processor(copy, library, device):
             image = frames(seed)
             wanted = dict(zip((o.name for o in session.get_outputs()), session.run(None, {"image": image})))
             same(extractor.run(image), wanted)
-            on_gpu = extractor.run(double.Array(device, image))
+            on_gpu = extractor.run(fake_gpu.Array(device, image))
             same({name: value.numpy() for name, value in on_gpu.items()}, wanted)
 
 
@@ -396,7 +406,7 @@ def test_closing_frees_what_is_staged(copy, library, device):
     ("call", "at"), [("cudaStreamCreateWithFlags", 1), ("cudaMalloc", 1), ("cudaMalloc", 4), ("cudaMallocHost", 2)]
 )
 def test_staging_that_does_not_fit_leaves_nothing(copy, library, device, call, at):
-    device.plant(call, at)
+    device.fail_call(call, at)
     with pytest.raises(PhregError, match=f"out of memory in {call}"):
         FeatureExtractor.load(copy("bundle"), "onnxruntime-cuda")
     assert device.live() == {}
@@ -413,7 +423,7 @@ def driver(monkeypatch):
 
 def test_without_a_driver_no_gpu_is_tried(bundle, driver, device, monkeypatch):
     driver(False)
-    double.install(monkeypatch, device, double.Workshop(device))
+    fake_gpu.install(monkeypatch, device, fake_gpu.FakeTensorRT(device))
     assert not set(backends.installed()) & set(backends.GPU)
     with FeatureExtractor.load(bundle) as extractor:
         assert "tensorrt" not in extractor.choice
@@ -423,7 +433,7 @@ def test_without_a_driver_no_gpu_is_tried(bundle, driver, device, monkeypatch):
 
 def test_with_a_driver_every_backend_is_tried_but_the_one_that_builds(driver, device, monkeypatch):
     driver(True)
-    double.install(monkeypatch, device, double.Workshop(device))
+    fake_gpu.install(monkeypatch, device, fake_gpu.FakeTensorRT(device))
     found = backends.installed()
     assert {"tensorrt", "onnxruntime-cuda", "onnxruntime-cpu"} <= set(found)
     assert "onnxruntime-tensorrt" not in found
@@ -431,7 +441,7 @@ def test_with_a_driver_every_backend_is_tried_but_the_one_that_builds(driver, de
 
 def test_auto_says_why_a_gpu_was_not_taken(bundle, driver, device, monkeypatch):
     driver(True)
-    double.install(monkeypatch, device, double.Workshop(device))
+    fake_gpu.install(monkeypatch, device, fake_gpu.FakeTensorRT(device))
     with FeatureExtractor.load(bundle) as extractor:
         assert extractor.backend in ("onnxruntime-cpu", "openvino")
         assert f"phreg-deploy build {bundle}" in extractor.choice
@@ -441,8 +451,8 @@ def test_auto_says_why_a_gpu_was_not_taken(bundle, driver, device, monkeypatch):
 
 def test_auto_takes_the_gpu_where_it_is_the_fastest(copy, driver, device, monkeypatch):
     driver(True)
-    workshop = double.Workshop(device)
-    double.install(monkeypatch, device, workshop)
+    tensorrt = fake_gpu.FakeTensorRT(device)
+    fake_gpu.install(monkeypatch, device, tensorrt)
     folder = copy("bundle")
     build_engine(BuildRequest(folder))
     choice = importlib.import_module("phreg_deploy.runtime.auto")
@@ -465,9 +475,9 @@ def test_auto_takes_the_gpu_where_it_is_the_fastest(copy, driver, device, monkey
 
 def test_auto_does_not_take_an_engine_that_fails_the_exam(copy, driver, device, monkeypatch):
     driver(True)
-    workshop = double.Workshop(device)
-    double.install(monkeypatch, device, workshop)
-    folder, workshop.spoiled = copy("bundle"), "blocks.1.mlp.fc1.weight"
+    tensorrt = fake_gpu.FakeTensorRT(device)
+    fake_gpu.install(monkeypatch, device, tensorrt)
+    folder, tensorrt.zeroed_weights = copy("bundle"), "blocks.1.mlp.fc1.weight"
     build_engine(BuildRequest(folder, check=False))
     with FeatureExtractor.load(folder) as extractor:
         assert extractor.backend != "tensorrt"

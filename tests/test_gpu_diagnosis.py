@@ -126,10 +126,12 @@ def test_no_gpu_at_all_is_short(tmp_path):
 
 def test_a_workstation_in_order(tmp_path):
     computer = Computer(
-        tmp_path, FakeDriver(13020, (("NVIDIA H100", 90, 80 << 30), ("NVIDIA RTX A2000", 86, 12 << 30))),
-        ["libnvidia-ml.so.1"], {"cuda-bindings": "13.2.0", "nvidia-ml-py": "13.580"},
+        tmp_path,
+        FakeDriver(13020, (("NVIDIA H100", 90, 80 << 30), ("NVIDIA RTX A2000", 86, 12 << 30))),
+        ["libnvidia-ml.so.1"],
+        {"cuda-bindings": "13.2.0", "nvidia-ml-py": "13.580"},
         {"tensorrt": "11.4.0.106", "cuda.bindings.runtime": "ok"},
-    )  # fmt: skip
+    )
     tensorrt_wheel(computer, 11, ("_sm80", "_sm90"))
     onnxruntime_gpu(computer, [*ORT_CUDA, "libcudnn.so.9"])
     found = computer.findings()
@@ -161,12 +163,22 @@ def test_jetpack_7_2_with_tensorrt_11_4_0_is_refused(tmp_path):
     assert jetson(tmp_path, "7.2+b60", "39.2.0", "10.16.2").findings()["TensorRT"].usable
 
 
-@pytest.mark.parametrize(("jetpack", "tensorrt", "why"), [
-    ((6, 2), (10, 3, 0), None), ((6, 2), (11, 4, 1), "JetPack 6.x stays"), ((6,), (11, 0, 0), "JetPack 6.x stays"),
-    ((7, 2), (10, 16, 2), None), ((7, 2, 2), (11, 4, 0, 106), "do not support Jetson"),
-    ((7, 2, 1), (11, 4, 1), "needs JetPack 7.2.2"), ((7,), (11, 4, 1), "needs JetPack 7.2.2"),
-    ((7, 2, 2), (11, 4, 1, 5), None), ((8, 0), (12, 0), None), ((), (11, 3), "do not support"), ((), (11, 4, 1), None),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("jetpack", "tensorrt", "why"),
+    [
+        ((6, 2), (10, 3, 0), None),
+        ((6, 2), (11, 4, 1), "JetPack 6.x stays"),
+        ((6,), (11, 0, 0), "JetPack 6.x stays"),
+        ((7, 2), (10, 16, 2), None),
+        ((7, 2, 2), (11, 4, 0, 106), "do not support Jetson"),
+        ((7, 2, 1), (11, 4, 1), "needs JetPack 7.2.2"),
+        ((7,), (11, 4, 1), "needs JetPack 7.2.2"),
+        ((7, 2, 2), (11, 4, 1, 5), None),
+        ((8, 0), (12, 0), None),
+        ((), (11, 3), "do not support"),
+        ((), (11, 4, 1), None),
+    ],
+)
 def test_the_rule_of_jetpack(jetpack, tensorrt, why):
     said = Jetson("Orin", "", jetpack).refusal(tensorrt)
     assert said is None if why is None else why in said
@@ -201,13 +213,19 @@ def test_a_venv_that_does_not_see_jetpacks_tensorrt(tmp_path):
     assert "apt" not in found.mend
 
 
-@pytest.mark.parametrize(("driver", "bindings", "said", "mend"), [
-    (12080, "13.5.0", "ok", 'pip install "cuda-python<13"'), (12080, "12.9.1", "ok", None),
-    (13000, "13.5.0", "ok", None), (13000, "12.9.1", "ok", None),
-    (13000, "14.0.0", "ok", 'pip install "cuda-python<14"'), (13000, None, "ok", 'pip install "phreg-deploy[cuda]"'),
-    (12080, None, "ok", 'pip install "phreg-deploy[cuda]" "cuda-python<13"'),
-    (12080, "12.2.0", ABSENT.format("cuda.bindings"), 'pip install --force-reinstall "cuda-python<13"'),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("driver", "bindings", "said", "mend"),
+    [
+        (12080, "13.5.0", "ok", 'pip install "cuda-python<13"'),
+        (12080, "12.9.1", "ok", None),
+        (13000, "13.5.0", "ok", None),
+        (13000, "12.9.1", "ok", None),
+        (13000, "14.0.0", "ok", 'pip install "cuda-python<14"'),
+        (13000, None, "ok", 'pip install "phreg-deploy[cuda]"'),
+        (12080, None, "ok", 'pip install "phreg-deploy[cuda]" "cuda-python<13"'),
+        (12080, "12.2.0", ABSENT.format("cuda.bindings"), 'pip install --force-reinstall "cuda-python<13"'),
+    ],
+)
 def test_cuda_python_against_the_driver(tmp_path, driver, bindings, said, mend):
     packages = {"cuda-bindings": bindings} if bindings else {}
     computer = Computer(tmp_path, FakeDriver(driver), packages=packages, modules={"cuda.bindings.runtime": said})
@@ -265,10 +283,18 @@ def test_tensorrt_that_imports_but_lacks_libraries(tmp_path):
     assert "expected at least 10.3" in computer.findings()["TensorRT"].state
 
 
-@pytest.mark.parametrize(("architecture", "resources", "why"), [
-    (90, ("",), None), (90, ("_sm80", "_sm90"), None), (87, ("_sm86",), None), (86, ("_sm89",), f"{NONE} for SM 8.6"),
-    (90, ("_sm80",), f"{NONE} for SM 9.0"), (90, ("_sm80", "_ptx"), None), (90, (), f"{NONE} in"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("architecture", "resources", "why"),
+    [
+        (90, ("",), None),
+        (90, ("_sm80", "_sm90"), None),
+        (87, ("_sm86",), None),
+        (86, ("_sm89",), f"{NONE} for SM 8.6"),
+        (90, ("_sm80",), f"{NONE} for SM 9.0"),
+        (90, ("_sm80", "_ptx"), None),
+        (90, (), f"{NONE} in"),
+    ],
+)
 def test_the_builders_resources(tmp_path, architecture, resources, why):
     computer = Computer(tmp_path, FakeDriver(gpus=(("GPU", architecture, 1 << 30),)), modules={"tensorrt": "11.4.0"})
     tensorrt_wheel(computer, 11, resources)

@@ -1,4 +1,4 @@
-"""The GPU profile without a GPU: its arithmetic by hand, layers by names that TensorRT gave, and doubles that tell what they did."""
+"""The GPU profile without a GPU: arithmetic checked by hand, TensorRT's own layer names, and a fake extractor."""
 
 import dataclasses
 import json
@@ -108,22 +108,58 @@ def test_peaks_are_measured_by_copies_that_count_twice():
     assert (roof.measure_peaks(cuda, lambda: 5e12).flops, gpu.pci_of(cuda)) == (5e12, "0:65:0.0")
 
 
-@pytest.mark.parametrize(("name", "metadata", "expected"), [
-    ("__myl_FcAdd_myl0_2", onnx("dense/MatMul", "dense/Add"), (None, "patch embed")),
-    ("__myl_CastAddReshTran", onnx("dense/Reshape", "dense/Transpose", "dense/Sub", "dense/Cast"), (None, "patch embed")),
-    ("__mye86549+__mye86537", "[ONNX Layer: blocks.3.attn.qkv.v/MatMul]\n[ONNX Layer: blocks.3.attn.qkv.k/MatMul]", (3, "qkv")),
-    ("blocks.1.attn.qkv.v/MatMul+blocks.1.attn.qkv.k/MatMul+blocks.1.attn.qkv.q/MatMul", "", (1, "qkv")),
-    ("__myl_MulAddMulCastReshTranReshMove", onnx("blocks.1.attn.qkv.k/MatMul", "layer_norm_2/DequantizeLinear", "blocks.1.attn/Reshape_2"), (1, "qkv")),
-    ("_gemm_mha_v2_myl0_15", "", (None, "attention")), (NORM, "", (None, "norm")), ("norm/LayerNormalization_2", "", (None, "norm")),
-    ("_gemm_mha_v2", onnx("softmax/QuantizeLinear", "blocks.11.attn/MatMul_2", "blocks.11.attn/Softmax"), (11, "attention")),
-    ("__myl_FcAddAdd", onnx("blocks.1.attn.proj/MatMul", "blocks.1.attn.proj/Add", "blocks.1/Add"), (1, "proj")),
-    ("__myl_MulAddAddCastMeanSubMulMeanAddSqrtDivMulCast", onnx("blocks.0.mlp.fc2/MatMul", "blocks.0/Add_2", "blocks.1.norm1/LayerNormalization"), (1, "norm")),
-    ("__myl_FcAddDivCastErfCastAddMul", onnx("blocks.0.mlp.fc1/MatMul", "blocks.0.mlp.act/Gelu", "gelu/QuantizeLinear"), (0, "fc1")),
-    ("blocks.2.mlp.fc2/MatMul_myl0_17", "", (2, "fc2")), ("blocks.2.attn.qkv/MatMul + blocks.2.attn.qkv/Add", "", (2, "qkv")),
-    ("blocks.0.mlp.fc2/MatMul", onnx("blocks.0.mlp.fc2/MatMul", "blocks.0.mlp.fc2/weight/DequantizeLinear"), (0, "fc2")),
-    ("__mye1", onnx("blocks.1.mlp.fc1/MatMul", "blocks.1.mlp.fc2/MatMul"), (None, "other")), ("Reformatting CopyNode for blocks.1.mlp.fc1/MatMul", "", (None, "other")),
-    ("{ForeignNode[dense/Cast...norm/LayerNormalization_2]}", "", (None, "other")), ("__myl_Move", onnx("dense/Gather"), (None, "other")),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("name", "metadata", "expected"),
+    [
+        ("__myl_FcAdd_myl0_2", onnx("dense/MatMul", "dense/Add"), (None, "patch embed")),
+        (
+            "__myl_CastAddReshTran",
+            onnx("dense/Reshape", "dense/Transpose", "dense/Sub", "dense/Cast"),
+            (None, "patch embed"),
+        ),
+        (
+            "__mye86549+__mye86537",
+            "[ONNX Layer: blocks.3.attn.qkv.v/MatMul]\n[ONNX Layer: blocks.3.attn.qkv.k/MatMul]",
+            (3, "qkv"),
+        ),
+        ("blocks.1.attn.qkv.v/MatMul+blocks.1.attn.qkv.k/MatMul+blocks.1.attn.qkv.q/MatMul", "", (1, "qkv")),
+        (
+            "__myl_MulAddMulCastReshTranReshMove",
+            onnx("blocks.1.attn.qkv.k/MatMul", "layer_norm_2/DequantizeLinear", "blocks.1.attn/Reshape_2"),
+            (1, "qkv"),
+        ),
+        ("_gemm_mha_v2_myl0_15", "", (None, "attention")),
+        (NORM, "", (None, "norm")),
+        ("norm/LayerNormalization_2", "", (None, "norm")),
+        (
+            "_gemm_mha_v2",
+            onnx("softmax/QuantizeLinear", "blocks.11.attn/MatMul_2", "blocks.11.attn/Softmax"),
+            (11, "attention"),
+        ),
+        ("__myl_FcAddAdd", onnx("blocks.1.attn.proj/MatMul", "blocks.1.attn.proj/Add", "blocks.1/Add"), (1, "proj")),
+        (
+            "__myl_MulAddAddCastMeanSubMulMeanAddSqrtDivMulCast",
+            onnx("blocks.0.mlp.fc2/MatMul", "blocks.0/Add_2", "blocks.1.norm1/LayerNormalization"),
+            (1, "norm"),
+        ),
+        (
+            "__myl_FcAddDivCastErfCastAddMul",
+            onnx("blocks.0.mlp.fc1/MatMul", "blocks.0.mlp.act/Gelu", "gelu/QuantizeLinear"),
+            (0, "fc1"),
+        ),
+        ("blocks.2.mlp.fc2/MatMul_myl0_17", "", (2, "fc2")),
+        ("blocks.2.attn.qkv/MatMul + blocks.2.attn.qkv/Add", "", (2, "qkv")),
+        (
+            "blocks.0.mlp.fc2/MatMul",
+            onnx("blocks.0.mlp.fc2/MatMul", "blocks.0.mlp.fc2/weight/DequantizeLinear"),
+            (0, "fc2"),
+        ),
+        ("__mye1", onnx("blocks.1.mlp.fc1/MatMul", "blocks.1.mlp.fc2/MatMul"), (None, "other")),
+        ("Reformatting CopyNode for blocks.1.mlp.fc1/MatMul", "", (None, "other")),
+        ("{ForeignNode[dense/Cast...norm/LayerNormalization_2]}", "", (None, "other")),
+        ("__myl_Move", onnx("dense/Gather"), (None, "other")),
+    ],
+)
 def test_layers_are_placed(name, metadata, expected):
     assert place_layer(name, metadata) == expected
 
@@ -237,9 +273,14 @@ def fake_extractor(parts=True):
         backend.layers = lambda feed, rounds: {"_gemm_mha_v2_myl0_15": 0.25, "x": 0.75}
     served = {"sizes": Sizes("fixed", ((8, 12),)), "batches": Batches(1, 2, 4), "precision": "fp16"}
     return SimpleNamespace(
-        manifest=SimpleNamespace(**served), spec=TINY, runs=runs, run=run,
-        opened=backend, feed=lambda batch: {"image": batch}, graph_call=lambda batch: lambda: run(batch),
-    )  # fmt: skip
+        manifest=SimpleNamespace(**served),
+        spec=TINY,
+        runs=runs,
+        run=run,
+        opened=backend,
+        feed=lambda batch: {"image": batch},
+        graph_call=lambda batch: lambda: run(batch),
+    )
 
 
 REQUEST = gpu.GpuRequest(batches=[2], size=None, seconds=0.05, streams=[1, 2], warmup_ms=0)
@@ -281,9 +322,15 @@ def test_a_backend_that_tells_less_is_said():
     assert report["roofline"][0]["total"]["measured_ms"] is report["memory"]["device"] is report["idle_power"] is None
 
 
-@pytest.mark.parametrize(("changes", "said"), [
-    ({"batches": [2, 9]}, "got 9 images"), ({"size": (9, 9)}, "got 9x9"), ({"streams": [0]}, "streams: got 0"), ({"fps": 0}, "fps: got 0"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"batches": [2, 9]}, "got 9 images"),
+        ({"size": (9, 9)}, "got 9x9"),
+        ({"streams": [0]}, "streams: got 0"),
+        ({"fps": 0}, "fps: got 0"),
+    ],
+)
 def test_what_cannot_be_is_refused_before_anything_runs(changes, said):
     with pytest.raises(PhregError, match=said):
         profiled(extractor := fake_extractor(), **changes)

@@ -31,10 +31,20 @@ MAY = {
     "calibration": {"files", "images", "bundle", "onnx_graph", "runtime", "runtime/backends"},
     "export": {"files", "images", "bundle", "models", "onnx_graph", "export/engine"},
     "export/engine": {"files", "bundle", "runtime", "runtime/gpu", "runtime/backends"},
-    "verify": {"images", "artifacts", "bundle", "models", "onnx_graph", "runtime", "runtime/gpu", "runtime/backends", "export/engine"},
+    "verify": {
+        "images",
+        "artifacts",
+        "bundle",
+        "models",
+        "onnx_graph",
+        "runtime",
+        "runtime/gpu",
+        "runtime/backends",
+        "export/engine",
+    },
     "demo": {"files", "images", "artifacts", "models", "distill", "runtime", "calibration", "export", "verify"},
     "cli": {"cli/commands", "runtime/backends"},
-}  # fmt: skip
+}
 MAY["cli/tables"] = set(MAY)
 MAY["cli/commands"] = set(MAY)
 # room: the rooms that it imports inside functions only, so that what they need is optional

@@ -1,4 +1,4 @@
-"""`phreg-deploy profile` on a GPU that is not there (``tests/fake_gpu``): that everything is asked for, gathered and printed."""
+"""`phreg-deploy profile` on a fake GPU (``tests/fake_gpu``): it measures, gathers and prints every figure."""
 
 import shutil
 
@@ -8,7 +8,7 @@ from tests.cli_helpers import invoke
 
 
 @pytest.fixture
-def gpu(device, workshop, monkeypatch):
+def gpu(device, tensorrt, monkeypatch):
     monkeypatch.setattr("phreg_deploy.profiling.profiler.pci_of", lambda _: "0000:01:00.0")
     monkeypatch.setattr("phreg_deploy.profiling.roofline.COPIED", 1 << 20)
     monkeypatch.setattr("phreg_deploy.profiling.roofline.measure_peaks.__kwdefaults__", {"size": 1 << 20, "rounds": 2})

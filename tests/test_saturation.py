@@ -1,7 +1,7 @@
-"""INT8 is exact on processors without 8-bit dot products, where the default kernels clip sums of two products at 16 bits.
+"""INT8 is exact on processors without 8-bit dot products, whose default kernels clip sums of two products at 16 bits.
 
-Such a processor is forced in a process of its own: OpenVINO obeys ONEDNN_MAX_CPU_ISA, and ONNX Runtime runs on QEMU's
-model of a Haswell where qemu-x86_64 is installed (Debian's package qemu-user).
+Separate processes run on such a processor: OpenVINO obeys ONEDNN_MAX_CPU_ISA, and ONNX Runtime runs on QEMU's model of
+a Haswell if qemu-x86_64 is installed (Debian's package qemu-user).
 """
 
 import json
@@ -28,9 +28,12 @@ EXPECTED = WIDTH * 255 * 127  # in every output; two products are 64770, which 1
 def largest_products():
     """Uint8 inputs and int8 weights at the ends of their ranges, with the Q/DQ that bundles have."""
     constants = {
-        "step": np.float32(1), "zero": np.uint8(0), "layer.int8": np.full((WIDTH, WIDTH), 127, np.int8),
-        "weight_step": np.ones(WIDTH, np.float32), "weight_zero": np.zeros(WIDTH, np.int8),
-    }  # fmt: skip
+        "step": np.float32(1),
+        "zero": np.uint8(0),
+        "layer.int8": np.full((WIDTH, WIDTH), 127, np.int8),
+        "weight_step": np.ones(WIDTH, np.float32),
+        "weight_zero": np.zeros(WIDTH, np.int8),
+    }
     nodes = [
         helper.make_node("QuantizeLinear", ["x", "step", "zero"], ["q"]),
         helper.make_node("DequantizeLinear", ["q", "step", "zero"], ["d"]),
@@ -56,7 +59,7 @@ print(float(session.run(None, {"x": numpy.full((1, 4, 64), 255, numpy.float32)})
 
 
 def run_largest(folder, *option, prefix=()):
-    """The largest output of ``largest_products`` in a process of its own, and the graph that ONNX Runtime made of it."""
+    """Run ``largest_products`` in a new process; return the largest output, and ONNX Runtime's optimised graph."""
     import onnx
 
     onnx.save(largest_products(), folder / "largest.onnx")
@@ -97,7 +100,8 @@ bundle = sys.argv[1]
 found = {"saturates": saturates()}
 with FeatureExtractor.load(bundle, "openvino", threads=1, compute=sys.argv[2]) as extractor:
     found["exact"] = worst([case.parity for case in run_exam(extractor.bundle, extractor.run)]).to_json()
-    found["choice"], found["compute"], found["integer"] = extractor.choice, extractor.compute, len(extractor.opened.integer_layers)
+    found["choice"], found["compute"] = extractor.choice, extractor.compute
+    found["integer"] = len(extractor.opened.integer_layers)
 openvino_backend.saturates = lambda: False
 backend = open_backend(Bundle.read(bundle), "openvino", BackendOptions(1, "fp32"))
 with FeatureExtractor(Bundle.read(bundle), backend) as extractor:

@@ -117,9 +117,14 @@ def orin(tmp_path):
 def test_nvml_in_units_and_words():
     fake = FakeNvml()
     assert Nvml(module=fake).read() == {
-        "power": 50.0, "energy": 1002.0, "sm_clock": 1500.0, "memory_clock": 9000.0, "temperature": 61.0,
-        "throttled": ("software power cap", "software thermal slowdown"), "memory_used": 1 << 30,
-    }  # fmt: skip
+        "power": 50.0,
+        "energy": 1002.0,
+        "sm_clock": 1500.0,
+        "memory_clock": 9000.0,
+        "temperature": 61.0,
+        "throttled": ("software power cap", "software thermal slowdown"),
+        "memory_used": 1 << 30,
+    }
     Nvml(3, "0000:65:00.0", fake)
     assert fake.handles == [0, b"0000:65:00.0"]
 
@@ -190,10 +195,14 @@ def test_jetson(orin):
     assert found["power"] == pytest.approx(12.0), "the rail that feeds the module, not the sum with its branches"
     assert (found["sm_clock"], found["temperature"], found["throttled"]) == (918.0, 52.5, ())
     assert "memory_clock" not in found
-    write(orin, {
-        "sys/class/thermal/cooling_device1/cur_state": 1, "sys/class/hwmon/hwmon1/oc3_event_cnt": 9,
-        "sys/class/devfreq/17000000.gpu/min_freq": 918000000,
-    })  # fmt: skip
+    write(
+        orin,
+        {
+            "sys/class/thermal/cooling_device1/cur_state": 1,
+            "sys/class/hwmon/hwmon1/oc3_event_cnt": 9,
+            "sys/class/devfreq/17000000.gpu/min_freq": 918000000,
+        },
+    )
     assert jetson.read()["throttled"] == ("gpu-throttle-alert", "instantaneous over-current")
     assert jetson.read()["throttled"] == ("gpu-throttle-alert",), "events count once"
     assert jetson.clocks_locked()

@@ -276,9 +276,17 @@ def planted(tmp_path):
 
 def test_names_that_do_not_exist_are_found_in_the_code(planted):
     assert set(planted.names) == {
-        "Builder", "Logger", "BuilderFlag", "BuilderFlag.FP16", "BuilderFlag.TF32", "IInt8EntropyCalibrator2",
-        "IProgressMonitor", "IProgressMonitor.__init__", "TensorIOMode", "TensorIOMode.SIDEWAYS",
-    }  # fmt: skip
+        "Builder",
+        "Logger",
+        "BuilderFlag",
+        "BuilderFlag.FP16",
+        "BuilderFlag.TF32",
+        "IInt8EntropyCalibrator2",
+        "IProgressMonitor",
+        "IProgressMonitor.__init__",
+        "TensorIOMode",
+        "TensorIOMode.SIDEWAYS",
+    }
     assert set(unknown(planted)) == {
         "IBuilderConfig.int8_calibrator",
         "IExecutionContext.execute_v9",

@@ -27,7 +27,7 @@ def listed(tmp_path_factory, student) -> Path:
 
 
 @pytest.fixture
-def load(workshop, tmp_path, request):
+def load(tensorrt, tmp_path, request):
     """A fixture's bundle, copied, built and opened by TensorRT; closed at the end of the test."""
     opened = []
 
@@ -110,12 +110,12 @@ def test_answers_do_not_change_when_the_next_one_comes(load):
     same(first, kept)
 
 
-def test_eight_threads_get_their_own_answers_from_a_lane_each(load, expected, workshop):
+def test_eight_threads_get_their_own_answers_from_a_lane_each(load, expected, tensorrt):
     extractor, work = load("wide_bundle"), []
     for i in range(8):
         image = frames(i, 1 + i % 3, [(64, 64), (48, 96)][i % 2])
         work.append((image, expected("wide_bundle", image)))
-    workshop.dawdle, failed, barrier = 0.0005, [], threading.Barrier(8)
+    tensorrt.delay, failed, barrier = 0.0005, [], threading.Barrier(8)
 
     def serve(i):
         try:
@@ -198,10 +198,10 @@ def test_a_graph_is_recorded_anew_after_an_array_on_the_gpu(load, expected, devi
     assert graph_calls(device) == (2, 4)
 
 
-def test_a_recording_that_fails_leaves_a_lane_that_works(load, expected, device, workshop):
+def test_a_recording_that_fails_leaves_a_lane_that_works(load, expected, device, tensorrt):
     extractor = load("bundle")
     extractor.run(frames(0))
-    workshop.fail_enqueue = 1
+    tensorrt.fail_enqueue = 1
     with pytest.raises(PhregError, match="could not start the inference"):
         extractor.run(frames(1))
     for seed in (2, 3):
@@ -243,14 +243,14 @@ def test_a_tensor_of_another_type_is_refused_in_words(load):
         load("bundle").opened.run({"image": frames().astype(np.float32)})
 
 
-def test_a_plan_of_another_graph_is_refused(load, device, workshop):
+def test_a_plan_of_another_graph_is_refused(load, device, tensorrt):
     from phreg_deploy.bundle.profiles import ProfileShapes
     from phreg_deploy.runtime.backends.tensorrt_backend import Plan
     from phreg_deploy.runtime.gpu.cuda import Cuda
 
     plan = load("bundle").opened.plan.read()
     with pytest.raises(PhregError, match="not of this bundle"):
-        Plan(workshop.tensorrt, Cuda(), plan, [ProfileShapes({"other": [[1], [1], [1]]})])
+        Plan(tensorrt.module, Cuda(), plan, [ProfileShapes({"other": [[1], [1], [1]]})])
 
 
 def test_a_plan_in_float32_is_asked_for_nothing_else(load, device):
@@ -261,7 +261,7 @@ def test_a_plan_in_float32_is_asked_for_nothing_else(load, device):
         FeatureExtractor.load(folder, "tensorrt", device=3)
 
 
-def test_without_an_engine_the_command_is_named(bundle, workshop):
+def test_without_an_engine_the_command_is_named(bundle, tensorrt):
     with pytest.raises(BackendMissing, match=f"phreg-deploy build {bundle}"):
         FeatureExtractor.load(bundle, "tensorrt")
 
@@ -294,9 +294,9 @@ def test_after_closing_every_use_is_refused(load, device):
 
 
 @pytest.mark.parametrize("call", ["run", "split", "layers"])
-def test_closing_frees_everything_after_an_inference_that_failed(load, expected, device, workshop, call):
+def test_closing_frees_everything_after_an_inference_that_failed(load, expected, device, tensorrt, call):
     extractor = load("bundle")
-    workshop.fail_enqueue = 1
+    tensorrt.fail_enqueue = 1
     with pytest.raises(PhregError, match="could not start the inference; the device may be out of memory"):
         getattr(extractor.opened, call)({"image": frames()})
     same(extractor.run(frames(1)), expected("bundle", frames(1)))
@@ -307,15 +307,15 @@ def test_closing_frees_everything_after_an_inference_that_failed(load, expected,
 @pytest.mark.parametrize("call", ["cudaStreamCreateWithFlags", "cudaEventCreate"])
 def test_a_lane_that_is_not_finished_leaves_nothing(load, expected, device, call):
     extractor = load("bundle")
-    device.plant(call)
+    device.fail_call(call)
     with pytest.raises(PhregError, match="out of memory"):
         extractor.run(frames())
     assert device.live() == {}
     same(extractor.run(frames()), expected("bundle", frames()))
 
 
-def test_a_context_that_cannot_be_made_leaves_nothing(load, device, workshop):
-    extractor, workshop.contexts = load("bundle"), 0
+def test_a_context_that_cannot_be_made_leaves_nothing(load, device, tensorrt):
+    extractor, tensorrt.contexts = load("bundle"), 0
     with pytest.raises(PhregError, match="no execution context; the GPU has too little memory"):
         extractor.run(frames())
     assert device.live() == {}
@@ -326,10 +326,10 @@ def test_a_context_that_cannot_be_made_leaves_nothing(load, device, workshop):
 @pytest.mark.parametrize("at", [1, 2, 3, 4, 5])
 def test_out_of_memory_is_said_in_words_and_the_next_call_answers(load, expected, device, call, at):
     extractor = load("wide_bundle")
-    device.plant(call, at)
+    device.fail_call(call, at)
     with pytest.raises(PhregError, match=f"out of memory in {call}. Use a smaller batch"):
         extractor.run(frames())
-    device.planted.clear()
+    device.failing.clear()
     same(extractor.run(frames(1)), expected("wide_bundle", frames(1)))
     extractor.close()
     assert device.live() == {}
@@ -341,7 +341,7 @@ def test_out_of_memory_while_buffers_grow_leaves_a_lane_that_works(load, expecte
     extractor = load("wide_bundle")
     for seed in range(3):
         extractor.run(frames(seed))
-    device.plant(call, at)
+    device.fail_call(call, at)
     large = frames(4, 4, (96, 96))
     with pytest.raises(PhregError, match="out of memory"):
         extractor.run(large)
@@ -355,7 +355,7 @@ def test_out_of_memory_while_buffers_grow_leaves_a_lane_that_works(load, expecte
 def test_a_graph_that_fails_leaves_nothing(load, device, call):
     extractor = load("bundle")
     extractor.run(frames())
-    device.plant(call, 1, fake_gpu.cudaError_t.cudaErrorLaunchFailure)
+    device.fail_call(call, 1, fake_gpu.cudaError_t.cudaErrorLaunchFailure)
     with pytest.raises(PhregError, match=rf"{call} failed with CUDA error 719 \(cudaErrorLaunchFailure\)"):
         extractor.run(frames())
     extractor.close()
@@ -366,7 +366,7 @@ def test_closing_goes_on_after_an_error_and_raises_it(load, device):
     extractor = load("bundle")
     extractor.run(frames())
     before = device.live()
-    device.plant("cudaFree", 1, fake_gpu.cudaError_t.cudaErrorInvalidValue)
+    device.fail_call("cudaFree", 1, fake_gpu.cudaError_t.cudaErrorInvalidValue)
     with pytest.raises(PhregError, match="cudaFree failed"):
         extractor.close()
     assert device.live() == {"allocations": 1}, before
@@ -608,14 +608,14 @@ print(json.dumps(lacking))
 
 
 @pytest.mark.parametrize("version", nvidia.VERSIONS)
-def test_the_double_has_no_name_that_tensorrt_does_not_have(version):
+def test_the_fake_has_no_name_that_tensorrt_does_not_have(version):
     nvidia.bindings(version)
-    names = fake_gpu.public_names(fake_gpu.Workshop(fake_gpu.Device(), version).tensorrt)
+    names = fake_gpu.public_names(fake_gpu.FakeTensorRT(fake_gpu.Device(), version).module)
     assert len(names[""]) > 20
     assert nvidia.inside(version, PROBE, names) == []
 
 
-def test_the_double_has_no_name_that_cuda_does_not_have():
+def test_the_fake_has_no_name_that_cuda_does_not_have():
     runtime = pytest.importorskip("cuda.bindings.runtime")
     for name in (n for n in vars(fake_gpu.Runtime) if not n.startswith("_")):
         real, ours = getattr(runtime, name), getattr(fake_gpu.Runtime, name)
@@ -627,7 +627,7 @@ def test_the_double_has_no_name_that_cuda_does_not_have():
             assert ours == real
 
 
-def test_the_double_refuses_what_cuda_refuses():
+def test_the_fake_refuses_what_cuda_refuses():
     cuda, errors = (device := fake_gpu.Device()).runtime, fake_gpu.cudaError_t
     pointer = cuda.cudaMalloc(8)[1]
     assert cuda.cudaFree(pointer) == (errors.cudaSuccess,)
