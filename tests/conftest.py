@@ -18,6 +18,8 @@ from tests.cli_helpers import invoke, photograph
 
 os.environ.update(HF_HUB_OFFLINE="1", OMP_NUM_THREADS="1", COLUMNS="140")
 
+pytest_plugins = ["tests.gpu_fixtures", "tests.real_gpu_fixtures"]
+
 SIDE, PATCH, WIDTH, DEPTH = 64, 8, 48, 3
 NEURON = (1, 17)  # block and hidden unit of the planted register neuron
 
@@ -224,24 +226,3 @@ def world(request, tmp_path):
             return folder
 
     return World()
-
-
-@pytest.fixture
-def device(monkeypatch):
-    """A fake GPU; the test fails if anything on it was undefined behaviour."""
-    from tests import fake_gpu
-
-    device = fake_gpu.Device()
-    fake_gpu.install(monkeypatch, device)
-    yield device
-    assert device.undefined == []
-
-
-@pytest.fixture
-def tensorrt(device, monkeypatch):
-    """The TensorRT of the fake GPU."""
-    from tests import fake_gpu
-
-    tensorrt = fake_gpu.FakeTensorRT(device)
-    fake_gpu.install(monkeypatch, device, tensorrt)
-    return tensorrt

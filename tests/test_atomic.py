@@ -14,6 +14,7 @@ from phreg_deploy.errors import PhregError
 from phreg_deploy.files import atomic, renames, temporary
 from phreg_deploy.files.atomic import atomic_folder, check_target, write_atomic
 from tests.cli_helpers import ROOT
+from tests.threads import run_in_threads
 
 STEPS = {"one step": [(atomic, "exchange")], "three steps": [(os, "rename"), (atomic, "claim")]}
 
@@ -237,11 +238,7 @@ def test_of_several_writers_without_force_one_wins(tmp_path, steps):
             except PhregError as error:
                 refusals.append(str(error))
 
-        threads = [threading.Thread(target=work, args=(n,)) for n in range(4)]
-        for thread in threads:
-            thread.start()
-        for thread in threads:
-            thread.join()
+        assert run_in_threads(work, range(4)) == []
         assert outcomes == [int(read(target))]
         assert len(refusals) == 3
         assert all("appeared while this was at work" in message for message in refusals)
@@ -250,21 +247,12 @@ def test_of_several_writers_without_force_one_wins(tmp_path, steps):
 
 def test_of_several_writers_with_force_the_last_one_wins_whole(tmp_path, steps):
     target = tmp_path / "out"
-    errors = []
 
-    def work(number):
+    def write_ten_times(number):
         for _ in range(10):
-            try:
-                write(target, str(number))
-            except PhregError as error:
-                errors.append(error)
+            write(target, str(number))
 
-    threads = [threading.Thread(target=work, args=(n,)) for n in range(3)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    assert errors == []
+    assert run_in_threads(write_ten_times, range(3)) == []
     assert read(target) in "012"
     assert [p.name for p in tmp_path.iterdir()] == ["out"]
 
@@ -281,22 +269,14 @@ def test_a_symbolic_link_is_no_output(tmp_path, to, force):
 
 
 def test_two_writers_of_one_file(tmp_path):
-    """The last one wins with a whole file, and none removes the temporary file of another."""
-    target, errors = tmp_path / "file", []
+    """The last writer's file is complete, and no writer removes the temporary file of another."""
+    target = tmp_path / "file"
 
-    def work(letter):
+    def write_fifty_times(letter):
         for _ in range(50):
-            try:
-                write_atomic(target, letter * 1000)
-            except PhregError as error:
-                errors.append(error)
+            write_atomic(target, letter * 1000)
 
-    threads = [threading.Thread(target=work, args=(letter,)) for letter in (b"a", b"b", b"c")]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    assert errors == []
+    assert run_in_threads(write_fifty_times, (b"a", b"b", b"c")) == []
     assert len(target.read_bytes()) == 1000
     assert len(set(target.read_bytes())) == 1
     assert [p.name for p in tmp_path.iterdir()] == ["file"]

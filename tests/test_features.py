@@ -1,5 +1,4 @@
 import sys
-import threading
 
 import numpy as np
 import pytest
@@ -15,6 +14,7 @@ from phreg_deploy.progress import SILENT
 from phreg_deploy.runtime import FeatureExtractor
 from phreg_deploy.runtime.parity import missed_gates, run_exam
 from tests.small_models import plant, small
+from tests.threads import run_in_threads
 
 
 @pytest.fixture(scope="module")
@@ -106,11 +106,7 @@ def test_one_extractor_serves_several_threads(bundles):
             for _ in range(5):
                 got[i] = extractor(images[i][0], size=sizes[i]).features
 
-        threads = [threading.Thread(target=serve, args=(i,)) for i in range(8)]
-        for thread in threads:
-            thread.start()
-        for thread in threads:
-            thread.join()
+        assert run_in_threads(serve, range(8)) == []
     for a, b in zip(got, expected):
         np.testing.assert_array_equal(a, b)
 

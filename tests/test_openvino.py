@@ -2,7 +2,6 @@
 
 import importlib
 import sys
-import threading
 
 import numpy as np
 import pytest
@@ -15,6 +14,7 @@ from phreg_deploy.runtime.backends.openvino_exact import saturates
 from phreg_deploy.runtime.backends.options import BackendOptions
 from phreg_deploy.runtime.backends.registry import BACKENDS, GPU, open_backend
 from phreg_deploy.runtime.parity import compare_runs, missed_gates, run_exam
+from tests.threads import run_in_threads
 
 openvino = pytest.importorskip("openvino")
 pytestmark = pytest.mark.usefixtures("torch")
@@ -143,11 +143,7 @@ def test_several_threads_get_their_own_results(request, which, mode):
             for _ in range(4):
                 got[i].append(extractor.run(batches[i]))
 
-        workers = [threading.Thread(target=serve, args=(i,)) for i in range(6)]
-        for worker in workers:
-            worker.start()
-        for worker in workers:
-            worker.join()
+        assert run_in_threads(serve, range(6)) == []
     for results, wanted in zip(got, expected):
         assert len(results) == 4
         for result in results:
