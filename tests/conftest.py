@@ -226,3 +226,11 @@ def world(request, tmp_path):
             return folder
 
     return World()
+
+
+@pytest.fixture
+def bundle_copy(world):
+    """A copy of the fixed bundle, as a ``Bundle``."""
+    from phreg_deploy.bundle.bundle import Bundle
+
+    return Bundle.read(world.copy("bundle"))

@@ -18,7 +18,6 @@ from tests.cli_helpers import ROOT, invoke, leftovers
 
 pytestmark = pytest.mark.usefixtures("all_freed")
 
-
 BLOCKED = ("torch", "timm", "onnx", "onnxscript", "safetensors", "torchvision")
 
 

@@ -16,8 +16,8 @@ from phreg_deploy.errors import PhregError
 from phreg_deploy.quantisation import Smoothing
 from phreg_deploy.runtime import FeatureExtractor
 from phreg_deploy.runtime.parity import compare_runs, missed_gates, run_exam
+from tests.bundle_changes import rehashed, rewritten
 from tests.cli_helpers import leftovers, photograph
-from tests.test_bad_bundles import rehashed, rewritten
 
 pytestmark = pytest.mark.usefixtures("torch", "traced_once")
 calibrator = importlib.import_module("phreg_deploy.calibration.calibrator")

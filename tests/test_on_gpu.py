@@ -17,7 +17,6 @@ from tests.threads import run_in_threads
 
 pytestmark = pytest.mark.gpu
 
-
 PRECISIONS = ("fp32", "fp16", "bf16", "int8", "fp8")
 
 

@@ -1,4 +1,4 @@
-"""OpenVINO behind the same interface, and how ``auto`` chooses between runtimes."""
+"""The OpenVINO backend: outputs, precisions, threads and errors."""
 
 import importlib
 import sys
@@ -7,37 +7,24 @@ import numpy as np
 import pytest
 
 from phreg_deploy.bundle.bundle import Bundle
-from phreg_deploy.errors import BackendMissing, PhregError
+from phreg_deploy.errors import PhregError
 from phreg_deploy.runtime import FeatureExtractor
-from phreg_deploy.runtime.auto import choose
 from phreg_deploy.runtime.backends.openvino_exact import saturates
 from phreg_deploy.runtime.backends.options import BackendOptions
-from phreg_deploy.runtime.backends.registry import BACKENDS, GPU, open_backend
+from phreg_deploy.runtime.backends.registry import open_backend
 from phreg_deploy.runtime.parity import compare_runs, missed_gates, run_exam
+from tests.frames import random_frames
 from tests.threads import run_in_threads
 
 openvino = pytest.importorskip("openvino")
 pytestmark = pytest.mark.usefixtures("torch")
-PROCESSOR = [name for name in BACKENDS if name not in GPU]
 
-
-@pytest.fixture(autouse=True)
-def _no_gpu(monkeypatch):
-    """What "auto" makes of a GPU is another file's subject."""
-    monkeypatch.setattr("phreg_deploy.runtime.backends.registry.driver_present", lambda: False)
-
-
-choice = importlib.import_module("phreg_deploy.runtime.auto")
 backend_module = importlib.import_module("phreg_deploy.runtime.backends.openvino_backend")
 BF16 = "BF16" in openvino.Core().get_property("CPU", "OPTIMIZATION_CAPABILITIES")
 exact_kernels = pytest.mark.skipif(
     saturates(), reason="OpenVINO's 8-bit kernels saturate on this processor: test_saturation.py"
 )
 needs_bf16 = pytest.mark.skipif(not BF16, reason="this processor has no bfloat16 instructions")
-
-
-def images(batch=1, size=(64, 64), seed=0):
-    return np.random.default_rng(seed).integers(0, 256, (batch, *size, 3), dtype=np.uint8)
 
 
 def load(folder, backend="openvino", **tuning):
@@ -52,7 +39,7 @@ def without_bf16(monkeypatch):
 def test_float32_is_what_onnx_runtime_computes(bundle):
     with load(bundle) as extractor, load(bundle, "onnxruntime-cpu") as other:
         assert (extractor.backend, extractor.compute, extractor.precision) == ("openvino", "fp32", "fp32")
-        parity = compare_runs(extractor.run(images()), other.run(images()))
+        parity = compare_runs(extractor.run(random_frames()), other.run(random_frames()))
     assert missed_gates(parity, "fp32") == []
     assert parity.relative_l2 < 1e-4
     assert parity.cls_cosine > 0.99999
@@ -64,8 +51,10 @@ def test_sizes_and_batches_change_from_call_to_call(request, which, batch, size)
     folder = request.getfixturevalue(which)
     with load(folder, compute="fp32") as extractor, load(folder, "onnxruntime-cpu") as other:
         for _ in range(2):
-            extractor.run(images(1, (56, 88)))
-            parity = compare_runs(extractor.run(images(batch, size)), other.run(images(batch, size)))
+            extractor.run(random_frames(size=(56, 88)))
+            parity = compare_runs(
+                extractor.run(random_frames(0, batch, size)), other.run(random_frames(0, batch, size))
+            )
             assert missed_gates(parity, extractor.precision, exam=True) == []
 
 
@@ -134,7 +123,7 @@ def test_layers_that_were_left_in_float_may_be(bundle, photos, tmp_path):
 @pytest.mark.parametrize("mode", ["latency", "throughput"])
 @pytest.mark.parametrize("which", ["bundle", "eight"])
 def test_several_threads_get_their_own_results(request, which, mode):
-    batches = [images(seed=i) for i in range(6)]
+    batches = [random_frames(i) for i in range(6)]
     with load(request.getfixturevalue(which), threads=2, mode=mode, compute="fp32") as extractor:
         expected = [extractor.run(batch) for batch in batches]
         got = [[] for _ in batches]
@@ -153,9 +142,9 @@ def test_several_threads_get_their_own_results(request, which, mode):
 
 def test_results_outlive_the_next_call(bundle):
     with load(bundle) as extractor:
-        first = extractor.run(images(seed=1))
+        first = extractor.run(random_frames(1))
         before = {name: value.copy() for name, value in first.items()}
-        extractor.run(images(seed=2))
+        extractor.run(random_frames(2))
         for name, value in first.items():
             np.testing.assert_array_equal(value, before[name])
 
@@ -186,11 +175,11 @@ def test_a_closed_extractor_frees_the_model(bundle):
     extractor.close()
     assert backend._model is None
     with pytest.raises(PhregError, match="was closed"):
-        extractor.run(images())
+        extractor.run(random_frames())
 
 
 def test_a_graph_that_openvino_refuses(world, run_cli):
-    from tests.test_bad_bundles import graph, misname, rehashed
+    from tests.bundle_changes import graph, misname, rehashed
 
     folder = rehashed(world.copy("bundle", model=graph(misname)))
     outcome = run_cli("check", folder, "--backend", "openvino", "--json")
@@ -217,85 +206,3 @@ def test_a_wish_that_nobody_knows(bundle, run_cli):
     ):
         with pytest.raises(PhregError, match=words):
             FeatureExtractor.load(bundle, **wish)
-
-
-# --- auto
-
-
-def test_auto_says_what_it_chose_and_why(bundle, run_cli):
-    document = run_cli("check", bundle, "--json").document
-    assert document["backend"] in PROCESSOR
-    assert document["choice"].startswith(f"{document['backend']}: ")
-    assert "onnxruntime-cpu (fp32) " in document["choice"]
-    assert "openvino (fp32) " in document["choice"]
-    assert document["choice"].count(" ms") == 2
-    said = run_cli("check", bundle).out
-    assert any(f"Backend {name}: " in said for name in PROCESSOR)
-    assert "Backend " not in run_cli("check", bundle, "--backend", "openvino").out
-
-
-@pytest.mark.parametrize("fastest", PROCESSOR)
-def test_auto_takes_the_faster_one_and_closes_the_other(bundle, monkeypatch, fastest):
-    closed = []
-    for name, module in (("openvino", "openvino_backend"), ("onnxruntime-cpu", "onnxruntime_backend")):
-        kind = next(
-            v
-            for k, v in vars(importlib.import_module(f"phreg_deploy.runtime.backends.{module}")).items()
-            if k.endswith("Backend")
-        )
-        monkeypatch.setattr(kind, "close", lambda self, name=name: closed.append(name))
-    monkeypatch.setattr(choice, "_measure", lambda candidate, *_: 1.0 if candidate.name == fastest else 2.0)
-    opened, reason = choose(Bundle.read(bundle), BackendOptions(1))
-    assert opened.name == fastest
-    assert reason.startswith(f"{fastest}: ")
-    assert closed == [name for name in PROCESSOR if name != fastest]
-
-
-def spoiled(monkeypatch, *names):
-    """Backends that compute something else."""
-    real = choice.open_backend
-
-    def opened(bundle, name, *others):
-        backend = real(bundle, name, *others)
-        if name in names:
-            right = backend.run
-            backend.run = lambda feed: {k: np.flip(v, -1) for k, v in right(feed).items()}
-        return backend
-
-    monkeypatch.setattr(choice, "open_backend", opened)
-
-
-@pytest.mark.parametrize("bad", PROCESSOR)
-def test_auto_skips_a_backend_that_fails_the_exam(bundle, monkeypatch, bad):
-    spoiled(monkeypatch, bad)
-    opened, reason = choose(Bundle.read(bundle), BackendOptions(1))
-    assert opened.name == next(name for name in PROCESSOR if name != bad)
-    assert f"{bad} fails the exam (1st-percentile patch cosine" in reason
-    assert " ms" not in reason, "the only one left is not timed"
-
-
-def test_auto_where_none_passes(bundle, monkeypatch):
-    spoiled(monkeypatch, *PROCESSOR)
-    with pytest.raises(
-        PhregError, match=r"no installed backend serves .*: onnxruntime-cpu fails the exam .*; openvino fails the exam"
-    ):
-        FeatureExtractor.load(bundle)
-
-
-def test_auto_with_one_runtime_installed(bundle, monkeypatch):
-    monkeypatch.setitem(sys.modules, "openvino", None)
-    with load(bundle, "auto") as extractor:
-        assert (extractor.backend, extractor.choice) == ("onnxruntime-cpu", "onnxruntime-cpu: the only one installed")
-    monkeypatch.setitem(sys.modules, "onnxruntime", None)
-    with pytest.raises(BackendMissing, match="no runtime is installed"):
-        load(bundle, "auto")
-
-
-@needs_bf16
-def test_auto_with_bfloat16_goes_to_openvino(bundle, run_cli):
-    run_cli("check", bundle, "--backend", "onnxruntime-cpu", "--compute", "bf16", "--json").refused(
-        2, "compute: got bf16", "--backend openvino"
-    )
-    document = run_cli("check", bundle, "--compute", "bf16", "--json").document
-    assert (document["backend"], document["compute"], document["missed"]) == ("openvino", "bf16", [])
-    assert "onnxruntime-cpu does not serve it (compute: got bf16" in document["choice"]
