@@ -86,14 +86,14 @@ def test_a_new_outlier_fails_the_gate():
     assert missed_gates(parity, "fp32", outlier_points=5) == missed[:1]
 
 
-def test_nan_is_a_miss_and_no_crash():
+def test_nan_misses_the_gate_and_raises_nothing():
     got = answers()
     got["features"] = got["features"].copy()
     got["features"][0, 0, 0, 0] = np.nan
     assert "NaN" in missed_gates(compare_runs(got, answers()), "int8")[0]
 
 
-def test_the_worst_of_several_is_the_weakest_of_each():
+def test_the_worst_report_has_the_weakest_figure_of_each_kind():
     good, bad = compare_runs(answers(), answers()), compare_runs(answers(), answers(1))
     assert worst([good, bad]).cosine_p1 == bad.cosine_p1
     assert worst([good, bad]).relative_l2 == bad.relative_l2

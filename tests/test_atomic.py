@@ -138,7 +138,7 @@ def test_a_real_signal_at_any_moment_leaves_a_whole_output(tmp_path, steps, numb
         assert [p.name for p in tmp_path.iterdir()] == ["out"]
 
 
-def test_equal_process_numbers_do_not_meet(tmp_path, monkeypatch):
+def test_processes_with_equal_numbers_do_not_share_temporary_files(tmp_path, monkeypatch):
     """The first process of every container has number 1."""
     monkeypatch.setattr(os, "getpid", lambda: 1)
     for name in (".out.writing-1", ".out.probe-1", ".out.old-1"):
@@ -153,7 +153,7 @@ def test_equal_process_numbers_do_not_meet(tmp_path, monkeypatch):
     assert {p.name for p in tmp_path.iterdir()} == {"out", ".out.writing-1", ".out.probe-1", ".out.old-1"}
 
 
-def test_a_refused_temporary_folder_removes_nobody_elses(tmp_path, monkeypatch):
+def test_a_temporary_folder_of_another_process_is_kept(tmp_path, monkeypatch):
     taken = tmp_path / ".out.writing-000000000000"
     taken.mkdir()
     (taken / "theirs").write_text("kept")
@@ -198,7 +198,7 @@ def test_an_old_output_that_a_killed_process_moved_aside_comes_back(tmp_path):
 
 
 @pytest.mark.parametrize("rival", ["folder", "empty", "file", "link"])
-def test_what_appears_meanwhile_is_kept(tmp_path, steps, rival):
+def test_an_output_that_appears_meanwhile_is_kept(tmp_path, steps, rival):
     if rival == "empty" and steps == "three steps":
         pytest.skip("an empty folder that appears at the last moment may be replaced there")
     target = tmp_path / "out"
@@ -268,7 +268,7 @@ def test_a_symbolic_link_is_no_output(tmp_path, to, force):
     assert list((tmp_path / "real").iterdir()) == []
 
 
-def test_two_writers_of_one_file(tmp_path):
+def test_two_writers_of_one_file_leave_one_whole_file(tmp_path):
     """The last writer's file is complete, and no writer removes the temporary file of another."""
     target = tmp_path / "file"
 

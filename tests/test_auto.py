@@ -34,7 +34,7 @@ def load(folder, backend="openvino", **tuning):
     return FeatureExtractor.load(folder, backend, **{"threads": 1, **tuning})
 
 
-def test_auto_says_what_it_chose_and_why(bundle, run_cli):
+def test_auto_reports_its_choice_and_the_reason(bundle, run_cli):
     document = run_cli("check", bundle, "--json").document
     assert document["backend"] in PROCESSOR
     assert document["choice"].startswith(f"{document['backend']}: ")
@@ -86,7 +86,7 @@ def test_auto_skips_a_backend_that_fails_the_exam(bundle, monkeypatch, bad):
     assert " ms" not in reason, "the only one left is not timed"
 
 
-def test_auto_where_none_passes(bundle, monkeypatch):
+def test_auto_raises_if_no_backend_passes_the_exam(bundle, monkeypatch):
     flip_outputs(monkeypatch, *PROCESSOR)
     with pytest.raises(
         PhregError, match=r"no installed backend serves .*: onnxruntime-cpu fails the exam .*; openvino fails the exam"
@@ -94,7 +94,7 @@ def test_auto_where_none_passes(bundle, monkeypatch):
         FeatureExtractor.load(bundle)
 
 
-def test_auto_with_one_runtime_installed(bundle, monkeypatch):
+def test_auto_takes_the_only_runtime_installed(bundle, monkeypatch):
     monkeypatch.setitem(sys.modules, "openvino", None)
     with load(bundle, "auto") as extractor:
         assert (extractor.backend, extractor.choice) == ("onnxruntime-cpu", "onnxruntime-cpu: the only one installed")
@@ -104,7 +104,7 @@ def test_auto_with_one_runtime_installed(bundle, monkeypatch):
 
 
 @needs_bf16
-def test_auto_with_bfloat16_goes_to_openvino(bundle, run_cli):
+def test_auto_takes_openvino_for_bfloat16(bundle, run_cli):
     run_cli("check", bundle, "--backend", "onnxruntime-cpu", "--compute", "bf16", "--json").refused(
         2, "compute: got bf16", "--backend openvino"
     )

@@ -26,7 +26,7 @@ def test_without_a_driver_no_gpu_is_tried(bundle, driver, device, monkeypatch):
     assert device.calls == []
 
 
-def test_with_a_driver_every_backend_is_tried_but_the_one_that_builds(driver, device, monkeypatch):
+def test_with_a_driver_every_backend_is_tried_except_the_one_that_builds_engines(driver, device, monkeypatch):
     driver(True)
     fake_gpu.install(monkeypatch, device, fake_gpu.FakeTensorRT(device))
     found = backends.installed()
@@ -34,7 +34,7 @@ def test_with_a_driver_every_backend_is_tried_but_the_one_that_builds(driver, de
     assert "onnxruntime-tensorrt" not in found
 
 
-def test_auto_says_why_a_gpu_was_not_taken(bundle, driver, device, monkeypatch):
+def test_auto_explains_why_a_gpu_was_not_taken(bundle, driver, device, monkeypatch):
     driver(True)
     fake_gpu.install(monkeypatch, device, fake_gpu.FakeTensorRT(device))
     with FeatureExtractor.load(bundle) as extractor:

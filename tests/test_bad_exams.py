@@ -53,7 +53,7 @@ EXAMS = {
 
 
 @pytest.mark.parametrize("name", EXAMS)
-def test_a_reference_that_is_no_exam(world, run_cli, name):
+def test_a_reference_that_is_no_exam_is_refused(world, run_cli, name):
     folder = world.copy("bundle")
     write_npz(folder / "reference.npz", EXAMS[name](arrays(folder)))
     run_cli("check", rehashed(folder), "--backend", "onnxruntime-cpu", "--json").refused(
@@ -83,7 +83,7 @@ arrays_of_zero = {
 
 
 @pytest.mark.parametrize("compression", [zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED, zipfile.ZIP_BZIP2])
-def test_a_small_file_takes_little_memory(world, compression):
+def test_an_exam_that_declares_8_gb_is_refused_without_reading_it(world, compression):
     folder = world.copy("bundle")
     bomb(folder, compression)
     bundle = Bundle.read(rehashed(folder))
@@ -117,7 +117,7 @@ def saved(array):
         b"",
     ],
 )
-def test_a_position_embedding_of_another_shape(world, data):
+def test_a_position_embedding_of_another_shape_is_refused(world, data):
     folder = rehashed(world.copy("wide_bundle", pos_embed=data))
     with pytest.raises(PhregError, match=r"pos_embed.npy cannot be read"):
         load(folder)

@@ -46,14 +46,14 @@ def drop_output(model):
 
 @pytest.mark.parametrize("backend", ["onnxruntime-cpu", "openvino"])
 @pytest.mark.parametrize(("change", "name"), [(drop_output, "cls"), (rename_output, "token_norm")])
-def test_a_graph_that_lacks_an_output(world, change, name, backend):
+def test_a_graph_that_lacks_an_output_is_refused(world, change, name, backend):
     pytest.importorskip(backend.split("-")[0])
     folder = rehashed(world.copy("bundle", model=graph(change)))
     with pytest.raises(PhregError, match=f"expected {name} as well"):
         FeatureExtractor.load(folder, backend, threads=1)
 
 
-def test_a_graph_that_answers_in_another_shape(world):
+def test_a_graph_with_outputs_of_another_shape_is_refused(world):
     """Two outputs exchange their names."""
 
     def exchange(model):
@@ -72,7 +72,7 @@ def test_a_graph_that_answers_in_another_shape(world):
         extractor(np.zeros((64, 64, 3), np.uint8))
 
 
-def test_a_graph_that_cannot_run(world):
+def test_a_graph_that_cannot_run_is_refused(world):
     """The graph reshapes to another size: it loads, and fails at the first image."""
     import onnx
 

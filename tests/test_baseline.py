@@ -108,7 +108,7 @@ def test_batches_and_sizes_are_compared(gate):
 
 
 @pytest.mark.parametrize("value", ["-0.9", "nan", "inf", "much"])
-def test_a_tolerance_that_is_none(world, run_cli, value):
+def test_a_tolerance_out_of_range_is_refused(world, run_cli, value):
     run_cli("profile", world.bundle, "--tolerance", value, "--json").refused(2, "--tolerance", value)
 
 
@@ -136,7 +136,7 @@ OTHERS = {  # id: (file, what the message says)
 
 
 @pytest.mark.parametrize("name", OTHERS)
-def test_a_file_that_is_no_baseline_is_named_for_what_it_is(world, run_cli, name):
+def test_a_file_that_is_no_baseline_is_described(world, run_cli, name):
     data, said = OTHERS[name]
     (world.tmp / "b.json").write_bytes(data)
     outcome = run_cli("profile", world.bundle, "--baseline", world.tmp / "b.json", "--json")

@@ -117,7 +117,7 @@ def test_the_proposal_repairs_it(bundle, tmp_path, place):
 
 
 @pytest.mark.parametrize("precision", ["fp16", "fp32"])
-def test_a_healthy_bundle_has_no_place(bundle, tmp_path, precision):
+def test_nothing_is_found_in_a_correct_bundle(bundle, tmp_path, precision):
     report = find(write_fp16(bundle, tmp_path / "healthy", precision=precision))
     assert (report.first, report.proposal) == (None, None)
     assert all(step.bad_values == 0 for step in report.steps)

@@ -33,7 +33,7 @@ def test_a_capsule_of_torch_is_read_where_it_lies(torch):
     np.testing.assert_array_equal(part.numpy(), tensor[1].numpy())
 
 
-def test_what_is_borrowed_is_given_back_with_its_last_reader(torch):
+def test_borrowed_memory_is_given_back_with_its_last_reader(torch):
     class Mine(np.ndarray):
         pass
 
@@ -87,12 +87,12 @@ def test_memory_elsewhere_is_refused_and_given_back():
 
 
 @pytest.mark.parametrize("dtype", ["bool", "complex64"])
-def test_types_without_a_meaning_here_are_refused(dtype):
+def test_bool_and_complex_arrays_are_refused(dtype):
     with pytest.raises(PhregError, match="got DLPack type code"):
         from_capsule(consecutive(dtype=dtype).__dlpack__(), expected=(CPU,))
 
 
-def test_bfloat16_is_refused_in_words(torch):
+def test_bfloat16_is_refused_with_the_reason(torch):
     with pytest.raises(PhregError, match="type code 4 with 16 bits, expected integers or floats that numpy knows"):
         from_capsule(torch.zeros(3, dtype=torch.bfloat16).__dlpack__(), expected=(CPU,))
 
@@ -114,7 +114,7 @@ class Offer:
 
 
 @pytest.mark.parametrize(("stream", "asked"), [(None, 1), (0, 1), (7, 7)])
-def test_the_producer_is_told_the_stream_that_reads(stream, asked):
+def test_the_producer_gets_the_stream_that_reads(stream, asked):
     offer = Offer()
     array = as_device(offer, stream)
     assert offer.asked == [asked], "0 is forbidden there; 1 is the default stream"
@@ -129,7 +129,7 @@ def test_the_array_interface_is_read_with_its_stream(device):
     assert as_device(seen) is seen
 
 
-def test_managed_memory_counts_as_a_gpus():
+def test_managed_memory_counts_as_memory_of_a_gpu():
     assert on_gpu(Offer((MANAGED, 0)))
     assert as_device(Offer((MANAGED, 0))).device == (MANAGED, 0)
 
@@ -139,7 +139,7 @@ def test_a_producer_that_refuses_is_quoted(torch):
         as_device(Offer(error=BufferError("it requires grad")))
 
 
-def test_what_is_not_on_a_gpu_is_refused(torch):
+def test_arrays_that_are_not_on_a_gpu_are_refused(torch):
     for value in (consecutive(), torch.zeros(3), [1, 2], None, Offer(HOST)):
         assert not on_gpu(value)
         with pytest.raises(PhregError, match=f"got {type(value).__name__}, expected an array on a GPU"):

@@ -46,19 +46,19 @@ def test_the_bundles_themselves_pass_and_list_every_gate(world, which, run_cli):
     assert all({"name", "bar", "figure", "passed"} <= set(gate) for gate in outcome.document["gates"])
 
 
-def test_features_times_ten_with_another_class_token_and_norms(broken, run_cli):
+def test_scaled_features_with_another_class_token_and_norms_miss_a_gate(broken, run_cli):
     times(broken, features=10.0, token_norm=1.4)
     another_class_token(broken, np.random.default_rng(1).normal(size=broken.width))
     missed = gates_missed(run_cli, broken.save())
     assert {name for _, name in missed} >= {"relative_l2", "cls_cosine", "norm_bias", "norm_difference"}
 
 
-def test_one_garbage_token_in_every_image(broken, run_cli):
+def test_one_garbage_token_in_every_image_misses_a_gate(broken, run_cli):
     garbage_token(broken)
     assert ("own reference", "cosine_min") in gates_missed(run_cli, broken.save())
 
 
-def test_one_garbage_token_in_one_image_of_eight(broken, world, run_cli):
+def test_one_garbage_token_in_one_image_of_eight_misses_a_gate(broken, world, run_cli):
     """The bundle's exam does not hold this image: only the comparison on photographs sees the error."""
     images = pictures(broken.folder, world.photos).batch(0, LIMIT).astype(int)
     alone = np.abs(images[3] - np.delete(images, 3, axis=0)).min(0)
@@ -71,7 +71,7 @@ def test_one_garbage_token_in_one_image_of_eight(broken, world, run_cli):
     assert (f"PyTorch {world.student}", "cosine_min") in missed
 
 
-def test_the_class_token_of_another_image(broken, world, run_cli):
+def test_the_class_token_of_another_image_misses_a_gate(broken, world, run_cli):
     images = pictures(broken.folder, world.photos)
     with FeatureExtractor.load(broken.folder, "onnxruntime-cpu") as extractor:
         other = extractor.run(images.batch(0, 1))["cls"]
@@ -83,20 +83,20 @@ def test_the_class_token_of_another_image(broken, world, run_cli):
     assert ("own reference", "cls_cosine") in missed
 
 
-def test_features_that_are_shifted_by_one_patch(broken, run_cli):
+def test_features_shifted_by_one_patch_miss_a_gate(broken, run_cli):
     shifted(broken)
     assert ("own reference", "cosine_p1") in gates_missed(run_cli, broken.save())
 
 
 @pytest.mark.parametrize("factor", [0.95, 1.05])
-def test_token_norms_that_are_off_by_five_percent(broken, run_cli, factor):
+def test_token_norms_off_by_five_percent_miss_a_gate(broken, run_cli, factor):
     times(broken, token_norm=factor)
     assert {name for _, name in gates_missed(run_cli, broken.save())} >= {"norm_bias"}
 
 
 @pytest.mark.parametrize("precision", GATES)
 @pytest.mark.parametrize("exam", [True, False])
-def test_thirteen_garbage_tokens_of_1369(precision, exam):
+def test_thirteen_garbage_tokens_of_1369_miss_a_gate(precision, exam):
     """They are fewer than one in a hundred: the 1st percentile does not see them."""
     rng = np.random.default_rng(0)
     true = {"features": rng.normal(size=(1, 37, 37, 64)), "token_norm": rng.uniform(5, 6, (1, 37, 37))}

@@ -44,7 +44,7 @@ def test_an_engine_and_its_sidecar_are_written_and_serve(copy_bundle, name, tens
         assert extractor(np.zeros((64, 64, 3), np.uint8)).features.shape == (1, 8, 8, 48)
 
 
-def test_the_table_says_what_was_built(copy_bundle, tensorrt):
+def test_the_table_describes_the_engine(copy_bundle, tensorrt):
     done = invoke("build", copy_bundle("fp16_bundle"))
     assert done.code == 0
     assert "Engine for NVIDIA Fake (SM 8.9), TensorRT 10.16.1" in done.out
@@ -53,7 +53,7 @@ def test_the_table_says_what_was_built(copy_bundle, tensorrt):
     assert "Traceback" not in done.err
 
 
-def test_a_plan_is_built_with_float32_that_stays_float32(copy_bundle, tensorrt):
+def test_float32_is_built_without_tf32(copy_bundle, tensorrt):
     assert build(copy_bundle("bundle")).code == 0
     (config,) = tensorrt.builds
     assert config._flags == set()

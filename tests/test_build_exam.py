@@ -45,7 +45,7 @@ def test_an_engine_that_lacks_eight_bit_layers_is_not_kept(copy_bundle, tensorrt
 
 
 @pytest.mark.parametrize("name", ["bundle", "wide_bundle"])
-def test_an_engine_that_answers_wrongly_is_not_kept(copy_bundle, tensorrt, name):
+def test_an_engine_with_wrong_outputs_is_not_kept(copy_bundle, tensorrt, name):
     folder, tensorrt.zeroed_weights = copy_bundle(name), "blocks.1.mlp.fc1.weight"
     done = build(folder)
     done.refused(3, "parity:", "The engine was not kept", "--bisect")
@@ -54,7 +54,7 @@ def test_an_engine_that_answers_wrongly_is_not_kept(copy_bundle, tensorrt, name)
     assert leftovers(folder) == []
 
 
-def test_force_keeps_an_engine_that_answers_wrongly_and_says_so(copy_bundle, tensorrt):
+def test_force_keeps_an_engine_with_wrong_outputs_and_reports_it(copy_bundle, tensorrt):
     folder, tensorrt.zeroed_weights = copy_bundle("bundle"), "blocks.1.mlp.fc1.weight"
     done = build(folder, "--force")
     assert done.code == 0
@@ -63,7 +63,7 @@ def test_force_keeps_an_engine_that_answers_wrongly_and_says_so(copy_bundle, ten
     assert "Missed: 1st-percentile patch cosine" in invoke("build", folder).out
 
 
-def test_an_engine_that_was_good_stays_when_a_forced_one_is_refused(copy_bundle, tensorrt):
+def test_a_good_engine_stays_when_a_forced_one_is_refused(copy_bundle, tensorrt):
     folder = copy_bundle("fp16_bundle")
     build(folder)
     before = [(folder / "engines" / name).read_bytes() for name in plan_files(folder)]

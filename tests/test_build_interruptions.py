@@ -86,7 +86,7 @@ def test_an_interrupted_build_leaves_nothing(copy_bundle, tensorrt, at):
     assert build(folder).code == 0
 
 
-def test_a_bar_that_cannot_be_drawn_stops_the_build(copy_bundle, tensorrt, monkeypatch):
+def test_a_progress_bar_that_cannot_be_drawn_stops_the_build(copy_bundle, tensorrt, monkeypatch):
     from phreg_deploy.progress import Bars
 
     def broken(*_, **__):

@@ -44,7 +44,7 @@ def test_an_engine_of_another_tensorrt_is_refused(copy_bundle, device, tensorrt,
         FeatureExtractor.load(folder, "tensorrt")
 
 
-def test_an_old_tensorrt_says_which_compatibility_it_lacks(copy_bundle, device, monkeypatch):
+def test_a_compatibility_that_an_old_tensorrt_lacks_is_refused(copy_bundle, device, monkeypatch):
     fake_gpu.install(monkeypatch, device, fake_gpu.FakeTensorRT(device, "10.3.0"))
     build(copy_bundle("bundle"), "--compat", "same-cc").refused(2, "got same-cc, which TensorRT 10.3.0 does not have")
 
@@ -133,12 +133,12 @@ def test_without_tensorrt_build_says_what_to_install(copy_bundle, no_tensorrt):
     build(copy_bundle("bundle")).refused(4, "TensorRT: it is not installed", "phreg-deploy[trt]")
 
 
-def test_without_a_gpu_build_says_so(copy_bundle, device, tensorrt):
+def test_without_a_gpu_build_is_refused(copy_bundle, device, tensorrt):
     device.installed = 0
     build(copy_bundle("bundle")).refused(4, "no usable NVIDIA driver or GPU", "phreg-deploy doctor")
 
 
-def test_where_cuda_does_not_start_build_says_so(copy_bundle, tensorrt):
+def test_build_is_refused_if_cuda_does_not_start(copy_bundle, tensorrt):
     tensorrt.starts = False
     build(copy_bundle("bundle")).refused(4, "cannot build here", "CUDA initialization failure")
 

@@ -74,7 +74,7 @@ def few(w, copies):
     return folder
 
 
-def test_a_calibrated_bundle_says_what_was_done(world, run_cli, photos):
+def test_a_calibrated_bundle_records_its_calibration(world, run_cli, photos):
     outcome = run_cli(*command(world))
     assert outcome.code == 0, outcome.err
     report = outcome.document
@@ -109,7 +109,7 @@ def test_a_calibrated_bundle_says_what_was_done(world, run_cli, photos):
     assert leftovers(world.tmp) == []
 
 
-def test_an_eight_bit_bundle_serves_what_float_serves(world, run_cli):
+def test_an_eight_bit_bundle_serves_the_features_of_float(world, run_cli):
     image = world.photos / "frame-05.jpg"
     answers = []
     for folder in (world.bundle, world.eight):
@@ -125,7 +125,7 @@ def test_an_eight_bit_bundle_serves_what_float_serves(world, run_cli):
     assert [c["with"] for c in report["comparisons"]] == ["own reference", f"PyTorch {world.student}"]
 
 
-def test_a_range_of_sizes_and_batches_stays_one(wide_bundle, wide_eight):
+def test_a_range_of_sizes_and_batches_is_kept(wide_bundle, wide_eight):
     images = np.random.default_rng(0).integers(0, 256, (3, 48, 96, 3), dtype=np.uint8)
     loaded = [FeatureExtractor.load(folder, backend="onnxruntime-cpu") for folder in (wide_eight, wide_bundle)]
     eight, full = (extractor.run(images) for extractor in loaded)
@@ -169,7 +169,7 @@ def test_force_writes_it_and_it_is_marked_in_its_manifest(world, run_cli, quick)
     assert run_cli("check", world.out, "--backend", "onnxruntime-cpu", "--json").document["missed"] == []
 
 
-def test_the_target_without_zero_points(world, run_cli, quick):
+def test_the_target_trt_has_no_zero_points(world, run_cli, quick):
     outcome = run_cli(*command(world, "--target", "trt"))
     assert outcome.code == 0, outcome.err
     model = onnx.load(world.out / "model.onnx")
@@ -270,7 +270,7 @@ def test_export_in_eight_bits_is_export_and_calibrate(world, run_cli):
     assert [p.name for p in world.tmp.iterdir()] == ["out"], "the FP32 bundle on the way is gone"
 
 
-def test_unreadable_images_are_skipped_and_said(world, run_cli, quick):
+def test_unreadable_images_are_skipped_and_reported(world, run_cli, quick):
     folder = world.tmp / "mixed"
     shutil.copytree(world.photos, folder)
     (folder / "broken.jpg").write_bytes(b"")

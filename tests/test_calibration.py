@@ -71,7 +71,7 @@ def test_folding_alone_changes_nothing(family):
 
 @pytest.mark.parametrize("target", ["cpu", "trt"])
 @pytest.mark.parametrize("family", EVERY)
-def test_pairs_stand_around_weight_products_and_nowhere_else(family, target):
+def test_quantize_dequantize_pairs_surround_weight_products_alone(family, target):
     here = traced(family)
     graph, zeros = here.eight_bits(target), set()
     onnx.checker.check_model(graph)
@@ -159,7 +159,7 @@ def test_register_rows_are_left_out_of_hidden_ranges_alone():
     assert differs == {"hidden"}
 
 
-def test_no_image_is_no_range():
+def test_ranges_without_images_are_refused():
     here = traced("augreg")
     with pytest.raises(PhregError, match="no image"):
         ranges_module.observe_ranges(here.graph, here.linears, here.spec, [], lambda _count: None)
@@ -239,7 +239,7 @@ def test_rounding_falls_back_where_moments_cannot_be_inverted(moments):
     assert np.isfinite(steps).all()
 
 
-def test_a_dead_input_is_rounded_as_it_is():
+def test_an_input_that_is_always_zero_is_rounded_plainly():
     _, weight = correlated()
     values, _ = rounding.round_weight(weight, np.zeros((150, 150)))
     np.testing.assert_array_equal(values, quantise_weight(weight)[0])
@@ -269,7 +269,7 @@ except BackendMissing as error:
 """
 
 
-def test_the_door_opens_without_onnx_and_the_call_names_what_is_missing(tmp_path):
+def test_calibrate_is_imported_without_onnx_and_its_call_names_what_is_missing(tmp_path):
     photograph(0, 64, 64).save(tmp_path / "0.png")
     done = subprocess.run([sys.executable, "-c", DOOR, tmp_path], capture_output=True, text=True, check=False)
     modules = "'ml_dtypes', 'onnx', 'onnxruntime'"

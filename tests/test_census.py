@@ -80,7 +80,7 @@ def halves(here, layer):
     return [*(n for n in here.names if n != layer), f"{layer}.0", f"{layer}.1"]
 
 
-def test_a_bias_of_one_axis_is_found_out(here):
+def test_a_bias_of_one_axis_is_reported(here):
     graph = flat_bias(here.eight_bits("cpu"), "blocks.1.mlp.fc1")
     with pytest.raises(PhregError) as error:
         open_counted(graph, here.names)
@@ -90,12 +90,12 @@ def test_a_bias_of_one_axis_is_found_out(here):
     assert f"blocks.1.mlp.fc1: {reason}" in message
 
 
-def test_every_layer_that_is_lost_is_counted(here):
+def test_every_layer_in_float_is_counted(here):
     with pytest.raises(PhregError, match=r"census: 8 of 8 .* e\.g\. blocks\.0\.attn\.qkv: "):
         open_counted(flat_bias(here.eight_bits("trt"), *here.names), here.names)
 
 
-def test_one_signed_input_of_two_products_is_found_out(here):
+def test_one_signed_input_of_two_products_is_reported(here):
     model = here.eight_bits("cpu")
     session, census = open_counted(in_halves(model, LAYER, own=True), halves(here, LAYER))
     assert {f"{LAYER}.0", f"{LAYER}.1"} < set(census.integer)
@@ -117,7 +117,7 @@ def test_an_input_with_a_zero_point_may_be_shared(here, own):
     assert len(census.integer) == 9
 
 
-def test_weights_that_are_gone_are_found_out(here):
+def test_missing_weights_are_reported(here):
     with pytest.raises(PhregError, match=r"8 of 8 .* blocks\.0\.attn\.qkv: its 8-bit weights are gone"):
         open_counted(here.graph, here.names)
 
@@ -134,7 +134,7 @@ def test_a_graph_that_was_not_optimized_has_no_integer_kernel(here):
     assert list(census.floats) == here.names
 
 
-def test_a_graph_that_the_runtime_refuses_is_an_error_in_words(here):
+def test_a_graph_that_the_runtime_refuses_is_a_phreg_error(here):
     broken = onnx.ModelProto()
     broken.CopyFrom(here.graph)
     broken.graph.node[5].op_type = "NoSuchOperator"

@@ -111,7 +111,7 @@ def test_attention_that_is_kept_is_left_alone_and_so_are_kept_layers():
     assert inputs["blocks.1.mlp.fc1/MatMul"] == ["DequantizeLinear"] * 2
 
 
-def test_a_tensor_without_a_range_is_said():
+def test_a_tensor_without_a_range_is_reported():
     here = traced("augreg")
     with pytest.raises(PhregError, match="has no finite range"):
         write_fp8(here.graph, here.linears, {}, set())
@@ -140,7 +140,7 @@ def test_a_float_projection_is_left_whole():
 
 
 @pytest.mark.parametrize("mode", ["int8", "fp8"])
-def test_narrowing_moves_no_grid(mode):
+def test_narrowing_changes_no_scale(mode):
     """Every scale stays the same number, and no Cast stands between a DequantizeLinear and its product."""
     here = traced("augreg")
     model = written(here, mode)

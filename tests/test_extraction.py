@@ -52,7 +52,7 @@ def test_sub_folders_keep_their_paths_and_the_features_are_the_extractors(world,
             assert np.array_equal(stored, extractor(entry["image"], (48, 64)).features[0])
 
 
-def test_a_name_that_is_taken_gets_a_number(world, run_cli, pictures):
+def test_a_second_file_of_the_same_name_gets_a_number(world, run_cli, pictures):
     for name in ("A.JPG", "a.cls.png"):  # the second one's features have the name of the first one's class token
         photograph(1, 70, 60).save(pictures / name)
     report = extract(run_cli, world, pictures, pictures / "deep" / "a.jpg", "--skip-bad").document
@@ -106,7 +106,7 @@ def test_exif_can_be_turned_off(world, run_cli, pictures):
 
 
 @pytest.mark.parametrize("named", [True, False])
-def test_a_bad_file_is_left_out_and_said_by_the_exit_code(world, run_cli, pictures, named):
+def test_a_bad_file_is_left_out_and_changes_the_exit_code(world, run_cli, pictures, named):
     asked = [pictures / "a.png", pictures / "deep" / "broken.jpg"] if named else [pictures]
     outcome = extract(run_cli, world, *asked)
     outcome.refused(2, "broken.jpg", "holds the features of the others", "--skip-bad")
@@ -128,7 +128,7 @@ def interrupt(monkeypatch, at):
     monkeypatch.setattr(np, "save", save)
 
 
-def test_ctrl_c_keeps_what_is_done_and_resume_extracts_the_rest(world, run_cli, pictures, monkeypatch):
+def test_ctrl_c_keeps_finished_images_and_resume_extracts_the_rest(world, run_cli, pictures, monkeypatch):
     (pictures / "deep" / "broken.jpg").unlink()
     options = [pictures, "--outputs", "features,cls"]
     with monkeypatch.context() as patch:
@@ -162,7 +162,7 @@ def test_resume_extracts_an_image_that_changed(world, run_cli, pictures):
         assert np.array_equal(np.load(world.out / "a.npy"), extractor(pictures / "a.png").features[0])
 
 
-def test_ctrl_c_does_not_replace_an_output_by_less(world, run_cli, pictures, monkeypatch):
+def test_ctrl_c_does_not_replace_an_output_by_a_smaller_one(world, run_cli, pictures, monkeypatch):
     assert extract(run_cli, world, pictures, "--skip-bad").code == 0
     before = {name: (world.out / name).read_bytes() for name in files(world.out)}
     interrupt(monkeypatch, 3)
@@ -170,13 +170,13 @@ def test_ctrl_c_does_not_replace_an_output_by_less(world, run_cli, pictures, mon
     assert {name: (world.out / name).read_bytes() for name in files(world.out)} == before
 
 
-def test_resume_of_what_is_no_extraction_is_refused(world, run_cli, pictures):
+def test_resume_of_another_folder_is_refused(world, run_cli, pictures):
     world.out.mkdir()
     (world.out / "features.json").write_text("[]")
     extract(run_cli, world, pictures, "--resume").refused(2, "no whole features.json", "--force")
 
 
-def test_a_full_disk_is_called_full(world, run_cli, pictures, monkeypatch):
+def test_a_full_disk_is_reported_as_full(world, run_cli, pictures, monkeypatch):
     """As the system says it: ``np.save`` to a file would say how many bytes it asked for."""
     from pathlib import Path
 

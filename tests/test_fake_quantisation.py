@@ -48,7 +48,7 @@ def test_layers_have_the_names_and_kinds_of_the_graphs(family):
 
 
 @pytest.mark.parametrize("family", FUSED)
-def test_fake_eight_bits_are_the_bundles(family):
+def test_fake_int8_computes_what_the_bundle_computes(family):
     here = traced(family)
     session = open_session(here.eight_bits("cpu"))
     served = np.concatenate([features(session, batch) for batch in here.images])
@@ -61,7 +61,7 @@ def test_fake_eight_bits_are_the_bundles(family):
 
 @pytest.mark.parametrize("smoothing", [PLAIN, Smoothing(0.5, 0.3, None, registers=False)])
 @pytest.mark.parametrize("family", ["dinov2", "bare", "siglip"])
-def test_every_smoothing_is_the_bundles(family, smoothing):
+def test_every_smoothing_is_that_of_the_bundle(family, smoothing):
     here = traced(family)
     session = open_session(here.eight_bits("cpu", smoothing=smoothing))
     served = np.concatenate([features(session, batch) for batch in here.images])
@@ -83,7 +83,7 @@ def test_grids_are_those_of_calibrate(family):
 
 
 @pytest.mark.parametrize("family", ["augreg", "eva02-base"])
-def test_afterwards_everything_is_as_it_was(family):
+def test_the_model_is_unchanged_afterwards(family):
     here = traced(family)
     model = copy.deepcopy(here.model).train()
     state, before = {k: v.clone() for k, v in model.state_dict().items()}, run(model.eval(), here.batches)
@@ -122,7 +122,7 @@ def test_every_weight_learns_through_eight_bits():
         assert torch.cosine_similarity(a, b, dim=0) > 0.9, name
 
 
-def test_where_a_value_is_clipped_nothing_flows():
+def test_a_clipped_value_has_no_gradient():
     model = small("augreg", depth=1)
     layer = model.blocks[0].attn.qkv
     grid = Grid(np.zeros(48, np.float32), np.ones(48, np.float32), 0.01, 128)  # reaches from -1.27 to 1.27
@@ -185,7 +185,7 @@ def test_the_record_says_what_eight_bits_keep(aware):
     assert np.isfinite(record.history.loss).all()
 
 
-def test_without_being_asked_there_are_no_eight_bits(distilled):
+def test_int8_awareness_is_off_by_default(distilled):
     _, record = distilled
     assert record.recipe.int8 is False
     assert "int8" not in record.to_json()["scores"]

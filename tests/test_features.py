@@ -111,7 +111,7 @@ def test_one_extractor_serves_several_threads(bundles):
         np.testing.assert_array_equal(a, b)
 
 
-def test_a_closed_extractor_says_so(bundles):
+def test_a_closed_extractor_refuses_images(bundles):
     extractor = FeatureExtractor.load(bundles / "fixed", "onnxruntime-cpu")
     assert extractor.backend == "onnxruntime-cpu"
     assert extractor.choice == "onnxruntime-cpu: as asked"
@@ -121,7 +121,7 @@ def test_a_closed_extractor_says_so(bundles):
         extractor(np.zeros((56, 56, 3), np.uint8))
 
 
-def test_a_backend_that_is_not_here_is_refused(bundles, monkeypatch):
+def test_a_backend_that_is_not_installed_is_refused(bundles, monkeypatch):
     for module in ("tensorrt", "tensorrt_lean"):
         monkeypatch.setitem(sys.modules, module, None)
     with pytest.raises(BackendMissing, match="needs tensorrt, which is not installed"):
@@ -171,7 +171,7 @@ def test_a_drifting_machine_is_called_unstable():
 
 
 @pytest.mark.parametrize("backend", ["auto", "onnxruntime-cpu"])
-def test_a_gpu_that_is_asked_for_is_not_silently_a_processor(bundles, monkeypatch, backend):
+def test_a_requested_gpu_is_not_replaced_by_the_processor(bundles, monkeypatch, backend):
     monkeypatch.setattr("phreg_deploy.runtime.backends.registry.driver_present", lambda: False)
     with pytest.raises(PhregError, match=r"got GPU 3, but .* runs on the processor"):
         FeatureExtractor.load(bundles / "fixed", backend, device=3)

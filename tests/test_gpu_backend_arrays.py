@@ -72,7 +72,7 @@ def test_backends_of_the_processor_read_the_host_alone(bundle, device, name):
             extractor.run(fake_gpu.Array(device, random_frames()))
 
 
-def test_staged_answers_are_those_of_the_processor(copy_bundle, onnxruntime_gpu, device):
+def test_staged_outputs_equal_those_of_the_processor(copy_bundle, onnxruntime_gpu, device):
     with FeatureExtractor.load(copy_bundle("bundle"), "onnxruntime-cuda") as extractor:
         session = onnxruntime_gpu.sessions[0]
         for seed in range(4):
@@ -83,7 +83,7 @@ def test_staged_answers_are_those_of_the_processor(copy_bundle, onnxruntime_gpu,
             assert_same_outputs(to_host(on_gpu), wanted)
 
 
-def test_threads_take_turns_on_what_is_staged(copy_bundle, onnxruntime_gpu):
+def test_threads_take_turns_on_the_staging_buffers(copy_bundle, onnxruntime_gpu):
     with FeatureExtractor.load(copy_bundle("bundle"), "onnxruntime-cuda") as extractor:
         work = [random_frames(seed) for seed in range(6)]
         wanted = [extractor.run(image) for image in work]
@@ -95,7 +95,7 @@ def test_threads_take_turns_on_what_is_staged(copy_bundle, onnxruntime_gpu):
         assert run_in_threads(serve, range(6)) == []
 
 
-def test_closing_frees_what_is_staged(copy_bundle, onnxruntime_gpu, device):
+def test_closing_frees_the_staging_buffers(copy_bundle, onnxruntime_gpu, device):
     extractor = FeatureExtractor.load(copy_bundle("bundle"), "onnxruntime-cuda")
     extractor.run(random_frames())
     assert device.live()
@@ -106,7 +106,7 @@ def test_closing_frees_what_is_staged(copy_bundle, onnxruntime_gpu, device):
 @pytest.mark.parametrize(
     ("call", "at"), [("cudaStreamCreateWithFlags", 1), ("cudaMalloc", 1), ("cudaMalloc", 4), ("cudaMallocHost", 2)]
 )
-def test_staging_that_does_not_fit_leaves_nothing(copy_bundle, onnxruntime_gpu, device, call, at):
+def test_staging_buffers_that_do_not_fit_leave_nothing(copy_bundle, onnxruntime_gpu, device, call, at):
     device.fail_call(call, at)
     with pytest.raises(PhregError, match=f"out of memory in {call}"):
         FeatureExtractor.load(copy_bundle("bundle"), "onnxruntime-cuda")

@@ -25,7 +25,7 @@ def as_if(folder, precision):
 
 
 @pytest.mark.parametrize("name", GPU_NAMES)
-def test_the_build_for_the_processor_names_the_other_one(bundle, name):
+def test_the_build_for_the_processor_names_the_build_for_gpus(bundle, name):
     if len(onnxruntime.get_available_providers()) > 2:
         pytest.skip("this is the GPU build")
     done = invoke("check", bundle, "--backend", name, "--json")
@@ -33,7 +33,7 @@ def test_the_build_for_the_processor_names_the_other_one(bundle, name):
 
 
 @pytest.mark.parametrize("name", GPU_NAMES)
-def test_a_provider_that_was_dropped_silently_is_no_success(copy_bundle, onnxruntime_gpu, name):
+def test_a_provider_that_was_dropped_silently_is_an_error(copy_bundle, onnxruntime_gpu, name):
     onnxruntime_gpu.drops_providers = True
     with pytest.raises(
         BackendMissing, match=r"got CPUExecutionProvider: a library that it needs is missing.*phreg-deploy doctor"
@@ -50,7 +50,7 @@ def test_without_a_gpu_the_driver_is_named(copy_bundle, onnxruntime_gpu, device,
 
 @pytest.mark.parametrize("name", GPU_NAMES)
 @pytest.mark.parametrize("kind", sorted(HEAVY))
-def test_heavy_nodes_on_the_processor_are_no_success(copy_bundle, onnxruntime_gpu, name, kind):
+def test_heavy_nodes_on_the_processor_are_an_error(copy_bundle, onnxruntime_gpu, name, kind):
     onnxruntime_gpu.nodes_on_cpu = [
         ("patch/Shape", "Shape"),
         ("blocks.0.mlp.act/Heavy", kind),
@@ -67,7 +67,7 @@ def test_light_nodes_may_stay_on_the_processor(copy_bundle, onnxruntime_gpu):
     FeatureExtractor.load(copy_bundle("bundle"), "onnxruntime-cuda").close()
 
 
-def test_what_onnxruntime_itself_says_of_its_nodes_is_understood(bundle):
+def test_the_real_assignment_of_nodes_can_be_read(bundle):
     options = onnxruntime.SessionOptions()
     options.add_session_config_entry("session.record_ep_graph_assignment_info", "1")
     session = onnxruntime.InferenceSession(str(bundle / "model.onnx"), options, providers=["CPUExecutionProvider"])
@@ -95,7 +95,7 @@ def test_a_graph_that_cannot_be_loaded_is_refused(copy_bundle, onnxruntime_gpu, 
         ("fp8", "onnxruntime-tensorrt", "not offered for fp8; use --backend tensorrt"),
     ],
 )
-def test_what_a_provider_has_no_kernels_for_is_refused(bundle, onnxruntime_gpu, precision, name, words):
+def test_precisions_without_kernels_are_refused(bundle, onnxruntime_gpu, precision, name, words):
     with pytest.raises(PhregError, match=words):
         backends.open_backend(as_if(bundle, precision), name, BackendOptions())
     assert onnxruntime_gpu.sessions == []
@@ -112,7 +112,9 @@ def test_what_a_provider_has_no_kernels_for_is_refused(bundle, onnxruntime_gpu, 
         ("fp32", "onnxruntime-tensorrt", "fp32"),
     ],
 )
-def test_what_is_computed_in_is_said_and_nothing_else_taken(copy_bundle, onnxruntime_gpu, precision, name, compute):
+def test_the_precision_of_the_graph_is_reported_and_another_is_refused(
+    copy_bundle, onnxruntime_gpu, precision, name, compute
+):
     folder = copy_bundle("bundle")
     if name == "onnxruntime-cpu":
         onnxruntime_gpu.get_available_providers = lambda: ["CPUExecutionProvider"]
@@ -125,7 +127,7 @@ def test_what_is_computed_in_is_said_and_nothing_else_taken(copy_bundle, onnxrun
         backends.open_backend(as_if(folder, precision), name, BackendOptions(compute=other))
 
 
-def test_cuda_is_asked_for_full_float32(copy_bundle, onnxruntime_gpu):
+def test_cuda_computes_in_full_float32(copy_bundle, onnxruntime_gpu):
     FeatureExtractor.load(copy_bundle("bundle"), "onnxruntime-cuda").close()
     (session,) = onnxruntime_gpu.sessions
     ((name, options),) = session.asked
@@ -134,7 +136,7 @@ def test_cuda_is_asked_for_full_float32(copy_bundle, onnxruntime_gpu):
 
 
 @pytest.mark.parametrize(("name", "graph"), [("bundle", True), ("wide_bundle", False)])
-def test_a_graph_is_asked_for_where_every_call_has_one_shape(copy_bundle, onnxruntime_gpu, name, graph):
+def test_a_cuda_graph_is_used_if_every_call_has_one_shape(copy_bundle, onnxruntime_gpu, name, graph):
     FeatureExtractor.load(copy_bundle(name), "onnxruntime-cuda").close()
     assert ("enable_cuda_graph" in onnxruntime_gpu.sessions[0].asked[0][1]) == graph
 
@@ -161,7 +163,7 @@ def test_one_shape_needs_no_profile(copy_bundle):
     )
 
 
-def test_a_bundle_that_cannot_be_written_to_is_said(copy_bundle, onnxruntime_gpu):
+def test_a_bundle_that_cannot_be_written_to_is_refused(copy_bundle, onnxruntime_gpu):
     folder = copy_bundle("bundle")
     (folder / "engines").write_text("no folder")
     with pytest.raises(PhregError, match="copy the bundle where you may write"):

@@ -19,7 +19,7 @@ from tests.fake_machines import (
 NONE = "no libnvinfer_builder_resource"
 
 
-def test_no_gpu_at_all_is_short(tmp_path):
+def test_without_a_gpu_nothing_is_imported_or_proposed(tmp_path):
     machine = FakeMachine(tmp_path, packages={"cuda-bindings": "13.5.0", "onnxruntime": "1.31.1"})
     found = machine.findings()
     assert list(found) == ["NVIDIA driver", *PARTS]
@@ -29,7 +29,7 @@ def test_no_gpu_at_all_is_short(tmp_path):
     assert machine.tried == [], "nothing is imported for a GPU that is not there"
 
 
-def test_a_workstation_in_order(tmp_path):
+def test_a_complete_workstation_needs_nothing(tmp_path):
     machine = FakeMachine(
         tmp_path,
         FakeDriver(13020, (("NVIDIA H100", 90, 80 << 30), ("NVIDIA RTX A2000", 86, 12 << 30))),
@@ -62,14 +62,14 @@ def test_a_workstation_in_order(tmp_path):
         (12080, "12.2.0", ABSENT.format("cuda.bindings"), 'pip install --force-reinstall "cuda-python<13"'),
     ],
 )
-def test_cuda_python_against_the_driver(tmp_path, driver, bindings, said, mend):
+def test_cuda_python_must_match_the_driver(tmp_path, driver, bindings, said, mend):
     packages = {"cuda-bindings": bindings} if bindings else {}
     machine = FakeMachine(tmp_path, FakeDriver(driver), packages=packages, modules={"cuda.bindings.runtime": said})
     found = machine.findings()["cuda-python"]
     assert (found.usable, found.mend) == (mend is None, mend), found
 
 
-def test_tensorrt_that_imports_but_lacks_libraries(tmp_path):
+def test_tensorrt_that_lacks_libraries_is_not_usable(tmp_path):
     machine = FakeMachine(tmp_path, FakeDriver(), modules={"tensorrt": "11.4.0"})
     found = machine.findings()["TensorRT"]
     assert found.state == "11.4.0, without libnvinfer.so.11, libnvinfer_plugin.so.11, libnvonnxparser.so.11"
@@ -96,7 +96,7 @@ def test_tensorrt_that_imports_but_lacks_libraries(tmp_path):
         (90, (), f"{NONE} in"),
     ],
 )
-def test_the_builders_resources(tmp_path, architecture, resources, why):
+def test_tensorrt_without_resources_for_the_gpu_only_runs_engines(tmp_path, architecture, resources, why):
     machine = FakeMachine(tmp_path, FakeDriver(gpus=(("GPU", architecture, 1 << 30),)), modules={"tensorrt": "11.4.0"})
     add_tensorrt_wheel(machine, 11, resources)
     found = machine.findings()["TensorRT"]
@@ -106,7 +106,7 @@ def test_the_builders_resources(tmp_path, architecture, resources, why):
     assert ("builds" in found.state) == (why is not None)
 
 
-def test_lean_tensorrt(tmp_path):
+def test_lean_tensorrt_only_runs_engines(tmp_path):
     found = FakeMachine(tmp_path, FakeDriver(), modules={"tensorrt_lean": "11.4.0"}).findings()["TensorRT"]
     assert found.usable
     assert "lean 11.4.0: runs engines built with compatibility version, builds none" in found.state
@@ -116,7 +116,7 @@ def test_lean_tensorrt(tmp_path):
     ("code", "words"),
     [(100, "--gpus all"), (34, "stubs"), (803, "reboot"), (802, "fabricmanager"), (9999, "nvidia-smi")],
 )
-def test_a_driver_that_does_not_start(tmp_path, code, words):
+def test_a_driver_that_does_not_start_is_explained(tmp_path, code, words):
     machine = FakeMachine(tmp_path, FakeDriver(12080, starts=code), ["libnvinfer.so.10"], {"cuda-bindings": "12.9"})
     machine.modules = {"cuda.bindings.runtime": "ok", "tensorrt_lean": "10.16.1"}
     found = machine.findings()
@@ -127,7 +127,7 @@ def test_a_driver_that_does_not_start(tmp_path, code, words):
         assert found[part].state.endswith("waits for a GPU")
 
 
-def test_a_driver_without_gpus_or_with_a_lost_one(tmp_path):
+def test_a_driver_without_gpus_and_a_gpu_that_fails_are_reported(tmp_path):
     found = FakeMachine(tmp_path, FakeDriver(gpus=())).findings()["NVIDIA driver"]
     assert (found.state, found.usable) == ("CUDA 13.0, 0 GPUs", False)
     assert "nvidia-smi" in found.mend
@@ -137,7 +137,7 @@ def test_a_driver_without_gpus_or_with_a_lost_one(tmp_path):
     assert found.usable
 
 
-def test_nothing_raises(tmp_path):
+def test_an_error_in_any_probe_is_a_finding(tmp_path):
     machine = FakeMachine(tmp_path, object())
     machine.packages = {"cuda-bindings": "broken", "nvidia-ml-py": "13.0"}
     machine.modules = {"tensorrt": "no version"}
@@ -157,7 +157,7 @@ def test_nothing_raises(tmp_path):
     assert [f.usable for f in find_gpu_parts(around)] == [False] * 6
 
 
-def test_an_import_that_crashes_its_process_is_told():
+def test_an_import_that_crashes_its_process_is_reported():
     assert attempt("print('first'); print('last')") == (True, "last")
     assert attempt("import os; os.abort()") == (False, "exit code -6")
     worked, said = attempt("import no_such_module")
@@ -166,7 +166,7 @@ def test_an_import_that_crashes_its_process_is_told():
     assert "timed out" in attempt("import time; time.sleep(20)", 1)[1]
 
 
-def test_the_real_machine():
+def test_this_machine_gives_every_finding():
     found = {f.part: f for f in find_gpu_parts()}
     assert set(found) - {"JetPack"} == {"NVIDIA driver", *PARTS}
     try:

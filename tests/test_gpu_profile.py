@@ -53,7 +53,7 @@ def profiled(extractor=None, *, telemetry=None, peaks=None, metadata=None, **cha
     return gpu.profile_gpu(extractor or fake_extractor(), request, **how)
 
 
-def test_the_whole_report():
+def test_the_report_holds_every_measurement():
     extractor, going, frames = fake_extractor(), [], []
     watch = SimpleNamespace(start=lambda: going.append(1), stop=lambda: going.append(0), summary=frames.append)
     watch.measure_idle = lambda seconds: 7.5
@@ -74,7 +74,7 @@ def test_the_whole_report():
     assert (report["idle_power"], report["missing"], report["model"]["registers"]) == (7.5, {}, 1)
 
 
-def test_a_backend_that_tells_less_is_said():
+def test_what_a_backend_cannot_measure_is_listed_as_missing():
     report = profiled(fake_extractor(parts=False), peaks=Peaks(None, 1e11)).to_json()
     assert [(r["graph"], "compute" in r) for r in report["results"]] == [(None, False)]
     assert report["results"][0]["latency"]["min"] >= 10
@@ -92,13 +92,13 @@ def test_a_backend_that_tells_less_is_said():
         ({"fps": 0}, "fps: got 0"),
     ],
 )
-def test_what_cannot_be_is_refused_before_anything_runs(changes, said):
+def test_impossible_requests_are_refused_before_anything_runs(changes, said):
     with pytest.raises(PhregError, match=said):
         profiled(extractor := fake_extractor(), **changes)
     assert extractor.runs == []
 
 
-def test_what_registers_cost():
+def test_the_cost_of_registers_is_the_ratio_of_two_profiles():
     with_registers, without = profiled(streams=[]), profiled(streams=[])
     without.model["registers"] = 0
     without.results[0]["latency"]["p50_interval"] = [1.7, 1.9]

@@ -167,7 +167,7 @@ REFUSED = {
 
 
 @pytest.mark.parametrize("kind", REFUSED)
-def test_what_is_no_image_is_refused_with_the_reason(extractor, kind):
+def test_other_values_than_images_are_refused_with_the_reason(extractor, kind):
     make, fragment = REFUSED[kind]
     with pytest.raises(PhregError, match=fragment):
         extractor(make())

@@ -6,7 +6,7 @@ from phreg_deploy.doctor.system import Jetson, read_jetson
 from tests.fake_machines import FakeMachine, make_jetson
 
 
-def test_jetpack_6_2(tmp_path):
+def test_jetpack_6_2_can_use_its_tensorrt(tmp_path):
     found = make_jetson(tmp_path, "6.2+b77", "36.4.3", "10.3.0").findings()
     assert found["NVIDIA driver"].state == "CUDA 12.6, 1 GPU: Orin, SM 8.7, 32.0 GiB"
     assert found["JetPack"].state == "JetPack 6.2, L4T 36.4.3, NVIDIA Jetson AGX Orin Developer Kit"
@@ -41,7 +41,7 @@ def test_jetpack_7_2_with_tensorrt_11_4_0_is_refused(tmp_path):
         ((), (11, 4, 1), None),
     ],
 )
-def test_the_rule_of_jetpack(jetpack, tensorrt, why):
+def test_each_jetpack_accepts_the_tensorrt_that_supports_it(jetpack, tensorrt, why):
     said = Jetson("Orin", "", jetpack).refusal(tensorrt)
     assert said is None if why is None else why in said
 
@@ -49,12 +49,12 @@ def test_the_rule_of_jetpack(jetpack, tensorrt, why):
 @pytest.mark.parametrize(
     ("l4t", "jetpack"), [("36.4.3", (6,)), ("38.4", (7,)), ("39.2.0", (7, 2, 0)), ("39.2.1", (7, 2, 1)), ("41.0", ())]
 )
-def test_jetpack_in_a_container_is_told_by_l4t(tmp_path, l4t, jetpack):
+def test_jetpack_in_a_container_is_read_from_l4t(tmp_path, l4t, jetpack):
     make_jetson(tmp_path, None, l4t, "10.3.0")
     assert read_jetson(tmp_path).jetpack == jetpack
 
 
-def test_a_container_on_a_jetson_without_the_gpu(tmp_path):
+def test_a_container_without_the_jetsons_gpu_names_the_option(tmp_path):
     machine = FakeMachine(tmp_path, processor="aarch64")
     machine.write("proc/device-tree/compatible", "nvidia,p3737-0000\0nvidia,tegra234\0")
     found = machine.findings()
@@ -65,7 +65,7 @@ def test_a_container_on_a_jetson_without_the_gpu(tmp_path):
     assert read_jetson(tmp_path).jetpack == (), "what was removed does not count"
 
 
-def test_a_venv_that_does_not_see_jetpacks_tensorrt(tmp_path):
+def test_a_venv_that_hides_jetpacks_tensorrt_is_explained(tmp_path):
     machine = make_jetson(tmp_path, "6.2+b77", "36.4.3", "10.3.0")
     machine.modules.clear()
     machine.write("usr/lib/python3.10/dist-packages/tensorrt/__init__.py")

@@ -126,7 +126,7 @@ def test_imports_run_one_way(path):
         assert late or name not in LATE.get(room, ()), f"{path.name} imports {name} at its top"
 
 
-def test_no_rooms_import_each_other():
+def test_the_rule_has_no_circle():
     """The rule itself has no circle: every room stands above all that it may import."""
     below: dict[str, set[str]] = {}
 
@@ -157,14 +157,14 @@ def test_no_files_import_each_other():
 
 
 @pytest.mark.parametrize("path", FILES, ids=lambda p: str(p.relative_to(PACKAGE)))
-def test_heavy_modules_stay_in_heavy_rooms(path):
+def test_heavy_modules_are_imported_in_their_folders_alone(path):
     allowed = NEEDS.get(room_of(path), set())
     for name, _ in imports(path):
         top = name.split(".")[0]
         assert top not in HEAVY or top in allowed, f"{path} imports {name}"
 
 
-def test_what_runs_on_the_device_imports_no_torch_through_other_rooms():
+def test_folders_for_the_device_import_no_torch_indirectly():
     for room, may in MAY.items():
         if room in (
             "runtime",
@@ -178,7 +178,7 @@ def test_what_runs_on_the_device_imports_no_torch_through_other_rooms():
             assert not may & TORCH_ROOMS, room
 
 
-def test_the_rule_covers_every_room_and_names_no_ghost():
+def test_the_rule_covers_every_folder_and_no_other():
     assert set(MAY) == {room_of(p) for p in FILES}
 
 
@@ -187,7 +187,7 @@ def test_files_are_small(path):
     assert len(path.read_text().splitlines()) <= 300
 
 
-def test_rooms_are_small():
+def test_folders_are_small():
     lines = {path: len(path.read_text().splitlines()) for path in FILES}
     whole = sum(lines.values())
     for room in {room_of(path).split("/")[0] for path in FILES}:
@@ -204,7 +204,7 @@ def test_no_module_shadows_a_dependency():
 
 
 @pytest.mark.parametrize("name", ["calibration", "export", "runtime"])
-def test_rooms_are_linked_from_the_root(name):
+def test_folders_are_linked_from_the_root(name):
     link = ROOT / name
     assert link.is_symlink()
     assert not link.readlink().is_absolute()
@@ -229,7 +229,7 @@ with FeatureExtractor.load(sys.argv[1], sys.argv[4], threads=1) as extractor:
 
 @pytest.mark.parametrize("backend", ["onnxruntime-cpu", "openvino"])
 @pytest.mark.parametrize("which", ["bundle", "wide_bundle"])
-def test_the_runtime_serves_where_torch_is_not(request, which, backend, photos):
+def test_the_runtime_serves_without_torch(request, which, backend, photos):
     from phreg_deploy.runtime import FeatureExtractor
 
     pytest.importorskip({"onnxruntime-cpu": "onnxruntime"}.get(backend, backend))
@@ -263,7 +263,7 @@ print(json.dumps({"code": done.code, "err": done.err[-500:], "missed": done.docu
 """
 
 
-def test_calibration_runs_where_torch_is_not(bundle, photos, tmp_path):
+def test_calibration_runs_without_torch(bundle, photos, tmp_path):
     words = ["calibrate", bundle, "--images", photos, "-o", tmp_path / "eight", "--json"]
     blocked = ",".join(name for name in BLOCKED if name != "onnx")
     done = subprocess.run(

@@ -18,7 +18,7 @@ SHAPES = [(1, 4, 4, 3), (5,), (), (2, 0, 3), (3, 1, 2)]
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("shape", SHAPES)
-def test_numpy_reads_what_is_lent(dtype, shape):
+def test_numpy_reads_lent_arrays(dtype, shape):
     array = consecutive(shape, dtype)
     seen = np.from_dlpack(lend(array)[0])
     assert (seen.dtype, seen.shape) == (array.dtype, array.shape)
@@ -28,7 +28,7 @@ def test_numpy_reads_what_is_lent(dtype, shape):
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("shape", SHAPES)
-def test_torch_reads_and_writes_what_is_lent(torch, dtype, shape):
+def test_torch_reads_and_writes_lent_arrays(torch, dtype, shape):
     array = consecutive(shape, dtype)
     seen = torch.from_dlpack(lend(array)[0])
     np.testing.assert_array_equal(seen.numpy(), array)
@@ -36,7 +36,7 @@ def test_torch_reads_and_writes_what_is_lent(torch, dtype, shape):
     assert (array == 7).all(), "it is the same memory"
 
 
-def test_what_is_lent_lives_as_long_as_its_reader():
+def test_lent_memory_lives_as_long_as_its_reader():
     array, owner = lend(consecutive())
     seen = np.from_dlpack(array)
     del array
@@ -48,7 +48,7 @@ def test_what_is_lent_lives_as_long_as_its_reader():
     assert is_freed(owner)
 
 
-def test_torch_gives_back_what_it_was_lent(torch):
+def test_torch_gives_lent_memory_back(torch):
     array, owner = lend(consecutive())
     seen = torch.from_dlpack(array)
     del array
@@ -75,7 +75,7 @@ def test_a_reader_that_refuses_a_capsule_says_so_and_holds_nothing(reader):
     assert is_freed(owner)
 
 
-def test_numpy_refuses_memory_on_a_gpu_in_its_own_words():
+def test_numpy_refuses_memory_on_a_gpu():
     array, owner = lend(consecutive(), (GPU, 0))
     with pytest.raises((BufferError, RuntimeError), match=r"[Dd]evice"):  # the kind is numpy's, by version
         np.from_dlpack(array)
@@ -98,7 +98,7 @@ def test_a_thousand_capsules_leave_nothing():
     assert sum(owner() is not None for owner in owners) == 0
 
 
-def test_an_error_on_its_way_is_not_lost_when_a_reader_goes(torch):
+def test_an_error_is_not_lost_when_readers_are_freed_while_it_is_raised(torch):
     def fail():
         kept = (
             np.from_dlpack(lend(consecutive())[0]),
@@ -118,7 +118,7 @@ def test_a_capsule_says_where_its_memory_is(where):
     assert from_capsule(array.__dlpack__(), expected=(CPU, GPU)).device == where
 
 
-def test_the_array_interface_says_what_there_is(device):
+def test_the_array_interface_describes_the_array(device):
     array, _ = lend(consecutive((2, 3), "float16"), (GPU, 0))
     facts = array.__cuda_array_interface__
     assert facts == {
@@ -138,7 +138,7 @@ def test_memory_on_the_host_is_not_offered_as_memory_on_a_gpu():
     assert not hasattr(lend(consecutive())[0], "__cuda_array_interface__")
 
 
-def test_fresh_memory_goes_with_its_last_reader(device):
+def test_allocated_memory_is_freed_with_its_last_reader(device):
     cuda = Cuda()
     array = DeviceArray.allocate(cuda, (2, 3), np.dtype("float32"))
     assert device.live() == {"allocations": 1}

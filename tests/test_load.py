@@ -12,7 +12,7 @@ from phreg_deploy.profiling import load, timing
 from phreg_deploy.progress import SILENT
 
 
-def test_percentiles_and_the_medians_interval():
+def test_percentiles_and_the_interval_of_the_median_are_right():
     found = timing.describe(range(1, 1002))
     names = ("rounds", "min", "mean", "p50", "p90", "p95", "p99", "p99.9", "max", "std")
     std = np.sqrt((1001**2 - 1) / 12)
@@ -83,7 +83,7 @@ def test_an_error_in_a_stream_ends_all(at):
 
 
 @pytest.mark.parametrize(("service", "frames", "misses", "longest"), [(5, 50, 0, 5), (16, 38, 1, 238)])
-def test_frames_that_come_at_a_rate(service, frames, misses, longest):
+def test_frames_at_a_fixed_rate_are_missed_when_a_call_takes_too_long(service, frames, misses, longest):
     """At 100 frames a second; with 16 ms each, every frame waits 6 ms longer than the one before."""
     clock = SimpleNamespace(now=0.0, perf_counter=lambda: clock.now)
     clock.sleep = lambda seconds: setattr(clock, "now", clock.now + seconds)

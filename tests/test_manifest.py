@@ -56,7 +56,7 @@ EDITED_WIDE = {"sizes.sizes.1": [96, 96], "sizes.sizes.2": [640, 640], "batches.
 
 @pytest.mark.parametrize(("which", "path"), [("bundle", p) for p in EDITED] + [("wide_bundle", p) for p in EDITED_WIDE])
 @pytest.mark.parametrize("command", ["check", "inspect"])
-def test_an_edit_that_the_graph_contradicts(world, run_cli, command, which, path):
+def test_an_edit_that_the_graph_contradicts_is_refused(world, run_cli, command, which, path):
     folder = altered(world, which, path, {**EDITED, **EDITED_WIDE}[path])
     run_cli(command, folder, "--json").refused(2, "manifest.json and model.onnx disagree on " + path.split(".")[0])
 
@@ -104,7 +104,7 @@ ABSURD = {
 
 @pytest.mark.parametrize("verify", [True, False])
 @pytest.mark.parametrize("path", ABSURD)
-def test_absurd_values(world, path, verify):
+def test_absurd_values_are_refused(world, path, verify):
     value = ABSURD[path]
     if path == "files.model.onnx":
         data = json.loads((world.bundle / "manifest.json").read_text())
@@ -119,7 +119,7 @@ def test_absurd_values(world, path, verify):
 @pytest.mark.parametrize(
     "path", ["quantisation.fidelity", "quantisation.missed", "quantisation.images", "quantisation.target"]
 )
-def test_absurd_values_of_a_calibration(world, run_cli, path):
+def test_absurd_values_of_a_calibration_are_refused(world, run_cli, path):
     for value in ("x", 7, [], None):
         folder = altered(world, "eight", path, value)
         if (path, value) != ("quantisation.missed", []):
@@ -130,7 +130,7 @@ def test_absurd_values_of_a_calibration(world, run_cli, path):
 @pytest.mark.parametrize(
     "text", ["[" * 100_000, '{"format": ' + "9" * 5000 + "}", '{"format": 1e999}', '{"format": "\\ud800"}', "\ufeff{}"]
 )
-def test_json_that_python_cannot_parse(world, run_cli, text):
+def test_json_that_python_cannot_parse_is_refused(world, run_cli, text):
     folder = world.copy("bundle", manifest=text.encode())
     run_cli("inspect", folder, "--json").refused(2, "manifest.json")
     student = world.copy("student", phreg=text.encode())
@@ -197,7 +197,7 @@ def test_no_part_of_another_files_hash_is_printed(world, run_cli):
     assert hashlib.sha256(b"a password").hexdigest()[:8] not in outcome.err + outcome.out
 
 
-def test_paths_that_are_too_long(world, run_cli):
+def test_paths_that_are_too_long_are_refused(world, run_cli):
     long = world.tmp / ("x" * 300)
     deep = world.tmp / ("d/" * 3000)
     for path in (long, deep):
@@ -209,7 +209,7 @@ def test_paths_that_are_too_long(world, run_cli):
 
 @pytest.mark.parametrize("key", ["pretrained_cfg", "model_args"])
 @pytest.mark.parametrize("value", [7, [], "x", None])
-def test_a_students_configuration_of_other_types(world, run_cli, key, value):
+def test_a_students_configuration_of_other_types_is_refused(world, run_cli, key, value):
     def change(data):
         return json.dumps(json.loads(data) | {key: value}).encode()
 
@@ -217,7 +217,7 @@ def test_a_students_configuration_of_other_types(world, run_cli, key, value):
 
 
 @pytest.mark.parametrize("median", ["x", -1, 0, [], True])
-def test_a_students_median_of_another_type(world, run_cli, median):
+def test_a_students_median_of_another_type_is_refused(world, run_cli, median):
     def change(data):
         record = json.loads(data)
         record["scores"]["median_norm"] = median

@@ -84,12 +84,12 @@ def test_a_tensor_beyond_the_range_keeps_what_touches_it_in_fp32_and_nothing_els
     assert narrow(copy_of(traced), "bf16", largest).islands == {}, "BF16 has FP32's range"
 
 
-def test_a_value_just_within_the_range_is_no_island(traced):
+def test_a_value_just_within_the_range_keeps_nothing_in_fp32(traced):
     hidden = next(n for n in traced.model.graph.node if n.name == "blocks.1.mlp.act/Gelu").output[0]
     assert narrow(copy_of(traced), "fp16", {**traced.largest, hidden: LIMITS["fp16"] / ROOM * 0.99}).islands == {}
 
 
-def test_an_overflow_that_would_be_infinite_is_served_from_its_island():
+def test_an_overflow_that_would_be_infinite_is_computed_in_fp32():
     """A hidden unit of 1e5 is infinite in FP16; what it adds is small, so that only its own block half is an island."""
     model = small("augreg")
     with torch.no_grad():
@@ -109,7 +109,7 @@ def test_an_overflow_that_would_be_infinite_is_served_from_its_island():
 
 
 @pytest.mark.parametrize("pattern", ["blocks.0.attn", r"^blocks\.\d+/Add"])
-def test_what_a_user_keeps_stays_in_fp32(traced, pattern):
+def test_layers_that_a_user_keeps_stay_in_fp32(traced, pattern):
     narrowed = narrow(copy_of(traced), "fp16", traced.largest, [pattern])
     kinds = typed(narrowed.model)
     matching = [n for n in narrowed.model.graph.node if re.search(pattern, n.name)]
@@ -121,12 +121,12 @@ def test_what_a_user_keeps_stays_in_fp32(traced, pattern):
 @pytest.mark.parametrize(
     ("pattern", "words"), [("blocks.99.mlp", "fits no node"), ("blocks.(", "no regular expression")]
 )
-def test_a_pattern_that_means_nothing_is_said(traced, pattern, words):
+def test_a_pattern_that_matches_nothing_is_reported(traced, pattern, words):
     with pytest.raises(PhregError, match=re.escape(words)):
         narrow(copy_of(traced), "fp16", traced.largest, [pattern])
 
 
-def test_an_unknown_precision_is_said(traced):
+def test_an_unknown_precision_is_refused(traced):
     with pytest.raises(PhregError, match="expected fp16 or bf16"):
         narrow(copy_of(traced), "fp64")
 
@@ -163,7 +163,7 @@ def test_quantised_inputs_take_the_type_of_what_feeds_and_of_what_reads_them():
     assert order.count("Cast") == 0, order
 
 
-def test_float_tensors_are_the_floats(traced):
+def test_float_tensors_are_those_of_float_types(traced):
     names = float_tensors(traced.model)
     assert {"features", "token_norm", "blocks.0.attn.qkv.weight"} <= names
     assert "image" not in names

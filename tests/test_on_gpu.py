@@ -71,7 +71,7 @@ def test_a_damaged_plan_is_not_run(engine_of, tmp_path):
 
 
 @pytest.mark.parametrize("compatibility", ["version", "ampere+", "same-cc"])
-def test_a_compatible_plan_answers(engine_of, tmp_path, compatibility):
+def test_a_compatible_plan_passes_the_exam(engine_of, tmp_path, compatibility):
     target = Path(shutil.copytree(engine_of("fp16"), tmp_path / "copy"))
     shutil.rmtree(target / "engines")
     done = invoke("build", target, "--compat", compatibility, "--allow-unfused", "--json")
@@ -81,7 +81,7 @@ def test_a_compatible_plan_answers(engine_of, tmp_path, compatibility):
     assert done.document["missed"] == []
 
 
-def test_graphs_and_plain_calls_say_the_same(engine_of):
+def test_graphs_and_plain_calls_give_the_same_outputs(engine_of):
     with FeatureExtractor.load(engine_of("fp16"), "tensorrt") as extractor:
         answers = [extractor.run(random_frames(3)) for _ in range(4)]
         for other in answers[1:]:
@@ -89,7 +89,7 @@ def test_graphs_and_plain_calls_say_the_same(engine_of):
                 np.testing.assert_array_equal(other[name], value)
 
 
-def test_shapes_that_come_and_go_keep_their_answers(engine_of):
+def test_changing_shapes_do_not_change_outputs(engine_of):
     shapes = [(1, (64, 64)), (4, (96, 96)), (2, (48, 96))]
     work = [random_frames(seed, batch, size) for seed, (batch, size) in enumerate(shapes)]
     with FeatureExtractor.load(engine_of("fp32", "wide"), "tensorrt") as extractor:
@@ -100,7 +100,7 @@ def test_shapes_that_come_and_go_keep_their_answers(engine_of):
                     assert_close(extractor.run(image), wanted)
 
 
-def test_eight_threads_get_their_own_answers(engine_of):
+def test_eight_threads_get_their_own_outputs(engine_of):
     with FeatureExtractor.load(engine_of("fp16", "wide"), "tensorrt") as extractor:
         work = [random_frames(i, 1 + i % 3, [(64, 64), (48, 96)][i % 2]) for i in range(8)]
         wanted = [extractor.run(image) for image in work]
@@ -137,7 +137,7 @@ def test_closing_gives_the_memory_back(engine_of, gpu):
 
 
 @pytest.mark.parametrize("graph", [False, True])
-def test_the_parts_of_an_inference_are_all_of_it(engine_of, graph):
+def test_the_parts_of_an_inference_add_up_to_all_of_it(engine_of, graph):
     """Against one pair of events around the same work: the marks between the parts cost next to nothing."""
     from phreg_deploy.runtime.gpu.cuda import Event
 
@@ -163,7 +163,7 @@ def test_the_parts_of_an_inference_are_all_of_it(engine_of, graph):
         assert np.median([p["latency"] for p in parts]) == pytest.approx(np.median(whole), rel=0.05, abs=marks)
 
 
-def test_layers_add_up(engine_of):
+def test_every_layer_has_a_time(engine_of):
     with FeatureExtractor.load(engine_of("fp16"), "tensorrt") as extractor:
         times = extractor.opened.layers(extractor.feed(random_frames()), rounds=20)
         assert len(times) >= 3
@@ -177,12 +177,12 @@ def test_auto_measures_the_gpu_too(engine_of):
         assert "tensorrt (fp32)" in extractor.choice
 
 
-def test_the_doctor_sees_what_there_is(engine_of, gpu):
+def test_the_doctor_names_the_gpu(engine_of, gpu):
     done = invoke("doctor", "--json")
     assert gpu.gpu.name in done.out
 
 
-def test_bisect_finds_nothing_in_an_engine_that_is_well(engine_of):
+def test_bisect_finds_nothing_in_a_correct_engine(engine_of):
     from phreg_deploy.runtime.backends.options import BackendOptions
     from phreg_deploy.verify.bisection import bisect
 

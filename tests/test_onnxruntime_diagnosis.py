@@ -10,7 +10,7 @@ from phreg_deploy.runtime.gpu.libraries import needed_libraries
 from tests.fake_machines import ORT_CUDA, FakeDriver, FakeMachine, add_onnxruntime_gpu, shared_object
 
 
-def test_onnxruntime_without_cudnn(tmp_path):
+def test_onnxruntime_names_the_libraries_that_it_lacks(tmp_path):
     machine = FakeMachine(tmp_path, FakeDriver())
     add_onnxruntime_gpu(machine, ORT_CUDA)
     found = machine.findings()
@@ -29,7 +29,7 @@ def test_onnxruntime_without_cudnn(tmp_path):
     assert machine.findings()["onnxruntime on TensorRT"].usable, "the loader finds what no wheel brings"
 
 
-def test_other_states_of_onnxruntime(tmp_path):
+def test_onnxruntime_of_another_build_or_cuda_is_explained(tmp_path):
     machine = FakeMachine(tmp_path, FakeDriver(12080), packages={"onnxruntime": "1.31.1"})
     found = machine.findings()["onnxruntime on CUDA"]
     assert found.mend == 'pip uninstall onnxruntime, then pip install "phreg-deploy[gpu]"'
@@ -46,7 +46,7 @@ def test_other_states_of_onnxruntime(tmp_path):
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads ELF")
-def test_needed_libraries_of_real_files(tmp_path):
+def test_needed_libraries_are_read_from_elf_files(tmp_path):
     numpy = Path(import_module("numpy").__file__).parent
     real = next(p for p in sorted((numpy / "_core").glob("_multiarray_umath*.so")))
     assert any(name.startswith("libc.so") for name in needed_libraries(real))

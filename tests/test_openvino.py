@@ -77,7 +77,7 @@ def test_eight_bits_take_bfloat16_for_the_rest_where_it_is_fast(eight, monkeypat
         assert extractor.compute == "fp32"
 
 
-def test_bfloat16_where_the_processor_has_none(bundle, run_cli, monkeypatch):
+def test_bfloat16_is_refused_if_the_processor_has_none(bundle, run_cli, monkeypatch):
     without_bf16(monkeypatch)
     with load(bundle) as extractor:
         assert extractor.compute == "fp32"
@@ -108,7 +108,7 @@ def test_an_eight_bit_layer_that_runs_in_float_is_an_error(eight, run_cli, monke
 
 
 @exact_kernels
-def test_layers_that_were_left_in_float_may_be(bundle, photos, tmp_path):
+def test_layers_that_calibration_kept_in_float_may_run_in_float(bundle, photos, tmp_path):
     from phreg_deploy.calibration import calibrate
     from phreg_deploy.quantisation import Smoothing
 
@@ -178,7 +178,7 @@ def test_a_closed_extractor_frees_the_model(bundle):
         extractor.run(random_frames())
 
 
-def test_a_graph_that_openvino_refuses(world, run_cli):
+def test_a_graph_that_openvino_cannot_load_is_refused(world, run_cli):
     from tests.bundle_changes import graph, misname, rehashed
 
     folder = rehashed(world.copy("bundle", model=graph(misname)))
@@ -191,13 +191,13 @@ def test_a_graph_that_openvino_refuses(world, run_cli):
 
 
 @pytest.mark.parametrize("command", ["check", "profile"])
-def test_openvino_is_not_installed(bundle, run_cli, monkeypatch, command):
+def test_without_openvino_the_extra_is_named(bundle, run_cli, monkeypatch, command):
     monkeypatch.setitem(sys.modules, "openvino", None)
     outcome = run_cli(command, bundle, "--backend", "openvino", "--json")
     outcome.refused(4, "openvino", 'pip install "phreg-deploy[openvino]"')
 
 
-def test_a_wish_that_nobody_knows(bundle, run_cli):
+def test_unknown_options_are_refused(bundle, run_cli):
     run_cli("check", bundle, "--compute", "fp8", "--json").refused(2, "'fp8'", "fp32")
     for wish, words in (
         ({"compute": "int4"}, "compute: got 'int4'"),

@@ -27,7 +27,7 @@ def test_timm_states_the_licence_of_a_name(checkpoint):
     assert origin("vit_small_patch16_dinov3.lvd1689m", None)["license"] == "dinov3-license"
 
 
-def test_a_licence_that_nobody_stated_is_not_guessed(checkpoint):
+def test_an_unstated_licence_is_not_guessed(checkpoint):
     untagged = origin("vit_tiny_patch16_224", None, checkpoint)
     assert untagged == {"model": "vit_tiny_patch16_224", "license": None, "url": None, "hf_hub_id": None}
     assert origin("vit_tiny_patch16_224.mine", None, checkpoint)["license"] is None
@@ -43,7 +43,7 @@ def test_the_base_models_name_goes_from_folder_to_student_to_bundles(base, stude
         assert source["distilled"] == "transplant"
 
 
-def test_a_folder_says_its_own_licence_where_timm_knows_no_such_tag(world):
+def test_a_folder_states_its_own_licence_if_timm_does_not_know_its_tag(world):
     def own(data):
         config = json.loads(data)
         config["pretrained_cfg"].update(tag="mine", license="cc0-1.0")
@@ -58,7 +58,7 @@ def test_a_folder_says_its_own_licence_where_timm_knows_no_such_tag(world):
     }
 
 
-def test_a_record_from_before_licences_were_kept(world):
+def test_a_record_without_a_licence_is_read(world):
     def old(source):
         def change(data):
             return json.dumps({**json.loads(data), "source": source}).encode()
@@ -82,7 +82,7 @@ def test_inspect_shows_licence_and_origin(world, run_cli):
             assert words in shown.out
 
 
-def test_a_source_from_before_licences_were_kept_is_shown():
+def test_a_source_without_a_licence_is_shown():
     rows = dict(source_rows({"model": "student", "weights_sha256": "ab" * 32, "distilled": "transplant"}))
     assert rows["base model"].startswith("student, weights abab")
     assert rows["license of its weights"] == "not recorded"

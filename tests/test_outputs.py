@@ -64,7 +64,7 @@ def test_an_output_that_exists_needs_force(world, run_cli, command):
 
 
 @pytest.mark.parametrize("command", WRITERS)
-def test_an_output_that_cannot_be(world, run_cli, command):
+def test_an_impossible_output_is_refused(world, run_cli, command):
     run_cli(*WRITERS[command](world, world.tmp / "no" / "out"), "--json").refused(
         2, "there is no folder", "create it first"
     )
@@ -78,7 +78,7 @@ def test_an_output_that_cannot_be(world, run_cli, command):
 
 @pytest.mark.parametrize(("number", "fragments"), [(errno.EROFS, ["Read-only"]), (errno.EACCES, ["Permission denied"])])
 @pytest.mark.parametrize("command", WRITERS)
-def test_a_folder_that_cannot_be_written(world, run_cli, monkeypatch, command, number, fragments):
+def test_a_folder_that_cannot_be_written_is_refused(world, run_cli, monkeypatch, command, number, fragments):
     words = WRITERS[command](world, world.out)
     refuse(monkeypatch, Path, "mkdir", number, when=lambda path, *_: path.parent == world.tmp)
     run_cli(*words, "--json").refused(2, "cannot be written to", "choose another folder", *fragments)
@@ -86,7 +86,7 @@ def test_a_folder_that_cannot_be_written(world, run_cli, monkeypatch, command, n
 
 
 @pytest.mark.parametrize("command", WRITERS)
-def test_an_output_without_a_name(world, run_cli, monkeypatch, command):
+def test_an_output_without_a_name_is_refused(world, run_cli, monkeypatch, command):
     words = WRITERS[command](world, ".", "--force")
     monkeypatch.chdir(world.tmp)
     run_cli(*words, "--json").refused(2, "output")
@@ -114,7 +114,7 @@ STAGES = {
 
 
 @pytest.mark.parametrize("stage", STAGES)
-def test_a_full_disk_says_so_and_leaves_nothing(world, run_cli, monkeypatch, stage):
+def test_a_full_disk_is_reported_and_leaves_nothing(world, run_cli, monkeypatch, stage):
     command, options, (holder, name), kind = STAGES[stage]
     options = [world.tmp / "cache" if o == "CACHE" else o for o in options]
     words = WRITERS[command](world, world.out, *options)
@@ -137,7 +137,7 @@ WRITES = {
 
 
 @pytest.mark.parametrize("stage", WRITES)
-def test_a_write_that_the_system_refuses(world, run_cli, limited, stage):
+def test_a_write_that_the_system_refuses_leaves_nothing(world, run_cli, limited, stage):
     """A real limit on file sizes, to meet every library's own way to fail."""
     command, options, size = WRITES[stage]
     options = [world.tmp / "cache" if o == "CACHE" else o for o in options]
@@ -217,7 +217,7 @@ def test_a_page_or_picture_in_a_read_only_folder_is_refused_before_any_work(
     assert list(world.tmp.iterdir()) == []
 
 
-def test_a_file_on_a_read_only_file_system_is_a_message(tmp_path, monkeypatch):
+def test_a_read_only_file_system_is_a_message(tmp_path, monkeypatch):
     """There the system refuses even to remove a file that does not exist."""
     from phreg_deploy.errors import PhregError
     from phreg_deploy.files.atomic import write_atomic

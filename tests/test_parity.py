@@ -68,7 +68,7 @@ def test_images_of_several_sizes_count_together():
 @pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
 @pytest.mark.parametrize("tensor", ["features", "cls", "token_norm"])
 @pytest.mark.parametrize("place", [0, 1, 2])
-def test_one_bad_value_in_one_batch_spoils_all(value, tensor, place):
+def test_one_bad_value_in_one_batch_misses_the_gates(value, tensor, place):
     pairs = [(run(i), run(i)) for i in range(3)]
     pairs[place][0][tensor].reshape(-1)[3] = value
     parity = gathered(pairs)
@@ -78,7 +78,7 @@ def test_one_bad_value_in_one_batch_spoils_all(value, tensor, place):
     assert parity.cosine_p1 == 0.0
 
 
-def test_nothing_gathered_passes_nothing():
+def test_a_run_without_figures_passes_no_gate():
     assert missed_gates(ParityAccumulator().parity(), "int8") != []
 
 
@@ -95,7 +95,7 @@ def test_neighbours_are_looked_for_among_a_sample_of_large_grids():
 
 @pytest.mark.parametrize("exam", [False, True])
 @pytest.mark.parametrize("precision", GATES)
-def test_gates_of_every_precision(precision, exam):
+def test_each_precision_has_its_gates(precision, exam):
     """Each bar is a gate of its own: just beyond it one sentence is given, at it none."""
     bars = exam_bars(precision) if exam else GATES[precision]
     assert missed_gates(PASSES, precision, exam=exam) == []
@@ -132,7 +132,7 @@ def test_a_model_without_class_token_has_no_gate_on_it():
     assert "cls_cosine" not in {gate.name for gate in gates_of(without, "fp32")}
 
 
-def test_an_output_that_is_lost_is_an_error():
+def test_a_missing_output_is_an_error():
     got = run(0)
     del got["cls"]
     with pytest.raises(PhregError, match="got no cls, which the reference has"):

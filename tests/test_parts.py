@@ -119,7 +119,7 @@ def test_the_student_holds_fewer_activations(family):
 # --- `distill`
 
 
-def test_an_interrupted_run_goes_on_in_parts(base, photos, tmp_path):
+def test_an_interrupted_run_can_be_resumed_in_parts(base, photos, tmp_path):
     """--resume compares neither option; the student is the same to rounding."""
     settings = {"epochs": 2, "batch": 8, "views": 3, "device": "cpu", "precision": "fp32", "lr": 1e-6}
     run = functools.partial(distill, str(base), photos, cache=tmp_path / "cache", **settings)

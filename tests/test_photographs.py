@@ -43,7 +43,7 @@ def test_16_bit_grey_uses_its_full_range():
 
 
 @pytest.mark.parametrize("mode", ["1", "L", "LA", "P", "RGBA", "CMYK", "YCbCr", "HSV", "I;16", "I;16B"])
-def test_modes_of_pillow(mode):
+def test_every_mode_of_pillow_is_read(mode):
     image = photograph(1, 20, 16).convert("L" if mode.startswith("I;16") else mode)
     grey = np.asarray(image)
     if mode.startswith("I;16"):
@@ -129,7 +129,7 @@ SOURCES = [(640, 480), (479, 640), (225, 225), (151, 467), (521, 257), (240, 320
 @pytest.mark.parametrize("interpolation", ["bicubic", "bilinear"])
 @pytest.mark.parametrize("size", [(224, 224), (240, 320)])
 @pytest.mark.parametrize("crop_mode", ["squash", "center"])
-def test_fit_is_timms_transform_bit_for_bit(torch, crop_mode, size, interpolation, crop_pct):
+def test_fit_equals_timms_transform_bit_for_bit(torch, crop_mode, size, interpolation, crop_pct):
     from timm.data import create_transform
 
     whole = create_transform(
@@ -151,7 +151,7 @@ def test_fit_is_timms_transform_bit_for_bit(torch, crop_mode, size, interpolatio
         assert np.array_equal(np.rint(255 * back).astype(np.uint8), got)
 
 
-def test_center_crops_and_squash_keeps():
+def test_center_crops_the_edges_and_squash_keeps_them():
     image = np.zeros((100, 300, 3), dtype=np.uint8)
     image[:, :60] = 255  # a mark at the left edge of a wide image
     wide = Image.fromarray(image)
@@ -165,7 +165,7 @@ def test_an_image_of_the_right_size_is_left_alone(interpolation):
     assert np.array_equal(fit(image, (32, 40), Preprocess(HALF, HALF, interpolation, "squash", 1.0)), np.asarray(image))
 
 
-def test_one_pixel_is_enough():
+def test_an_image_of_one_pixel_is_read():
     found = fit(Image.new("RGB", (1, 1), (9, 8, 7)), (24, 40), PLAIN)
     assert found.reshape(-1, 3).tolist() == [[9, 8, 7]] * (24 * 40)
     assert math.prod(found.shape) == 24 * 40 * 3
@@ -232,7 +232,7 @@ def test_the_fast_resize_gives_pillows_numbers(crop_mode, interpolation, size):
     assert applies((1100, 720), (224, 224), interpolation) == (interpolation in ("bicubic", "lanczos"))
 
 
-def test_small_images_are_left_to_pillow():
+def test_small_images_are_resized_by_pillow():
     assert not applies((640, 480), (224, 224), "bicubic")
     assert not applies((1920, 1080), (1920, 500), "bicubic")
 

@@ -54,7 +54,7 @@ def test_the_table_of_changes_names_every_field():
 
 
 @pytest.mark.parametrize("gpu", ["NVIDIA GeForce RTX 4090", "a/b\\c:d", "../../etc", "", "Grafikkarte ß\n"])
-def test_names_are_safe_for_files(bundle_copy, gpu):
+def test_plan_names_are_safe_file_names(bundle_copy, gpu):
     stored = store_plan(bundle_copy, (gpu, 89, "11.4.0.106", 13))
     assert re.fullmatch(r"[0-9a-f]{12}-[0-9a-f]{8}-sm89-trt11\.4\.0\.106-cuda13\.plan", stored.path.name)
     assert stored.path.parent == bundle_copy.folder / FOLDER
@@ -62,7 +62,7 @@ def test_names_are_safe_for_files(bundle_copy, gpu):
 
 
 @pytest.mark.parametrize(("name", "value"), [("compatibility", "all"), ("effort", 6), ("effort", -1)])
-def test_settings_out_of_bounds(name, value):
+def test_settings_out_of_bounds_are_refused(name, value):
     with pytest.raises(PhregError, match=rf"{name}: got '?{value}'?, expected"):
         BuildSettings(**{name: value})
 
@@ -136,7 +136,7 @@ COMPATIBLE = [
 
 
 @pytest.mark.parametrize(("compatibility", "built", "here", "runs"), COMPATIBLE)
-def test_compatibility(bundle_copy, compatibility, built, here, runs):
+def test_a_plan_runs_where_its_compatibility_says(bundle_copy, compatibility, built, here, runs):
     stored = store_plan(bundle_copy, (*built, 12), compatibility=compatibility)
     if runs:
         assert find_plan(bundle_copy, *here, 12) == stored
@@ -147,7 +147,7 @@ def test_compatibility(bundle_copy, compatibility, built, here, runs):
     )
 
 
-def test_profiles_are_in_the_key(bundle_copy):
+def test_other_batches_or_sizes_give_another_key(bundle_copy):
     keys = [make_key(bundle_copy, *ORIN, BuildSettings())]
     for change in ({"batches": Batches(1, 1, 2)}, {"batches": Batches(1, 2, 2)}, {"sizes": Sizes.parse("72", (8, 8))}):
         other = dataclasses.replace(bundle_copy, manifest=dataclasses.replace(bundle_copy.manifest, **change))

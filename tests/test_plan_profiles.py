@@ -12,11 +12,11 @@ from phreg_deploy.spec import Batches, Sizes
 pytestmark = pytest.mark.usefixtures("torch")
 
 
-def test_profiles_of_a_fixed_bundle(bundle_copy):
+def test_a_fixed_bundle_has_one_profile_of_one_shape(bundle_copy):
     assert [p.inputs for p in profiles_of(bundle_copy.manifest)] == [{"image": [[1, 64, 64, 3]] * 3}]
 
 
-def test_profiles_of_a_range(world):
+def test_a_range_of_sizes_has_a_profile_for_single_images_and_one_for_batches(world):
     manifest = Bundle.read(world.wide_bundle).manifest
     single, profile = profiles_of(manifest)
     # A single frame has a profile of its own.
@@ -31,7 +31,7 @@ def test_profiles_of_a_range(world):
     assert not profile.holds({"image": (1, 64, 64, 3), "pos_embed": (1, 145, 48)})
 
 
-def test_profiles_of_a_list(world):
+def test_a_list_of_sizes_has_profiles_for_each_size(world):
     manifest = Bundle.read(world.wide_bundle).manifest
     sizes = Sizes.parse("48x96,64", (8, 8))
     listed = dataclasses.replace(manifest, sizes=sizes, batches=Batches(1, 3, 8))

@@ -65,7 +65,7 @@ def test_a_changed_plan_is_not_run(bundle_copy, change):
     assert str(caught.value).endswith(f"Run: phreg-deploy build {bundle_copy.folder} --force")
 
 
-def test_a_plan_that_is_gone(bundle_copy):
+def test_a_plan_whose_file_is_missing_is_refused(bundle_copy):
     store_plan(bundle_copy).path.unlink()
     with pytest.raises(PhregError, match=r"cannot be read \(No such file") as caught:
         find_plan(bundle_copy, *ORIN).read()
@@ -121,7 +121,7 @@ def test_a_sidecar_of_another_format_or_of_wrong_types_does_not_count(bundle_cop
 
 @pytest.mark.parametrize("number", [errno.EROFS, errno.EACCES, errno.ENOSPC])
 @pytest.mark.parametrize("call", ["mkdir", "replace", "unlink"])
-def test_a_folder_that_refuses(bundle_copy, monkeypatch, call, number):
+def test_a_folder_that_cannot_be_written_keeps_its_plans(bundle_copy, monkeypatch, call, number):
     """The calls fail here as the system would: permission bits do not stop root.
 
     ``unlink`` is the call that a read-only disk refuses in a second build.
@@ -165,14 +165,14 @@ def test_a_full_disk_leaves_no_plan_that_counts(bundle_copy, old, size):
         assert b"small" not in plans, "a plan without its sidecar only fills the disk"
 
 
-def test_a_file_in_place_of_the_folder(bundle_copy):
+def test_a_file_in_place_of_the_folder_is_refused_and_kept(bundle_copy):
     (bundle_copy.folder / FOLDER).write_text("mine")
     with pytest.raises(PhregError, match="cannot be written"):
         store_plan(bundle_copy)
     assert (bundle_copy.folder / FOLDER).read_text() == "mine"
 
 
-def test_plans_are_not_in_the_manifest(bundle_copy):
+def test_the_manifest_does_not_list_plans(bundle_copy):
     before = (bundle_copy.folder / "manifest.json").read_bytes()
     store_plan(bundle_copy).path.write_bytes(b"changed")
     again = Bundle.read(bundle_copy.folder)
@@ -181,7 +181,7 @@ def test_plans_are_not_in_the_manifest(bundle_copy):
     assert (bundle_copy.folder / "manifest.json").read_bytes() == before
 
 
-def test_the_manifest_of_a_folder_that_holds_plans(bundle_copy):
+def test_a_new_manifest_does_not_list_the_plans_in_its_folder(bundle_copy):
     store_plan(bundle_copy)
     (bundle_copy.folder / "manifest.json").unlink()
     write_manifest(bundle_copy.folder, bundle_copy.manifest)
@@ -191,7 +191,7 @@ def test_the_manifest_of_a_folder_that_holds_plans(bundle_copy):
     assert find_plan(again, *ORIN).read() == PLAN
 
 
-def test_a_manifest_that_does_not_give_the_graphs_hash(bundle_copy):
+def test_plans_are_found_without_the_graphs_hash_in_the_manifest(bundle_copy):
     """Another program, or a person, may have written it: plans are still stored and found."""
     files = {name: digest for name, digest in bundle_copy.manifest.files.items() if name != "model.onnx"}
     bundle = dataclasses.replace(bundle_copy, manifest=dataclasses.replace(bundle_copy.manifest, files=files))

@@ -86,7 +86,7 @@ class OnGpu:
     name, compute = "tensorrt", "fp32"
 
 
-def test_what_cannot_be_opened_after_a_fork_is_refused(bundle):
+def test_a_backend_that_cannot_be_opened_after_a_fork_is_refused(bundle):
     backend = ForkSafeBackend(OnGpu())
     backend.forget()  # what a fork does in the child
     with pytest.raises(PhregError, match=r"forked after the extractor had opened tensorrt.*get_context\('spawn'\)"):

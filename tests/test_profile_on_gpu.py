@@ -24,7 +24,7 @@ def built(gpu, wide_bundle, tmp_path):
     return folder
 
 
-def test_profile_tells_parts_streams_layers_and_a_roofline(built):
+def test_profile_reports_parts_streams_layers_and_a_roofline(built):
     done = invoke(
         "profile",
         built,
@@ -68,7 +68,7 @@ def test_profile_tells_parts_streams_layers_and_a_roofline(built):
         assert words in done.err
 
 
-def test_what_registers_cost_needs_the_same_model_without(built, gpu):
+def test_the_cost_of_registers_needs_a_bundle_without_them(built, gpu):
     done = invoke(
         "profile", built, "--backend", "tensorrt", "--seconds", "0.1", "--streams", "1", "--without", built, "--json"
     )
@@ -76,7 +76,7 @@ def test_what_registers_cost_needs_the_same_model_without(built, gpu):
 
 
 @pytest.mark.parametrize("option", [("--fps", "30"), ("--without", "x.bundle")])
-def test_what_only_a_gpu_tells_is_refused_elsewhere(bundle, option):
+def test_options_for_a_gpu_are_refused_without_one(bundle, option):
     invoke("profile", bundle, "--backend", "onnxruntime-cpu", "--seconds", "0.1", *option, "--json").refused(
         2, "are for a GPU"
     )

@@ -38,7 +38,7 @@ def test_the_output_of_a_norm_is_centred_and_symmetric(smoothing):
     assert fills(low, high)
 
 
-def test_values_are_centred_only_where_their_scale_can_be_folded():
+def test_values_are_centred_only_if_their_scale_can_be_folded():
     observed = spread(1)
     assert np.any(make_grid(observed, "value", Smoothing()).centre != 0)
     grid = make_grid(observed, "value", PLAIN)

@@ -23,7 +23,7 @@ def test_a_known_model_has_the_known_count():
     assert sum(work for work, _ in parts.values()) / 2 == pytest.approx(17.6e9, rel=0.02)
 
 
-def test_operations_and_bytes_by_hand():
+def test_operations_and_bytes_are_those_counted_by_hand():
     """2 images of 8x12 at patch 4: 6 patches and 2 prefix tokens, so 16 rows of width 8; 2 heads of 4; 3 blocks."""
     parts = count_parts(TINY, batch=2, size=(8, 12), activation_bytes=2, weight_bytes=1, hidden=20)
     assert parts["patch embed"] == (2 * 12 * 48 * 8 + 2 * 12 * 8, 12 * 48 + 2 * 12 * 8 + 8 * 49 + 2 * 6 * 8)
@@ -43,7 +43,7 @@ def test_operations_and_bytes_by_hand():
             count_parts(BASE, batch=batch, size=(side, side))
 
 
-def test_bounds_and_shares():
+def test_each_part_has_its_bound_and_its_share_of_the_peak():
     layers = {"fc1": 50.0, "attention": 8.0, "other": 1.0}
     found = roof.roofline(BASE, Peaks(1e12, 1e10), **AT, measured_ms=100.0, layers_ms=layers)
     rows = {row["part"]: row for row in found["parts"]}
@@ -128,7 +128,7 @@ def test_peaks_are_measured_by_copies_that_count_twice():
         ("__myl_Move", layer_metadata("dense/Gather"), (None, "other")),
     ],
 )
-def test_layers_are_placed(name, metadata, expected):
+def test_each_layer_belongs_to_a_part_and_a_block(name, metadata, expected):
     assert place_layer(name, metadata) == expected
 
 

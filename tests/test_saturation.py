@@ -170,7 +170,7 @@ def spoken(outcome):
     return " ".join((outcome.out + outcome.err).split()).count("INT8 is about as fast as FP32")
 
 
-def test_commands_say_what_int8_is_worth_here(without_dot_products, eight, bundle, run_cli):
+def test_commands_report_that_int8_gains_little_on_this_processor(without_dot_products, eight, bundle, run_cli):
     assert spoken(run_cli("inspect", eight)) == 1
     assert spoken(run_cli("inspect", bundle)) == 0
     parts = {f["part"]: f["state"] for f in run_cli("doctor", "--json").document["findings"]}
@@ -178,11 +178,11 @@ def test_commands_say_what_int8_is_worth_here(without_dot_products, eight, bundl
     assert spoken(run_cli("check", eight)) == 1
 
 
-def test_calibrate_says_it_once(without_dot_products, bundle, photos, tmp_path, run_cli):
+def test_calibrate_reports_it_once(without_dot_products, bundle, photos, tmp_path, run_cli):
     assert spoken(run_cli("calibrate", bundle, "--images", photos, "-o", tmp_path / "eight", "--force")) == 1
 
 
-def test_nothing_is_said_where_int8_is_fast(monkeypatch):
+def test_nothing_is_reported_if_int8_is_fast(monkeypatch):
     monkeypatch.setattr("phreg_deploy.runtime.backends.instructions.eight_bits", lambda: EightBits(("AVX-VNNI",)))
     assert advice("int8") is None
 

@@ -29,7 +29,7 @@ def orin(tmp_path):
     })  # fmt: skip
 
 
-def test_nvml_in_units_and_words():
+def test_nvml_is_read_in_units_and_words():
     fake = FakeNvml()
     assert Nvml(module=fake).read() == {
         "power": 50.0,
@@ -44,7 +44,7 @@ def test_nvml_in_units_and_words():
     assert fake.handles == [0, b"0000:65:00.0"]
 
 
-def test_an_older_driver_and_a_call_that_fails_for_now():
+def test_calls_that_a_driver_lacks_and_calls_that_fail_once_are_left_out():
     fake = FakeNvml(
         "nvmlDeviceGetTemperatureV", "nvmlDeviceGetCurrentClocksEventReasons", "nvmlDeviceGetTotalEnergyConsumption"
     )
@@ -59,12 +59,12 @@ def test_an_older_driver_and_a_call_that_fails_for_now():
     assert nvml.read()["power"] == 50.0
 
 
-def test_reasons_in_words():
+def test_throttling_reasons_have_names():
     assert name_reasons(0) == name_reasons(1) == ()
     assert name_reasons(0x8000 | 0x40) == ("hardware thermal slowdown", "unknown reason 0x8000")
 
 
-def test_the_names_are_those_of_the_real_module():
+def test_the_fake_nvml_has_the_names_of_the_real_one():
     real = pytest.importorskip("pynvml")
     names = {name for _, _, _, *names in sensors.CALLS for name in names}
     names |= {"nvmlInit", "nvmlShutdown", "nvmlDeviceGetHandleByIndex", "nvmlDeviceGetHandleByPciBusId"}
@@ -86,7 +86,7 @@ def test_the_names_are_those_of_the_real_module():
     assert "used" in dict(real.c_nvmlMemory_t._fields_)
 
 
-def test_no_module_and_no_driver_are_said(monkeypatch, tmp_path):
+def test_a_missing_module_and_a_missing_driver_are_explained(monkeypatch, tmp_path):
     monkeypatch.setitem(sys.modules, "pynvml", None)
     with pytest.raises(BackendMissing, match=r'pip install "phreg-deploy\[cuda\]"'):
         Nvml()
@@ -101,7 +101,7 @@ def test_no_module_and_no_driver_are_said(monkeypatch, tmp_path):
     assert "nvidia-ml-py is not installed" in found["missing"]["power"]
 
 
-def test_jetson(orin):
+def test_a_jetson_is_read_from_sysfs(orin):
     jetson = JetsonSensors(orin)
     assert jetson.present
     assert (jetson.power_mode, jetson.release, jetson.clocks_locked()) == ("MAXN_SUPER (2)", "R36.4.3", False)
@@ -123,7 +123,7 @@ def test_jetson(orin):
     assert jetson.clocks_locked()
 
 
-def test_a_jetson_without_a_rail_for_the_whole_sums_them_all_or_nothing(tmp_path):
+def test_a_jetson_without_a_total_rail_sums_all_rails_or_none(tmp_path):
     second = power_rails({"NC": (0, 0), "VDDQ_VDD2_1V8AO": (5000, 100)}, "1-0041/hwmon/hwmon4")
     write_files(
         tmp_path,

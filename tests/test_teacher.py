@@ -25,7 +25,7 @@ def photographs(tmp_path_factory):
     return read_photographs(folder, tuple(model.patch_embed.img_size), model_preprocess(model, "center"))
 
 
-def test_the_target_is_the_mean_over_views_done_one_by_one(photographs):
+def test_the_target_is_the_mean_over_views(photographs):
     model = small("augreg", side=5)
     preprocess = model_preprocess(model)
     (target,) = Teacher(model, preprocess, views=6, seed=3).targets(photographs.subset([1]))

@@ -28,7 +28,7 @@ def orin(tmp_path):
     })  # fmt: skip
 
 
-def test_on_a_jetson_the_rails_speak_for_power_and_nvml_for_the_rest(orin):
+def test_on_a_jetson_power_comes_from_the_rails_and_the_rest_from_nvml(orin):
     board = Telemetry(root=orin, nvml=FakeNvml())
     sample = board.sample()
     assert (sample.power, sample.energy) == (pytest.approx(12.0), None)
@@ -61,7 +61,7 @@ def test_energy_is_the_counters_difference():
     assert summarise(still)["energy"]["per_frame"] is None
 
 
-def test_figures_of_samples():
+def test_samples_are_summarised_by_mean_extremes_and_energy():
     samples = [
         Sample(0.0, power=10.0, sm_clock=1000, throttled=(), temperature=50, memory_used=5, rails={"A": 1.0}),
         Sample(
@@ -103,6 +103,6 @@ def test_the_sampler_runs_between_start_and_stop_and_may_start_again(tmp_path):
 
 
 @pytest.mark.parametrize("period", [0.001, 1.0])
-def test_a_period_that_is_refused(period):
+def test_a_period_out_of_range_is_refused(period):
     with pytest.raises(PhregError, match=r"expected 0\.02 to 0\.1"):
         Telemetry(period=period)

@@ -23,7 +23,7 @@ def test_an_array_on_the_gpu_is_read_where_it_lies(load_engine, on_cpu, device):
     assert_same_outputs(to_host(got), on_cpu("bundle", image))
 
 
-def test_the_callers_memory_is_written(load_engine, on_cpu, device):
+def test_the_callers_arrays_are_filled(load_engine, on_cpu, device):
     extractor, image = load_engine("wide_bundle"), random_frames(0, 2, (48, 96))
     out = outputs(device, on_cpu, "wide_bundle", image)
     got = extractor.run(fake_gpu.Array(device, image), out=out)
@@ -32,7 +32,7 @@ def test_the_callers_memory_is_written(load_engine, on_cpu, device):
     assert_same_outputs(to_host(got), on_cpu("wide_bundle", image))
 
 
-def test_outputs_that_are_not_given_are_made(load_engine, on_cpu, device):
+def test_outputs_that_are_not_given_are_allocated(load_engine, on_cpu, device):
     extractor, image = load_engine("bundle"), random_frames()
     given = outputs(device, on_cpu, "bundle", image)["features"]
     got = extractor.run(fake_gpu.Array(device, image), out={"features": given})
@@ -123,7 +123,7 @@ def test_an_array_that_is_still_being_filled_is_waited_for(load_engine, on_cpu, 
 
 
 @pytest.mark.parametrize("kind", [Late, Lent])
-def test_the_default_stream_of_the_caller_is_number_nought(load_engine, on_cpu, device, kind):
+def test_stream_0_of_the_caller_is_the_default_stream(load_engine, on_cpu, device, kind):
     extractor, image, producer = load_engine("bundle"), random_frames(), create_stream(device)
     got = extractor.run(kind(device, image, producer), stream=0)
     assert got["features"].__cuda_array_interface__["stream"] == 1, "0 is forbidden there"
@@ -164,7 +164,7 @@ def test_outputs_on_the_gpu_are_freed_with_their_last_reader(load_engine, device
         (lambda d: random_frames().tolist(), "got list, expected a uint8 RGB array"),
     ],
 )
-def test_what_is_no_batch_on_the_gpu_is_refused(load_engine, device, change, words):
+def test_arrays_that_are_no_batch_are_refused(load_engine, device, change, words):
     with pytest.raises(PhregError, match=words):
         load_engine("bundle").run(change(device))
 

@@ -158,7 +158,7 @@ def test_names_that_do_not_exist_are_missed_in_the_bindings(wrong_uses, version,
     }
 
 
-def test_nothing_is_made_without_a_library():
+def test_no_object_can_be_created_without_a_library():
     """The shim alone returns NULL, which the bindings turn into an error, as where CUDA does not start."""
     code = """
 import tensorrt as trt

@@ -47,7 +47,7 @@ def test_closing_frees_everything_after_an_inference_that_failed(load_engine, on
 
 
 @pytest.mark.parametrize("call", ["cudaStreamCreateWithFlags", "cudaEventCreate"])
-def test_a_lane_that_is_not_finished_leaves_nothing(load_engine, on_cpu, device, call):
+def test_a_context_whose_creation_fails_leaves_nothing(load_engine, on_cpu, device, call):
     extractor = load_engine("bundle")
     device.fail_call(call)
     with pytest.raises(PhregError, match="out of memory"):
@@ -66,7 +66,7 @@ def test_a_context_that_cannot_be_made_leaves_nothing(load_engine, device, tenso
 
 @pytest.mark.parametrize("call", ["cudaMalloc", "cudaMallocHost"])
 @pytest.mark.parametrize("at", [1, 2, 3, 4, 5])
-def test_out_of_memory_is_said_in_words_and_the_next_call_answers(load_engine, on_cpu, device, call, at):
+def test_out_of_memory_is_explained_and_the_next_call_succeeds(load_engine, on_cpu, device, call, at):
     extractor = load_engine("wide_bundle")
     device.fail_call(call, at)
     with pytest.raises(PhregError, match=f"out of memory in {call}. Use a smaller batch"):
@@ -79,7 +79,7 @@ def test_out_of_memory_is_said_in_words_and_the_next_call_answers(load_engine, o
 
 @pytest.mark.parametrize("call", ["cudaMalloc", "cudaMallocHost"])
 @pytest.mark.parametrize("at", [1, 2, 3])
-def test_out_of_memory_while_buffers_grow_leaves_a_lane_that_works(load_engine, on_cpu, device, call, at):
+def test_a_context_works_after_its_buffers_could_not_grow(load_engine, on_cpu, device, call, at):
     extractor = load_engine("wide_bundle")
     for seed in range(3):
         extractor.run(random_frames(seed))
@@ -104,7 +104,7 @@ def test_a_graph_that_fails_leaves_nothing(load_engine, device, call):
     assert device.live() == {}
 
 
-def test_closing_goes_on_after_an_error_and_raises_it(load_engine, device):
+def test_closing_continues_after_an_error_and_raises_it(load_engine, device):
     extractor = load_engine("bundle")
     extractor.run(random_frames())
     before = device.live()

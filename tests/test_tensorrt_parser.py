@@ -121,7 +121,7 @@ def test_the_census_names_layers_as_calibration_does(family, tmp_path):
 
 
 @pytest.mark.parametrize("precision", ["int8", "fp8"])
-def test_a_fused_projection_would_be_computed_in_floats(precision, tmp_path):
+def test_an_unsplit_projection_is_computed_in_floats(precision, tmp_path):
     """This is why projections are split. The census sees that they are not in 8 bits."""
     here = graphs("augreg")
     census = nvidia.census(steps_of(here.write(precision, split=False), here, tmp_path))
@@ -131,7 +131,7 @@ def test_a_fused_projection_would_be_computed_in_floats(precision, tmp_path):
 
 
 @pytest.mark.parametrize(("head", "fused"), [(8, 0), (16, DEPTH), (256, DEPTH), (264, 0)])
-def test_which_heads_are_fused(head, fused, tmp_path):
+def test_attention_is_fused_for_the_supported_head_widths(head, fused, tmp_path):
     here = graphs("augreg", width=2 * head, heads=2)
     assert nvidia.census(steps_of(here.write("fp16"), here, tmp_path)).fused_attention == fused
 

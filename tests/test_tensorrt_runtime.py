@@ -26,20 +26,20 @@ def uploads(device, size):
         ("listed_bundle", [(1, (64, 64)), (2, (48, 96)), (1, (48, 96)), (2, (64, 64))]),
     ],
 )
-def test_answers_are_those_of_the_processor(load_engine, on_cpu, name, cases):
+def test_outputs_equal_those_of_the_processor(load_engine, on_cpu, name, cases):
     extractor = load_engine(name)
     for seed, (batch, size) in enumerate(cases):
         image = random_frames(seed, batch, size)
         assert_same_outputs(extractor.run(image), on_cpu(name, image))
 
 
-def test_the_extractor_says_what_runs(load_engine):
+def test_the_extractor_names_backend_and_precision(load_engine):
     extractor = load_engine("bundle")
     assert (extractor.backend, extractor.compute, extractor.precision) == ("tensorrt", "fp32", "fp32")
     assert extractor(random_frames()[0]).features.shape == (1, 8, 8, 48)
 
 
-def test_answers_do_not_change_when_the_next_one_comes(load_engine):
+def test_outputs_do_not_change_with_the_next_call(load_engine):
     extractor = load_engine("bundle")
     first = extractor.run(random_frames(0))
     kept = {name: value.copy() for name, value in first.items()}
@@ -48,7 +48,7 @@ def test_answers_do_not_change_when_the_next_one_comes(load_engine):
     assert_same_outputs(first, kept)
 
 
-def test_eight_threads_get_their_own_answers_from_a_lane_each(load_engine, on_cpu, tensorrt):
+def test_eight_threads_get_their_own_outputs_from_a_context_each(load_engine, on_cpu, tensorrt):
     extractor, work = load_engine("wide_bundle"), []
     for i in range(8):
         image = random_frames(i, 1 + i % 3, [(64, 64), (48, 96)][i % 2])
@@ -64,7 +64,7 @@ def test_eight_threads_get_their_own_answers_from_a_lane_each(load_engine, on_cp
     assert 2 <= extractor.opened.device_memory()["contexts"] <= 8
 
 
-def test_every_thread_that_calls_has_chosen_the_device(load_engine, device):
+def test_every_calling_thread_sets_its_device(load_engine, device):
     extractor, seen = load_engine("bundle"), []
     extractor.run(random_frames())  # the lane is there already
 
@@ -78,7 +78,7 @@ def test_every_thread_that_calls_has_chosen_the_device(load_engine, device):
     assert seen == [0]
 
 
-def test_one_thread_has_one_lane(load_engine):
+def test_one_thread_has_one_context(load_engine):
     extractor = load_engine("wide_bundle")
     for size in ((64, 64), (48, 96)) * 4:
         extractor.run(random_frames(0, 1, size))
@@ -106,7 +106,7 @@ def test_no_graph_is_used_where_every_call_has_another_shape(load_engine, on_cpu
 
 
 @pytest.mark.parametrize("other", [(1, (96, 96)), (1, (48, 48)), (4, (64, 64))])
-def test_a_graph_is_recorded_anew_after_another_shape(load_engine, on_cpu, device, other):
+def test_a_graph_is_recorded_again_after_another_shape(load_engine, on_cpu, device, other):
     """NVIDIA: what was recorded of a context is undefined once the context was given other shapes or addresses."""
     extractor = load_engine("wide_bundle")
     for seed, (batch, size) in enumerate([*[(1, (64, 64))] * 3, other, *[(1, (64, 64))] * 4]):
@@ -115,7 +115,7 @@ def test_a_graph_is_recorded_anew_after_another_shape(load_engine, on_cpu, devic
     assert graph_calls(device) == (2, 5)
 
 
-def test_a_graph_is_recorded_anew_after_an_array_on_the_gpu(load_engine, on_cpu, device):
+def test_a_graph_is_recorded_again_after_an_array_on_the_gpu(load_engine, on_cpu, device):
     extractor = load_engine("bundle")
     for seed in range(3):
         extractor.run(random_frames(seed))
@@ -125,7 +125,7 @@ def test_a_graph_is_recorded_anew_after_an_array_on_the_gpu(load_engine, on_cpu,
     assert graph_calls(device) == (2, 4)
 
 
-def test_a_recording_that_fails_leaves_a_lane_that_works(load_engine, on_cpu, device, tensorrt):
+def test_a_context_works_after_a_recording_that_failed(load_engine, on_cpu, device, tensorrt):
     extractor = load_engine("bundle")
     extractor.run(random_frames(0))
     tensorrt.fail_enqueue = 1
@@ -137,7 +137,7 @@ def test_a_recording_that_fails_leaves_a_lane_that_works(load_engine, on_cpu, de
     assert device.live() == {}
 
 
-def test_position_embeddings_are_uploaded_once_as_long_as_the_grid_is_one(load_engine, device):
+def test_position_embeddings_are_uploaded_once_while_the_grid_stays_the_same(load_engine, device):
     extractor = load_engine("wide_bundle")
     for seed in range(5):
         extractor.run(random_frames(seed, 2))
@@ -152,7 +152,7 @@ def test_each_grid_gets_its_own_position_embedding(load_engine, on_cpu):
         assert_same_outputs(extractor.run(image), on_cpu("wide_bundle", image))
 
 
-def test_shapes_outside_every_profile_are_refused_in_words(load_engine, on_cpu):
+def test_shapes_outside_every_profile_are_refused_with_the_command(load_engine, on_cpu):
     extractor = load_engine("wide_bundle")
     feed = {"image": random_frames(0, 1, (128, 64)), "pos_embed": np.zeros((1, 128, 48), np.float32)}
     with pytest.raises(PhregError, match=r"got inputs of .*\(1, 128, 64, 3\).*Build the bundle again"):
@@ -162,7 +162,7 @@ def test_shapes_outside_every_profile_are_refused_in_words(load_engine, on_cpu):
         extractor.run(random_frames(0, 5))
 
 
-def test_a_tensor_of_another_type_is_refused_in_words(load_engine):
+def test_a_tensor_of_another_type_is_refused(load_engine):
     with pytest.raises(PhregError, match="got image in float32, expected uint8"):
         load_engine("bundle").opened.run({"image": random_frames().astype(np.float32)})
 
@@ -177,7 +177,7 @@ def test_a_plan_of_another_graph_is_refused(load_engine, device, tensorrt):
         Plan(tensorrt.module, Cuda(), plan, [ProfileShapes({"other": [[1], [1], [1]]})])
 
 
-def test_a_plan_in_float32_is_asked_for_nothing_else(load_engine, device):
+def test_another_precision_or_device_than_the_engines_is_refused(load_engine, device):
     folder = load_engine("bundle").bundle.folder
     with pytest.raises(PhregError, match="got bf16, but an engine computes in what its bundle says: fp32"):
         FeatureExtractor.load(folder, "tensorrt", compute="bf16")
@@ -191,7 +191,7 @@ def test_without_an_engine_the_command_is_named(bundle, tensorrt):
 
 
 @pytest.mark.parametrize("graph", [False, True])
-def test_an_inference_is_taken_apart(load_engine, on_cpu, graph):
+def test_an_inference_is_timed_in_parts(load_engine, on_cpu, graph):
     extractor = load_engine("bundle")
     for _ in range(3):
         parts = extractor.opened.split(extractor.feed(random_frames()), graph)
@@ -201,7 +201,7 @@ def test_an_inference_is_taken_apart(load_engine, on_cpu, graph):
     assert_same_outputs(extractor.run(random_frames(1)), on_cpu("bundle", random_frames(1)))
 
 
-def test_layers_are_timed_one_by_one(load_engine, on_cpu):
+def test_each_layer_is_timed(load_engine, on_cpu):
     extractor = load_engine("bundle")
     for _ in range(3):
         extractor.run(random_frames())

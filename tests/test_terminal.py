@@ -54,14 +54,14 @@ def without_reader(*words):
 
 
 @pytest.mark.parametrize("more", [[], ["--json"]])
-def test_a_reader_that_leaves_is_no_error(world, more):
+def test_a_closed_pipe_is_no_error(world, more):
     code, err = without_reader("inspect", world.bundle, *more)
     assert code == 0
     assert b"Traceback" not in err
     assert b"BrokenPipe" not in err
 
 
-def test_a_reader_that_leaves_costs_neither_the_work_nor_the_exit_code(world):
+def test_a_closed_pipe_changes_neither_the_work_nor_the_exit_code(world):
     """The first line of ``extract`` names the backend; the features are written after it."""
     assert without_reader("extract", world.bundle, world.photos / "frame-00.png", "-o", world.out)[0] == 0
     assert (world.out / "features.json").is_file()
@@ -138,7 +138,7 @@ ARGUMENTS = {
 
 
 @pytest.mark.parametrize("name", sorted(cli.main.commands))
-def test_an_interruption_says_what_its_command_leaves(run_cli, monkeypatch, name):
+def test_an_interruption_names_what_the_command_leaves(run_cli, monkeypatch, name):
     def interrupted(**_options):
         raise KeyboardInterrupt
 
@@ -150,7 +150,7 @@ def test_an_interruption_says_what_its_command_leaves(run_cli, monkeypatch, name
     assert ("OUTPUT" in message) == ("-o" in ARGUMENTS.get(name, []) or name == "demo")
 
 
-def test_an_interrupted_distillation_goes_on_as_the_message_says(world, run_cli, monkeypatch):
+def test_an_interrupted_distillation_resumes_as_the_message_says(world, run_cli, monkeypatch):
     """The message names ``OUTPUT.partial`` and ``--resume``; the folder exists and the option works."""
     from phreg_deploy.distill import distillation
 

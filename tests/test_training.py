@@ -74,7 +74,7 @@ for call in (lambda: distill(*sys.argv[1:4]), lambda: run_demo(sys.argv[3])):
 """
 
 
-def test_the_doors_open_without_pytorch_and_check_arguments_first(inputs, tmp_path):
+def test_public_functions_are_imported_without_pytorch_and_check_arguments_first(inputs, tmp_path):
     words = [inputs / "model", inputs / "pictures", tmp_path / "student"]
     command = [sys.executable, "-W", "error", "-c", DOORS, *(str(word) for word in words)]
     process = subprocess.run(command, capture_output=True, text=True, check=True)
@@ -159,7 +159,7 @@ def test_a_loss_that_is_not_finite_stops_with_the_last_good_state_kept(inputs, t
 @pytest.mark.parametrize(
     "changes", [{"recipe": "ph-reg"}, {"recipe": "random-registers"}, {"registers": 0}, {"epochs": 0}]
 )
-def test_the_paper_the_control_and_no_training(inputs, tmp_path, changes):
+def test_the_recipes_of_the_paper_the_control_and_no_training_run(inputs, tmp_path, changes):
     record = run(inputs, tmp_path / "student", **changes)
     model = timm.create_model(f"local-dir:{tmp_path / 'student'}", pretrained=True)
     expected = 16 if changes.get("recipe") == "ph-reg" else changes.get("registers", 4)
@@ -202,7 +202,7 @@ def test_a_neuron_that_cannot_be_moved_is_refused_before_targets_are_computed(in
     assert list(tmp_path.iterdir()) == [], "neither targets nor an interrupted run"
 
 
-def test_the_papers_unlocked_set_is_the_papers():
+def test_ph_reg_trains_the_parameters_of_the_paper():
     model = small("augreg", depth=3)
     free = unlock_weights(model, RECIPES["ph-reg"].unlock)
     names = {name for name, p in model.named_parameters() if any(p is f for f in free)}
@@ -214,7 +214,7 @@ def test_the_papers_unlocked_set_is_the_papers():
     assert model.blocks[0].mlp.fc1.weight.requires_grad
 
 
-def test_the_split_goes_by_name(inputs):
+def test_the_holdout_split_depends_on_names_alone(inputs):
     photographs = read_photographs(inputs / "pictures", (64, 64), model_preprocess(small("augreg")))
     training_set, held_out = split(photographs, 0.2)
     _, fewer_held_out = split(photographs.subset(range(20)), 0.2)

@@ -106,13 +106,13 @@ def test_the_control_silences_the_same_unit():
     ("name", "zero"),
     [("gelu", -4), ("gelu_tanh", -3.875), ("quick_gelu", -6.25), ("silu", -11.25), ("relu", 0), ("hard_swish", -3)],
 )
-def test_each_activation_has_its_own_zero(name, zero):
+def test_each_activation_has_an_input_that_gives_zero(name, zero):
     activation = get_act_layer(name)()
     assert zero_below(activation) == zero
     assert activation(torch.linspace(zero, -60, 1000)).abs().max() <= ZERO_TOLERANCE
 
 
-def test_an_activation_without_a_zero_has_none():
+def test_an_activation_that_is_never_zero_has_none():
     assert zero_below(get_act_layer("leaky_relu")()) is None
     assert zero_below(get_act_layer("elu")()) is None
 
