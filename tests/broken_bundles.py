@@ -1,4 +1,4 @@
-"""Make bundles that answer wrongly: nodes are appended to the outputs of the graph, and all hashes are correct."""
+"""Make bundles with correct hashes and wrong outputs, by nodes that are added behind the outputs of the graph."""
 
 import shutil
 from pathlib import Path
@@ -12,7 +12,7 @@ from phreg_deploy.bundle.writing import write_manifest
 
 
 class Broken:
-    """A copy of a bundle whose outputs pass through more nodes before they leave the graph."""
+    """A copy of a bundle with more nodes between the outputs of the model and those of the graph."""
 
     def __init__(self, bundle: Path, folder: Path) -> None:
         shutil.copytree(bundle, folder)

@@ -13,8 +13,8 @@ ORT_TENSORRT = ["libcublas.so.13", "libnvinfer.so.10", "libnvonnxparser.so.10", 
 class FakeDriver:
     """The functions of libcuda.
 
-    ``gpus``: (name, compute capability times ten, bytes). ``starts``: what ``cuInit`` returns. ``broken``: device -> the
-    error that it gives.
+    ``gpus``: (name, compute capability times ten, bytes). ``starts``: what ``cuInit`` returns. ``broken``: device ->
+    its error.
     """
 
     def __init__(self, cuda=13000, gpus=(("NVIDIA H100", 90, 80 << 30),), starts=0, broken=()):

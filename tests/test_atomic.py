@@ -1,4 +1,4 @@
-"""Interrupts, kills, equal process numbers and rival writers leave the old output or the new one, and nothing else."""
+"""Interrupts, kills, equal process numbers and other writers leave the old or the new output, and nothing else."""
 
 import os
 import random
@@ -21,7 +21,7 @@ STEPS = {"one step": [(atomic, "exchange")], "three steps": [(os, "rename"), (at
 
 @pytest.fixture(params=STEPS)
 def steps(request, monkeypatch):
-    """Both ways to replace an output: with a system that exchanges two names in one step, and without."""
+    """Both ways to replace an output: in one step, if the system can exchange two names, and in three."""
     if request.param == "three steps":
         monkeypatch.setattr(renames, "_renameat2", lambda: None)
     elif not can_exchange():
@@ -87,11 +87,11 @@ def test_an_interrupt_at_any_step_leaves_the_old_or_the_new(tmp_path, steps, lat
                 patch.setattr(owner, name, broken)
                 interrupted = failure(lambda: write(tmp_path / "out", "new"))
             assert read(tmp_path / "out") in ("old", "new")
-            # Removes what an interrupt of the removal itself left.
+            # This removes what an interrupted removal left.
             check_target(tmp_path / "out", force=True)
             assert [p.name for p in tmp_path.iterdir()] == ["out"]
             if interrupted is None:
-                # The function is called fewer times.
+                # The function was called fewer than ``at`` times.
                 break
             assert isinstance(interrupted, (kind, PhregError))
             write(tmp_path / "out", "old")

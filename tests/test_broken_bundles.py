@@ -1,4 +1,4 @@
-"""Bundles that answer wrongly miss a gate, in FP32 and in 8 bits, against their own exam and against PyTorch."""
+"""Bundles with wrong outputs miss a gate, in FP32 and INT8, against their own exam and against PyTorch."""
 
 import numpy as np
 import pytest
@@ -12,10 +12,10 @@ from tests.broken_bundles import Broken, another_class_token, garbage_token, shi
 
 pytestmark = pytest.mark.usefixtures("torch")
 LIMIT = 8
-both = pytest.mark.parametrize("which", ["bundle", "eight"])
+both = pytest.mark.parametrize("which", ["bundle", "int8_bundle"])
 
 
-@pytest.fixture(params=["bundle", "eight"])
+@pytest.fixture(params=["bundle", "int8_bundle"])
 def broken(world, request):
     return Broken(getattr(world, request.param), world.tmp / "broken")
 
@@ -59,7 +59,7 @@ def test_one_garbage_token_in_every_image_misses_a_gate(broken, run_cli):
 
 
 def test_one_garbage_token_in_one_image_of_eight_misses_a_gate(broken, world, run_cli):
-    """The bundle's exam does not hold this image: only the comparison on photographs sees the error."""
+    """The bundle's exam does not contain this image; only the comparison on photographs finds the error."""
     images = pictures(broken.folder, world.photos).batch(0, LIMIT).astype(int)
     alone = np.abs(images[3] - np.delete(images, 3, axis=0)).min(0)
     pixel = tuple(int(i) for i in np.unravel_index(alone.argmax(), alone.shape))
@@ -97,7 +97,7 @@ def test_token_norms_off_by_five_percent_miss_a_gate(broken, run_cli, factor):
 @pytest.mark.parametrize("precision", GATES)
 @pytest.mark.parametrize("exam", [True, False])
 def test_thirteen_garbage_tokens_of_1369_miss_a_gate(precision, exam):
-    """They are fewer than one in a hundred: the 1st percentile does not see them."""
+    """They are fewer than one in a hundred, so the 1st percentile does not change."""
     rng = np.random.default_rng(0)
     true = {"features": rng.normal(size=(1, 37, 37, 64)), "token_norm": rng.uniform(5, 6, (1, 37, 37))}
     got = {name: value.copy() for name, value in true.items()}
@@ -107,9 +107,9 @@ def test_thirteen_garbage_tokens_of_1369_miss_a_gate(precision, exam):
     assert any("smallest patch cosine" in line for line in missed_gates(parity, precision, exam=exam))
 
 
-def test_an_eight_bit_check_says_what_it_compares_with(eight, run_cli):
-    outcome = run_cli("check", eight, "--backend", "onnxruntime-cpu")
+def test_an_eight_bit_check_says_what_it_compares_with(int8_bundle, run_cli):
+    outcome = run_cli("check", int8_bundle, "--backend", "onnxruntime-cpu")
     printed = " ".join(outcome.err.split() + outcome.out.split())
-    fidelity = Bundle.read(eight).manifest.quantisation["fidelity"]
+    fidelity = Bundle.read(int8_bundle).manifest.quantisation["fidelity"]
     assert "holds the answers of the INT8 graph in ONNX Runtime, not those of FP32" in printed
     assert f"1st percentile {fidelity['cosine_p1']:.5f}" in printed

@@ -55,7 +55,7 @@ def test_a_tensorrt_that_is_too_old_is_refused(copy_bundle, device, monkeypatch)
 
 
 def test_eight_bits_for_the_processor_are_refused_with_the_command(copy_bundle, tensorrt):
-    build(copy_bundle("eight")).refused(2, "was calibrated for the processor", "--target trt")
+    build(copy_bundle("int8_bundle")).refused(2, "was calibrated for the processor", "--target trt")
 
 
 @pytest.mark.parametrize("where", ["nowhere/mine.cache", "."])

@@ -26,7 +26,7 @@ LAYERS = [f"blocks.{i}.{part}" for i in range(3) for part in ("attn.qkv", "attn.
 
 @pytest.fixture
 def quick(monkeypatch):
-    """Only the first smoothing is tried: for tests that are not about the search."""
+    """Try only the first smoothing, for tests that do not test the search."""
     monkeypatch.setattr(importlib.import_module("phreg_deploy.calibration.search"), "CANDIDATES", ())
 
 
@@ -43,7 +43,7 @@ def export_int8(w, *more):
 
 
 def damaged(w, change):
-    """A copy of the bundle with a changed graph and matching hashes."""
+    """Copy the bundle with a changed graph and correct hashes."""
     folder = w.copy("bundle")
     model = onnx.load(folder / "model.onnx")
     change(model)
@@ -103,38 +103,41 @@ def test_a_calibrated_bundle_records_its_calibration(world, run_cli, photos):
     carried = {p.key: p.value for p in onnx.load(world.out / "model.onnx").metadata_props}
     assert json.loads(carried["phreg.quantisation"]) == manifest.quantisation
     assert "INT8 against FP32 on" in outcome.err
-    for name in ("model.onnx", "reference.npz"):  # `eight` was made of the same bundle and images
-        assert (world.out / name).read_bytes() == (world.eight / name).read_bytes()
-    assert {**stored, "seconds": 0} == {**json.loads((world.eight / "calibration.json").read_text()), "seconds": 0}
+    for name in ("model.onnx", "reference.npz"):  # ``int8_bundle`` was made of the same bundle and images
+        assert (world.out / name).read_bytes() == (world.int8_bundle / name).read_bytes()
+    assert {**stored, "seconds": 0} == {
+        **json.loads((world.int8_bundle / "calibration.json").read_text()),
+        "seconds": 0,
+    }
     assert leftovers(world.tmp) == []
 
 
 def test_an_eight_bit_bundle_serves_the_features_of_float(world, run_cli):
     image = world.photos / "frame-05.jpg"
     answers = []
-    for folder in (world.bundle, world.eight):
+    for folder in (world.bundle, world.int8_bundle):
         with FeatureExtractor.load(folder, backend="onnxruntime-cpu") as extractor:
             answers.append(extractor(image))
     parity = compare_runs(*({"features": d.features, "token_norm": d.token_norm, "cls": d.cls} for d in answers[::-1]))
     assert 0.99 < parity.cosine_p1 < 1
-    assert run_cli("check", world.eight, "--json").document["missed"] == []
-    assert run_cli("inspect", world.eight, "--json").document["quantisation"]["missed"] == []
+    assert run_cli("check", world.int8_bundle, "--json").document["missed"] == []
+    assert run_cli("inspect", world.int8_bundle, "--json").document["quantisation"]["missed"] == []
     against = ["--reference", world.student, "--images", world.photos, "--limit", "4", "--json"]
-    report = run_cli("check", world.eight, *against).document
+    report = run_cli("check", world.int8_bundle, *against).document
     assert (report["missed"], report["precision"]) == ([], "int8")
     assert [c["with"] for c in report["comparisons"]] == ["own reference", f"PyTorch {world.student}"]
 
 
-def test_a_range_of_sizes_and_batches_is_kept(wide_bundle, wide_eight):
+def test_a_range_of_sizes_and_batches_is_kept(wide_bundle, wide_int8_bundle):
     images = np.random.default_rng(0).integers(0, 256, (3, 48, 96, 3), dtype=np.uint8)
-    loaded = [FeatureExtractor.load(folder, backend="onnxruntime-cpu") for folder in (wide_eight, wide_bundle)]
-    eight, full = (extractor.run(images) for extractor in loaded)
-    assert eight["features"].shape == (3, 6, 12, 48)
-    assert compare_runs(eight, full).cosine_p1 > 0.98
+    loaded = [FeatureExtractor.load(folder, backend="onnxruntime-cpu") for folder in (wide_int8_bundle, wide_bundle)]
+    int8, full = (extractor.run(images) for extractor in loaded)
+    assert int8["features"].shape == (3, 6, 12, 48)
+    assert compare_runs(int8, full).cosine_p1 > 0.98
     cases = run_exam(loaded[0].bundle, loaded[0].run)
     assert len(cases) == 3
     assert all(missed_gates(case.parity, "int8", exam=True) == [] for case in cases)
-    assert (wide_eight / "pos_embed.npy").read_bytes() == (wide_bundle / "pos_embed.npy").read_bytes()
+    assert (wide_int8_bundle / "pos_embed.npy").read_bytes() == (wide_bundle / "pos_embed.npy").read_bytes()
 
 
 def test_a_missed_bar_writes_nothing(world, run_cli, quick):
@@ -183,7 +186,7 @@ def test_the_target_trt_has_no_zero_points(world, run_cli, quick):
 MISTAKES = {
     "a bundle of 16 bits": (lambda w: command(w, bundle=rewritten(w.copy("bundle"), precision="fp16")),
         ["got a bundle in fp16, expected fp32"]),
-    "a bundle of 8 bits": (lambda w: command(w, bundle=w.eight), ["got a bundle in int8, expected fp32"]),
+    "a bundle of 8 bits": (lambda w: command(w, bundle=w.int8_bundle), ["got a bundle in int8, expected fp32"]),
     "a student": (lambda w: command(w, bundle=w.student),
         ["no manifest.json", "run `phreg-deploy export` on it first"]),
     "no bundle": (lambda w: command(w, bundle=w.tmp / "none"), ["there is nothing"]),
@@ -266,8 +269,8 @@ def test_export_in_eight_bits_is_export_and_calibrate(world, run_cli):
     assert document["manifest"]["precision"] == "int8"
     assert document["calibration"]["missed"] == document["check"]["missed"] == []
     for name in ("model.onnx", "reference.npz"):
-        assert (world.out / name).read_bytes() == (world.eight / name).read_bytes()
-    assert [p.name for p in world.tmp.iterdir()] == ["out"], "the FP32 bundle on the way is gone"
+        assert (world.out / name).read_bytes() == (world.int8_bundle / name).read_bytes()
+    assert [p.name for p in world.tmp.iterdir()] == ["out"], "the intermediate FP32 bundle is removed"
 
 
 def test_unreadable_images_are_skipped_and_reported(world, run_cli, quick):

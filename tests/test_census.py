@@ -29,7 +29,7 @@ def constant(graph, name, value):
 
 
 def flat_bias(model, *layers):
-    """The biases of ``layers`` with one axis, as exporters write them."""
+    """Give the biases of ``layers`` one axis, as exporters do."""
     edited = copy.deepcopy(model)
     for tensor in edited.graph.initializer:
         if tensor.name in {f"{layer}.bias_folded" for layer in layers}:
@@ -38,7 +38,7 @@ def flat_bias(model, *layers):
 
 
 def in_halves(model, layer, own):
-    """``layer`` as two products, over the first and the second half of its outputs, as separate q, k and v are.
+    """Split ``layer`` into two products, over the first and the second half of its outputs, as separate q, k and v are.
 
     Args:
         own: the second product's input has a QuantizeLinear and a DequantizeLinear of its own, with a step that differs

@@ -1,4 +1,4 @@
-"""CUDA's objects on a GPU that is not there: freed once, whatever happens, and errors in words."""
+"""CUDA objects on a fake GPU are freed exactly once, whatever fails, and errors are explained."""
 
 import sys
 import types

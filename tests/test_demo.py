@@ -34,7 +34,7 @@ def scenes(tmp_path_factory):
 
 
 def test_the_embedded_model_has_the_artifacts_it_claims(scenes):
-    """The search finds a register neuron; its tokens have lost their content, which other views still show."""
+    """The search finds a register neuron, whose outlier tokens lack the content that other views still show."""
     assert (MODEL / "model.safetensors").stat().st_size < 5 * 2**20
     model = load_model(str(MODEL))
     preprocess = model_preprocess(model)

@@ -1,4 +1,4 @@
-"""``extract``: which files it reads, what it writes, and what it leaves when a file is bad or Ctrl-C comes."""
+"""``extract``: the files that it reads and writes, and those that remain after a bad file or Ctrl-C."""
 
 import errno
 import json
@@ -17,7 +17,7 @@ HERE = ("--backend", "onnxruntime-cpu", "--threads", "1")
 
 @pytest.fixture
 def pictures(photos, tmp_path):
-    """Three images, two of them of one name in two folders, and one broken file."""
+    """Make three images, two of which have the same name in different folders, and a broken file."""
     folder = tmp_path / "in"
     (folder / "deep").mkdir(parents=True)
     for source, name in (("frame-00.png", "a.png"), ("frame-02.png", "b.png"), ("frame-01.jpg", "deep/a.jpg")):
@@ -116,7 +116,7 @@ def test_a_bad_file_is_left_out_and_changes_the_exit_code(world, run_cli, pictur
 
 
 def interrupt(monkeypatch, at):
-    """Ctrl-C while the features of the ``at``-th image are written."""
+    """Raise ``KeyboardInterrupt`` while the features of the ``at``-th image are written."""
     real, calls = np.save, []
 
     def save(*arguments, **options):
@@ -177,7 +177,7 @@ def test_resume_of_another_folder_is_refused(world, run_cli, pictures):
 
 
 def test_a_full_disk_is_reported_as_full(world, run_cli, pictures, monkeypatch):
-    """As the system says it: ``np.save`` to a file would say how many bytes it asked for."""
+    """The message is the system's; that of ``np.save`` would name a number of bytes instead."""
     from pathlib import Path
 
     real = Path.write_bytes

@@ -162,7 +162,7 @@ def test_a_model_whose_inputs_cannot_be_reached_is_refused(family):
 
 @pytest.fixture(scope="module")
 def aware(tmp_path_factory, base, photos):
-    """Two epochs in fake INT8: the door with its arguments but the output, the student's folder and its record."""
+    """Distil two epochs in fake INT8; return ``distill`` with its arguments but ``output``, the student, its record."""
     root = tmp_path_factory.mktemp("aware")
     settings = {"epochs": 2, "batch": 8, "views": 3, "device": "cpu", "precision": "fp32", "int8_aware": True}
     run = functools.partial(distill, str(base), photos, cache=root / "cache", **settings)

@@ -1,4 +1,4 @@
-"""Which room may import which, held as data by folder; and a runtime that really runs where torch is not."""
+"""Which folder may import which, and that the runtime and calibration run without torch."""
 
 import ast
 import json
@@ -13,7 +13,7 @@ ROOT = Path(__file__).resolve().parent.parent
 PACKAGE = ROOT / "phreg_deploy"
 FILES = sorted(PACKAGE.rglob("*.py"))
 
-# Folder: the folders that its files import at any depth, functions included; "" is the root, which all may import.
+# Folder -> the folders that its files may import, also inside functions. "" is the root, which all may import.
 MAY = {
     "": set(),
     "files": set(),
@@ -79,7 +79,7 @@ def room_of(path: Path) -> str:
 
 
 def imports(path: Path) -> list[tuple[str, bool]]:
-    """Dotted names that a file imports, and whether the import waits inside a function."""
+    """List the dotted names that a file imports, and whether each import is inside a function."""
     tree, found = ast.parse(path.read_text()), []
 
     def walk(node: ast.AST, late: bool) -> None:
@@ -97,7 +97,7 @@ def imports(path: Path) -> list[tuple[str, bool]]:
 
 
 def module_of(name: str) -> Path | None:
-    """The file of this package that a dotted name stands for, or holds."""
+    """Return the file of this package that a dotted name is, or is in."""
     parts = name.split(".")
     if parts[0] != "phreg_deploy":
         return None
@@ -127,7 +127,7 @@ def test_imports_run_one_way(path):
 
 
 def test_the_rule_has_no_circle():
-    """The rule itself has no circle: every room stands above all that it may import."""
+    """No folder may import itself through other folders."""
     below: dict[str, set[str]] = {}
 
     def rooms_below(room: str, path: tuple[str, ...] = ()) -> set[str]:
@@ -264,7 +264,7 @@ print(json.dumps({"code": done.code, "err": done.err[-500:], "missed": done.docu
 
 
 def test_calibration_runs_without_torch(bundle, photos, tmp_path):
-    words = ["calibrate", bundle, "--images", photos, "-o", tmp_path / "eight", "--json"]
+    words = ["calibrate", bundle, "--images", photos, "-o", tmp_path / "int8", "--json"]
     blocked = ",".join(name for name in BLOCKED if name != "onnx")
     done = subprocess.run(
         [sys.executable, "-W", "error", "-c", CALIBRATE, blocked, *(str(word) for word in words)],
@@ -276,4 +276,4 @@ def test_calibration_runs_without_torch(bundle, photos, tmp_path):
     assert done.returncode == 0, done.stderr
     said = json.loads(done.stdout.splitlines()[-1])
     assert (said["code"], said["missed"], said["heavy"]) == (0, [], []), said
-    assert (tmp_path / "eight" / "calibration.json").is_file()
+    assert (tmp_path / "int8" / "calibration.json").is_file()

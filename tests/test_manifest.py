@@ -121,7 +121,7 @@ def test_absurd_values_are_refused(world, path, verify):
 )
 def test_absurd_values_of_a_calibration_are_refused(world, run_cli, path):
     for value in ("x", 7, [], None):
-        folder = altered(world, "eight", path, value)
+        folder = altered(world, "int8_bundle", path, value)
         if (path, value) != ("quantisation.missed", []):
             run_cli("inspect", folder, "--json").refused(2, "manifest.json", path)
         shutil.rmtree(folder)
@@ -180,7 +180,7 @@ def test_only_regular_files_are_read(world, run_cli, name, kind):
 
 
 def test_links_to_files_are_read(world):
-    """In the cache of a model hub every file of a snapshot is a link."""
+    """Every file of a snapshot in the cache of a model hub is a link."""
     folder = world.copy("bundle")
     (folder / "model.onnx").rename(world.tmp / "blob")
     (folder / "model.onnx").symlink_to("../blob")

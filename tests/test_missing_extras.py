@@ -13,7 +13,7 @@ DISTILL, EXPORT = 'pip install "phreg-deploy[distill]"', 'pip install "phreg-dep
 
 
 def torch_commands(w):
-    """Commands that need PyTorch, by name."""
+    """List commands that need PyTorch, by name."""
     return {
         "distill": ["distill", w.base, "--images", w.photos, "-o", w.out, "--json"],
         "export": ["export", w.student, "-o", w.out, "--json"],
@@ -41,7 +41,7 @@ def test_a_missing_module_is_named_with_the_extra_that_brings_it(world, module, 
 
 
 def test_all_that_is_missing_is_named_at_once_with_one_line(world):
-    """A user installs everything at once, not one module per attempt."""
+    """The user can install everything at once, not one module after each error."""
     commands = torch_commands(world)
     commands["export in INT8"] = [*commands["export"], "--precision", "int8", "--images", world.photos]
     commands["calibrate"] = ["calibrate", world.bundle, "--images", world.photos, "-o", world.out, "--json"]

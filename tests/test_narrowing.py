@@ -1,4 +1,4 @@
-"""FP16 and BF16 graphs: the nodes that stay in FP32, the Casts, and the numbers."""
+"""FP16 and BF16 graphs: the nodes that stay in FP32, the Casts, and the outputs."""
 
 import re
 
@@ -43,7 +43,7 @@ def copy_of(traced):
 
 
 def typed(model):
-    """Tensor -> element type, by onnx's own strict inference: it fails where two types meet in one operator."""
+    """Map each tensor to its type by onnx's strict inference, which fails if an operator has inputs of two types."""
     inferred = onnx.shape_inference.infer_shapes(model, check_type=True, strict_mode=True)
     kinds = {
         v.name: v.type.tensor_type.elem_type
@@ -90,7 +90,7 @@ def test_a_value_just_within_the_range_keeps_nothing_in_fp32(traced):
 
 
 def test_an_overflow_that_would_be_infinite_is_computed_in_fp32():
-    """A hidden unit of 1e5 is infinite in FP16; what it adds is small, so that only its own block half is an island."""
+    """A hidden unit of 1e5 is infinite in FP16; it adds little, so only its own half-block is computed in FP32."""
     model = small("augreg")
     with torch.no_grad():
         signs = torch.tensor([1.0, -1.0]).repeat(24)  # a layer norm's outputs add up to nothing
@@ -141,7 +141,7 @@ def test_every_name_that_torch_watched_and_more_has_a_range(traced):
 
 
 def test_quantised_inputs_take_the_type_of_what_feeds_and_of_what_reads_them():
-    """Q in FP32 after an island, DQ in FP16 before a product, and no Cast between the two."""
+    """Q takes FP32 after a node in FP32, DQ gives FP16 to a product, and no Cast is between the two."""
     values = {"step": np.float32(0.5), "zero": np.int8(0), "w8": np.ones((4, 3), np.int8), "wstep": np.float32(0.25)}
     constants = [numpy_helper.from_array(np.asarray(value), name) for name, value in values.items()]
     nodes = [

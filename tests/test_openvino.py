@@ -45,7 +45,7 @@ def test_float32_is_what_onnx_runtime_computes(bundle):
     assert parity.cls_cosine > 0.99999
 
 
-@pytest.mark.parametrize("which", ["wide_bundle", "wide_eight"])
+@pytest.mark.parametrize("which", ["wide_bundle", "wide_int8_bundle"])
 @pytest.mark.parametrize(("batch", "size"), [(1, (48, 48)), (3, (96, 56)), (4, (64, 64))])
 def test_sizes_and_batches_change_from_call_to_call(request, which, batch, size):
     folder = request.getfixturevalue(which)
@@ -59,7 +59,7 @@ def test_sizes_and_batches_change_from_call_to_call(request, which, batch, size)
 
 
 @needs_bf16
-@pytest.mark.parametrize(("which", "precision"), [("bundle", "bf16"), ("eight", "int8")])
+@pytest.mark.parametrize(("which", "precision"), [("bundle", "bf16"), ("int8_bundle", "int8")])
 def test_bfloat16_is_held_to_its_own_gates(request, which, precision):
     with load(request.getfixturevalue(which), compute="bf16") as extractor:
         assert (extractor.compute, extractor.precision) == ("bf16", precision)
@@ -69,11 +69,11 @@ def test_bfloat16_is_held_to_its_own_gates(request, which, precision):
 
 
 @needs_bf16
-def test_eight_bits_take_bfloat16_for_the_rest_where_it_is_fast(eight, monkeypatch):
-    with load(eight) as extractor:
+def test_eight_bits_take_bfloat16_for_the_rest_where_it_is_fast(int8_bundle, monkeypatch):
+    with load(int8_bundle) as extractor:
         assert extractor.compute == "bf16"
     without_bf16(monkeypatch)
-    with load(eight) as extractor:
+    with load(int8_bundle) as extractor:
         assert extractor.compute == "fp32"
 
 
@@ -87,9 +87,9 @@ def test_bfloat16_is_refused_if_the_processor_has_none(bundle, run_cli, monkeypa
 
 @exact_kernels
 @pytest.mark.parametrize("compute", ["fp32", pytest.param("bf16", marks=needs_bf16)])
-def test_every_eight_bit_layer_is_counted(bundle, eight, compute):
+def test_every_eight_bit_layer_is_counted(bundle, int8_bundle, compute):
     names = {f"blocks.{i}.{part}" for i in range(3) for part in ("attn.qkv", "attn.proj", "mlp.fc1", "mlp.fc2")}
-    opened = open_backend(Bundle.read(eight), "openvino", BackendOptions(1, compute))
+    opened = open_backend(Bundle.read(int8_bundle), "openvino", BackendOptions(1, compute))
     assert opened.integer_layers == names
     assert backend_module.census(opened._model) == (names, set())
     opened.close()
@@ -97,12 +97,12 @@ def test_every_eight_bit_layer_is_counted(bundle, eight, compute):
 
 
 @exact_kernels
-def test_an_eight_bit_layer_that_runs_in_float_is_an_error(eight, run_cli, monkeypatch):
+def test_an_eight_bit_layer_that_runs_in_float_is_an_error(int8_bundle, run_cli, monkeypatch):
     found = {"blocks.0.attn.qkv", "blocks.1.mlp.fc2"}
     monkeypatch.setattr(backend_module, "census", lambda _compiled: ({"blocks.0.mlp.fc1"}, found))
-    asked = ["check", eight, "--backend", "openvino", "--json"]
+    asked = ["check", int8_bundle, "--backend", "openvino", "--json"]
     run_cli(*asked).refused(2, "runs 2 of 3 linear layers", "e.g. blocks.0.attn.qkv", "--backend onnxruntime-cpu")
-    with load(eight, "auto") as extractor:
+    with load(int8_bundle, "auto") as extractor:
         assert extractor.backend == "onnxruntime-cpu"
         assert "openvino does not serve it (census:" in extractor.choice
 
@@ -113,15 +113,15 @@ def test_layers_that_calibration_kept_in_float_may_run_in_float(bundle, photos, 
     from phreg_deploy.quantisation import Smoothing
 
     settings = {"cosine_p1": 0.999999, "float_macs": 0.06, "smoothing": Smoothing()}
-    kept = calibrate(bundle, photos, tmp_path / "eight", **settings, force=True).float_layers
+    kept = calibrate(bundle, photos, tmp_path / "int8", **settings, force=True).float_layers
     assert kept
-    opened = open_backend(Bundle.read(tmp_path / "eight"), "openvino", BackendOptions(1, "fp32"))
+    opened = open_backend(Bundle.read(tmp_path / "int8"), "openvino", BackendOptions(1, "fp32"))
     assert backend_module.census(opened._model)[1] == set(kept)
     assert len(opened.integer_layers) == 12 - len(kept)
 
 
 @pytest.mark.parametrize("mode", ["latency", "throughput"])
-@pytest.mark.parametrize("which", ["bundle", "eight"])
+@pytest.mark.parametrize("which", ["bundle", "int8_bundle"])
 def test_several_threads_get_their_own_results(request, which, mode):
     batches = [random_frames(i) for i in range(6)]
     with load(request.getfixturevalue(which), threads=2, mode=mode, compute="fp32") as extractor:

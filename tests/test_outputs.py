@@ -1,4 +1,4 @@
-"""An output is whole or not there: --force alone replaces one, and a full or read-only disk leaves no half of one."""
+"""An output is complete or missing: only --force replaces one, and a full or read-only disk leaves no part of one."""
 
 import errno
 import importlib
@@ -24,7 +24,7 @@ MAIN_FILE = {"distill": "model.safetensors", "export": "model.onnx", "extract": 
 
 @pytest.fixture
 def limited():
-    """``limited(bytes)``: from then on the system lets no file grow beyond that, like a full disk."""
+    """``limited(bytes)`` makes the system refuse larger files, as a full disk does."""
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     yield lambda size: resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
     resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
@@ -94,7 +94,7 @@ def test_an_output_without_a_name_is_refused(world, run_cli, monkeypatch, comman
 
 @pytest.mark.parametrize("command", WRITERS)
 def test_force_never_replaces_what_the_command_reads(world, run_cli, command):
-    """A mistyped output must not cost a user the photographs, the student or the bundle."""
+    """A mistyped output must not delete the photographs, the student or the bundle."""
     source = world.copy({"distill": "photos", "export": "student", "extract": "bundle"}[command])
     words = [source if a in (world.photos, world.student, world.bundle) else a for a in WRITERS[command](world, source)]
     before = tree(source)
@@ -138,7 +138,7 @@ WRITES = {
 
 @pytest.mark.parametrize("stage", WRITES)
 def test_a_write_that_the_system_refuses_leaves_nothing(world, run_cli, limited, stage):
-    """A real limit on file sizes, to meet every library's own way to fail."""
+    """The system limits file sizes, so that every library fails in its own way."""
     command, options, size = WRITES[stage]
     options = [world.tmp / "cache" if o == "CACHE" else o for o in options]
     words = WRITERS[command](world, world.out, *options)
@@ -218,7 +218,7 @@ def test_a_page_or_picture_in_a_read_only_folder_is_refused_before_any_work(
 
 
 def test_a_read_only_file_system_is_a_message(tmp_path, monkeypatch):
-    """There the system refuses even to remove a file that does not exist."""
+    """The system refuses even to remove a file that does not exist there."""
     from phreg_deploy.errors import PhregError
     from phreg_deploy.files.atomic import write_atomic
 

@@ -1,4 +1,4 @@
-"""The wheel holds what the source tree holds."""
+"""The wheel contains every file of the package."""
 
 import subprocess
 import sys

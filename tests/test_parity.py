@@ -1,4 +1,4 @@
-"""Parity figures and their gates, gathered batch by batch."""
+"""Parity figures that are collected batch by batch, and their gates."""
 
 import numpy as np
 import pytest
@@ -96,7 +96,7 @@ def test_neighbours_are_looked_for_among_a_sample_of_large_grids():
 @pytest.mark.parametrize("exam", [False, True])
 @pytest.mark.parametrize("precision", GATES)
 def test_each_precision_has_its_gates(precision, exam):
-    """Each bar is a gate of its own: just beyond it one sentence is given, at it none."""
+    """Each bar is a separate gate: a figure beyond it gives one sentence, a figure at it none."""
     bars = exam_bars(precision) if exam else GATES[precision]
     assert missed_gates(PASSES, precision, exam=exam) == []
     for name, bar in bars.items():

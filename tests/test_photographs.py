@@ -21,7 +21,7 @@ UNREADABLE = ("empty.png", "text.jpg", "truncated.jpg")
 
 
 def close(a: np.ndarray, b: np.ndarray) -> float:
-    """Mean absolute difference in grey levels."""
+    """Return the mean absolute difference in grey levels."""
     return float(np.abs(a.astype(np.float64) - b.astype(np.float64)).mean())
 
 

@@ -97,7 +97,7 @@ def test_a_backend_that_cannot_be_opened_after_a_fork_is_refused(bundle):
 
 
 def mean_feature(extractor):
-    """Runs in a spawned process."""
+    """Return the mean feature of a frame; this runs in a spawned process."""
     return os.getpid(), extractor.choice, extractor.color, float(extractor(FRAME).features.mean())
 
 

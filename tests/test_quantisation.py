@@ -10,7 +10,7 @@ PLAIN = Smoothing(norm=None, value=None, hidden=None)
 
 
 def spread(seed=0, channels=16):
-    """Ranges that are off centre and of very different widths."""
+    """Draw ranges that are off centre and of very different widths."""
     rng = np.random.default_rng(seed)
     middle, half = rng.normal(0, 3, channels), np.exp(rng.normal(0, 2, channels))
     return Range((middle - half).astype(np.float32), (middle + half).astype(np.float32))
@@ -22,7 +22,7 @@ def steps_of(grid: Grid, x: np.ndarray) -> np.ndarray:
 
 
 def fills(low, high) -> bool:
-    """Whether nothing observed is clipped and at most a fifth of the grid is left over."""
+    """Return whether no observed value is clipped and at most a fifth of the grid is unused."""
     return 127 / 1.25 < np.abs([low, high]).max() <= 127.001
 
 

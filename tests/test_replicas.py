@@ -1,4 +1,4 @@
-"""Distribute work over several devices in one process: here the CPU, named more than once, and no GPU."""
+"""Work is distributed over several devices in one process; the tests name the CPU more than once."""
 
 import copy
 import functools

@@ -121,8 +121,8 @@ def openvino(bundle, **environment):
 
 
 @x86
-def test_openvino_computes_int8_in_float_where_its_kernels_saturate(eight):
-    found = openvino(eight, ONEDNN_MAX_CPU_ISA="AVX2")
+def test_openvino_computes_int8_in_float_where_its_kernels_saturate(int8_bundle):
+    found = openvino(int8_bundle, ONEDNN_MAX_CPU_ISA="AVX2")
     assert found["saturates"]
     assert found["integer"] == 0
     assert found["compute"] == "fp32"
@@ -132,8 +132,8 @@ def test_openvino_computes_int8_in_float_where_its_kernels_saturate(eight):
     assert error["default"] > 5 * error["exact"], "the default kernels are measurably wrong on the forced processor"
 
 
-def test_openvino_keeps_its_integer_kernels_where_they_are_exact(eight):
-    found = openvino(eight)
+def test_openvino_keeps_its_integer_kernels_where_they_are_exact(int8_bundle):
+    found = openvino(int8_bundle)
     if found["saturates"]:
         pytest.skip("this processor's kernels saturate; the test above covers it")
     assert found["integer"] == 12
@@ -164,22 +164,22 @@ def without_dot_products(monkeypatch):
     monkeypatch.setattr("phreg_deploy.doctor.doctor.eight_bits", lambda: EightBits(()))
 
 
-def spoken(outcome):
-    """How often a command says that INT8 gains little here."""
+def count_notes(outcome):
+    """Count how often a command reports that INT8 gains little on this processor."""
     assert outcome.code == 0, outcome.err
     return " ".join((outcome.out + outcome.err).split()).count("INT8 is about as fast as FP32")
 
 
-def test_commands_report_that_int8_gains_little_on_this_processor(without_dot_products, eight, bundle, run_cli):
-    assert spoken(run_cli("inspect", eight)) == 1
-    assert spoken(run_cli("inspect", bundle)) == 0
+def test_commands_report_that_int8_gains_little_on_this_processor(without_dot_products, int8_bundle, bundle, run_cli):
+    assert count_notes(run_cli("inspect", int8_bundle)) == 1
+    assert count_notes(run_cli("inspect", bundle)) == 0
     parts = {f["part"]: f["state"] for f in run_cli("doctor", "--json").document["findings"]}
     assert parts["8-bit instructions"].startswith("none; ")
-    assert spoken(run_cli("check", eight)) == 1
+    assert count_notes(run_cli("check", int8_bundle)) == 1
 
 
 def test_calibrate_reports_it_once(without_dot_products, bundle, photos, tmp_path, run_cli):
-    assert spoken(run_cli("calibrate", bundle, "--images", photos, "-o", tmp_path / "eight", "--force")) == 1
+    assert count_notes(run_cli("calibrate", bundle, "--images", photos, "-o", tmp_path / "int8", "--force")) == 1
 
 
 def test_nothing_is_reported_if_int8_is_fast(monkeypatch):

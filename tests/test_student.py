@@ -57,7 +57,7 @@ def folders(tmp_path_factory):
 
 
 def test_stock_timm_loads_every_family_without_this_project(folders):
-    """In a process of its own, in which importing phreg_deploy fails."""
+    """Load the student in a separate process, in which phreg_deploy cannot be imported."""
     code = """
 import sys, json, numpy, pathlib, torch
 sys.modules["phreg_deploy"] = None

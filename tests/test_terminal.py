@@ -1,4 +1,4 @@
-"""Commands on a terminal or a pipe: other encodings, readers that leave, control characters, Ctrl-C."""
+"""Commands on a terminal or a pipe: other encodings, closed pipes, control characters, Ctrl-C."""
 
 import json
 import os
@@ -45,7 +45,7 @@ def test_a_terminal_without_unicode_gets_question_marks(world, environment):
 
 
 def without_reader(*words):
-    """Return exit code and stderr of a command whose reader has left, as ``head`` does."""
+    """Return exit code and stderr of a command whose reader closes the pipe, as ``head`` does."""
     process = run(*words)
     process.stdout.close()
     err = process.stderr.read()

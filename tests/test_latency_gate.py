@@ -1,4 +1,4 @@
-"""The latency gate: which files are a baseline, which conditions must agree, and which growth is too much."""
+"""The latency gate: which files are a baseline, which conditions must agree, and which growth fails."""
 
 import copy
 import json
@@ -13,7 +13,7 @@ HERE = ["--seconds", "0.1", "--threads", "1", "--backend", "onnxruntime-cpu", "-
 
 @pytest.fixture(scope="module")
 def today(wide_bundle, run_cli):
-    """A report of the bundle on this machine."""
+    """Profile the bundle on this machine; return the report."""
     done = run_cli("profile", wide_bundle, "--batch", "1,2", *HERE)
     assert done.code == 0, done.err
     return done.document
@@ -21,7 +21,7 @@ def today(wide_bundle, run_cli):
 
 @pytest.fixture
 def gate(world, run_cli, today, tmp_path):
-    """``gate(change, ...)``: profile batch 1 against today's report after ``change`` of a copy of it."""
+    """``gate(change, ...)`` profiles batch 1 against a copy of today's report that ``change`` has changed."""
 
     def run(change, *more):
         report = copy.deepcopy(today)
@@ -151,6 +151,6 @@ def test_documents_of_other_commands_are_named(world, run_cli):
         (index, "an index of `phreg-deploy extract`"),
         (world.bundle / "manifest.json", "a bundle's manifest"),
         (world.student / "phreg.json", "a student's record"),
-        (world.eight / "calibration.json", "a report of `phreg-deploy calibrate`"),
+        (world.int8_bundle / "calibration.json", "a report of `phreg-deploy calibrate`"),
     ):
         run_cli("profile", world.bundle, "--baseline", path, "--json").refused(2, str(path), said)

@@ -22,7 +22,7 @@ LOSSES = ["transplant", "ph-reg"]
 
 @pytest.fixture(scope="module")
 def dataset_of(photos, tmp_path_factory):
-    """A function from a model family to its data set; each is made once."""
+    """``dataset_of(family)`` makes the data set of a model family, once each."""
     return functools.cache(lambda family="augreg": SmallDataset(family, photos, tmp_path_factory.mktemp(family)))
 
 

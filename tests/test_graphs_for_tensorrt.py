@@ -1,4 +1,4 @@
-"""Graphs for TensorRT: FP8 grids, attention's products, a projection in three parts, scales that FP16 holds."""
+"""Graphs for TensorRT: FP8 grids, attention in 8 bits, the split projection, and scales that FP16 can hold."""
 
 import ml_dtypes
 import numpy as np

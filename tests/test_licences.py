@@ -33,10 +33,10 @@ def test_an_unstated_licence_is_not_guessed(checkpoint):
     assert origin("vit_tiny_patch16_224.mine", None, checkpoint)["license"] is None
 
 
-def test_the_base_models_name_goes_from_folder_to_student_to_bundles(base, student, bundle, eight):
+def test_the_base_models_name_goes_from_folder_to_student_to_bundles(base, student, bundle, int8_bundle):
     for source in (origin(str(base), base), read_record(student)["source"], origin(str(student), student)):
         assert STATED.items() <= source.items()
-    for folder in (bundle, eight):
+    for folder in (bundle, int8_bundle):
         source = Bundle.read(folder).manifest.source
         assert STATED.items() <= source.items()
         assert source["url"].startswith("https://")
@@ -75,7 +75,7 @@ def test_a_record_without_a_licence_is_read(world):
 
 
 def test_inspect_shows_licence_and_origin(world, run_cli):
-    for folder in (world.student, world.bundle, world.eight):
+    for folder in (world.student, world.bundle, world.int8_bundle):
         shown = run_cli("inspect", folder)
         assert shown.code == 0, shown.err
         for words in (f"{TINY}, weights ", "license of its weights", "apache-2.0", f"Hugging Face hub timm/{TINY}"):

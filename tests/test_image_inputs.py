@@ -29,7 +29,7 @@ def png(tmp_path_factory):
 
 
 class ByDlpack:
-    """An array of a library that numpy knows through DLPack alone."""
+    """An array of another library, which numpy can read through DLPack alone."""
 
     def __init__(self, array):
         self.array = array
