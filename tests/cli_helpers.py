@@ -65,6 +65,14 @@ def invoke(*arguments: object) -> Outcome:
     return Outcome(code, out.getvalue(), err.getvalue())
 
 
+def run_python(code: str, *arguments: object, warnings: str = "error") -> str:
+    """Run code in a separate Python process, in the root of the repository; assert exit code 0 and return stdout."""
+    command = [sys.executable, "-W", warnings, "-c", code, *(str(argument) for argument in arguments)]
+    process = subprocess.run(command, capture_output=True, text=True, check=False, cwd=ROOT)
+    assert process.returncode == 0, process.stderr
+    return process.stdout
+
+
 RUN = """
 import json, sys
 from dataclasses import asdict

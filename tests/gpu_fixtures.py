@@ -1,4 +1,4 @@
-"""Fixtures for tests on the fake GPU: the GPU, its TensorRT and ONNX Runtime, and bundles with engines."""
+"""Fixtures for tests on the fake GPU, its TensorRT and ONNX Runtime, bundles with engines, and a fake Jetson."""
 
 import shutil
 import sys
@@ -9,6 +9,7 @@ import pytest
 from phreg_deploy.runtime import FeatureExtractor
 from tests import fake_gpu
 from tests.fake_onnxruntime import make_onnxruntime
+from tests.fake_sensors import ORIN_NX, power_rails, write_files
 
 
 @pytest.fixture
@@ -112,3 +113,22 @@ def on_cpu(request):
         return opened[name].run(batch)
 
     return run
+
+
+@pytest.fixture
+def orin(tmp_path):
+    """The root of a fake Jetson Orin NX's files."""
+    zone, cooling = "sys/class/thermal/thermal_zone", "sys/class/thermal/cooling_device"
+    gpu = "sys/class/devfreq/17000000.gpu/"
+    return write_files(tmp_path, {
+        **power_rails(ORIN_NX),
+        f"{gpu}cur_freq": 918000000, f"{gpu}min_freq": 306000000, f"{gpu}max_freq": 918000000,
+        "sys/class/devfreq/15340000.vic/cur_freq": 1,
+        f"{zone}0/type": "cpu-thermal", f"{zone}0/temp": 71000, f"{zone}1/type": "gpu-thermal", f"{zone}1/temp": 52500,
+        f"{cooling}0/type": "pwm-fan", f"{cooling}0/cur_state": 3,
+        f"{cooling}1/type": "gpu-throttle-alert", f"{cooling}1/cur_state": 0,
+        "sys/class/hwmon/hwmon1/oc3_event_cnt": 7,
+        "var/lib/nvpmodel/status": "pmode:0002 fmode:quiet",
+        "etc/nvpmodel.conf": "< POWER_MODEL ID=0 NAME=15W >\nCPU_ONLINE CORE_0 1\n< POWER_MODEL ID=2 NAME=MAXN_SUPER >",
+        "etc/nv_tegra_release": "# R36 (release), REVISION: 4.3, GCID: 38968081, BOARD: generic",
+    })  # fmt: skip

@@ -4,10 +4,13 @@ import gc
 import weakref
 
 import numpy as np
+import pytest
 
 from phreg_deploy.runtime.gpu.arrays import CPU, DeviceArray
 
 HOST = (CPU, 0)
+every_dtype = pytest.mark.parametrize("dtype", ["uint8", "int8", "int32", "int64", "float16", "float32", "float64"])
+every_shape = pytest.mark.parametrize("shape", [(1, 4, 4, 3), (5,), (), (2, 0, 3), (3, 1, 2)])
 
 
 def consecutive(shape=(2, 3, 4), dtype="float32"):

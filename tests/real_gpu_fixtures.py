@@ -79,3 +79,13 @@ def assert_close(got, expected):
     for name in expected:
         a, b = np.asarray(got[name], np.float64), np.asarray(expected[name], np.float64)
         assert np.linalg.norm(a - b) <= 2e-2 * np.linalg.norm(b), name
+
+
+def assert_memory_stays_flat(call, gpu, calls):
+    """Assert that ``calls`` calls after 50 others leave as much free memory as there was before."""
+    for _ in range(50):
+        call()
+    before = gpu.free_memory()[0]
+    for _ in range(calls):
+        call()
+    assert abs(gpu.free_memory()[0] - before) <= MEMORY_TOLERANCE

@@ -6,7 +6,7 @@ from phreg_deploy.errors import PhregError
 from phreg_deploy.runtime import FeatureExtractor
 from phreg_deploy.runtime.parity import missed_gates, run_exam, worst
 from tests.frames import pointers, random_frames, to_host
-from tests.real_gpu_fixtures import MEMORY_TOLERANCE, assert_close
+from tests.real_gpu_fixtures import assert_close, assert_memory_stays_flat
 
 pytestmark = pytest.mark.gpu
 
@@ -89,12 +89,7 @@ def test_tensors_that_do_not_fit_are_refused(engine_of, torch_cuda):
 def test_memory_stays_flat_with_tensors(engine_of, torch_cuda, gpu):
     with FeatureExtractor.load(engine_of("fp16"), "tensorrt") as extractor:
         image = torch_cuda.from_numpy(random_frames()).cuda()
-        for _ in range(50):
-            extractor.run(image)
-        before = gpu.free_memory()[0]
-        for _ in range(1000):
-            extractor.run(image)
-        assert abs(gpu.free_memory()[0] - before) <= MEMORY_TOLERANCE
+        assert_memory_stays_flat(lambda: extractor.run(image), gpu, calls=1000)
 
 
 @pytest.mark.parametrize("precision", ["fp32", "fp16"])

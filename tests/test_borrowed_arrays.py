@@ -8,14 +8,11 @@ import pytest
 from phreg_deploy.errors import PhregError
 from phreg_deploy.runtime.gpu.arrays import CPU, GPU, MANAGED, as_device, from_capsule, on_gpu
 from tests import fake_gpu
-from tests.lent_arrays import HOST, consecutive, is_freed, lend
-
-DTYPES = ["uint8", "int8", "int32", "int64", "float16", "float32", "float64"]
-SHAPES = [(1, 4, 4, 3), (5,), (), (2, 0, 3), (3, 1, 2)]
+from tests.lent_arrays import HOST, consecutive, every_dtype, every_shape, is_freed, lend
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("shape", SHAPES)
+@every_dtype
+@every_shape
 def test_a_capsule_of_numpy_is_read_where_it_lies(dtype, shape):
     array = consecutive(shape, dtype)
     seen = from_capsule(array.__dlpack__(), expected=(CPU,))

@@ -1,8 +1,6 @@
 """`phreg-deploy build` and `export --format trt` write engines that serve, on a fake GPU and a fake TensorRT."""
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -14,7 +12,7 @@ from phreg_deploy.export import build as build_plan
 from phreg_deploy.runtime import FeatureExtractor
 from tests import fake_gpu
 from tests.build_helpers import build, plan_files
-from tests.cli_helpers import ROOT, invoke, leftovers
+from tests.cli_helpers import invoke, leftovers, run_python
 
 pytestmark = pytest.mark.usefixtures("all_freed")
 
@@ -200,14 +198,6 @@ print(json.dumps({"code": done.code, "err": done.err[-800:], "heavy": heavy, "li
 @pytest.mark.parametrize("name", ["wide_bundle", "fp16_bundle", "int8_trt_bundle"])
 def test_build_runs_without_torch_and_onnx(copy_bundle, name):
     folder = copy_bundle(name)
-    done = subprocess.run(
-        [sys.executable, "-W", "error", "-c", ALONE, ",".join(BLOCKED), str(folder)],
-        capture_output=True,
-        text=True,
-        check=False,
-        cwd=ROOT,
-    )
-    assert done.returncode == 0, done.stderr
-    outcome = json.loads(done.stdout.splitlines()[-1])
+    outcome = json.loads(run_python(ALONE, ",".join(BLOCKED), folder).splitlines()[-1])
     assert (outcome["code"], outcome["heavy"], outcome["live"], outcome["missed"]) == (0, [], {}, []), outcome
     assert len(plan_files(folder)) == 2

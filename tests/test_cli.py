@@ -11,7 +11,7 @@ from PIL import Image
 
 from phreg_deploy import __version__
 from phreg_deploy.cli import main
-from tests.cli_helpers import ROOT, leftovers
+from tests.cli_helpers import ROOT, leftovers, run_python
 
 pytestmark = pytest.mark.usefixtures("torch")
 # Where figures are compared exactly: "auto" may choose another backend.
@@ -58,9 +58,9 @@ def test_help_does_not_import_torch():
         "except SystemExit as stop: print('code', stop.code)\n"
         "print('heavy', sorted({'torch', 'timm', 'onnx', 'onnxruntime', 'safetensors'} & set(sys.modules)))"
     )
-    process = subprocess.run([sys.executable, "-W", "error", "-c", code], capture_output=True, text=True, check=True)
-    assert "Usage: phreg-deploy" in process.stdout
-    assert process.stdout.splitlines()[-2:] == ["code 0", "heavy []"]
+    output = run_python(code)
+    assert "Usage: phreg-deploy" in output
+    assert output.splitlines()[-2:] == ["code 0", "heavy []"]
 
 
 @pytest.mark.usefixtures("torch")

@@ -2,14 +2,13 @@
 
 import ast
 import json
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 
-ROOT = Path(__file__).resolve().parent.parent
+from tests.cli_helpers import ROOT, run_python
+
 PACKAGE = ROOT / "phreg_deploy"
 FILES = sorted(PACKAGE.rglob("*.py"))
 
@@ -234,14 +233,7 @@ def test_the_runtime_serves_without_torch(request, which, backend, photos):
 
     pytest.importorskip({"onnxruntime-cpu": "onnxruntime"}.get(backend, backend))
     folder, image = request.getfixturevalue(which), photos / "frame-03.jpg"
-    done = subprocess.run(
-        [sys.executable, "-W", "error", "-c", SERVE, str(folder), str(image), ",".join(BLOCKED), backend],
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr
-    said = json.loads(done.stdout)
+    said = json.loads(run_python(SERVE, folder, image, ",".join(BLOCKED), backend))
     assert said["shape"] == [1, 8, 8, 48]
     assert said["cls"] == [1, 48]
     assert said["backend"] == backend
@@ -266,14 +258,6 @@ print(json.dumps({"code": done.code, "err": done.err[-500:], "missed": done.docu
 def test_calibration_runs_without_torch(bundle, photos, tmp_path):
     words = ["calibrate", bundle, "--images", photos, "-o", tmp_path / "int8", "--json"]
     blocked = ",".join(name for name in BLOCKED if name != "onnx")
-    done = subprocess.run(
-        [sys.executable, "-W", "error", "-c", CALIBRATE, blocked, *(str(word) for word in words)],
-        capture_output=True,
-        text=True,
-        check=False,
-        cwd=ROOT,
-    )
-    assert done.returncode == 0, done.stderr
-    said = json.loads(done.stdout.splitlines()[-1])
+    said = json.loads(run_python(CALIBRATE, blocked, *words).splitlines()[-1])
     assert (said["code"], said["missed"], said["heavy"]) == (0, [], []), said
     assert (tmp_path / "int8" / "calibration.json").is_file()

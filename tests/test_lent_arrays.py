@@ -10,14 +10,11 @@ from phreg_deploy.errors import PhregError
 from phreg_deploy.runtime.gpu.arrays import CPU, GPU, DeviceArray, from_capsule
 from phreg_deploy.runtime.gpu.cuda import Cuda
 from tests import fake_gpu
-from tests.lent_arrays import HOST, consecutive, is_freed, lend
-
-DTYPES = ["uint8", "int8", "int32", "int64", "float16", "float32", "float64"]
-SHAPES = [(1, 4, 4, 3), (5,), (), (2, 0, 3), (3, 1, 2)]
+from tests.lent_arrays import HOST, consecutive, every_dtype, every_shape, is_freed, lend
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("shape", SHAPES)
+@every_dtype
+@every_shape
 def test_numpy_reads_lent_arrays(dtype, shape):
     array = consecutive(shape, dtype)
     seen = np.from_dlpack(lend(array)[0])
@@ -26,8 +23,8 @@ def test_numpy_reads_lent_arrays(dtype, shape):
     assert not array.size or seen.ctypes.data == array.ctypes.data
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("shape", SHAPES)
+@every_dtype
+@every_shape
 def test_torch_reads_and_writes_lent_arrays(torch, dtype, shape):
     array = consecutive(shape, dtype)
     seen = torch.from_dlpack(lend(array)[0])

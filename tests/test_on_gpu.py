@@ -12,7 +12,7 @@ from phreg_deploy.runtime import FeatureExtractor
 from phreg_deploy.runtime.parity import missed_gates, run_exam, worst
 from tests.cli_helpers import invoke
 from tests.frames import random_frames
-from tests.real_gpu_fixtures import MEMORY_TOLERANCE, assert_close
+from tests.real_gpu_fixtures import MEMORY_TOLERANCE, assert_close, assert_memory_stays_flat
 from tests.threads import run_in_threads
 
 pytestmark = pytest.mark.gpu
@@ -115,12 +115,7 @@ def test_eight_threads_get_their_own_outputs(engine_of):
 def test_memory_stays_flat(engine_of, gpu):
     with FeatureExtractor.load(engine_of("fp16"), "tensorrt") as extractor:
         image = random_frames()
-        for _ in range(50):
-            extractor.run(image)
-        before = gpu.free_memory()[0]
-        for _ in range(10_000):
-            extractor.run(image)
-        assert abs(gpu.free_memory()[0] - before) <= MEMORY_TOLERANCE
+        assert_memory_stays_flat(lambda: extractor.run(image), gpu, calls=10_000)
 
 
 def test_closing_gives_the_memory_back(engine_of, gpu):

@@ -7,25 +7,7 @@ import pytest
 
 from phreg_deploy.errors import PhregError
 from phreg_deploy.profiling.telemetry import Sample, Telemetry, summarise
-from tests.fake_sensors import ORIN_NX, FakeNvml, power_rails, write_files
-
-
-@pytest.fixture
-def orin(tmp_path):
-    zone, cooling = "sys/class/thermal/thermal_zone", "sys/class/thermal/cooling_device"
-    gpu = "sys/class/devfreq/17000000.gpu/"
-    return write_files(tmp_path, {
-        **power_rails(ORIN_NX),
-        f"{gpu}cur_freq": 918000000, f"{gpu}min_freq": 306000000, f"{gpu}max_freq": 918000000,
-        "sys/class/devfreq/15340000.vic/cur_freq": 1,
-        f"{zone}0/type": "cpu-thermal", f"{zone}0/temp": 71000, f"{zone}1/type": "gpu-thermal", f"{zone}1/temp": 52500,
-        f"{cooling}0/type": "pwm-fan", f"{cooling}0/cur_state": 3,
-        f"{cooling}1/type": "gpu-throttle-alert", f"{cooling}1/cur_state": 0,
-        "sys/class/hwmon/hwmon1/oc3_event_cnt": 7,
-        "var/lib/nvpmodel/status": "pmode:0002 fmode:quiet",
-        "etc/nvpmodel.conf": "< POWER_MODEL ID=0 NAME=15W >\nCPU_ONLINE CORE_0 1\n< POWER_MODEL ID=2 NAME=MAXN_SUPER >",
-        "etc/nv_tegra_release": "# R36 (release), REVISION: 4.3, GCID: 38968081, BOARD: generic",
-    })  # fmt: skip
+from tests.fake_sensors import FakeNvml
 
 
 def test_on_a_jetson_power_comes_from_the_rails_and_the_rest_from_nvml(orin):
