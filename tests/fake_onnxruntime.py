@@ -79,15 +79,15 @@ class Session:
             feed[name] = place
         for output, value in zip(self.real.get_outputs(), self.real.run(None, feed)):
             dtype, shape, pointer = binding.outputs[output.name]
-            assert (value.dtype, value.shape) == (dtype, shape), "ONNX Runtime refuses another shape"
+            assert (value.dtype, value.shape) == (dtype, shape), "ONNX Runtime refuses outputs of another shape"
             device.span(pointer, value.nbytes)[:] = value.tobytes()
 
 
 def make_onnxruntime(device):
     """Make a module ``onnxruntime`` with the providers for GPUs.
 
-    Tests read ``sessions`` and set ``drops_providers``, whether sessions lose the providers that they were asked for,
-    and ``nodes_on_cpu``, the (name, operator) of the nodes that stay on the processor.
+    Tests read ``sessions``. They set ``drops_providers``, whether sessions run without the providers that were asked
+    for, and ``nodes_on_cpu``, the (name, operator) of the nodes that stay on the processor.
     """
     providers = ["TensorrtExecutionProvider", "CUDAExecutionProvider", "CPUExecutionProvider"]
     module = types.SimpleNamespace(

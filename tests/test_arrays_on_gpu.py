@@ -27,7 +27,9 @@ def test_tensors_of_torch_go_in_and_come_out_without_a_copy(engine_of, torch_cud
         assert pointers(again) == {name: t.data_ptr() for name, t in out.items()}
         torch.cuda.synchronize()
         assert_close({name: tensor.cpu().numpy() for name, tensor in out.items()}, wanted)
-    assert_close({name: tensor.cpu().numpy() for name, tensor in tensors.items()}, wanted)  # they outlive the extractor
+    assert_close(
+        {name: tensor.cpu().numpy() for name, tensor in tensors.items()}, wanted
+    )  # also after the extractor was closed
 
 
 def test_a_tensor_that_torch_is_still_filling_is_waited_for(engine_of, torch_cuda):
@@ -68,8 +70,8 @@ def test_a_stream_of_the_users_is_used_and_not_waited_for(engine_of, torch_cuda,
                 busy = torch.tanh(busy @ busy)
             extractor.run(image, out=out, stream=stream.cuda_stream)
             done.record()
-        assert not done.query(), "the call came back before the work was done"
-        assert_close(extractor.run(random_frames(1)), wanted)  # on the host, behind it
+        assert not done.query(), "the call returned before the work was done"
+        assert_close(extractor.run(random_frames(1)), wanted)  # images on the host, queued behind the work
         done.synchronize()
         assert_close({name: tensor.cpu().numpy() for name, tensor in out.items()}, wanted)
 

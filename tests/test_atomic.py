@@ -49,7 +49,7 @@ def failure(call):
 
 
 def read(target):
-    """Return the text of an output, which must be the same in both of its files."""
+    """Return the text of an output; assert that both of its files have the same text."""
     texts = {p.name: p.read_text() for p in target.iterdir()}
     assert set(texts) == {"manifest.json", "other"}
     assert len(set(texts.values())) == 1
@@ -63,7 +63,7 @@ def test_force_replaces_and_leaves_nothing_else(tmp_path, steps):
         assert [p.name for p in tmp_path.iterdir()] == ["out"]
     plain = tmp_path / "plain"
     plain.mkdir()
-    assert (tmp_path / "out").stat().st_mode == plain.stat().st_mode, "as readable as any folder"
+    assert (tmp_path / "out").stat().st_mode == plain.stat().st_mode, "the permissions are those of a new folder"
 
 
 @pytest.mark.parametrize("kind", [KeyboardInterrupt, SystemExit, OSError])

@@ -83,7 +83,7 @@ def test_auto_skips_a_backend_that_fails_the_exam(bundle, monkeypatch, bad):
     opened, reason = choose(Bundle.read(bundle), BackendOptions(1))
     assert opened.name == next(name for name in PROCESSOR if name != bad)
     assert f"{bad} fails the exam (1st-percentile patch cosine" in reason
-    assert " ms" not in reason, "the only one left is not timed"
+    assert " ms" not in reason, "a single remaining backend is not timed"
 
 
 def test_auto_raises_if_no_backend_passes_the_exam(bundle, monkeypatch):

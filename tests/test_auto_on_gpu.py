@@ -12,7 +12,7 @@ from tests import fake_gpu
 
 @pytest.fixture
 def driver(monkeypatch):
-    """Say whether there is a driver."""
+    """``driver(True)`` makes the registry find a driver; ``driver(False)`` makes it find none."""
     return lambda there: monkeypatch.setattr(backends, "driver_present", lambda: there)
 
 
@@ -65,7 +65,7 @@ def test_auto_takes_the_gpu_where_it_is_the_fastest(copy_bundle, driver, device,
     times["tensorrt"] = 99.0
     with FeatureExtractor.load(folder) as extractor:
         assert extractor.backend != "tensorrt"
-    assert device.live() == {}, "what was tried and not taken is closed"
+    assert device.live() == {}, "backends that were tried and not taken are closed"
 
 
 def test_auto_does_not_take_an_engine_that_fails_the_exam(copy_bundle, driver, device, monkeypatch):

@@ -181,7 +181,7 @@ def test_a_bad_bundle_is_refused_by_every_reader(world, run_cli, reader, name):
     make, fragments = BUNDLES[name]
     command = READERS[reader](world, make(world))
     if reader in ("artifacts", "inspect") and name in ("no folder", "a file"):
-        # A path that is no bundle may also be a model: the message names both.
+        # ``artifacts`` and ``inspect`` also take a model, so their messages name both.
         fragments = fragments[:1]
     run_cli(*command, "--json").refused(2, *fragments)
     assert not world.out.exists()

@@ -54,7 +54,7 @@ def test_a_graph_that_lacks_an_output_is_refused(world, change, name, backend):
 
 
 def test_a_graph_with_outputs_of_another_shape_is_refused(world):
-    """Two outputs exchange their names."""
+    """Two outputs exchange their names, so that both have another shape."""
 
     def exchange(model):
         names = {"cls": "token_norm", "token_norm": "cls"}
@@ -73,7 +73,7 @@ def test_a_graph_with_outputs_of_another_shape_is_refused(world):
 
 
 def test_a_graph_that_cannot_run_is_refused(world):
-    """The graph reshapes to another size: it loads, and fails at the first image."""
+    """The graph reshapes to another size, so it loads and fails at the first image."""
     import onnx
 
     def break_reshape(model):

@@ -40,7 +40,7 @@ def numbered():
 
 
 def poisoned(w):
-    """The base model with one NaN in it."""
+    """Copy the base model with one NaN in its weights."""
     from safetensors.torch import load_file, save_file
 
     folder = w.copy("base")

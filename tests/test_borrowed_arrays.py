@@ -95,7 +95,7 @@ def test_bfloat16_is_refused_with_the_reason(torch):
 
 
 class Offer:
-    """An array on a GPU by DLPack alone; remembers the stream that it was asked for."""
+    """An array on a GPU that offers DLPack alone, and records the streams that readers give."""
 
     def __init__(self, where=(GPU, 0), error=None):
         self.value, self.where, self.error, self.asked = consecutive(), where, error, []
@@ -114,8 +114,8 @@ class Offer:
 def test_the_producer_gets_the_stream_that_reads(stream, asked):
     offer = Offer()
     array = as_device(offer, stream)
-    assert offer.asked == [asked], "0 is forbidden there; 1 is the default stream"
-    assert array.stream == asked, "from that stream on it can be read"
+    assert offer.asked == [asked], "DLPack forbids stream 0; 1 is the default stream"
+    assert array.stream == asked, "work on that stream may read it"
     assert array.pointer == offer.value.ctypes.data
 
 

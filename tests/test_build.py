@@ -120,7 +120,7 @@ def test_other_settings_are_another_engine_beside_the_first(copy_bundle, tensorr
 
 
 def test_gpus_of_one_architecture_share_a_bundle(copy_bundle, device, tensorrt):
-    """They have separate timings, though both are SM 8.9."""
+    """Both are SM 8.9, but each has its own engine and timing cache."""
     folder = copy_bundle("bundle")
     assert build(folder).code == 0
     device.name = "NVIDIA Other"

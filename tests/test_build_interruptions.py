@@ -94,7 +94,7 @@ def test_a_progress_bar_that_cannot_be_drawn_stops_the_build(copy_bundle, tensor
 
     folder = copy_bundle("bundle")
     monkeypatch.setattr(Bars, "update", broken)
-    # As with every command whose reader went away.
+    # Every command exits with 0 if the reader of stderr is gone.
     assert build(folder).code == 0
     assert plan_files(folder) == []
 

@@ -1,4 +1,4 @@
-"""`phreg-deploy build` refuses other machines, old versions and missing parts, and says what to run."""
+"""`phreg-deploy build` refuses other machines, old versions and missing parts, and names the command to run."""
 
 import sys
 

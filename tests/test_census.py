@@ -12,9 +12,9 @@ from phreg_deploy.errors import PhregError
 from phreg_deploy.onnx_graph.session import open_session
 from tests.quantised_graphs import features, traced
 
-# A layer norm feeds it: signed 8 bits.
+# Its input comes from a layer norm: signed 8 bits.
 LAYER = "blocks.1.attn.qkv"
-# Hidden units feed it: a zero point.
+# Its input is hidden units: unsigned 8 bits with a zero point.
 UNIT = "blocks.1.mlp.fc2"
 
 

@@ -160,7 +160,7 @@ def test_bytes_go_up_and_come_back(cuda):
         np.copyto(up.view(value.shape, value.dtype), value)
         cuda.copy(far.pointer, up.pointer, 200, "HostToDevice", stream.handle)
         cuda.copy(down.pointer, far.pointer, 200, "DeviceToHost", stream.handle)
-        assert not np.array_equal(down.view(value.shape, value.dtype), value), "nobody has waited yet"
+        assert not np.array_equal(down.view(value.shape, value.dtype), value), "no wait has happened yet"
         stream.wait()
         np.testing.assert_array_equal(down.view(value.shape, value.dtype), value)
         np.testing.assert_array_equal(down.view((20,), np.dtype(np.float32)), value.reshape(-1)[:20])

@@ -23,7 +23,7 @@ from tests.small_models import FAMILIES, small
 
 
 def served(model, images, *, sizes=None, batch="1", precision="fp32", keep=()):
-    """Answer uint8 images with ONNX Runtime and with PyTorch; return both answers and the graph."""
+    """Run uint8 images through ONNX Runtime and PyTorch; return both outputs and the graph."""
     patch = tuple(model.patch_embed.patch_size)
     sizes = sizes or Sizes("fixed", (tuple(images.shape[1:3]),))
     preprocess = model_preprocess(model)

@@ -30,7 +30,7 @@ FUSED = [family for family in (*FAMILIES, *VARIANTS) if family not in SEPARATE]
 
 
 def run(model, batches):
-    """Patch features ``(M, N, C)``."""
+    """Return patch features ``(M, N, C)``."""
     with torch.no_grad():
         return np.concatenate([hooks.forward(model, batch).patches.numpy() for batch in batches])
 
@@ -56,7 +56,9 @@ def test_fake_int8_computes_what_the_bundle_computes(family):
     with quantised(here.model, observe_grids(here.model, here.batches, Smoothing())):
         fake = run(here.model, here.batches)
     assert agreement(fake, served).mean >= 0.99999
-    assert agreement(fake, served).mean >= 1 - 0.5 * (1 - agreement(real, served).mean), "nearer to it than float is"
+    assert agreement(fake, served).mean >= 1 - 0.5 * (1 - agreement(real, served).mean), (
+        "closer to the bundle than the float model is"
+    )
 
 
 @pytest.mark.parametrize("smoothing", [PLAIN, Smoothing(0.5, 0.3, None, registers=False)])
@@ -196,11 +198,11 @@ def test_every_step_runs_through_the_grids_of_its_epoch(aware, tmp_path, monkeyp
     opened, real = [], training.quantised
     monkeypatch.setattr(training, "quantised", lambda model, grids: opened.append(grids) or real(model, grids))
     run_aware(tmp_path / "again")
-    assert [len(grids) for grids in opened] == 6 * [12], "three steps an epoch, twelve layers"
+    assert [len(grids) for grids in opened] == 6 * [12], "three steps per epoch and twelve layers"
     steps = [grids["blocks.0.mlp.fc2"].step for grids in opened]
     assert steps[:3] == 3 * steps[:1]
     assert steps[3:] == 3 * steps[3:4]
-    assert steps[0] != steps[3], "observed anew before each epoch"
+    assert steps[0] != steps[3], "ranges are observed before each epoch"
     assert digest(tmp_path / "again") == digest(folder)
     run_aware(tmp_path / "float", int8_aware=False)
     assert digest(tmp_path / "float") != digest(folder)

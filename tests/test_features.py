@@ -19,7 +19,7 @@ from tests.threads import run_in_threads
 
 @pytest.fixture(scope="module")
 def bundles(tmp_path_factory):
-    """A fixed bundle, and one with a range of sizes and batches, of the same student."""
+    """Bundles of one student with a fixed size, and with several sizes and batches."""
     root = tmp_path_factory.mktemp("bundles")
     (root / "student").mkdir()
     record = {"scores": {"median_norm": 7.0}, "recipe": {"name": "transplant"}}

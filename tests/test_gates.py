@@ -86,7 +86,7 @@ def test_values_that_are_not_numbers_miss_every_gate():
 
 
 def test_a_bundle_that_no_backend_can_run_is_written_and_reported_as_unchecked(world, run_cli, monkeypatch):
-    """BF16 where there is neither OpenVINO nor a GPU: no failure, and no silence."""
+    """BF16 on a machine with neither OpenVINO nor a GPU."""
     monkeypatch.setitem(sys.modules, "openvino", None)
     monkeypatch.setattr("phreg_deploy.runtime.backends.registry.driver_present", lambda: False)
     done = run_cli("export", world.student, "-o", world.out, "--precision", "bf16", "--json")

@@ -19,7 +19,7 @@ GPU_NAMES = ("onnxruntime-cuda", "onnxruntime-tensorrt")
 
 
 def as_if(folder, precision):
-    """The bundle, said to be in another precision."""
+    """Return the bundle with another precision in its manifest."""
     bundle = Bundle.read(folder)
     return Bundle(bundle.folder, replace(bundle.manifest, precision=precision))
 

@@ -26,7 +26,7 @@ def test_without_a_gpu_nothing_is_imported_or_proposed(tmp_path):
     assert found.pop("NVIDIA driver").mend == "none needed for the CPU; else install the NVIDIA driver"
     for finding in found.values():
         assert (finding.state, finding.usable, finding.mend) == (NEEDLESS, False, None)
-    assert machine.tried == [], "nothing is imported for a GPU that is not there"
+    assert machine.tried == [], "no GPU package is imported without a GPU"
 
 
 def test_a_complete_workstation_needs_nothing(tmp_path):
@@ -75,7 +75,7 @@ def test_tensorrt_that_lacks_libraries_is_not_usable(tmp_path):
     assert found.state == "11.4.0, without libnvinfer.so.11, libnvinfer_plugin.so.11, libnvonnxparser.so.11"
     assert (found.usable, found.mend) == (False, 'pip install "phreg-deploy[trt]"')
     add_tensorrt_wheel(machine, 10)
-    assert not machine.findings()["TensorRT"].usable, "another version's libraries are of no use"
+    assert not machine.findings()["TensorRT"].usable, "libraries of another version do not count"
     machine.modules["tensorrt"] = "ImportError: libnvonnxparser.so.11: cannot open shared object file"
     found = machine.findings()["TensorRT"]
     assert "libnvonnxparser.so.11" in found.state
@@ -100,7 +100,7 @@ def test_tensorrt_without_resources_for_the_gpu_only_runs_engines(tmp_path, arch
     machine = FakeMachine(tmp_path, FakeDriver(gpus=(("GPU", architecture, 1 << 30),)), modules={"tensorrt": "11.4.0"})
     add_tensorrt_wheel(machine, 11, resources)
     found = machine.findings()["TensorRT"]
-    assert found.usable, "a robot runs engines without what builds them"
+    assert found.usable, "a machine without builder resources still runs engines"
     assert (found.mend is None) == (why is None)
     assert found.state.startswith(f"11.4.0: runs engines, builds none: {why}" if why else "11.4.0")
     assert ("builds" in found.state) == (why is not None)
@@ -123,7 +123,7 @@ def test_a_driver_that_does_not_start_is_explained(tmp_path, code, words):
     assert f"CUDA 12.8, but cuInit fails with error {code}" in found["NVIDIA driver"].state
     assert words in found["NVIDIA driver"].mend
     for part in ("cuda-python", "TensorRT"):
-        assert not found[part].usable, "an object that is made is no proof that it works"
+        assert not found[part].usable, "TensorRT can be imported without a driver that works"
         assert found[part].state.endswith("waits for a GPU")
 
 

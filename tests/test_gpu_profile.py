@@ -17,7 +17,10 @@ from tests.profile_helpers import TINY, FakeCuda, layer_metadata
 
 
 def fake_extractor(parts=True):
-    """2 images in 1.8 ms, with a graph 1.3; 10 ms by the host's clock. ``parts``: its backend tells them."""
+    """Make an extractor that takes 1.8 ms for 2 images, 1.3 with a graph, and 10 on the host.
+
+    ``parts``: whether its backend times the parts of a call and the layers.
+    """
     runs, backend = [], SimpleNamespace(name="fake", cuda=FakeCuda(), run_device=lambda *_: {})
 
     def split(feed, graph):
@@ -67,7 +70,7 @@ def test_the_report_holds_every_measurement():
     assert graph["images_per_second"] == pytest.approx(2000 / 1.3)
     assert ([entry["streams"] for entry in report["streams"]], going) == ([1, 2], [1, 0, 1, 0])
     counted = len(extractor.runs) - report["queue"][0]["frames"] - 2 * 1 - 2 * 2
-    assert sum(frames) == 2 * counted, "images of all calls but those that warm up"
+    assert sum(frames) == 2 * counted, "images of all calls except those for warm-up"
     assert report["layers"][0]["blocks"] == {"0": {"fc1": 0.75}}
     assert report["roofline"][0]["total"]["measured_ms"] == 1.0
     assert report["memory"] == {"before": 224 << 20, "after": 224 << 20, "device": {"activations": 5}}

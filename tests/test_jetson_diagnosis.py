@@ -13,7 +13,7 @@ def test_jetpack_6_2_can_use_its_tensorrt(tmp_path):
     assert (found["TensorRT"].state, found["TensorRT"].usable, found["TensorRT"].mend) == ("10.3.0", True, None)
     assert found["cuda-python"].mend == 'pip install "phreg-deploy[cuda]" "cuda-python<13"'
     assert "use TensorRT" in found["onnxruntime on CUDA"].state
-    assert found["onnxruntime on CUDA"].mend is None, "no wheel for aarch64 is proposed where there is none"
+    assert found["onnxruntime on CUDA"].mend is None, "no wheel is proposed, because aarch64 has none"
 
 
 def test_jetpack_7_2_with_tensorrt_11_4_0_is_refused(tmp_path):
@@ -62,7 +62,7 @@ def test_a_container_without_the_jetsons_gpu_names_the_option(tmp_path):
     assert found["JetPack"].state == "JetPack of unknown version"
     assert "sudo apt install nvidia-jetpack" in found["TensorRT"].mend
     machine.write("var/lib/dpkg/status", "Package: nvidia-jetpack\nStatus: deinstall ok config-files\nVersion: 6.2\n")
-    assert read_jetson(tmp_path).jetpack == (), "what was removed does not count"
+    assert read_jetson(tmp_path).jetpack == (), "a removed package does not count"
 
 
 def test_a_venv_that_hides_jetpacks_tensorrt_is_explained(tmp_path):

@@ -46,7 +46,7 @@ MAY = {
 }
 MAY["cli/tables"] = set(MAY)
 MAY["cli/commands"] = set(MAY)
-# room: the rooms that it imports inside functions only, so that what they need is optional
+# Folder -> the folders that it imports inside functions only, so that their dependencies are optional.
 LATE = {
     "export": {"export/engine"},
     "verify": {"models", "onnx_graph", "export/engine"},
@@ -56,7 +56,8 @@ LATE = {
     "cli": {"runtime/backends"},
 }
 HEAVY = {"torch", "timm", "onnx", "onnxscript", "safetensors", "torchvision"}
-NEEDS = {  # room: what it may import of these
+# Folder -> the heavy modules that it may import.
+NEEDS = {
     "models": HEAVY,
     "distill": HEAVY,
     "export": HEAVY,
@@ -65,15 +66,16 @@ NEEDS = {  # room: what it may import of these
     "calibration": {"onnx"},
     "verify": {"onnx"},
 }
-TORCH_ROOMS = {"models", "distill", "export", "demo"}
-LARGEST_SHARE, MOST_FILES = (
-    0.18,
-    12,
-)  # of the code's lines in one room with its sub-rooms; of the source files in a folder
+WITHOUT_TORCH = {"runtime", "runtime/gpu", "runtime/backends", "calibration", "export/engine", "profiling", "doctor"}
+TORCH_FOLDERS = {"models", "distill", "export", "demo"}
+# Largest share of the code's lines in one folder of the package, with its subfolders.
+LARGEST_SHARE = 0.18
+# Largest number of source files in a folder.
+MOST_FILES = 12
 BLOCKED = ("torch", "timm", "onnx", "onnxscript", "safetensors", "torchvision")
 
 
-def room_of(path: Path) -> str:
+def folder_of(path: Path) -> str:
     return "/".join(path.relative_to(PACKAGE).parts[:-1])
 
 
@@ -114,29 +116,31 @@ def modules_imported(path: Path) -> set[tuple[Path, bool]]:
 
 @pytest.mark.parametrize("path", FILES, ids=lambda p: str(p.relative_to(PACKAGE)))
 def test_imports_run_one_way(path):
-    room = room_of(path)
-    assert room in MAY, f"{room} is a new room: say in MAY what it may import"
+    folder = folder_of(path)
+    assert folder in MAY, f"{folder} is a new folder; add it to MAY"
     if path.name == "__main__.py":
-        assert {room_of(module) for module, _ in modules_imported(path)} == {"cli"}
+        assert {folder_of(module) for module, _ in modules_imported(path)} == {"cli"}
         return
     for module, late in modules_imported(path):
-        name = room_of(module)
-        assert name in ("", room) or name in MAY[room], f"{path.name} in {room or 'the root'} imports {name}"
-        assert late or name not in LATE.get(room, ()), f"{path.name} imports {name} at its top"
+        name = folder_of(module)
+        assert name in ("", folder) or name in MAY[folder], f"{path.name} in {folder or 'the root'} imports {name}"
+        assert late or name not in LATE.get(folder, ()), f"{path.name} imports {name} at its top"
 
 
 def test_the_rule_has_no_circle():
     """No folder may import itself through other folders."""
     below: dict[str, set[str]] = {}
 
-    def rooms_below(room: str, path: tuple[str, ...] = ()) -> set[str]:
-        assert room not in path, f"a circle: {' -> '.join((*path, room))}"
-        if room not in below:
-            below[room] = set().union(*({r} | rooms_below(r, (*path, room)) for r in MAY[room] - {"cli"}), set())
-        return below[room]
+    def folders_below(folder: str, path: tuple[str, ...] = ()) -> set[str]:
+        assert folder not in path, f"a circle: {' -> '.join((*path, folder))}"
+        if folder not in below:
+            below[folder] = set().union(
+                *({r} | folders_below(r, (*path, folder)) for r in MAY[folder] - {"cli"}), set()
+            )
+        return below[folder]
 
-    for room in MAY:
-        rooms_below(room)
+    for folder in MAY:
+        folders_below(folder)
 
 
 def test_no_files_import_each_other():
@@ -157,28 +161,20 @@ def test_no_files_import_each_other():
 
 @pytest.mark.parametrize("path", FILES, ids=lambda p: str(p.relative_to(PACKAGE)))
 def test_heavy_modules_are_imported_in_their_folders_alone(path):
-    allowed = NEEDS.get(room_of(path), set())
+    allowed = NEEDS.get(folder_of(path), set())
     for name, _ in imports(path):
         top = name.split(".")[0]
         assert top not in HEAVY or top in allowed, f"{path} imports {name}"
 
 
 def test_folders_for_the_device_import_no_torch_indirectly():
-    for room, may in MAY.items():
-        if room in (
-            "runtime",
-            "runtime/gpu",
-            "runtime/backends",
-            "calibration",
-            "export/engine",
-            "profiling",
-            "doctor",
-        ):
-            assert not may & TORCH_ROOMS, room
+    for folder, may in MAY.items():
+        if folder in WITHOUT_TORCH:
+            assert not may & TORCH_FOLDERS, folder
 
 
 def test_the_rule_covers_every_folder_and_no_other():
-    assert set(MAY) == {room_of(p) for p in FILES}
+    assert set(MAY) == {folder_of(p) for p in FILES}
 
 
 @pytest.mark.parametrize("path", FILES, ids=lambda p: str(p.relative_to(PACKAGE)))
@@ -189,12 +185,12 @@ def test_files_are_small(path):
 def test_folders_are_small():
     lines = {path: len(path.read_text().splitlines()) for path in FILES}
     whole = sum(lines.values())
-    for room in {room_of(path).split("/")[0] for path in FILES}:
-        own = sum(n for path, n in lines.items() if room_of(path).split("/")[0] == room)
-        assert own <= LARGEST_SHARE * whole, f"{room or 'the root'} has {own} of {whole} lines"
-    for room in MAY:
-        count = sum(room_of(path) == room for path in FILES)
-        assert count <= MOST_FILES, f"{room or 'the root'} has {count} files"
+    for folder in {folder_of(path).split("/")[0] for path in FILES}:
+        own = sum(n for path, n in lines.items() if folder_of(path).split("/")[0] == folder)
+        assert own <= LARGEST_SHARE * whole, f"{folder or 'the root'} has {own} of {whole} lines"
+    for folder in MAY:
+        count = sum(folder_of(path) == folder for path in FILES)
+        assert count <= MOST_FILES, f"{folder or 'the root'} has {count} files"
 
 
 def test_no_module_shadows_a_dependency():

@@ -30,7 +30,7 @@ def test_torch_reads_and_writes_lent_arrays(torch, dtype, shape):
     seen = torch.from_dlpack(lend(array)[0])
     np.testing.assert_array_equal(seen.numpy(), array)
     seen.fill_(7)
-    assert (array == 7).all(), "it is the same memory"
+    assert (array == 7).all(), "both have the same memory"
 
 
 def test_lent_memory_lives_as_long_as_its_reader():
@@ -74,7 +74,7 @@ def test_a_reader_that_refuses_a_capsule_says_so_and_holds_nothing(reader):
 
 def test_numpy_refuses_memory_on_a_gpu():
     array, owner = lend(consecutive(), (GPU, 0))
-    with pytest.raises((BufferError, RuntimeError), match=r"[Dd]evice"):  # the kind is numpy's, by version
+    with pytest.raises((BufferError, RuntimeError), match=r"[Dd]evice"):  # the class depends on numpy's version
         np.from_dlpack(array)
     del array
     assert is_freed(owner)
@@ -126,7 +126,7 @@ def test_the_array_interface_describes_the_array(device):
         "version": 3,
         "stream": None,
     }
-    for stream, said in ((0, 1), (5, 5)):  # 0 is forbidden: nobody knows which default stream it is
+    for stream, said in ((0, 1), (5, 5)):  # 0 is forbidden because it may mean two default streams
         array.stream = stream
         assert array.__cuda_array_interface__["stream"] == said
 
@@ -158,7 +158,7 @@ def test_memory_that_cannot_be_freed_does_no_harm(device):
 
 @pytest.mark.parametrize("known", [True, False])
 def test_a_copy_on_the_host_waits_for_the_stream_that_fills_the_array(device, known):
-    """Also of another library's memory, of which no device was given."""
+    """The copy waits also if the array is of another library, without a ``Cuda``."""
     cuda, value = Cuda(), consecutive()
     stream = int(device.runtime.cudaStreamCreateWithFlags(1)[1])
     memory = fake_gpu.Array(device, np.zeros_like(value))

@@ -40,9 +40,11 @@ def test_configurations_are_measured_in_turn_until_they_agree():
     assert (found["stable"], found["windows"], found["latency"]["rounds"] > 9) == (True, 3, True)
     order.clear()
     found = timing.measure({"A": steady, "B": drifting}, 0.0, 0, SILENT)
-    assert "".join(order[2:10]) == "ABBAABBA", "after a call of each to warm up"
+    assert "".join(order[2:10]) == "ABBAABBA", "each was called once before, to warm up"
     assert found["A"]["windows"] == found["B"]["windows"] > 3
-    assert (found["B"]["stable"], found["B"]["latency"]["max"]) == (True, 1.0), "what drifted is forgotten"
+    assert (found["B"]["stable"], found["B"]["latency"]["max"]) == (True, 1.0), (
+        "the windows in which it drifted are discarded"
+    )
     forever = iter(range(10**9))
     found = timing.measure({"A": lambda: {"latency": 1.5 ** next(forever)}}, 0.0, 0, SILENT)["A"]
     assert (found["stable"], found["windows"]) == (False, 9)
@@ -64,10 +66,10 @@ def test_streams_run_at_once_and_count_what_ended_together():
         callers.append(threading.get_ident())
         time.sleep(0.05 if callers[-1] == callers[0] else 0.01)
 
-    assert load.sweep(uneven, 2, 0.1, SILENT)["calls"] < 16, "what the slow thread did alone does not count"
+    assert load.sweep(uneven, 2, 0.1, SILENT)["calls"] < 16, "calls of one thread alone do not count"
 
 
-@pytest.mark.parametrize("at", [4, 12])  # while warming up, and afterwards
+@pytest.mark.parametrize("at", [4, 12])  # during and after warm-up
 def test_an_error_in_a_stream_ends_all(at):
     seen = iter(range(10**9))
 
@@ -84,7 +86,7 @@ def test_an_error_in_a_stream_ends_all(at):
 
 @pytest.mark.parametrize(("service", "frames", "misses", "longest"), [(5, 50, 0, 5), (16, 38, 1, 238)])
 def test_frames_at_a_fixed_rate_are_missed_when_a_call_takes_too_long(service, frames, misses, longest):
-    """At 100 frames a second; with 16 ms each, every frame waits 6 ms longer than the one before."""
+    """At 100 frames a second and 16 ms per call, every frame waits 6 ms longer than the one before."""
     clock = SimpleNamespace(now=0.0, perf_counter=lambda: clock.now)
     clock.sleep = lambda seconds: setattr(clock, "now", clock.now + seconds)
     found = load.pace(lambda: clock.sleep(service / 1e3), 100, 0.5, clock)

@@ -40,7 +40,7 @@ def test_parts_give_the_weights_of_the_whole_batch(dataset_of, monkeypatch, name
 
 @pytest.mark.parametrize("name", LOSSES)
 def test_gradients_of_parts_add_up(dataset_of, name):
-    """The loss of random features, without a model. Its weights are normalised over the whole batch."""
+    """Use the loss of random features without a model; its weights are normalised over the whole batch."""
     recipe = RECIPES[name]
     drift = torch.rand(5, 9) ** 3
     batch = training.Batch(torch.zeros(5, 4, 4, 3), torch.randn(5, 9, 8), torch.randn(5, 8), drift)

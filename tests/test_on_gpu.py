@@ -124,7 +124,7 @@ def test_closing_gives_the_memory_back(engine_of, gpu):
             for _ in range(3):
                 extractor.run(random_frames())
 
-    use()  # the driver keeps what it loads of kernels
+    use()  # the driver keeps the kernels that it loads
     before = gpu.free_memory()[0]
     for _ in range(5):
         use()
@@ -133,7 +133,7 @@ def test_closing_gives_the_memory_back(engine_of, gpu):
 
 @pytest.mark.parametrize("graph", [False, True])
 def test_the_parts_of_an_inference_add_up_to_all_of_it(engine_of, graph):
-    """Against one pair of events around the same work: the marks between the parts cost next to nothing."""
+    """Their sum equals the time between one pair of events around the same work."""
     from phreg_deploy.runtime.gpu.cuda import Event
 
     with FeatureExtractor.load(engine_of("fp16"), "tensorrt") as extractor:
@@ -153,8 +153,8 @@ def test_the_parts_of_an_inference_add_up_to_all_of_it(engine_of, graph):
                 last.record(lane.stream.handle)
                 last.wait()
                 whole.append(last.since(first))
-    if graph:  # without one, the host's own time is in the parts
-        marks = 0.02  # milliseconds that four marks and three launches take more than two and one
+    if graph:  # without a graph, the parts include the time of the host
+        marks = 0.02  # ms: four events and three launches instead of two and one
         assert np.median([p["latency"] for p in parts]) == pytest.approx(np.median(whole), rel=0.05, abs=marks)
 
 

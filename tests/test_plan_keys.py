@@ -112,7 +112,7 @@ def test_all_reasons_are_given_and_the_nearest_plan_is_named(bundle_copy):
 
 
 A2000, A10, A100, H100, T4 = ("A2000", 86), ("A10", 86), ("A100", 80), ("H100", 90), ("T4", 75)
-# Compatibility, the GPU and TensorRT of the build, those of this machine, and whether the plan runs here.
+# (compatibility, GPU and TensorRT of the build, those of this machine, whether the plan runs here)
 COMPATIBLE = [
     ("none", (*A100, "10.3.0"), (*A100, "10.3.0"), True),
     ("none", (*A100, "10.3.0"), (*A100, "10.4.0"), False),
@@ -143,7 +143,7 @@ def test_a_plan_runs_where_its_compatibility_says(bundle_copy, compatibility, bu
     else:
         why_refused(bundle_copy, (*here, 12))
     assert "with CUDA 12, and this is CUDA 13" in why_refused(bundle_copy, (*here, 13)), (
-        "nothing crosses CUDA's major version"
+        "no plan runs with another major version of CUDA"
     )
 
 

@@ -19,7 +19,7 @@ def test_a_fixed_bundle_has_one_profile_of_one_shape(bundle_copy):
 def test_a_range_of_sizes_has_a_profile_for_single_images_and_one_for_batches(world):
     manifest = Bundle.read(world.wide_bundle).manifest
     single, profile = profiles_of(manifest)
-    # A single frame has a profile of its own.
+    # Single images have a separate profile.
     assert single.inputs["image"] == [[1, 48, 48, 3], [1, 64, 64, 3], [1, 96, 96, 3]]
     assert profile.inputs == {
         "image": [[1, 48, 48, 3], [2, 64, 64, 3], [4, 96, 96, 3]],

@@ -30,7 +30,9 @@ def test_a_stored_plan_is_found(bundle_copy):
     assert "holds no TensorRT engine" in why_refused(bundle_copy)
     stored = store_plan(bundle_copy)
     assert find_plan(bundle_copy, *ORIN) == stored
-    assert stored.read() == PLAN == stored.path.read_bytes(), "raw, as trtexec and Triton read it"
+    assert stored.read() == PLAN == stored.path.read_bytes(), (
+        "the file is the plan alone, as trtexec and Triton read it"
+    )
     assert {p.suffix for p in (bundle_copy.folder / FOLDER).iterdir()} == {".plan", ".json"}
     assert leftovers(bundle_copy.folder) == []
     assert store_plan(bundle_copy, plan=b"second").path == stored.path
@@ -41,7 +43,7 @@ def test_a_stored_plan_is_found(bundle_copy):
 
 def test_the_newest_of_several_is_taken(bundle_copy):
     first, second = store_plan(bundle_copy, plan=b"first"), store_plan(bundle_copy, plan=b"second", effort=5)
-    os.utime(first.path, (2_000, 2_000))  # clocks and copies do not count
+    os.utime(first.path, (2_000, 2_000))  # the times of files do not matter
     os.utime(second.path, (1_000, 1_000))
     assert find_plan(bundle_copy, *ORIN).read() == b"second"
     assert prefer(bundle_copy, second) == second
@@ -122,9 +124,9 @@ def test_a_sidecar_of_another_format_or_of_wrong_types_does_not_count(bundle_cop
 @pytest.mark.parametrize("number", [errno.EROFS, errno.EACCES, errno.ENOSPC])
 @pytest.mark.parametrize("call", ["mkdir", "replace", "unlink"])
 def test_a_folder_that_cannot_be_written_keeps_its_plans(bundle_copy, monkeypatch, call, number):
-    """The calls fail here as the system would: permission bits do not stop root.
+    """Patched calls fail as the system would, because permissions do not stop root.
 
-    ``unlink`` is the call that a read-only disk refuses in a second build.
+    On a read-only disk, a second build fails at ``unlink``.
     """
     if call == "unlink":
         store_plan(bundle_copy)
@@ -148,7 +150,7 @@ def test_a_folder_that_cannot_be_written_keeps_its_plans(bundle_copy, monkeypatc
 @pytest.mark.parametrize("old", [False, True])
 @pytest.mark.parametrize("size", [500, 50_000])
 def test_a_full_disk_leaves_no_plan_that_counts(bundle_copy, old, size):
-    """A real limit: the plan (100 kB) does not fit, or the plan fits and its sidecar (500 bytes) does not."""
+    """The system limits file sizes: the plan of 100 kB is too large, or the sidecar is larger than 500 bytes."""
     if old:
         store_plan(bundle_copy, plan=b"old")
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
@@ -162,7 +164,7 @@ def test_a_full_disk_leaves_no_plan_that_counts(bundle_copy, old, size):
     assert all(stored.read() == b"old" for stored in list_plans(bundle_copy))
     if size == 500:
         plans = {p.read_bytes() for p in (bundle_copy.folder / FOLDER).glob("*.plan")}
-        assert b"small" not in plans, "a plan without its sidecar only fills the disk"
+        assert b"small" not in plans, "a plan without its sidecar is removed"
 
 
 def test_a_file_in_place_of_the_folder_is_refused_and_kept(bundle_copy):
@@ -192,7 +194,7 @@ def test_a_new_manifest_does_not_list_the_plans_in_its_folder(bundle_copy):
 
 
 def test_plans_are_found_without_the_graphs_hash_in_the_manifest(bundle_copy):
-    """Another program, or a person, may have written it: plans are still stored and found."""
+    """Another program may have written such a manifest."""
     files = {name: digest for name, digest in bundle_copy.manifest.files.items() if name != "model.onnx"}
     bundle = dataclasses.replace(bundle_copy, manifest=dataclasses.replace(bundle_copy.manifest, files=files))
     stored = store_plan(bundle)

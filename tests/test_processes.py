@@ -158,7 +158,7 @@ if __name__ == "__main__":
 @pytest.mark.usefixtures("torch")
 @pytest.mark.parametrize("method", ["fork", "spawn"])
 def test_workers_of_a_data_loader_extract(bundle, method):
-    """In a process of its own: what a DataLoader loads stays out of the other tests."""
+    """Run in a separate process, so that the other tests do not load what a DataLoader loads."""
     if method not in multiprocessing.get_all_start_methods():
         pytest.skip(f"this system does not {method}")
     asked = [sys.executable, "-c", LOADED, str(bundle), method]

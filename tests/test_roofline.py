@@ -19,7 +19,7 @@ def test_a_known_model_has_the_known_count():
     products = ("patch embed", "qkv", "attention products", "proj", "fc1", "fc2")
     exact = 196 * 768 * 768 + 12 * (12 * 197 * 768 * 768 + 2 * 197 * 197 * 768)
     assert exact == pytest.approx(17.6e9, rel=0.02)
-    assert sum(parts[name][0] for name in products) / 2 == pytest.approx(exact, rel=0.005), "but for biases and GELU"
+    assert sum(parts[name][0] for name in products) / 2 == pytest.approx(exact, rel=0.005), "except for biases and GELU"
     assert sum(work for work, _ in parts.values()) / 2 == pytest.approx(17.6e9, rel=0.02)
 
 
@@ -51,7 +51,7 @@ def test_each_part_has_its_bound_and_its_share_of_the_peak():
     assert rows["fc1"]["ideal_ms"] == pytest.approx(rows["fc1"]["flops"] / 1e9)
     assert rows["norm"]["ideal_ms"] == pytest.approx(rows["norm"]["bytes"] / 1e7)
     ratio = pytest.approx(rows["fc1"]["flops"] / rows["fc1"]["bytes"])
-    assert (rows["fc1"]["intensity"], rows["softmax"]["intensity"]) == (ratio, None), "nothing moves in softmax"
+    assert (rows["fc1"]["intensity"], rows["softmax"]["intensity"]) == (ratio, None), "softmax moves no bytes"
     total = found["total"]
     shares = total["share_of_flops"], total["share_of_bandwidth"]
     assert shares == pytest.approx((total["flops"] / 1e11, total["bytes"] / 1e9))
@@ -68,7 +68,9 @@ def test_each_part_has_its_bound_and_its_share_of_the_peak():
 def test_peaks_are_measured_by_copies_that_count_twice():
     found = roof.measure_peaks(cuda := FakeCuda())
     assert (found.bandwidth, found.flops, "not measured" in found.note) == (pytest.approx(200e9), None, True)
-    assert (cuda.live, set(cuda.copied)) == (0, {100 << 20}), "all freed; an eighth of the free memory"
+    assert (cuda.live, set(cuda.copied)) == (0, {100 << 20}), (
+        "everything is freed; each copy is an eighth of the free memory"
+    )
     assert (roof.measure_peaks(cuda, lambda: 5e12).flops, gpu.pci_of(cuda)) == (5e12, "0:65:0.0")
 
 

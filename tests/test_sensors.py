@@ -89,7 +89,7 @@ def test_a_jetson_is_read_from_sysfs(orin):
     assert (jetson.power_mode, jetson.release, jetson.clocks_locked()) == ("MAXN_SUPER (2)", "R36.4.3", False)
     found = jetson.read()
     assert found["rails"] == pytest.approx({"VDD_IN": 12.0, "VDD_CPU_GPU_CV": 4.5, "VDD_SOC": 1.5})
-    assert found["power"] == pytest.approx(12.0), "the rail that feeds the module, not the sum with its branches"
+    assert found["power"] == pytest.approx(12.0), "the rail of the whole module, not the sum of all rails"
     assert (found["sm_clock"], found["temperature"], found["throttled"]) == (918.0, 52.5, ())
     assert "memory_clock" not in found
     write_files(
@@ -101,7 +101,7 @@ def test_a_jetson_is_read_from_sysfs(orin):
         },
     )
     assert jetson.read()["throttled"] == ("gpu-throttle-alert", "instantaneous over-current")
-    assert jetson.read()["throttled"] == ("gpu-throttle-alert",), "events count once"
+    assert jetson.read()["throttled"] == ("gpu-throttle-alert",), "each event counts once"
     assert jetson.clocks_locked()
 
 

@@ -1,4 +1,4 @@
-"""Teacher targets on disk: computed once, never half-written, and read by several threads at a time."""
+"""Teacher targets on disk are computed once, written whole, and read by several threads at a time."""
 
 import ast
 import os

@@ -39,7 +39,7 @@ def test_energy_is_the_counters_difference():
     }
     assert found["power"] == {"mean": 40.0, "peak": 3.0, "idle": 10.0}
     still = [Sample(s.at, power=s.power, energy=100.0) for s in samples]
-    assert summarise(still)["energy"]["joules"] == 4.0, "a counter that did not tick is not zero joules"
+    assert summarise(still)["energy"]["joules"] == 4.0, "a counter that did not change gives no energy"
     assert summarise(still)["energy"]["per_frame"] is None
 
 
@@ -54,7 +54,7 @@ def test_samples_are_summarised_by_mean_extremes_and_energy():
         ),
     ]
     found = summarise(samples, frames=3)
-    assert found["energy"]["joules"] == 60.0, "trapezoids over what was told: 3 s from 10 to 30 W"
+    assert found["energy"]["joules"] == 60.0, "trapezoids over the samples with a value: 3 s from 10 to 30 W"
     assert found["energy"]["per_frame_above_idle"] is None
     assert found["sm_clock"] == {"minimum": 600, "mean": 800}
     assert found["memory_clock"] == {"minimum": None, "mean": None}
@@ -77,7 +77,7 @@ def test_the_sampler_runs_between_start_and_stop_and_may_start_again(tmp_path):
     with sampler:
         ended = time.monotonic()
     assert sampler.samples[0].at > first[-1].at
-    assert sampler.samples[-1].at >= ended, "energy up to the end"
+    assert sampler.samples[-1].at >= ended, "the energy up to the end"
     assert sampler.summary()["power"]["idle"] == sampler.idle_power
     assert sampler.summary()["missing"] == {}
     sampler.close()

@@ -42,13 +42,13 @@ def test_outputs_that_are_not_given_are_allocated(load_engine, on_cpu, device):
 
 def test_the_callers_stream_is_used_and_not_waited_for(load_engine, on_cpu, device):
     extractor, image, stream = load_engine("wide_bundle"), random_frames(), create_stream(device)
-    extractor.run(random_frames(5))  # the position embedding is there
+    extractor.run(random_frames(5))  # this uploads the position embedding
     out = outputs(device, on_cpu, "wide_bundle", image)
     device.calls.clear()
     extractor.run(fake_gpu.Array(device, image), out=out, stream=stream)
     assert device.count("cudaStreamSynchronize") == device.count("cudaEventSynchronize") == 0
     assert device.count("cudaMemcpyAsync") == 0
-    assert all((value.read() == 7).all() for value in out.values()), "nobody has waited yet"
+    assert all((value.read() == 7).all() for value in out.values()), "no wait has happened yet"
     device.runtime.cudaStreamSynchronize(stream)
     assert_same_outputs(read_now(out), on_cpu("wide_bundle", image))
 
@@ -88,7 +88,7 @@ def test_another_grid_waits_for_the_one_before_on_the_callers_stream(load_engine
 
 
 class Late(fake_gpu.Array):
-    """An array that its library is still filling on a stream of its own."""
+    """An array that its library is still filling, on the library's stream."""
 
     def __init__(self, device, value, stream):
         super().__init__(device, np.zeros_like(value), stream=stream)
@@ -96,7 +96,7 @@ class Late(fake_gpu.Array):
 
 
 class Lent:
-    """The same by DLPack alone: the library makes the reader's stream wait for its own, as the protocol has it."""
+    """The same with DLPack alone, which makes the reader's stream wait for the library's stream."""
 
     def __init__(self, device, value, stream):
         self.array, self.stream = Late(device, value, stream), stream
@@ -105,7 +105,7 @@ class Lent:
         return (2, 0)
 
     def __dlpack__(self, *, stream):
-        assert stream not in (None, 0), "the protocol forbids it on CUDA"
+        assert stream not in (None, 0), "DLPack forbids these streams on CUDA"
         device = self.array.device
         if stream != -1:
             mark = device.mark(device.streams[self.stream])
@@ -126,7 +126,7 @@ def test_an_array_that_is_still_being_filled_is_waited_for(load_engine, on_cpu, 
 def test_stream_0_of_the_caller_is_the_default_stream(load_engine, on_cpu, device, kind):
     extractor, image, producer = load_engine("bundle"), random_frames(), create_stream(device)
     got = extractor.run(kind(device, image, producer), stream=0)
-    assert got["features"].__cuda_array_interface__["stream"] == 1, "0 is forbidden there"
+    assert got["features"].__cuda_array_interface__["stream"] == 1, "the interface forbids stream 0"
     assert_same_outputs(to_host(got), on_cpu("bundle", image))
 
 
@@ -135,7 +135,7 @@ def test_outputs_live_longer_than_the_extractor(load_engine, on_cpu, device):
     got = extractor.run(fake_gpu.Array(device, image))
     extractor.close()
     assert_same_outputs(to_host(got), on_cpu("bundle", image))
-    assert got["features"].__dlpack__(stream=5) is not None, "its work is done: there is no stream left to wait for"
+    assert got["features"].__dlpack__(stream=5) is not None, "its work is done, so there is no stream to wait for"
 
 
 def test_outputs_on_the_gpu_are_freed_with_their_last_reader(load_engine, device):

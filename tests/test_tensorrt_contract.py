@@ -37,7 +37,7 @@ print(json.dumps({
 
 
 def missing_names(version, names, keywords=()):
-    """Return which of these a version of TensorRT does not have."""
+    """Return the names and keywords that a version of TensorRT lacks."""
     answer = nvidia.inside(version, MISSING, {"names": sorted(names), "keywords": sorted(keywords)})
     assert answer["version"] == version
     return {*answer["names"], *(f"{kind}.{method}({keyword}=)" for kind, method, keyword in answer["keywords"])}
@@ -159,7 +159,7 @@ def test_names_that_do_not_exist_are_missed_in_the_bindings(wrong_uses, version,
 
 
 def test_no_object_can_be_created_without_a_library():
-    """The shim alone returns NULL, which the bindings turn into an error, as where CUDA does not start."""
+    """The shim alone returns NULL, which the bindings report as if CUDA did not start."""
     code = """
 import tensorrt as trt
 try:
@@ -171,7 +171,7 @@ except (TypeError, RuntimeError) as error:
 
 
 def test_the_lean_runtime_has_what_serving_needs():
-    """It has every name that the runtime's files use; only the builder reads an engine's layers."""
+    """It has every name that the files of ``runtime/`` use."""
     needed = Uses()
     for file in sorted((ROOT / "phreg_deploy" / "runtime").rglob("*.py")):
         add_uses(file, needed)

@@ -1,7 +1,7 @@
 """NVIDIA's parser and builder accept every family's graph, fuse its attention, and keep its 8-bit layers in 8 bits.
 
-TensorRT for RTX 1.7 stands in for TensorRT 11, on a machine without a GPU. This tests how NVIDIA's compiler treats the
-graph, and neither speed nor numbers.
+TensorRT for RTX 1.7 replaces TensorRT 11, on a machine without a GPU. The tests cover how NVIDIA's compiler treats the
+graph, and neither speed nor outputs.
 """
 
 import onnx
@@ -33,7 +33,7 @@ CELLS = [
 
 @pytest.fixture(scope="module")
 def plans(request, tmp_path_factory):
-    """For every selected cell, its graph and the steps of its plan, or an error; one process per precision."""
+    """Build the plan of every selected cell: its graph, and the steps of its plan or an error."""
     selected = [
         item.callspec.params["cell"]
         for item in request.session.items

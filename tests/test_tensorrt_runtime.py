@@ -13,7 +13,7 @@ from tests.threads import run_in_threads
 
 
 def uploads(device, size):
-    """Copies of so many bytes to the device."""
+    """Count the copies of ``size`` bytes to the device."""
     kind = fake_gpu.cudaMemcpyKind.cudaMemcpyHostToDevice
     return sum(1 for name, words in device.calls if name == "cudaMemcpyAsync" and words[2:4] == (size, kind))
 
@@ -66,7 +66,7 @@ def test_eight_threads_get_their_own_outputs_from_a_context_each(load_engine, on
 
 def test_every_calling_thread_sets_its_device(load_engine, device):
     extractor, seen = load_engine("bundle"), []
-    extractor.run(random_frames())  # the lane is there already
+    extractor.run(random_frames())  # this creates the context
 
     def serve():
         extractor.run(random_frames())
@@ -107,7 +107,7 @@ def test_no_graph_is_used_where_every_call_has_another_shape(load_engine, on_cpu
 
 @pytest.mark.parametrize("other", [(1, (96, 96)), (1, (48, 48)), (4, (64, 64))])
 def test_a_graph_is_recorded_again_after_another_shape(load_engine, on_cpu, device, other):
-    """NVIDIA: what was recorded of a context is undefined once the context was given other shapes or addresses."""
+    """NVIDIA: a recorded graph is invalid once its context was given other shapes or addresses."""
     extractor = load_engine("wide_bundle")
     for seed, (batch, size) in enumerate([*[(1, (64, 64))] * 3, other, *[(1, (64, 64))] * 4]):
         image = random_frames(seed, batch, size)
@@ -142,12 +142,12 @@ def test_position_embeddings_are_uploaded_once_while_the_grid_stays_the_same(loa
     for seed in range(5):
         extractor.run(random_frames(seed, 2))
     assert uploads(device, 8 * 8 * 48 * 4) == 1
-    assert uploads(device, 2 * 64 * 64 * 3) == 2, "the image goes up by itself once, and once while it is recorded"
+    assert uploads(device, 2 * 64 * 64 * 3) == 2, "one upload in the plain call, one in the recording"
 
 
 def test_each_grid_gets_its_own_position_embedding(load_engine, on_cpu):
     extractor = load_engine("wide_bundle")
-    for seed, size in enumerate([(48, 96), (96, 48), (48, 96), (96, 48)]):  # as many patches, in another order
+    for seed, size in enumerate([(48, 96), (96, 48), (48, 96), (96, 48)]):  # the same number of patches in another grid
         image = random_frames(seed, 1, size)
         assert_same_outputs(extractor.run(image), on_cpu("wide_bundle", image))
 

@@ -26,7 +26,7 @@ from tests.small_models import plant, small
 
 @pytest.fixture(scope="module")
 def inputs(tmp_path_factory):
-    """A folder with a model that has a planted neuron, ``model``, and two dozen images, ``pictures``."""
+    """Make a folder with ``model``, which has a planted register neuron, and ``pictures``, 24 images."""
     root = tmp_path_factory.mktemp("inputs")
     (root / "model").mkdir()
     write_student(plant(small("augreg")), {"scores": {}}, root / "model")
@@ -96,7 +96,7 @@ def test_the_same_request_gives_the_same_student_and_a_better_one(inputs, tmp_pa
     assert scores.student.norm_outliers.rate < 0.01
     assert scores.student.fidelity.outliers > scores.base.fidelity.outliers
     assert records[0].seconds.targets_computed > 0
-    assert records[1].seconds.targets_computed == 0, "they are in the cache"
+    assert records[1].seconds.targets_computed == 0, "the targets are in the cache"
     assert not list(tmp_path.glob("*.partial"))
     held_out = set(records[0].images.held_out)
     assert held_out

@@ -1,4 +1,4 @@
-"""The doors of ``phreg_deploy.verify``: light to import, typed, and with the JSON of the command line."""
+"""The public functions of ``phreg_deploy.verify`` import little, and return what the commands print as JSON."""
 
 import json
 

@@ -12,7 +12,7 @@ def coordinates(grid):
 
 @pytest.mark.parametrize("view", [View(0, 0, False), View(2, -1, False), View(-2, 2, True), View(0, 1, True)])
 def test_realigned_patches_come_from_where_they_are_put(view):
-    """A picture whose every pixel names its patch, seen through a view, finds its way back."""
+    """Each pixel of the image contains the position of its patch, so that its place in a view can be checked."""
     grid, patch = (5, 6), 4
     image = np.repeat(np.repeat(coordinates(grid), patch, 0), patch, 1)
     image = np.concatenate([image, np.zeros_like(image[..., :1])], -1).astype(np.uint8)
@@ -79,7 +79,7 @@ def test_views_are_those_of_earlier_versions(case):
     ("grid", "count"), [((7, 7), 10), ((7, 7), 18), ((4, 4), 18), ((14, 14), 50), ((7, 14), 30), ((37, 37), 338)]
 )
 def test_views_differ_as_long_as_others_are_left(grid, count):
-    """A grid of 7 x 7 has 9 offsets, each as it is and mirrored."""
+    """A grid of 7 x 7 has 9 offsets, each of them plain and mirrored."""
     for seed in range(5):
         views = draw_views(count, grid, seed)
         assert len(set(views)) == len(views) == count

@@ -6,7 +6,7 @@ from typing import Any
 
 
 def run_in_threads(work: Callable[[Any], object], arguments: Iterable[Any]) -> list[BaseException]:
-    """Call ``work`` on every argument, each in a thread of its own; return the exceptions that it raised."""
+    """Call ``work`` on every argument, each in a separate thread; return the exceptions that were raised."""
     errors: list[BaseException] = []
 
     def call(argument: Any) -> None:

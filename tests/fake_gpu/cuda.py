@@ -123,7 +123,7 @@ class Runtime:
 
     @_call
     def cudaStreamCreateWithFlags(device, flags):
-        assert flags == 1, "a stream that waits for the default one"
+        assert flags == 1, "a stream that does not wait for the default one"
         return (device.add(device.streams, Stream()),)
 
     @_call
@@ -158,7 +158,7 @@ class Runtime:
             raise Refused(cudaError_t.cudaErrorStreamCaptureUnsupported)
         if stream.recording is not None:
             raise Refused(cudaError_t.cudaErrorInvalidValue)
-        assert mode == cudaStreamCaptureMode.cudaStreamCaptureModeThreadLocal, "others would disturb other threads"
+        assert mode == cudaStreamCaptureMode.cudaStreamCaptureModeThreadLocal, "other modes would affect other threads"
         stream.recording, stream.thread, stream.broken = [], threading.get_ident(), False
 
     @_call

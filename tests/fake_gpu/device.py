@@ -12,7 +12,7 @@ from tests.fake_gpu.cuda import Runtime
 from tests.fake_gpu.cuda_types import Handle, Mark, Refused, Stream, cudaError_t
 
 assert struct.calcsize("P") == 8, "addresses of 64 bits"
-# Fresh memory is full of this byte.
+# Allocated memory is filled with this byte.
 POISON = 0xA5
 
 
