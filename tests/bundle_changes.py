@@ -4,11 +4,11 @@ import hashlib
 import json
 
 
-def half(data):
+def first_half(data):
     return data[: len(data) // 2]
 
 
-def edit(**changes):
+def edit_manifest(**changes):
     """Return a function that changes the manifest's keys; None removes one."""
 
     def change(data):
@@ -18,7 +18,7 @@ def edit(**changes):
     return change
 
 
-def graph(change):
+def edit_graph(change):
     """Return a function that changes the graph by ``change``, which takes an ``onnx.ModelProto``."""
 
     def changed(data):
@@ -31,11 +31,11 @@ def graph(change):
     return changed
 
 
-def misname(model):
+def misname_operator(model):
     model.graph.node[0].op_type = "NoSuchOperator"
 
 
-def rehashed(folder):
+def write_hashes(folder):
     """Write the correct hashes into the manifest, as a tool that edits bundles might."""
     manifest = json.loads((folder / "manifest.json").read_text())
     manifest["files"] = {name: hashlib.sha256((folder / name).read_bytes()).hexdigest() for name in manifest["files"]}
@@ -43,7 +43,7 @@ def rehashed(folder):
     return folder
 
 
-def rewritten(folder, **changes):
+def rewrite_bundle(folder, **changes):
     """Change manifest and graph alike, as another exporter might have written them."""
     manifest = json.loads((folder / "manifest.json").read_text()) | changes
 
@@ -51,6 +51,6 @@ def rewritten(folder, **changes):
         for entry in model.metadata_props:
             entry.value = json.dumps(manifest[entry.key.removeprefix("phreg.")])
 
-    (folder / "model.onnx").write_bytes(graph(write_onnx_metadata)((folder / "model.onnx").read_bytes()))
+    (folder / "model.onnx").write_bytes(edit_graph(write_onnx_metadata)((folder / "model.onnx").read_bytes()))
     (folder / "manifest.json").write_text(json.dumps(manifest))
-    return rehashed(folder)
+    return write_hashes(folder)

@@ -33,14 +33,14 @@ def can_exchange():
     return sys.platform == "linux" and renames._renameat2() is not None
 
 
-def write(target, text, force=True, meanwhile=lambda: None):
+def write_output(target, text, force=True, meanwhile=lambda: None):
     with atomic_folder(target, force) as folder:
         (folder / "manifest.json").write_text(text)
         (folder / "other").write_text(text)
         meanwhile()
 
 
-def failure(call):
+def exception_of(call):
     try:
         call()
     except BaseException as error:
@@ -48,7 +48,7 @@ def failure(call):
     return None
 
 
-def read(target):
+def read_output(target):
     """Return the text of an output; assert that both of its files have the same text."""
     texts = {p.name: p.read_text() for p in target.iterdir()}
     assert set(texts) == {"manifest.json", "other"}
@@ -58,8 +58,8 @@ def read(target):
 
 def test_force_replaces_and_leaves_nothing_else(tmp_path, steps):
     for text in ("old", "new", "newer"):
-        write(tmp_path / "out", text)
-        assert read(tmp_path / "out") == text
+        write_output(tmp_path / "out", text)
+        assert read_output(tmp_path / "out") == text
         assert [p.name for p in tmp_path.iterdir()] == ["out"]
     plain = tmp_path / "plain"
     plain.mkdir()
@@ -70,7 +70,7 @@ def test_force_replaces_and_leaves_nothing_else(tmp_path, steps):
 @pytest.mark.parametrize("late", [False, True], ids=["before", "after"])
 def test_an_interrupt_at_any_step_leaves_the_old_or_the_new(tmp_path, steps, late, kind):
     for owner, name in STEPS[steps]:
-        write(tmp_path / "out", "old")
+        write_output(tmp_path / "out", "old")
         for at in range(1, 9):
             real, calls = getattr(owner, name), []
 
@@ -85,8 +85,8 @@ def test_an_interrupt_at_any_step_leaves_the_old_or_the_new(tmp_path, steps, lat
 
             with pytest.MonkeyPatch.context() as patch:
                 patch.setattr(owner, name, broken)
-                interrupted = failure(lambda: write(tmp_path / "out", "new"))
-            assert read(tmp_path / "out") in ("old", "new")
+                interrupted = exception_of(lambda: write_output(tmp_path / "out", "new"))
+            assert read_output(tmp_path / "out") in ("old", "new")
             # This removes what an interrupted removal left.
             check_target(tmp_path / "out", force=True)
             assert [p.name for p in tmp_path.iterdir()] == ["out"]
@@ -94,7 +94,7 @@ def test_an_interrupt_at_any_step_leaves_the_old_or_the_new(tmp_path, steps, lat
                 # The function was called fewer than ``at`` times.
                 break
             assert isinstance(interrupted, (kind, PhregError))
-            write(tmp_path / "out", "old")
+            write_output(tmp_path / "out", "old")
         assert at > 1, f"{name} was never called"
 
 
@@ -130,11 +130,11 @@ def test_a_real_signal_at_any_moment_leaves_a_whole_output(tmp_path, steps, numb
             finally:
                 child.kill()
         if number == signal.SIGINT or steps == "one step":
-            read(tmp_path / "out")
+            read_output(tmp_path / "out")
         # The next run removes the leftovers.
         with pytest.raises(PhregError, match="exists already"):
             check_target(tmp_path / "out", force=False)
-        read(tmp_path / "out")
+        read_output(tmp_path / "out")
         assert [p.name for p in tmp_path.iterdir()] == ["out"]
 
 
@@ -146,10 +146,10 @@ def test_processes_with_equal_numbers_do_not_share_temporary_files(tmp_path, mon
         (tmp_path / name / "theirs").write_text("kept")
     with atomic_folder(tmp_path / "out", True) as first:
         (first / "manifest.json").write_text("first")
-        write(tmp_path / "out", "second")
+        write_output(tmp_path / "out", "second")
         assert (first / "manifest.json").read_text() == "first"
         (first / "other").write_text("first")
-    assert read(tmp_path / "out") == "first"
+    assert read_output(tmp_path / "out") == "first"
     assert {p.name for p in tmp_path.iterdir()} == {"out", ".out.writing-1", ".out.probe-1", ".out.old-1"}
 
 
@@ -160,11 +160,11 @@ def test_a_temporary_folder_of_another_process_is_kept(tmp_path, monkeypatch):
     monkeypatch.setattr(temporary.secrets, "token_hex", lambda _: "0" * 12)
     monkeypatch.setattr(atomic, "remove_dead", lambda *_: None)
     with pytest.raises(PhregError, match="cannot be written"):
-        write(tmp_path / "out", "new")
+        write_output(tmp_path / "out", "new")
     assert (taken / "theirs").read_text() == "kept"
 
 
-def leave(folder, kind, text, target="out"):
+def leave_temporary(folder, kind, text, target="out"):
     path = temporary.temporary(folder / target, kind)
     path.mkdir()
     for name in ("manifest.json", "other"):
@@ -174,26 +174,26 @@ def leave(folder, kind, text, target="out"):
 
 def test_leftovers_of_the_dead_go_and_those_of_the_living_stay(tmp_path):
     pytest.importorskip("fcntl")
-    leave(tmp_path, "writing", "half")
-    other = leave(tmp_path, "writing", "half", "another")
-    alive = leave(tmp_path, "writing", "half")
+    leave_temporary(tmp_path, "writing", "half")
+    other = leave_temporary(tmp_path, "writing", "half", "another")
+    alive = leave_temporary(tmp_path, "writing", "half")
     lock = temporary.open_locked(alive)
-    write(tmp_path / "out", "new")
+    write_output(tmp_path / "out", "new")
     assert {p.name for p in tmp_path.iterdir()} == {"out", alive.name, other.name}
     os.close(lock)
-    write(tmp_path / "out", "newer")
+    write_output(tmp_path / "out", "newer")
     assert {p.name for p in tmp_path.iterdir()} == {"out", other.name}
 
 
 def test_an_old_output_that_a_killed_process_moved_aside_comes_back(tmp_path):
     pytest.importorskip("fcntl")
-    leave(tmp_path, "old", "old")
+    leave_temporary(tmp_path, "old", "old")
     with pytest.raises(PhregError, match="exists already"):
-        write(tmp_path / "out", "new", force=False)
-    assert read(tmp_path / "out") == "old"
-    leave(tmp_path, "old", "older")
-    write(tmp_path / "out", "new")
-    assert read(tmp_path / "out") == "new"
+        write_output(tmp_path / "out", "new", force=False)
+    assert read_output(tmp_path / "out") == "old"
+    leave_temporary(tmp_path, "old", "older")
+    write_output(tmp_path / "out", "new")
+    assert read_output(tmp_path / "out") == "new"
     assert [p.name for p in tmp_path.iterdir()] == ["out"]
 
 
@@ -205,7 +205,7 @@ def test_an_output_that_appears_meanwhile_is_kept(tmp_path, steps, rival):
 
     def appear():
         if rival == "folder":
-            write(target, "theirs", force=False)
+            write_output(target, "theirs", force=False)
         elif rival == "empty":
             target.mkdir()
         elif rival == "file":
@@ -214,9 +214,9 @@ def test_an_output_that_appears_meanwhile_is_kept(tmp_path, steps, rival):
             target.symlink_to("nowhere")
 
     with pytest.raises(PhregError, match=r"appeared while this was at work.*--force"):
-        write(target, "ours", force=False, meanwhile=appear)
+        write_output(target, "ours", force=False, meanwhile=appear)
     assert {
-        "folder": lambda: read(target) == "theirs",
+        "folder": lambda: read_output(target) == "theirs",
         "empty": lambda: list(target.iterdir()) == [],
         "file": target.is_file,
         "link": target.is_symlink,
@@ -239,7 +239,7 @@ def test_of_several_writers_without_force_one_wins(tmp_path, steps):
                 refusals.append(str(error))
 
         assert run_in_threads(work, range(4)) == []
-        assert outcomes == [int(read(target))]
+        assert outcomes == [int(read_output(target))]
         assert len(refusals) == 3
         assert all("appeared while this was at work" in message for message in refusals)
         assert [p.name for p in tmp_path.iterdir() if p.name.startswith(".")] == []
@@ -250,10 +250,10 @@ def test_of_several_writers_with_force_the_last_one_wins_whole(tmp_path, steps):
 
     def write_ten_times(number):
         for _ in range(10):
-            write(target, str(number))
+            write_output(target, str(number))
 
     assert run_in_threads(write_ten_times, range(3)) == []
-    assert read(target) in "012"
+    assert read_output(target) in "012"
     assert [p.name for p in tmp_path.iterdir()] == ["out"]
 
 

@@ -7,12 +7,12 @@ import pytest
 
 from phreg_deploy.errors import PhregError
 from phreg_deploy.runtime import FeatureExtractor
-from tests.bundle_changes import graph, rehashed
+from tests.bundle_changes import edit_graph, write_hashes
 
 pytestmark = pytest.mark.usefixtures("torch")
 
 
-def load(folder):
+def open_bundle(folder):
     return FeatureExtractor.load(folder, "onnxruntime-cpu", threads=1)
 
 
@@ -20,13 +20,13 @@ def test_another_bundles_graph_with_a_correct_hash_is_refused(world):
     folder = world.copy("bundle")
     (folder / "model.onnx").write_bytes((world.wide_bundle / "model.onnx").read_bytes())
     with pytest.raises(PhregError, match=r"disagree on .*sizes"):
-        load(rehashed(folder))
+        open_bundle(write_hashes(folder))
 
 
 def test_a_graph_without_metadata_is_refused(world):
-    folder = rehashed(world.copy("bundle", model=graph(lambda m: m.ClearField("metadata_props"))))
+    folder = write_hashes(world.copy("bundle", model=edit_graph(lambda m: m.ClearField("metadata_props"))))
     with pytest.raises(PhregError, match="does not say how it is fed"):
-        load(folder)
+        open_bundle(folder)
 
 
 def rename_output(model):
@@ -48,7 +48,7 @@ def drop_output(model):
 @pytest.mark.parametrize(("change", "name"), [(drop_output, "cls"), (rename_output, "token_norm")])
 def test_a_graph_that_lacks_an_output_is_refused(world, change, name, backend):
     pytest.importorskip(backend.split("-")[0])
-    folder = rehashed(world.copy("bundle", model=graph(change)))
+    folder = write_hashes(world.copy("bundle", model=edit_graph(change)))
     with pytest.raises(PhregError, match=f"expected {name} as well"):
         FeatureExtractor.load(folder, backend, threads=1)
 
@@ -67,8 +67,8 @@ def test_a_graph_with_outputs_of_another_shape_is_refused(world):
         for output in model.graph.output:
             output.type.CopyFrom(shapes[names.get(output.name, output.name)])
 
-    folder = rehashed(world.copy("bundle", model=graph(exchange)))
-    with load(folder) as extractor, pytest.raises(PhregError, match="the graph is not this bundle's"):
+    folder = write_hashes(world.copy("bundle", model=edit_graph(exchange)))
+    with open_bundle(folder) as extractor, pytest.raises(PhregError, match="the graph is not this bundle's"):
         extractor(np.zeros((64, 64, 3), np.uint8))
 
 
@@ -81,6 +81,6 @@ def test_a_graph_that_cannot_run_is_refused(world):
             if tensor.data_type == onnx.TensorProto.INT64 and len(tensor.dims) == 1 and tensor.dims[0] == 4:
                 tensor.CopyFrom(onnx.numpy_helper.from_array(np.array([1, 7, 7, 7], np.int64), tensor.name))
 
-    folder = rehashed(world.copy("bundle", model=graph(break_reshape)))
-    with pytest.raises(PhregError, match=r"cannot (run|load) .*model.onnx"), load(folder) as extractor:
+    folder = write_hashes(world.copy("bundle", model=edit_graph(break_reshape)))
+    with pytest.raises(PhregError, match=r"cannot (run|load) .*model.onnx"), open_bundle(folder) as extractor:
         extractor(np.zeros((64, 64, 3), np.uint8))

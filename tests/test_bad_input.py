@@ -13,7 +13,7 @@ from tests.command_lines import artifacts, assert_mistake, distill, export
 pytestmark = pytest.mark.usefixtures("torch")
 
 
-def images(w, **files):
+def make_images(w, **files):
     folder = w.tmp / "pictures"
     folder.mkdir()
     for stem, data in files.items():
@@ -30,13 +30,16 @@ IMAGES = {
         lambda w: ["artifacts", w.base, "--images", w.photos / "frame-00.png"],
         ["there is a file", "a folder of images"],
     ),
-    "an empty folder": (lambda w: ["distill", w.base, "--images", images(w), "-o", w.out], ["holds no image", ".jpg"]),
+    "an empty folder": (
+        lambda w: ["distill", w.base, "--images", make_images(w), "-o", w.out],
+        ["holds no image", ".jpg"],
+    ),
     "none readable": (
-        lambda w: ["distill", w.base, "--images", images(w, a=b"", b=b"text"), "-o", w.out],
+        lambda w: ["distill", w.base, "--images", make_images(w, a=b"", b=b"text"), "-o", w.out],
         ["none of the 2 image files", "a.jpg", "is empty"],
     ),
     "none readable, artifacts": (
-        lambda w: ["artifacts", w.base, "--images", images(w, a=b"GIF89a")],
+        lambda w: ["artifacts", w.base, "--images", make_images(w, a=b"GIF89a")],
         ["none of the 1 image files"],
     ),
 }

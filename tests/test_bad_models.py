@@ -5,19 +5,19 @@ from fractions import Fraction
 
 import pytest
 
-from tests.bundle_changes import half
+from tests.bundle_changes import first_half
 from tests.command_lines import artifacts, assert_mistake, distill, export
 
 pytestmark = pytest.mark.usefixtures("torch")
 
 
-def write(w, name, data):
+def write_file(w, name, data):
     path = w.tmp / name
     path.write_bytes(data if isinstance(data, bytes) else data.encode())
     return path
 
 
-def pickled(w):
+def write_pickle(w):
     import torch
 
     path = w.tmp / "weights.pth"
@@ -25,7 +25,7 @@ def pickled(w):
     return path
 
 
-def tensors(w, name="weights.pth", value=None):
+def write_tensors(w, name="weights.pth", value=None):
     import torch
 
     path = w.tmp / name
@@ -33,13 +33,13 @@ def tensors(w, name="weights.pth", value=None):
     return path
 
 
-def numbered():
+def tensors_named_by_numbers():
     import torch
 
     return {0: torch.zeros(2), 1: torch.zeros(2)}
 
 
-def poisoned(w):
+def copy_with_nan(w):
     """Copy the base model with one NaN in its weights."""
     from safetensors.torch import load_file, save_file
 
@@ -73,13 +73,13 @@ MODELS = {
         ["timm cannot build", "copy-of-base", "blocks.2"],
     ),
     "weights truncated": (
-        lambda w: distill(w, w.copy("base", model=half)),
+        lambda w: distill(w, w.copy("base", model=first_half)),
         ["model.safetensors", "corrupt or truncated"],
     ),
     "weights empty": (lambda w: export(w, w.copy("base", model=b"")), ["model.safetensors", "corrupt or truncated"]),
     "weights of noise": (lambda w: artifacts(w, w.copy("base", model=b"\x07" * 999)), ["model.safetensors", "corrupt"]),
-    "weights with NaN": (lambda w: distill(w, poisoned(w)), ["NaN", "blocks.0.mlp.fc1.weight", "expected finite"]),
-    "weights with NaN, export": (lambda w: export(w, poisoned(w)), ["NaN", "blocks.0.mlp.fc1.weight"]),
+    "weights with NaN": (lambda w: distill(w, copy_with_nan(w)), ["NaN", "blocks.0.mlp.fc1.weight", "expected finite"]),
+    "weights with NaN, export": (lambda w: export(w, copy_with_nan(w)), ["NaN", "blocks.0.mlp.fc1.weight"]),
     "record damaged": (lambda w: export(w, w.copy("student", phreg=b"{")), ["phreg.json", "damaged"]),
     "record of a newer format": (
         lambda w: export(w, w.copy("student", phreg=b'{"format": 9}')),
@@ -134,44 +134,46 @@ MODELS = {
     ),
     "checkpoint a folder": (lambda w: distill(w, TINY, "--checkpoint", w.tmp), ["there is no file"]),
     "checkpoint of another suffix": (
-        lambda w: export(w, TINY, "--checkpoint", write(w, "w.ckpt", b"x")),
+        lambda w: export(w, TINY, "--checkpoint", write_file(w, "w.ckpt", b"x")),
         ["w.ckpt", ".safetensors, .pth"],
     ),
     "checkpoint truncated": (
-        lambda w: distill(w, TINY, "--checkpoint", write(w, "w.safetensors", half(w.checkpoint.read_bytes()))),
+        lambda w: distill(
+            w, TINY, "--checkpoint", write_file(w, "w.safetensors", first_half(w.checkpoint.read_bytes()))
+        ),
         ["w.safetensors", "corrupt or truncated"],
     ),
     "checkpoint empty": (
-        lambda w: artifacts(w, TINY, "--checkpoint", write(w, "w.safetensors", b"")),
+        lambda w: artifacts(w, TINY, "--checkpoint", write_file(w, "w.safetensors", b"")),
         ["w.safetensors", "corrupt"],
     ),
     "pth empty": (
-        lambda w: export(w, TINY, "--checkpoint", write(w, "w.pth", b"")),
+        lambda w: export(w, TINY, "--checkpoint", write_file(w, "w.pth", b"")),
         ["w.pth", "cannot be read safely"],
     ),
     "pth of noise": (
-        lambda w: export(w, TINY, "--checkpoint", write(w, "w.pth", b"PK\x03\x04nope")),
+        lambda w: export(w, TINY, "--checkpoint", write_file(w, "w.pth", b"PK\x03\x04nope")),
         ["w.pth", "cannot be read safely"],
     ),
     "pth a bare pickle": (
-        lambda w: distill(w, TINY, "--checkpoint", write(w, "w.pth", pickle.dumps(Fraction(1, 2)))),
+        lambda w: distill(w, TINY, "--checkpoint", write_file(w, "w.pth", pickle.dumps(Fraction(1, 2)))),
         ["w.pth", "more than tensors"],
     ),
     "pth with an object": (
-        lambda w: distill(w, TINY, "--checkpoint", pickled(w)),
+        lambda w: distill(w, TINY, "--checkpoint", write_pickle(w)),
         ["weights.pth", "more than tensors", ".safetensors"],
     ),
     "pth without a state dict": (
-        lambda w: export(w, TINY, "--checkpoint", tensors(w, value=[1, 2])),
+        lambda w: export(w, TINY, "--checkpoint", write_tensors(w, value=[1, 2])),
         ["no state dict"],
     ),
     "pth with numbers for names": (
-        lambda w: distill(w, TINY, "--checkpoint", tensors(w, value=numbered())),
+        lambda w: distill(w, TINY, "--checkpoint", write_tensors(w, value=tensors_named_by_numbers())),
         ["weights.pth", "names a tensor by the int 0", "expected names of weights"],
     ),
     "path with nothing": (lambda w: distill(w, w.tmp / "gone"), ["gone", "where there is nothing", "config.json"]),
     "pth of another model": (
-        lambda w: distill(w, TINY, "--checkpoint", tensors(w)),
+        lambda w: distill(w, TINY, "--checkpoint", write_tensors(w)),
         ["weights.pth", f"do not fit {TINY}"],
     ),
 }

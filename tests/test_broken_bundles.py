@@ -8,7 +8,7 @@ from phreg_deploy.bundle.gates import GATES
 from phreg_deploy.images.photographs import read_photographs
 from phreg_deploy.runtime import FeatureExtractor
 from phreg_deploy.runtime.parity import compare_runs, missed_gates
-from tests.broken_bundles import Broken, another_class_token, garbage_token, shifted, times
+from tests.broken_bundles import BrokenBundle, add_garbage_token, replace_class_token, scale_outputs, shift_features
 
 pytestmark = pytest.mark.usefixtures("torch")
 LIMIT = 8
@@ -17,7 +17,7 @@ both = pytest.mark.parametrize("which", ["bundle", "int8_bundle"])
 
 @pytest.fixture(params=["bundle", "int8_bundle"])
 def broken(world, request):
-    return Broken(getattr(world, request.param), world.tmp / "broken")
+    return BrokenBundle(getattr(world, request.param), world.tmp / "broken")
 
 
 def gates_missed(run_cli, folder, *more):
@@ -47,14 +47,14 @@ def test_the_bundles_themselves_pass_and_list_every_gate(world, which, run_cli):
 
 
 def test_scaled_features_with_another_class_token_and_norms_miss_a_gate(broken, run_cli):
-    times(broken, features=10.0, token_norm=1.4)
-    another_class_token(broken, np.random.default_rng(1).normal(size=broken.width))
+    scale_outputs(broken, features=10.0, token_norm=1.4)
+    replace_class_token(broken, np.random.default_rng(1).normal(size=broken.width))
     missed = gates_missed(run_cli, broken.save())
     assert {name for _, name in missed} >= {"relative_l2", "cls_cosine", "norm_bias", "norm_difference"}
 
 
 def test_one_garbage_token_in_every_image_misses_a_gate(broken, run_cli):
-    garbage_token(broken)
+    add_garbage_token(broken)
     assert ("own reference", "cosine_min") in gates_missed(run_cli, broken.save())
 
 
@@ -64,7 +64,7 @@ def test_one_garbage_token_in_one_image_of_eight_misses_a_gate(broken, world, ru
     alone = np.abs(images[3] - np.delete(images, 3, axis=0)).min(0)
     pixel = tuple(int(i) for i in np.unravel_index(alone.argmax(), alone.shape))
     assert alone[pixel] > 0
-    garbage_token(broken, pixel, int(images[3][pixel]))
+    add_garbage_token(broken, pixel, int(images[3][pixel]))
     missed = gates_missed(
         run_cli, broken.save(), "--reference", world.student, "--images", world.photos, "--limit", LIMIT
     )
@@ -75,7 +75,7 @@ def test_the_class_token_of_another_image_misses_a_gate(broken, world, run_cli):
     images = pictures(broken.folder, world.photos)
     with FeatureExtractor.load(broken.folder, "onnxruntime-cpu") as extractor:
         other = extractor.run(images.batch(0, 1))["cls"]
-    another_class_token(broken, other)
+    replace_class_token(broken, other)
     missed = gates_missed(
         run_cli, broken.save(), "--reference", world.student, "--images", world.photos, "--limit", LIMIT
     )
@@ -84,13 +84,13 @@ def test_the_class_token_of_another_image_misses_a_gate(broken, world, run_cli):
 
 
 def test_features_shifted_by_one_patch_miss_a_gate(broken, run_cli):
-    shifted(broken)
+    shift_features(broken)
     assert ("own reference", "cosine_p1") in gates_missed(run_cli, broken.save())
 
 
 @pytest.mark.parametrize("factor", [0.95, 1.05])
 def test_token_norms_off_by_five_percent_miss_a_gate(broken, run_cli, factor):
-    times(broken, token_norm=factor)
+    scale_outputs(broken, token_norm=factor)
     assert {name for _, name in gates_missed(run_cli, broken.save())} >= {"norm_bias"}
 
 

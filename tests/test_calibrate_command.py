@@ -10,17 +10,17 @@ import pytest
 from onnx import numpy_helper
 
 from phreg_deploy.bundle.bundle import Bundle
-from phreg_deploy.bundle.manifest import FORMAT, Manifest
-from phreg_deploy.calibration import calibrate
-from phreg_deploy.errors import PhregError
-from phreg_deploy.quantisation import Smoothing
 from phreg_deploy.runtime import FeatureExtractor
 from phreg_deploy.runtime.parity import compare_runs, missed_gates, run_exam
-from tests.bundle_changes import rehashed, rewritten
+from tests.bundle_changes import rewrite_bundle, write_hashes
 from tests.cli_helpers import leftovers, photograph
 
 pytestmark = pytest.mark.usefixtures("torch", "traced_once")
+
+
 calibrator = importlib.import_module("phreg_deploy.calibration.calibrator")
+
+
 LAYERS = [f"blocks.{i}.{part}" for i in range(3) for part in ("attn.qkv", "attn.proj", "mlp.fc1", "mlp.fc2")]
 
 
@@ -48,10 +48,10 @@ def damaged(w, change):
     model = onnx.load(folder / "model.onnx")
     change(model)
     onnx.save(model, folder / "model.onnx")
-    return rehashed(folder)
+    return write_hashes(folder)
 
 
-def poison(name):
+def write_nan(name):
     def change(model):
         (tensor,) = (i for i in model.graph.initializer if i.name == name)
         values = numpy_helper.to_array(tensor).copy()
@@ -61,12 +61,12 @@ def poison(name):
     return change
 
 
-def unnamed(model):
+def remove_names(model):
     for i, node in enumerate(model.graph.node):
         node.name = f"node_{i}"
 
 
-def few(w, copies):
+def make_images(w, copies):
     folder = w.tmp / "few"
     folder.mkdir()
     for i in range(copies):
@@ -184,7 +184,7 @@ def test_the_target_trt_has_no_zero_points(world, run_cli, quick):
 
 
 MISTAKES = {
-    "a bundle of 16 bits": (lambda w: command(w, bundle=rewritten(w.copy("bundle"), precision="fp16")),
+    "a bundle of 16 bits": (lambda w: command(w, bundle=rewrite_bundle(w.copy("bundle"), precision="fp16")),
         ["got a bundle in fp16, expected fp32"]),
     "a bundle of 8 bits": (lambda w: command(w, bundle=w.int8_bundle), ["got a bundle in int8, expected fp32"]),
     "a student": (lambda w: command(w, bundle=w.student),
@@ -192,14 +192,15 @@ MISTAKES = {
     "no bundle": (lambda w: command(w, bundle=w.tmp / "none"), ["there is nothing"]),
     "a graph that was changed": (lambda w: command(w, bundle=w.copy("bundle", model=lambda b: b[:-1] + b"?")),
         ["model.onnx", "another sha256"]),
-    "NaN in the weights": (lambda w: command(w, bundle=damaged(w, poison("blocks.1.mlp.fc1.weight"))),
+    "NaN in the weights": (lambda w: command(w, bundle=damaged(w, write_nan("blocks.1.mlp.fc1.weight"))),
         ["input of blocks.1.mlp.fc2 is not finite", "damaged"]),
-    "a graph of an older version": (lambda w: command(w, bundle=damaged(w, unnamed)),
+    "a graph of an older version": (lambda w: command(w, bundle=damaged(w, remove_names)),
         ["names no blocks", "Export it again"]),
     "no images": (lambda w: command(w, "--images", w.tmp / "none"), ["images", "there is nothing"]),
     "a folder without images": (lambda w: command(w, "--images", w.bundle), ["holds no image"]),
-    "too few images": (lambda w: command(w, "--images", few(w, 7)), ["holds 7 different images", "at least 8"]),
-    "one image many times": (lambda w: command(w, "--images", few(w, 12)), ["holds 1 different images", "at least 8"]),
+    "too few images": (lambda w: command(w, "--images", make_images(w, 7)), ["holds 7 different images", "at least 8"]),
+    "one image many times": (lambda w: command(w, "--images", make_images(w, 12)),
+        ["holds 1 different images", "at least 8"]),
     "a mode of the future": (lambda w: command(w, "--mode", "fp4"), ["mode: got 'fp4', expected int8 or fp8"]),
     "fp8 for the processor": (lambda w: command(w, "--mode", "fp8", "--target", "cpu"),
         ["no processor computes in FP8"]),
@@ -218,7 +219,7 @@ MISTAKES = {
     "export without images": (lambda w: export(w, "--precision", "int8"), ["--precision int8 needs --images DIR"]),
     "export with images for nothing": (lambda w: export(w, "--images", w.photos),
         ["with --precision fp32 everything does"]),
-    "export with few images": (lambda w: export_int8(w, "--images", few(w, 3)), ["holds 3 different images"]),
+    "export with few images": (lambda w: export_int8(w, "--images", make_images(w, 3)), ["holds 3 different images"]),
     "export of an unknown target": (lambda w: export_int8(w, "--target", "npu"), ["target: got 'npu'"]),
 }  # fmt: skip
 
@@ -234,7 +235,7 @@ def test_a_mistake_is_exit_code_2_and_writes_nothing(world, run_cli, name):
 
 
 def test_nan_behind_the_last_layer_is_bad_input(world, run_cli):
-    run_cli(*command(world, bundle=damaged(world, poison("blocks.2.mlp.fc2.weight")))).refused(2, "not finite")
+    run_cli(*command(world, bundle=damaged(world, write_nan("blocks.2.mlp.fc2.weight")))).refused(2, "not finite")
 
 
 def test_an_output_that_exists_needs_force(world, run_cli, quick):
@@ -281,23 +282,3 @@ def test_unreadable_images_are_skipped_and_reported(world, run_cli, quick):
     assert outcome.code == 0
     assert "Skipped 1 unreadable file" in outcome.err
     assert sum(part["count"] for part in outcome.document["images"].values()) == 24
-
-
-def test_a_manifest_of_the_first_format_is_still_read(world):
-    data = json.loads((world.bundle / "manifest.json").read_text())
-    assert data["format"] == FORMAT == 3
-    old = {k: v for k, v in data.items() if k != "quantisation"} | {"format": 1}
-    assert Manifest.from_json(old) == Manifest.from_json(data)
-    with pytest.raises(PhregError, match=r"missing keys \['quantisation'\]"):
-        Manifest.from_json(old | {"format": 2})
-    folder = world.copy("bundle", manifest=json.dumps(old).encode())
-    calibrate(folder, world.photos, world.out, smoothing=Smoothing(), float_macs=0)
-    assert Bundle.read(world.out).manifest.to_json()["format"] == 3
-
-
-def test_a_manifest_from_before_exif_keeps_its_preprocessing(world):
-    data = json.loads((world.bundle / "manifest.json").read_text())
-    assert (data["preprocess"]["exif"], data["preprocess"]["fast"]) == (True, True)
-    steps = {k: v for k, v in data["preprocess"].items() if k not in ("exif", "fast")}
-    old = Manifest.from_json(data | {"format": 2, "preprocess": steps})
-    assert (old.preprocess.exif, old.preprocess.fast) == (False, False)

@@ -26,7 +26,7 @@ def pictures(photos, tmp_path):
     return folder
 
 
-def files(folder):
+def list_files(folder):
     return {p.relative_to(folder).as_posix() for p in folder.rglob("*") if p.is_file()}
 
 
@@ -38,7 +38,7 @@ def test_sub_folders_keep_their_paths_and_the_features_are_the_extractors(world,
     outcome = extract(run_cli, world, pictures, "--image-size", "48x64", "--skip-bad", bundle="wide_bundle")
     assert outcome.code == 0
     report = outcome.document
-    assert files(world.out) == {"a.npy", "b.npy", "deep/a.npy", "features.json"}
+    assert list_files(world.out) == {"a.npy", "b.npy", "deep/a.npy", "features.json"}
     assert [entry["shape"] for entry in report["images"]] == [[6, 8, 48]] * 3
     assert list(report["skipped"]) == [str(pictures / "deep" / "broken.jpg")]
     assert "Left out: image: " in outcome.err
@@ -71,7 +71,7 @@ def test_outputs_and_dtype(world, run_cli, pictures):
         stored = np.load(world.out / entry[kind])
         assert stored.dtype == dtype
         assert np.array_equal(stored, getattr(dense, kind)[0].astype(dtype))
-    assert files(world.out) == {"a.npy", "a.cls.npy", "a.token_norm.npy", "features.json"}
+    assert list_files(world.out) == {"a.npy", "a.cls.npy", "a.token_norm.npy", "features.json"}
 
 
 def test_features_beyond_float16_are_refused(world, run_cli, pictures, monkeypatch):
@@ -110,7 +110,7 @@ def test_a_bad_file_is_left_out_and_changes_the_exit_code(world, run_cli, pictur
     asked = [pictures / "a.png", pictures / "deep" / "broken.jpg"] if named else [pictures]
     outcome = extract(run_cli, world, *asked)
     outcome.refused(2, "broken.jpg", "holds the features of the others", "--skip-bad")
-    assert "a.npy" in files(world.out)
+    assert "a.npy" in list_files(world.out)
     assert list(outcome.document["skipped"]) == [str(pictures / "deep" / "broken.jpg")]
     assert extract(run_cli, world, *asked, "--skip-bad", "--force").code == 0
 
@@ -136,7 +136,7 @@ def test_ctrl_c_keeps_finished_images_and_resume_extracts_the_rest(world, run_cl
         outcome = extract(run_cli, world, *options)
     outcome.refused(130, "Interrupted", "features of 1 of 3 images", "--resume")
     assert "distill" not in outcome.err
-    assert files(world.out) == {"a.npy", "a.cls.npy", "features.json"}
+    assert list_files(world.out) == {"a.npy", "a.cls.npy", "features.json"}
     assert json.loads((world.out / "features.json").read_text())["complete"] is False
     extract(run_cli, world, *options).refused(2, "exists already")
     extract(run_cli, world, *options, "--resume", "--dtype", "float16").refused(2, "another dtype")
@@ -147,7 +147,7 @@ def test_ctrl_c_keeps_finished_images_and_resume_extracts_the_rest(world, run_cl
     assert resumed.code == 0
     assert resumed.document["complete"] is True
     assert (world.out / "a.npy").stat().st_ino == kept, "it was extracted again"
-    whole = {name: (world.out / name).read_bytes() for name in files(world.out) - {"features.json"}}
+    whole = {name: (world.out / name).read_bytes() for name in list_files(world.out) - {"features.json"}}
     assert extract(run_cli, world, *options, "--force").code == 0
     assert {name: (world.out / name).read_bytes() for name in whole} == whole
     assert leftovers(world.tmp) == []
@@ -164,10 +164,10 @@ def test_resume_extracts_an_image_that_changed(world, run_cli, pictures):
 
 def test_ctrl_c_does_not_replace_an_output_by_a_smaller_one(world, run_cli, pictures, monkeypatch):
     assert extract(run_cli, world, pictures, "--skip-bad").code == 0
-    before = {name: (world.out / name).read_bytes() for name in files(world.out)}
+    before = {name: (world.out / name).read_bytes() for name in list_files(world.out)}
     interrupt(monkeypatch, 3)
     extract(run_cli, world, pictures, "--force").refused(130, "Nothing new was kept", "as it was before")
-    assert {name: (world.out / name).read_bytes() for name in files(world.out)} == before
+    assert {name: (world.out / name).read_bytes() for name in list_files(world.out)} == before
 
 
 def test_resume_of_another_folder_is_refused(world, run_cli, pictures):

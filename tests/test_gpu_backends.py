@@ -18,7 +18,7 @@ from tests.cli_helpers import invoke
 GPU_NAMES = ("onnxruntime-cuda", "onnxruntime-tensorrt")
 
 
-def as_if(folder, precision):
+def with_precision(folder, precision):
     """Return the bundle with another precision in its manifest."""
     bundle = Bundle.read(folder)
     return Bundle(bundle.folder, replace(bundle.manifest, precision=precision))
@@ -97,7 +97,7 @@ def test_a_graph_that_cannot_be_loaded_is_refused(copy_bundle, onnxruntime_gpu, 
 )
 def test_precisions_without_kernels_are_refused(bundle, onnxruntime_gpu, precision, name, words):
     with pytest.raises(PhregError, match=words):
-        backends.open_backend(as_if(bundle, precision), name, BackendOptions())
+        backends.open_backend(with_precision(bundle, precision), name, BackendOptions())
     assert onnxruntime_gpu.sessions == []
 
 
@@ -121,10 +121,13 @@ def test_the_precision_of_the_graph_is_reported_and_another_is_refused(
         onnxruntime_gpu.InferenceSession = lambda path, options, providers: onnxruntime.InferenceSession(
             path, options, providers=providers
         )
-    assert backends.open_backend(as_if(folder, precision), name, BackendOptions(compute="auto")).compute == compute
+    assert (
+        backends.open_backend(with_precision(folder, precision), name, BackendOptions(compute="auto")).compute
+        == compute
+    )
     other = "bf16" if compute == "fp32" else "fp32"
     with pytest.raises(PhregError, match=f"got {other}, but {name} computes in what the graph says, {compute}"):
-        backends.open_backend(as_if(folder, precision), name, BackendOptions(compute=other))
+        backends.open_backend(with_precision(folder, precision), name, BackendOptions(compute=other))
 
 
 def test_cuda_computes_in_full_float32(copy_bundle, onnxruntime_gpu):

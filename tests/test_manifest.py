@@ -12,7 +12,7 @@ import pytest
 from phreg_deploy.bundle.bundle import Bundle
 from phreg_deploy.errors import PhregError
 from phreg_deploy.runtime import FeatureExtractor
-from tests.bundle_changes import graph, rehashed, rewritten
+from tests.bundle_changes import edit_graph, rewrite_bundle, write_hashes
 
 pytestmark = pytest.mark.usefixtures("torch")
 
@@ -21,7 +21,7 @@ def load(folder):
     return FeatureExtractor.load(folder, "onnxruntime-cpu", threads=1)
 
 
-def altered(w, name, path, value):
+def change_manifest(w, name, path, value):
     """Copy a bundle, and change the manifest's value at a dotted path; None removes the key."""
     folder = w.copy(name)
     data = json.loads((folder / "manifest.json").read_text())
@@ -57,7 +57,7 @@ EDITED_WIDE = {"sizes.sizes.1": [96, 96], "sizes.sizes.2": [640, 640], "batches.
 @pytest.mark.parametrize(("which", "path"), [("bundle", p) for p in EDITED] + [("wide_bundle", p) for p in EDITED_WIDE])
 @pytest.mark.parametrize("command", ["check", "inspect"])
 def test_an_edit_that_the_graph_contradicts_is_refused(world, run_cli, command, which, path):
-    folder = altered(world, which, path, {**EDITED, **EDITED_WIDE}[path])
+    folder = change_manifest(world, which, path, {**EDITED, **EDITED_WIDE}[path])
     run_cli(command, folder, "--json").refused(2, "manifest.json and model.onnx disagree on " + path.split(".")[0])
 
 
@@ -109,7 +109,7 @@ def test_absurd_values_are_refused(world, path, verify):
     if path == "files.model.onnx":
         data = json.loads((world.bundle / "manifest.json").read_text())
         path, value = "files", data["files"] | {"model.onnx": value}
-    folder = altered(world, "bundle", path, value)
+    folder = change_manifest(world, "bundle", path, value)
     with pytest.raises(PhregError) as caught:
         FeatureExtractor.load(folder, "onnxruntime-cpu", verify=verify)
     assert "manifest.json" in str(caught.value)
@@ -121,7 +121,7 @@ def test_absurd_values_are_refused(world, path, verify):
 )
 def test_absurd_values_of_a_calibration_are_refused(world, run_cli, path):
     for value in ("x", 7, [], None):
-        folder = altered(world, "int8_bundle", path, value)
+        folder = change_manifest(world, "int8_bundle", path, value)
         if (path, value) != ("quantisation.missed", []):
             run_cli("inspect", folder, "--json").refused(2, "manifest.json", path)
         shutil.rmtree(folder)
@@ -144,7 +144,7 @@ def test_json_that_python_cannot_parse_is_refused(world, run_cli, text):
 @pytest.mark.parametrize("missing", ["model.onnx", "reference.npz", "pos_embed.npy"])
 def test_every_required_file_needs_a_hash(world, missing):
     files = json.loads((world.wide_bundle / "manifest.json").read_text())["files"]
-    folder = altered(world, "wide_bundle", "files", {k: v for k, v in files.items() if k != missing})
+    folder = change_manifest(world, "wide_bundle", "files", {k: v for k, v in files.items() if k != missing})
     with pytest.raises(PhregError, match=f"no hash of {missing}"):
         Bundle.read(folder)
 
@@ -155,7 +155,9 @@ NAMES = ["../../etc/passwd", "/etc/passwd", "/proc/kmsg", "..", ".", "", "a/b", 
 @pytest.mark.parametrize("name", NAMES)
 def test_only_bare_names_are_files(world, run_cli, name):
     files = json.loads((world.bundle / "manifest.json").read_text())["files"] | {name: "0" * 64}
-    run_cli("inspect", altered(world, "bundle", "files", files), "--json").refused(2, "manifest.json", "bare name")
+    run_cli("inspect", change_manifest(world, "bundle", "files", files), "--json").refused(
+        2, "manifest.json", "bare name"
+    )
 
 
 @pytest.mark.parametrize("name", ["model.onnx", "reference.npz", "manifest.json"])
@@ -236,17 +238,17 @@ def test_a_bundle_of_the_first_format_is_read(world):
         for key, value in kept.items():
             model.metadata_props.add(key=key, value=value)
 
-    folder = altered(world, "bundle", "quantisation", None)
+    folder = change_manifest(world, "bundle", "quantisation", None)
     data = json.loads((folder / "manifest.json").read_text()) | {"format": 1}
     (folder / "manifest.json").write_text(json.dumps(data))
-    (folder / "model.onnx").write_bytes(graph(change)((folder / "model.onnx").read_bytes()))
-    with load(rehashed(folder)) as extractor:
+    (folder / "model.onnx").write_bytes(edit_graph(change)((folder / "model.onnx").read_bytes()))
+    with load(write_hashes(folder)) as extractor:
         assert extractor.manifest.quantisation is None
 
 
 def test_another_exporters_bundle_is_read(world):
     """An unusual value is accepted if manifest and graph agree on it."""
-    folder = rewritten(world.copy("bundle"), norm_median=1.5)
+    folder = rewrite_bundle(world.copy("bundle"), norm_median=1.5)
     with load(folder) as extractor:
         assert extractor(np.zeros((64, 64, 3), np.uint8)).norm_median == 1.5
 

@@ -179,9 +179,9 @@ def test_a_closed_extractor_frees_the_model(bundle):
 
 
 def test_a_graph_that_openvino_cannot_load_is_refused(world, run_cli):
-    from tests.bundle_changes import graph, misname, rehashed
+    from tests.bundle_changes import edit_graph, misname_operator, write_hashes
 
-    folder = rehashed(world.copy("bundle", model=graph(misname)))
+    folder = write_hashes(world.copy("bundle", model=edit_graph(misname_operator)))
     outcome = run_cli("check", folder, "--backend", "openvino", "--json")
     assert outcome.code == outcome.document["exit_code"] == 2
     assert "Traceback" not in outcome.err

@@ -20,7 +20,7 @@ READABLE = ("cmyk.jpg", "grey.png", "grey16.png", "palette.png", "rgba.png", "wh
 UNREADABLE = ("empty.png", "text.jpg", "truncated.jpg")
 
 
-def close(a: np.ndarray, b: np.ndarray) -> float:
+def mean_difference(a: np.ndarray, b: np.ndarray) -> float:
     """Return the mean absolute difference in grey levels."""
     return float(np.abs(a.astype(np.float64) - b.astype(np.float64)).mean())
 
@@ -33,7 +33,9 @@ def test_every_mode_becomes_rgb_of_the_same_scene(odd_images, name):
     grey = name.startswith("grey")
     expected = np.asarray(truth.convert("L").convert("RGB") if grey else truth)
     # JPEG, CMYK and a palette of 256 colours lose a little; grey and alpha lose nothing
-    assert close(np.asarray(image), expected) <= (8 if name in ("cmyk.jpg", "palette.png", "whole.jpg") else 0)
+    assert mean_difference(np.asarray(image), expected) <= (
+        8 if name in ("cmyk.jpg", "palette.png", "whole.jpg") else 0
+    )
 
 
 def test_16_bit_grey_uses_its_full_range():
@@ -191,7 +193,7 @@ def test_a_large_jpeg_is_decoded_at_a_smaller_scale(tmp_path, monkeypatch):
     monkeypatch.setattr("phreg_deploy.images.decoding.GIANT", 400 * 320 // 4)
     small = read_image(tmp_path / "large.jpg")
     assert small.size == (200, 160)
-    assert close(np.asarray(small), np.asarray(scene.reduce(2))) < 3
+    assert mean_difference(np.asarray(small), np.asarray(scene.reduce(2))) < 3
     monkeypatch.setattr("phreg_deploy.images.decoding.GIANT", 400 * 320)
     assert read_image(tmp_path / "large.jpg").size == (400, 320)
 

@@ -21,14 +21,14 @@ NEEDS_GPU = "<!-- needs a GPU -->"
 OTHER_PROGRAMS = {"sudo", "apt-get", "git", "cd", "python3", ".", "VIT"}
 
 
-def blocks(page: Path, language: str) -> list[tuple[int, str, bool]]:
+def code_blocks(page: Path, language: str) -> list[tuple[int, str, bool]]:
     """Code blocks of a page: line number of the first line, code, and whether it needs a GPU."""
     text = page.read_text()
     found = re.finditer(rf"({re.escape(NEEDS_GPU)}\n)?```{language}\n(.*?)```", text, re.S)
     return [(text[: block.start(2)].count("\n") + 1, block[2], bool(block[1])) for block in found]
 
 
-def at(page: Path, line: int) -> str:
+def position(page: Path, line: int) -> str:
     return f"{page.relative_to(ROOT)}:{line}"
 
 
@@ -36,12 +36,12 @@ def commands() -> list[object]:
     """Every command line of every page, with its continuation lines joined and its comment cut."""
     params = []
     for page in PAGES:
-        for start, code, _ in blocks(page, "bash"):
+        for start, code, _ in code_blocks(page, "bash"):
             for line in code.replace("\\\n", " " * 2).splitlines():
                 for part in re.split(r"\s&&\s", line):
                     words = shlex.split(part, comments=True)
                     if words:
-                        params.append(pytest.param(words, id=f"{at(page, start)} {' '.join(words)[:60]}"))
+                        params.append(pytest.param(words, id=f"{position(page, start)} {' '.join(words)[:60]}"))
     return params
 
 
@@ -95,9 +95,9 @@ def test_every_command_line_parses(words):
 
 def python_blocks() -> list[object]:
     return [
-        pytest.param(code, needs_gpu, id=at(page, line))
+        pytest.param(code, needs_gpu, id=position(page, line))
         for page in PAGES
-        for line, code, needs_gpu in blocks(page, "python")
+        for line, code, needs_gpu in code_blocks(page, "python")
     ]
 
 

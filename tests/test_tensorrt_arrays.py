@@ -9,7 +9,7 @@ from tests import fake_gpu
 from tests.frames import assert_same_outputs, create_stream, pointers, random_frames, read_now, to_host
 
 
-def outputs(device, on_cpu, name, image):
+def caller_outputs(device, on_cpu, name, image):
     return {key: fake_gpu.Array(device, np.full_like(value, 7)) for key, value in on_cpu(name, image).items()}
 
 
@@ -25,7 +25,7 @@ def test_an_array_on_the_gpu_is_read_where_it_lies(load_engine, on_cpu, device):
 
 def test_the_callers_arrays_are_filled(load_engine, on_cpu, device):
     extractor, image = load_engine("wide_bundle"), random_frames(0, 2, (48, 96))
-    out = outputs(device, on_cpu, "wide_bundle", image)
+    out = caller_outputs(device, on_cpu, "wide_bundle", image)
     got = extractor.run(fake_gpu.Array(device, image), out=out)
     assert pointers(got) == pointers(out)
     assert_same_outputs(read_now(out), on_cpu("wide_bundle", image))
@@ -34,7 +34,7 @@ def test_the_callers_arrays_are_filled(load_engine, on_cpu, device):
 
 def test_outputs_that_are_not_given_are_allocated(load_engine, on_cpu, device):
     extractor, image = load_engine("bundle"), random_frames()
-    given = outputs(device, on_cpu, "bundle", image)["features"]
+    given = caller_outputs(device, on_cpu, "bundle", image)["features"]
     got = extractor.run(fake_gpu.Array(device, image), out={"features": given})
     assert_same_outputs(to_host(got), on_cpu("bundle", image))
     assert got["features"].pointer == given.pointer
@@ -43,7 +43,7 @@ def test_outputs_that_are_not_given_are_allocated(load_engine, on_cpu, device):
 def test_the_callers_stream_is_used_and_not_waited_for(load_engine, on_cpu, device):
     extractor, image, stream = load_engine("wide_bundle"), random_frames(), create_stream(device)
     extractor.run(random_frames(5))  # this uploads the position embedding
-    out = outputs(device, on_cpu, "wide_bundle", image)
+    out = caller_outputs(device, on_cpu, "wide_bundle", image)
     device.calls.clear()
     extractor.run(fake_gpu.Array(device, image), out=out, stream=stream)
     assert device.count("cudaStreamSynchronize") == device.count("cudaEventSynchronize") == 0
@@ -56,7 +56,7 @@ def test_the_callers_stream_is_used_and_not_waited_for(load_engine, on_cpu, devi
 def test_the_next_call_on_the_host_waits_for_the_callers_stream(load_engine, on_cpu, device):
     extractor, image, stream = load_engine("bundle"), random_frames(), create_stream(device)
     extractor.run(random_frames(5))
-    out = outputs(device, on_cpu, "bundle", image)
+    out = caller_outputs(device, on_cpu, "bundle", image)
     extractor.run(fake_gpu.Array(device, image), out=out, stream=stream)
     device.calls.clear()
     assert_same_outputs(extractor.run(random_frames(6)), on_cpu("bundle", random_frames(6)))
@@ -69,7 +69,7 @@ def test_two_streams_of_the_caller_are_put_in_order(load_engine, on_cpu, device)
     extractor, first, second = load_engine("bundle"), create_stream(device), create_stream(device)
     outs = []
     for seed, stream in enumerate((first, second)):
-        outs.append(outputs(device, on_cpu, "bundle", random_frames(seed)))
+        outs.append(caller_outputs(device, on_cpu, "bundle", random_frames(seed)))
         extractor.run(fake_gpu.Array(device, random_frames(seed)), out=outs[-1], stream=stream)
     device.runtime.cudaStreamSynchronize(second)
     for seed, out in enumerate(outs):
@@ -80,7 +80,7 @@ def test_another_grid_waits_for_the_one_before_on_the_callers_stream(load_engine
     extractor, stream = load_engine("wide_bundle"), create_stream(device)
     work = [(random_frames(i, 1, size), {}) for i, size in enumerate([(48, 96), (96, 48), (64, 64)])]
     for image, out in work:
-        out.update(outputs(device, on_cpu, "wide_bundle", image))
+        out.update(caller_outputs(device, on_cpu, "wide_bundle", image))
         extractor.run(fake_gpu.Array(device, image), out=out, stream=stream)
     device.runtime.cudaStreamSynchronize(stream)
     for image, out in work:

@@ -54,7 +54,7 @@ def plans(request, tmp_path_factory):
     return results
 
 
-def in_eight_bits(graph):
+def int8_layers(graph):
     """Return the linear layers whose weight the graph stores in 8 bits; for split projections, their parts."""
     makers = {name: node for node in graph.graph.node for name in node.output}
     products = [node for node in graph.graph.node if node.op_type == "MatMul" and node.input[1] in makers]
@@ -83,7 +83,7 @@ def test_the_plan_has_the_expected_kernels(plans, cell):
     elif precision in ("fp16", "bf16"):
         assert census == nvidia.Census(times * DEPTH, 0, frozenset(), frozenset(linears | {"dense"}))
     else:
-        expected = in_eight_bits(graph)
+        expected = int8_layers(graph)
         assert {name if name in linears else name.rpartition(".")[0] for name in expected} == linears
         assert census == nvidia.Census(
             times * DEPTH, times * DEPTH if precision == "fp8" else 0, frozenset(expected), frozenset({"dense"})
@@ -95,7 +95,7 @@ def steps_of(graph, here, folder):
     return steps
 
 
-def as_inspected(steps):
+def describe_layers(steps):
     """Describe the steps of a plan as TensorRT's engine inspector does, as far as ``take_census`` reads it."""
 
     def layer(step):
@@ -115,7 +115,7 @@ def as_inspected(steps):
 @pytest.mark.parametrize("family", ["augreg", "dinov2-giant", "eva02", "eva02-base"])
 def test_the_census_names_layers_as_calibration_does(family, tmp_path):
     here = graphs(family)
-    census = take_census(as_inspected(steps_of(here.write("int8"), here, tmp_path)))
+    census = take_census(describe_layers(steps_of(here.write("int8"), here, tmp_path)))
     assert set(census.eight_bit) == {linear.name for linear in here.linears}
     assert set(census.fused_attention) == {f"blocks.{i}.attn" for i in range(DEPTH)}
 

@@ -12,7 +12,7 @@ from tests.frames import assert_same_outputs, random_frames
 from tests.threads import run_in_threads
 
 
-def uploads(device, size):
+def count_uploads(device, size):
     """Count the copies of ``size`` bytes to the device."""
     kind = fake_gpu.cudaMemcpyKind.cudaMemcpyHostToDevice
     return sum(1 for name, words in device.calls if name == "cudaMemcpyAsync" and words[2:4] == (size, kind))
@@ -141,8 +141,8 @@ def test_position_embeddings_are_uploaded_once_while_the_grid_stays_the_same(loa
     extractor = load_engine("wide_bundle")
     for seed in range(5):
         extractor.run(random_frames(seed, 2))
-    assert uploads(device, 8 * 8 * 48 * 4) == 1
-    assert uploads(device, 2 * 64 * 64 * 3) == 2, "one upload in the plain call, one in the recording"
+    assert count_uploads(device, 8 * 8 * 48 * 4) == 1
+    assert count_uploads(device, 2 * 64 * 64 * 3) == 2, "one upload in the plain call, one in the recording"
 
 
 def test_each_grid_gets_its_own_position_embedding(load_engine, on_cpu):

@@ -14,7 +14,7 @@ from tests.cli_helpers import ROOT
 pytestmark = pytest.mark.usefixtures("torch")
 
 
-def run(*words, **options):
+def run_process(*words, **options):
     """Start the command line in its own process, like a shell."""
     environment = {**os.environ, "PYTHONPATH": str(ROOT), **options.pop("environment", {})}
     return subprocess.Popen(
@@ -37,16 +37,16 @@ def run(*words, **options):
 def test_a_terminal_without_unicode_gets_question_marks(world, environment):
     folder = world.copy("bundle").rename(world.tmp / "bünd→le")
     for path, code in ((folder, 0), (world.student, 0), (world.tmp / "wég→", 2)):
-        process = run("inspect", path, environment=environment)
+        process = run_process("inspect", path, environment=environment)
         out, err = process.communicate()
         assert b"Traceback" not in err
         assert process.returncode == code, err
         assert b"?" in out + err
 
 
-def without_reader(*words):
+def run_without_reader(*words):
     """Return exit code and stderr of a command whose reader closes the pipe, as ``head`` does."""
-    process = run(*words)
+    process = run_process(*words)
     process.stdout.close()
     err = process.stderr.read()
     process.stderr.close()
@@ -55,7 +55,7 @@ def without_reader(*words):
 
 @pytest.mark.parametrize("more", [[], ["--json"]])
 def test_a_closed_pipe_is_no_error(world, more):
-    code, err = without_reader("inspect", world.bundle, *more)
+    code, err = run_without_reader("inspect", world.bundle, *more)
     assert code == 0
     assert b"Traceback" not in err
     assert b"BrokenPipe" not in err
@@ -63,9 +63,9 @@ def test_a_closed_pipe_is_no_error(world, more):
 
 def test_a_closed_pipe_changes_neither_the_work_nor_the_exit_code(world):
     """The first line of ``extract`` names the backend; the features are written after it."""
-    assert without_reader("extract", world.bundle, world.photos / "frame-00.png", "-o", world.out)[0] == 0
+    assert run_without_reader("extract", world.bundle, world.photos / "frame-00.png", "-o", world.out)[0] == 0
     assert (world.out / "features.json").is_file()
-    code, err = without_reader("inspect", world.tmp / "none", "--json")
+    code, err = run_without_reader("inspect", world.tmp / "none", "--json")
     assert code == 2
     assert b"Traceback" not in err
     assert b"BrokenPipe" not in err
@@ -75,7 +75,7 @@ def test_a_closed_pipe_changes_neither_the_work_nor_the_exit_code(world):
 def test_a_folder_whose_name_is_not_unicode(world):
     folder = world.copy("bundle").rename(os.fsdecode(os.fsencode(world.tmp) + b"/caf\xe9"))
     for words in (["inspect", folder], ["check", folder, "--report", world.tmp / "page.html"]):
-        process = run(*words)
+        process = run_process(*words)
         out, err = process.communicate()
         assert process.returncode == 0, err
         assert b"caf?" in out + err

@@ -38,7 +38,7 @@ def inputs(tmp_path_factory):
     return root
 
 
-def run(inputs, output, **changes):
+def distil(inputs, output, **changes):
     """Distil in two epochs, or with other settings; targets are cached beside the output."""
     settings = {
         "epochs": 2,
@@ -89,7 +89,7 @@ def test_public_functions_are_imported_without_pytorch_and_check_arguments_first
 
 
 def test_the_same_request_gives_the_same_student_and_a_better_one(inputs, tmp_path):
-    records = [run(inputs, tmp_path / name) for name in ("a", "b")]
+    records = [distil(inputs, tmp_path / name) for name in ("a", "b")]
     assert digest(tmp_path / "a") == digest(tmp_path / "b")
     scores = records[0].scores
     assert scores.base.norm_outliers.rate == pytest.approx(1 / 16, rel=0.2)
@@ -104,15 +104,15 @@ def test_the_same_request_gives_the_same_student_and_a_better_one(inputs, tmp_pa
 
 
 def test_an_interrupted_run_resumes_to_the_same_student(inputs, tmp_path):
-    run(inputs, tmp_path / "whole")
+    distil(inputs, tmp_path / "whole")
     with interrupted(training, "objective", at=5):  # in the second epoch
-        run(inputs, tmp_path / "halves")
+        distil(inputs, tmp_path / "halves")
     assert not (tmp_path / "halves").exists()
     with pytest.raises(PhregError, match="--resume"):
-        run(inputs, tmp_path / "halves")
+        distil(inputs, tmp_path / "halves")
     with pytest.raises(PhregError, match=r"other settings .*seed"):
-        run(inputs, tmp_path / "halves", seed=1, resume=True)
-    run(inputs, tmp_path / "halves", resume=True)
+        distil(inputs, tmp_path / "halves", seed=1, resume=True)
+    distil(inputs, tmp_path / "halves", resume=True)
     assert digest(tmp_path / "halves") == digest(tmp_path / "whole")
     assert not (tmp_path / "halves.partial").exists()
 
@@ -124,18 +124,18 @@ def test_an_interrupted_run_resumes_to_the_same_student(inputs, tmp_path):
 def test_a_run_of_the_same_weights_computed_otherwise_is_not_resumed(inputs, tmp_path, changes, named):
     model = shutil.copytree(inputs / "model", tmp_path / "model")
     with interrupted(training, "objective", at=5):
-        run(inputs, tmp_path / "student", model=str(model))
+        distil(inputs, tmp_path / "student", model=str(model))
     config = json.loads((model / "config.json").read_text())
     config["pretrained_cfg" if "mean" in changes else "model_args"].update(changes)
     (model / "config.json").write_text(json.dumps(config))
     with pytest.raises(PhregError, match=rf"other settings \(.*{named}"):
-        run(inputs, tmp_path / "student", model=str(model), resume=True)
+        distil(inputs, tmp_path / "student", model=str(model), resume=True)
 
 
 def test_the_weights_are_hashed_once(inputs, tmp_path, monkeypatch):
     calls, real = [], identity.weights_digest
     monkeypatch.setattr(identity, "weights_digest", lambda model: calls.append(1) or real(model))
-    record = run(inputs, tmp_path / "student", epochs=0)
+    record = distil(inputs, tmp_path / "student", epochs=0)
     assert len(calls) == 1
     assert record.source["weights_sha256"] == digest(inputs / "model")
 
@@ -149,7 +149,7 @@ def test_a_loss_that_is_not_finite_stops_with_the_last_good_state_kept(inputs, t
 
     monkeypatch.setattr(training, "objective", nan_at_the_fifth_call)
     with pytest.raises(PhregError, match=r"loss became nan in epoch 2, step 2\. The state after epoch 1 is kept"):
-        run(inputs, tmp_path / "student")
+        distil(inputs, tmp_path / "student")
     state = torch.load(tmp_path / "student.partial" / "state.pt", weights_only=True)
     assert len(state["history"]) == 1
     assert all(torch.isfinite(v).all() for v in state["student"].values())
@@ -160,7 +160,7 @@ def test_a_loss_that_is_not_finite_stops_with_the_last_good_state_kept(inputs, t
     "changes", [{"recipe": "ph-reg"}, {"recipe": "random-registers"}, {"registers": 0}, {"epochs": 0}]
 )
 def test_the_recipes_of_the_paper_the_control_and_no_training_run(inputs, tmp_path, changes):
-    record = run(inputs, tmp_path / "student", **changes)
+    record = distil(inputs, tmp_path / "student", **changes)
     model = timm.create_model(f"local-dir:{tmp_path / 'student'}", pretrained=True)
     expected = 16 if changes.get("recipe") == "ph-reg" else changes.get("registers", 4)
     assert (0 if model.reg_token is None else model.reg_token.shape[1]) == record.registers == expected
@@ -177,7 +177,7 @@ def test_the_recipes_of_the_paper_the_control_and_no_training_run(inputs, tmp_pa
 def test_random_registers_differ_from_the_transplant_in_the_move_alone(inputs, tmp_path):
     ours, control = RECIPES["transplant"], RECIPES["random-registers"]
     assert replace(control, name=ours.name, moves_neurons=True) == ours
-    run(inputs, tmp_path / "control", recipe="random-registers", epochs=0)
+    distil(inputs, tmp_path / "control", recipe="random-registers", epochs=0)
     assert digest(tmp_path / "control") == weights_digest(add_registers(load_model(str(inputs / "model")), 4, seed=0))
     assert control.default_rate(768) == ours.default_rate(768) == ours.lr / 2
 
@@ -191,14 +191,14 @@ def test_neurons_are_searched_on_images_from_all_over_the_folder(inputs, tmp_pat
 
     monkeypatch.setattr(distillation, "NEURON_IMAGES", 4)
     monkeypatch.setattr(distillation, "find_register_neurons", record_names)
-    run(inputs, tmp_path / "student", epochs=0, holdout=0)
+    distil(inputs, tmp_path / "student", epochs=0, holdout=0)
     assert names == ["00.png", "06.png", "12.png", "18.png"]
 
 
 def test_a_neuron_that_cannot_be_moved_is_refused_before_targets_are_computed(inputs, tmp_path, monkeypatch):
     monkeypatch.setattr("phreg_deploy.distill.transplant.LEAST_GAP", 0.99)
     with pytest.raises(PhregError, match=r"none of the 1 register neurons can be moved; unit 5 of block 0"):
-        run(inputs, tmp_path / "student")
+        distil(inputs, tmp_path / "student")
     assert list(tmp_path.iterdir()) == [], "neither targets nor an interrupted run"
 
 
