@@ -1,7 +1,7 @@
 """List which graphs NVIDIA's parser and builder take and what they fuse, by family, precision and sizes; without a GPU.
 
     python -m tests.nvidia_wheels                        # the wheels, once
-    python -m benchmarks.tensorrt_acceptance --json OUT [--depth 12] [--width 384] [--heads 6] [--side 16] [--only eva02]
+    python -m benchmarks.tensorrt_acceptance --json OUT [--depth 12] [--width 384] [--heads 6] [--side 16]
 
 Full depth and the width of a ViT-S, 4 registers, random weights; ranges from two photographs. Fixed: one size, batch
 1. Range: two patches a side below to two above, batch 1 to 8. A cell is fused attentions / linear layers in 8 bits

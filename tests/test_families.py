@@ -1,4 +1,4 @@
-"""Which of timm's models are supported: every name is judged, and small models of the kinds are distilled and served."""
+"""Which of timm's models are supported: every name is judged; small models of the kinds are distilled and served."""
 
 import re
 

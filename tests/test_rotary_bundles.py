@@ -1,4 +1,4 @@
-"""Bundles with a rotary embedding as an input: what the manifest says, calibration, and engines that compute it wrongly."""
+"""Bundles with a rotary embedding as an input: the manifest, calibration, and engines that compute it wrongly."""
 
 import dataclasses
 import json
@@ -147,21 +147,21 @@ def misplaced(name, values):
 
 
 @pytest.mark.parametrize("answer", [unlike, nothing, misplaced, zeroed])
-def test_the_exam_refuses_an_engine_that_was_miscompiled(dinov3, tmp_path, workshop, answer):
+def test_the_exam_refuses_an_engine_that_was_miscompiled(dinov3, tmp_path, tensorrt, answer):
     folder = Path(shutil.copytree(dinov3[1], tmp_path / "bundle"))
     sound = invoke("build", folder, "--json")
     assert sound.code == 0, sound.err
     shutil.rmtree(folder / "engines")
-    workshop.answer = answer
+    tensorrt.answer = answer
     done = invoke("build", folder, "--json")
     done.refused(3, "parity:", "The engine was not kept")
     assert not list((folder / "engines").glob("*.plan"))
 
 
-def test_an_engine_that_does_not_turn_the_queries_is_refused(tmp_path, workshop):
+def test_an_engine_that_does_not_turn_the_queries_is_refused(tmp_path, tensorrt):
     """A fixed size has its cosines as constants; without them every patch token is a query and a key of zeros."""
     bundle = export(str(save(small("dinov3"), tmp_path / "model")), tmp_path / "bundle")
     assert invoke("build", bundle.folder, "--json").code == 0
     shutil.rmtree(bundle.folder / "engines")
-    workshop.spoiled = "turns.0"
+    tensorrt.zeroed_weights = "turns.0"
     invoke("build", bundle.folder, "--json").refused(3, "parity:", "The engine was not kept")

@@ -62,8 +62,8 @@ def fold_attention_scale(weight: torch.Tensor, bias: torch.Tensor | None, width:
 def fused_qkv(attn: ViT) -> tuple[torch.Tensor, torch.Tensor | None]:
     """Return copies of weight ``(3 * H * D, C)`` and bias of the queries, keys and values of timm's attention.
 
-    Keys and values that several heads share (grouped-query attention, Sapiens2) are repeated for each head: the products
-    of the attention stay those that every runtime fuses.
+    Keys and values that several heads share (grouped-query attention, Sapiens2) are repeated for each head: the
+    products of the attention stay those that every runtime fuses.
     """
     if attn.qkv is not None:
         weight, bias = attn.qkv.weight.detach().clone(), attn.qkv.bias

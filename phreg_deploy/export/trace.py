@@ -33,8 +33,8 @@ SMALLEST_SIDE, LARGEST_SIDE = 2, 4096
 class Traced:
     """A graph and the torch program that it came from.
 
-    ``model``: inputs ``image`` and, for several sizes, ``pos_embed`` and ``rotary``; outputs ``features``, ``cls`` if the model has a
-    class token, ``token_norm``. ``program``: a ``torch.onnx.ONNXProgram``. ``largest``: tensor of the graph -> the
+    ``model``: inputs ``image`` and, for several sizes, ``pos_embed`` and ``rotary``; outputs ``features``, ``cls`` if
+    the model has a class token, ``token_norm``. ``program``: a ``torch.onnx.ONNXProgram``. ``largest``: tensor of the graph -> the
     largest magnitude observed in it.
     """
 

@@ -34,7 +34,7 @@ class InputFeed:
         self._tables = functools.lru_cache(self._grids())(self._compute)
 
     def __call__(self, batch: Any) -> dict[str, np.ndarray]:
-        """``image`` and, where the bundle serves several sizes, ``pos_embed`` and ``rotary``, for uint8 RGB images ``(B, H, W, 3)``.
+        """``image`` and, for several sizes, ``pos_embed`` and ``rotary``, for uint8 RGB images ``(B, H, W, 3)``.
 
         Raises:
             PhregError: another kind of array, or a size or batch that the bundle does not serve.

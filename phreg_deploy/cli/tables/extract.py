@@ -27,7 +27,7 @@ def skipped_error(index: Extraction) -> PhregError:
     names, count = list(index.skipped), len(index.skipped) + len(index.images)
     more = f" and {len(names) - 5} more" if len(names) > 5 else ""
     return PhregError(
-        f"extract: {len(names)} of {count} files cannot be read: {', '.join(names[:5])}{more}. {index.output} holds the "
-        "features of the others. Fix or remove these files, or add --skip-bad.",
+        f"extract: {len(names)} of {count} files cannot be read: {', '.join(names[:5])}{more}. {index.output} holds "
+        "the features of the others. Fix or remove these files, or add --skip-bad.",
         index.to_json(),
     )

@@ -14,14 +14,14 @@ ARM = {"asimddp": "dot product", "i8mm": "i8mm"}
 # Measured on a ViT-Tiny without VNNI (Zen 3, 2 cores): INT8 27.7 ms, FP32 30.0 ms on ONNX Runtime.
 SLOW = "INT8 is about as fast as FP32 here, and less exact; serve the FP32 bundle unless memory decides"
 
-# A session option of ONNX Runtime (pull request 12088). Where sums would saturate it makes weights unsigned, whose kernels
-# add in 32 bits; on other processors it changes nothing.
+# A session option of ONNX Runtime (pull request 12088). Where sums would saturate it makes weights unsigned, whose
+# kernels add in 32 bits; on other processors it changes nothing.
 EXACT = ("session.x64quantprecision", "1")
 
 
 @dataclass(frozen=True)
 class EightBits:
-    """``names`` of the instruction sets for 8-bit dot products: () for none, None where the system does not list them."""
+    """``names`` of the instruction sets for 8-bit dot products: () for none, None where the system lists none."""
 
     names: tuple[str, ...] | None
 
