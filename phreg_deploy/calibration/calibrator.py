@@ -26,6 +26,7 @@ from phreg_deploy.calibration.search import CANDIDATES, MARGIN, EvalSet, Search,
 from phreg_deploy.errors import GateFailed, PhregError
 from phreg_deploy.files.atomic import atomic_folder
 from phreg_deploy.images.photographs import Photographs
+from phreg_deploy.onnx_graph.external import load_graph
 from phreg_deploy.onnx_graph.linears import find_linears
 from phreg_deploy.onnx_graph.mixed_precision import narrow
 from phreg_deploy.onnx_graph.session import VERSION, open_session
@@ -129,7 +130,7 @@ def open_bundle(request: CalibrationRequest, progress: Progress) -> Manifest:
 
 def observe(extractor: FeatureExtractor, shares: Shares, target: str, progress: Progress) -> Observations:
     """Run the FP32 graph on the images."""
-    model, largest = onnx.load(extractor.bundle.graph), {}
+    model, largest = load_graph(extractor.bundle.graph, "calibrate"), {}
     with progress.task("ranges", len(shares.calibrate)) as advance:
         images = feeds(extractor, shares.calibrate)
         ranges = observe_ranges(model, find_linears(model), extractor.manifest.model, images, advance)
@@ -272,6 +273,7 @@ def _manifest(manifest: Manifest, report: CalibrationReport, graph: ModelProto) 
     return replace(
         manifest,
         precision=report.mode,
+        weights=None,
         quantisation={**{key: stored[key] for key in keys}, "images": images},
         float_parts=parts,
         outputs={name: {**output, "dtype": dtypes[name]} for name, output in manifest.outputs.items()},
