@@ -111,5 +111,3 @@ def test_a_graph_that_fits_into_memory_is_calibrated_into_one_file(large, photos
     bundle.verify()
     assert bundle.manifest.weights is None
     assert not (tmp_path / "eight" / "weights.bin").exists()
-
-
