@@ -11,6 +11,7 @@ from phreg_deploy.artifacts.measures import agreement
 from phreg_deploy.errors import PhregError
 from phreg_deploy.export import export
 from phreg_deploy.export.dense_vit import DenseViT
+from phreg_deploy.export.exam import at_size
 from phreg_deploy.export.folding import patch_positions
 from phreg_deploy.export.rotary import describe_rotary
 from phreg_deploy.export.trace import OPSET, trace
@@ -169,3 +170,19 @@ def test_bad_arguments_are_refused(tmp_path, arguments, words):
     with pytest.raises(PhregError, match=words):
         export("vit_tiny_patch16_224", tmp_path / "out", **arguments)
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("family", ["dinov2", "eva02", "rope-mixed"])
+def test_another_size_shares_the_weights_and_leaves_the_model_as_it_was(family):
+    model = small(family)
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    images = torch.randn(1, 3, *model.patch_embed.img_size)
+    with torch.no_grad():
+        wanted = model.forward_features(images)
+        patch = model.patch_embed.patch_size[0]
+        sized = at_size(model, (3 * patch, 6 * patch))
+        DenseViT(sized, model_preprocess(model))
+        torch.testing.assert_close(model.forward_features(images), wanted, rtol=0, atol=0)
+    assert sized.blocks[0].mlp.fc2.weight is model.blocks[0].mlp.fc2.weight
+    for name, value in model.state_dict().items():
+        assert torch.equal(value, before[name]), name

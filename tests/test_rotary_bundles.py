@@ -165,3 +165,17 @@ def test_an_engine_that_does_not_turn_the_queries_is_refused(tmp_path, tensorrt)
     shutil.rmtree(bundle.folder / "engines")
     tensorrt.zeroed_weights = "turns.0"
     invoke("build", bundle.folder, "--json").refused(3, "parity:", "The engine was not kept")
+
+
+def test_a_list_of_sizes_has_a_profile_for_each(tmp_path):
+    model = small("perception")
+    bundle = export(str(save(model, tmp_path / "model")), tmp_path / "bundle", image_size="32x48,80x64")
+    shapes = [profile.inputs["rotary"] for profile in profiles_of(bundle.manifest)]
+    assert shapes == [[[2, 1, 1, count, 8]] * 3 for count in (6, 20)]
+    with FeatureExtractor.load(bundle.folder, backend="onnxruntime-cpu") as extractor:
+        for grid in ((2, 3), (5, 4)):
+            images = pictures(model, grid, 1)
+            patches = extractor.run(images)["features"].reshape(1, -1, 48)
+            assert agreement(patches, expected(model, images).patches.numpy()).minimum > 0.999999
+        with pytest.raises(PhregError, match="got 48x64, expected 32x48 or 80x64"):
+            extractor.run(pictures(model, (3, 4), 1))

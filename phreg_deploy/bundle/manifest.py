@@ -10,7 +10,7 @@ from phreg_deploy.spec import Batches, ModelSpec, Preprocess, Rotary, Sizes, pla
 
 FORMAT = 4
 MANIFEST, GRAPH, REFERENCE, POSITIONS = "manifest.json", "model.onnx", "reference.npz", "pos_embed.npy"
-ROTARY, CALIBRATION = "rotary.npy", "calibration.json"
+ROTARY, CALIBRATION, WEIGHTS = "rotary.npy", "calibration.json", "weights.bin"
 # Inputs of the graph beside the images, and the file that each is computed from.
 TABLES = {"pos_embed": POSITIONS, "rotary": ROTARY}
 
@@ -22,7 +22,8 @@ class Manifest:
     ``inputs`` and ``outputs`` map names to ``{"dtype", "shape"}``. ``source``: where the weights came from, with their
     sha256. ``norm_median``: the base model's median pre-norm patch-token norm, to which live artifact rates are
     relative; None if it was not measured. ``float_parts``: the nodes in a higher precision than ``precision``.
-    ``rotary``: how the input ``rotary`` is computed; None if the graph has none.
+    ``rotary``: how the input ``rotary`` is computed; None if the graph has none. ``weights``: the file beside the
+    graph that holds its weights; None if the graph holds them.
     ``quantisation``: what ``calibrate`` did and measured; None if the bundle was not calibrated. ``files``: name ->
     sha256.
     """
@@ -42,6 +43,7 @@ class Manifest:
     random_weights: bool = False
     quantisation: dict[str, Any] | None = None
     rotary: Rotary | None = None
+    weights: str | None = None
     files: dict[str, str] = field(default_factory=dict)
 
     def to_json(self) -> dict[str, Any]:
@@ -63,8 +65,8 @@ class Manifest:
         # Format 1 is older than calibration.
         if version == 1:
             fields.setdefault("quantisation", None)
-        if version < 4:  # older than inputs for rotary embeddings
-            fields.setdefault("rotary", None)
+        if version < 4:  # older than inputs for rotary embeddings and than weights beside the graph
+            fields = {"rotary": None, "weights": None, **fields}
         missing = sorted(set(cls.__dataclass_fields__) - set(fields))
         unknown = sorted(set(fields) - set(cls.__dataclass_fields__))
         if missing or unknown:
@@ -84,4 +86,5 @@ class Manifest:
     def required(self) -> list[str]:
         """Return the names of the files that a reader needs."""
         positions = [name for key, name in TABLES.items() if key in self.inputs]
-        return [GRAPH, REFERENCE, *positions, *([CALIBRATION] if self.quantisation else [])]
+        weights = [self.weights] if self.weights else []
+        return [GRAPH, REFERENCE, *weights, *positions, *([CALIBRATION] if self.quantisation else [])]

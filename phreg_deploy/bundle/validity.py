@@ -7,7 +7,7 @@ from collections.abc import Collection
 from typing import Any
 
 from phreg_deploy.bundle.gates import GATES
-from phreg_deploy.bundle.manifest import Manifest
+from phreg_deploy.bundle.manifest import WEIGHTS, Manifest
 from phreg_deploy.errors import PhregError
 from phreg_deploy.spec import Batches, Rotary, Sizes
 
@@ -57,6 +57,7 @@ def read_manifest(data: Any) -> Manifest:
     _expect(median is None or _is_number(median, 1e-12, 1e12), "norm_median", median, "a number above 0, or null")
     _expect(_is_texts(manifest.float_parts), "float_parts", manifest.float_parts, "a list of texts")
     _expect(type(manifest.random_weights) is bool, "random_weights", manifest.random_weights, "true or false")
+    _expect(manifest.weights in (None, WEIGHTS), "weights", manifest.weights, f"{WEIGHTS} or null")
     _check_quantisation(manifest)
     return manifest
 

@@ -26,6 +26,7 @@ from phreg_deploy.calibration.search import CANDIDATES, MARGIN, EvalSet, Search,
 from phreg_deploy.errors import GateFailed, PhregError
 from phreg_deploy.files.atomic import atomic_folder
 from phreg_deploy.images.photographs import Photographs
+from phreg_deploy.onnx_graph.external import load_graph
 from phreg_deploy.onnx_graph.linears import find_linears
 from phreg_deploy.onnx_graph.mixed_precision import narrow
 from phreg_deploy.onnx_graph.session import VERSION, open_session
@@ -106,7 +107,7 @@ def observe(
 
     Returns the search, the images on which weights are rounded, and the images of the report with the float answers.
     """
-    model, manifest, largest = onnx.load(extractor.bundle.graph), extractor.manifest, {}
+    model, manifest, largest = load_graph(extractor.bundle.graph, "calibrate"), extractor.manifest, {}
     linears, rounding = find_linears(model), list(feeds(extractor, shares.calibrate))
     with progress.task("ranges", len(shares.calibrate)) as advance:
         ranges = observe_ranges(model, linears, manifest.model, rounding, advance)
@@ -236,6 +237,7 @@ def _manifest(manifest: Manifest, report: CalibrationReport, graph: ModelProto) 
     return replace(
         manifest,
         precision=report.mode,
+        weights=None,
         quantisation={**{key: stored[key] for key in keys}, "images": images},
         float_parts=parts,
         outputs={name: {**output, "dtype": dtypes[name]} for name, output in manifest.outputs.items()},

@@ -120,7 +120,9 @@ class DenseBlock(nn.Module):
         super().__init__()
         self.norm1, self.norm2 = copy.deepcopy(block.norm1), copy.deepcopy(block.norm2)
         self.attn = DenseAttention(block.attn, neighbours)
-        self.mlp = copy.deepcopy(block.mlp)
+        # Only the last layer changes; the others are shared with the model, which saves a third of its memory.
+        shared = {id(value): value for name, value in block.mlp.named_parameters() if not name.startswith("fc2.")}
+        self.mlp = copy.deepcopy(block.mlp, shared)
         fold_layer_scale(self.attn.proj, _layer_scale(block, 1))
         fold_layer_scale(self.mlp.fc2, _layer_scale(block, 2))
 

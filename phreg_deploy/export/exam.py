@@ -40,10 +40,14 @@ def make_exam(model: ViT, preprocess: Preprocess, sizes: Sizes, batches: Batches
 
 
 def at_size(model: ViT, size: tuple[int, int]) -> ViT:
-    """Return the model at another input size (height, width); the original keeps its own position embedding."""
+    """Return the model at another input size (height, width); the original keeps its own position embedding.
+
+    The two share every other weight: DINOv2-g would not fit into memory several times.
+    """
     if tuple(model.patch_embed.img_size) == size:
         return model
-    sized = copy.deepcopy(model)
+    shared = {id(value): value for name, value in model.named_parameters() if name != "pos_embed"}
+    sized = copy.deepcopy(model, shared)
     sized.set_input_size(img_size=size)
     return sized.eval()
 

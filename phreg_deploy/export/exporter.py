@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import platform
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -19,20 +19,21 @@ import numpy as np
 from phreg_deploy import __version__
 from phreg_deploy.arguments import check_model
 from phreg_deploy.bundle.bundle import Bundle
-from phreg_deploy.bundle.manifest import GRAPH, POSITIONS, REFERENCE, ROTARY, Manifest
+from phreg_deploy.bundle.manifest import GRAPH, POSITIONS, REFERENCE, ROTARY, WEIGHTS, Manifest
 from phreg_deploy.bundle.validity import check_extent, check_table
 from phreg_deploy.bundle.writing import write_manifest, write_npz, write_onnx_metadata
 from phreg_deploy.export.dense_vit import DenseViT
 from phreg_deploy.export.exam import at_size, make_exam
 from phreg_deploy.export.folding import patch_positions
 from phreg_deploy.export.rotary import describe_rotary, rotary_tables
-from phreg_deploy.export.trace import OPSET, Traced, check_size, trace
+from phreg_deploy.export.trace import OPSET, Traced, trace
 from phreg_deploy.files.atomic import atomic_folder
 from phreg_deploy.images.photographs import list_images, read_fitted
 from phreg_deploy.models.hooks import ViT
 from phreg_deploy.models.loading import load_model, model_preprocess, model_spec
 from phreg_deploy.models.origin import find_origin, unknown_origin
 from phreg_deploy.models.weights import weights_digest
+from phreg_deploy.onnx_graph.external import fits, write_graph
 from phreg_deploy.onnx_graph.mixed_precision import islands, narrow
 from phreg_deploy.progress import SILENT, Progress
 from phreg_deploy.spec import Batches, Preprocess, Sizes
@@ -82,7 +83,6 @@ def export_bundle(request: ExportRequest, output: Path, *, force: bool = False, 
         advance(note="reference")
         exam = make_exam(source.model, source.preprocess, source.sizes, source.batches)
         float_parts = _narrow(traced, source, exam, photographs, request)
-        check_size(traced.model)
         _write(output, force, traced.model, exam, source, _manifest(request, source, traced.model, float_parts))
         advance(note="")
     return Bundle.read(output)
@@ -182,10 +182,11 @@ def _describe(values: Any) -> dict[str, dict[str, Any]]:
 def _write(
     output: Path, force: bool, graph: onnx.ModelProto, exam: dict[str, np.ndarray], source: _Source, manifest: Manifest
 ) -> None:
+    manifest = replace(manifest, weights=None if fits(graph) else WEIGHTS)
     write_onnx_metadata(graph, manifest)
     positions, rotary = patch_positions(source.model), describe_rotary(source.model)
     with atomic_folder(output, force) as folder:
-        (folder / GRAPH).write_bytes(graph.SerializeToString(deterministic=True))
+        write_graph(graph, folder / GRAPH, manifest.weights)
         write_npz(folder / REFERENCE, exam)
         if source.sizes.dynamic and positions is not None:
             grid = positions.reshape(*source.model.patch_embed.grid_size, -1).numpy().astype(np.float32)

@@ -11,7 +11,6 @@ from collections import Counter
 from dataclasses import dataclass, field
 from typing import Any
 
-import onnx
 import torch
 from onnx import AttributeProto, GraphProto, ModelProto
 
@@ -23,8 +22,6 @@ from phreg_deploy.spec import Batches, Sizes
 OPSET = 20
 # The key under which torch's exporter stores the modules that a node came from.
 SCOPES = "pkg.torch.onnx.name_scopes"
-# A protobuf file holds 2 GB at most.
-MOST_BYTES = 2**31 - 2**20
 # Axes of patches, for a range of sizes.
 SMALLEST_SIDE, LARGEST_SIDE = 2, 4096
 
@@ -139,21 +136,6 @@ def _clean(model: ModelProto, module: DenseViT, sizes: Sizes, batches: Batches) 
             else:
                 dim.dim_param = side
     return model
-
-
-def check_size(model: ModelProto) -> None:
-    """Check that the graph is valid, and that it fits into one ONNX file.
-
-    Raises:
-        PhregError: it is too large. onnx.checker.ValidationError: it is malformed.
-    """
-    total = sum(len(i.raw_data) for i in model.graph.initializer)
-    if total > MOST_BYTES:
-        raise PhregError(
-            f"export: the weights take {total / 2**30:.1f} GB, and one ONNX file holds 2 GB at most. "
-            "Use --precision fp16, or a smaller model."
-        )
-    onnx.checker.check_model(model)
 
 
 def _name_nodes(graph: GraphProto) -> None:

@@ -136,10 +136,11 @@ def _compare(place: str, answer: np.ndarray, reference: np.ndarray) -> Step:
 
 def _probed(bundle: Bundle) -> tuple[Any, list[str]]:
     """The bundle's graph with the residual stream after each half-block as a float32 output, and the half-blocks."""
-    import onnx
     from onnx import TensorProto, helper
 
-    model = onnx.load(bundle.graph)
+    from phreg_deploy.onnx_graph.external import load_graph
+
+    model = load_graph(bundle.graph, "bisect")
     places = []
     for node in list(model.graph.node):
         match = HALF_BLOCK.match(node.name)
