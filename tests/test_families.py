@@ -1,4 +1,4 @@
-"""Which of timm's models are supported: every name is judged; small models of the kinds are distilled and served."""
+"""Which of timm's models are supported: every name is judged; small models of the kinds are distilled and run_both."""
 
 import re
 
@@ -18,7 +18,7 @@ from phreg_deploy.models.registers import add_registers
 from phreg_deploy.runtime import FeatureExtractor
 from tests.cli_helpers import invoke
 from tests.small_models import save, small
-from tests.test_export import pictures, served
+from tests.test_export import random_images, run_both
 
 # timm names of kinds that are not in tests/small_models.py.
 MORE = [
@@ -97,7 +97,7 @@ def test_other_kinds_are_served_as_pytorch_computes_them(name):
     heads = 4 if "pool" in name or "pe_" in name else 3
     model = add_registers(small(name, depth=1, heads=heads), 2)
     check_supported(model, name)
-    got, expected, _ = served(model, pictures(1, tuple(model.patch_embed.img_size)))
+    got, expected, _ = run_both(model, random_images(1, tuple(model.patch_embed.img_size)))
     patches = expected.patches.numpy()
     np.testing.assert_allclose(got["features"].reshape(patches.shape), patches, atol=2e-4 * np.abs(patches).max())
     np.testing.assert_allclose(got["token_norm"].reshape(expected.norms.shape), expected.norms.numpy(), rtol=1e-4)
@@ -157,4 +157,4 @@ def test_a_family_is_distilled_exported_and_checked(family, tmp_path, photos):
     done = invoke("check", bundle, "--reference", student, "--images", photos, "--limit", "3", "--json")
     assert done.code == 0, done.err
     with FeatureExtractor.load(bundle, backend="onnxruntime-cpu") as extractor:
-        assert extractor.run(pictures(1, (3 * patch, 5 * patch)))["features"].shape == (1, 3, 5, 48)
+        assert extractor.run(random_images(1, (3 * patch, 5 * patch)))["features"].shape == (1, 3, 5, 48)

@@ -31,8 +31,8 @@ class Traced:
     """A graph and the torch program that it came from.
 
     ``model``: inputs ``image`` and, for several sizes, ``pos_embed`` and ``rotary``; outputs ``features``, ``cls`` if
-    the model has a class token, ``token_norm``. ``program``: a ``torch.onnx.ONNXProgram``. ``largest``: tensor of the graph -> the
-    largest magnitude observed in it.
+    the model has a class token, ``token_norm``. ``program``: a ``torch.onnx.ONNXProgram``. ``largest``: tensor of the
+    graph -> the largest magnitude observed in it.
     """
 
     model: ModelProto

@@ -59,7 +59,8 @@ def load_graph(path: Path, command: str) -> ModelProto:
     model = onnx.load(path)
     if not fits(model):
         raise PhregError(
-            f"{command}: the weights of {path} take {weight_bytes(model) / 2**30:.1f} GB, and a graph in memory holds 2 GB at most. "
+            f"{command}: the weights of {path} take {weight_bytes(model) / 2**30:.1f} GB, and a graph in memory holds "
+            "2 GB at most. "
             "Export the model in fp16 instead, or take a smaller one."
         )
     return model
