@@ -94,7 +94,8 @@ def climb(folder: Path, photographs: str, student: str) -> dict[str, Any]:
     search.round_weights(Smoothing(), tokens, ranged, lambda _n=1: None)
     gains = search.sensitivities(Smoothing(), lambda _n=1: None)
     for share in (0.01, 0.1):
-        keep, _ = search.fallback(Smoothing(), gains, share, lambda _parity: False, lambda _n=1: None)
+        # No cosine reaches 2, so the whole share is spent.
+        keep, _ = search.fallback(Smoothing(), gains, share, 2.0, lambda _n=1: None)
         spent = sum(n.size for n in linears if n.name in keep) / sum(n.size for n in linears)
         score(f"+ at most {100 * share:.0f} % of MACs in float", search.graph(Smoothing(), set(keep)))
         rows[f"+ at most {100 * share:.0f} % of MACs in float"].update(layers=keep, share=spent)

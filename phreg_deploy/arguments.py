@@ -39,8 +39,7 @@ def refuse_url(text: str) -> None:
 def check_model(name: str, checkpoint: Path | None = None, random_weights: bool = False) -> Path | None:
     """Return the complete folder that a model's name points to, or None for a timm name.
 
-    Raises:
-        PhregError: the path does not exist, is a file or an incomplete folder, or the weights are given twice.
+    Raises ``PhregError`` if the path does not exist, is a file or an incomplete folder, or if weights are given twice.
     """
     refuse_url(name)
     folder = _folder(name)
@@ -52,10 +51,8 @@ def check_model(name: str, checkpoint: Path | None = None, random_weights: bool 
     if folder is not None:
         _check_folder(folder)
     elif not TIMM_NAME.fullmatch(name):
-        raise PhregError(
-            f"model: got {name!r}, where there is nothing; expected a folder with config.json and model.safetensors, "
-            "or a timm name."
-        )
+        expected = "a folder with config.json and model.safetensors, or a timm name"
+        raise PhregError(f"model: got {name!r}, where there is nothing; expected {expected}.")
     if checkpoint is not None:
         check_checkpoint(checkpoint)
     return folder
@@ -70,11 +67,7 @@ def check_checkpoint(path: Path) -> None:
 
 
 def check_distillation(settings: Mapping[str, Any]) -> None:
-    """Check those settings of a distillation that are given; None stands for the recipe's own value.
-
-    Raises:
-        PhregError: an unknown recipe, device or precision, or a number out of bounds.
-    """
+    """Raise ``PhregError`` for a setting out of bounds; None stands for the recipe's own value."""
     given = {name: value for name, value in settings.items() if value is not None}
     if given.get("recipe", RECIPES[0]) not in RECIPES:
         raise PhregError(f"recipe: got {given['recipe']!r}, expected {', '.join(RECIPES[:-1])} or {RECIPES[-1]}.")
@@ -100,9 +93,7 @@ def check_resume(work: Path, resume: bool, force: bool) -> None:
     if resume and not interrupted:
         raise PhregError(f"resume: there is no interrupted run in {work}; start without --resume.")
     if interrupted and not resume and not force:
-        raise PhregError(
-            f"output: an interrupted run is kept in {work}; add --resume to go on with it, or --force to start over."
-        )
+        raise PhregError(f"output: an interrupted run is kept in {work}; add --resume, or --force to start over.")
 
 
 def check_device(device: str) -> None:
@@ -119,9 +110,7 @@ def check_devices(devices: str) -> None:
         return
     for name in names:
         if not re.fullmatch(GPU, name):
-            raise PhregError(
-                f"device: got {name!r} in the list {devices!r}, expected GPUs by number, e.g. cuda:0,cuda:1."
-            )
+            raise PhregError(f"device: got {name!r} in the list {devices!r}, expected GPUs by number: cuda:0,cuda:1.")
         if names.count(name) > 1:
             raise PhregError(f"device: got {name} more than once in the list {devices!r}; name each GPU once.")
 
@@ -129,24 +118,16 @@ def check_devices(devices: str) -> None:
 def check_export(
     precision: str, keep: tuple[str, ...], images: Path | None, image_size: str | None, batch: str, target: str = "cpu"
 ) -> None:
-    """Check those options of an export that can be checked without the model.
-
-    Raises:
-        PhregError: an unknown precision or target, sizes or batches that cannot be read, or an option without effect.
-    """
+    """Raise ``PhregError`` for options that are wrong or without effect, as far as the model is not needed to tell."""
     if precision not in (*FLOATS, *EIGHT_BITS):
         raise PhregError(f"precision: got {precision!r}, expected {', '.join(FLOATS)}, {' or '.join(EIGHT_BITS)}.")
     if target not in ("cpu", "trt"):
         raise PhregError(f"target: got {target!r}, expected cpu or trt.")
     if precision == "fp32" and (keep or images):
-        raise PhregError(
-            "export: --keep-fp32 and --images say what stays in FP32; with --precision fp32 everything does."
-        )
+        raise PhregError("export: --keep-fp32 and --images say what stays FP32; with --precision fp32 everything does.")
     if precision in EIGHT_BITS and images is None:
-        raise PhregError(
-            f"export: --precision {precision} needs --images DIR, photographs like those of the deployment, "
-            "to calibrate on."
-        )
+        photographs = "photographs like those of the deployment, to calibrate on"
+        raise PhregError(f"export: --precision {precision} needs --images DIR, {photographs}.")
     for expression in keep:
         check_pattern(expression)
     if image_size:
@@ -170,14 +151,7 @@ def check_cosine(bar: float | None) -> None:
 
 
 def check_file(path: Path, option: str) -> None:
-    """Refuse a file that cannot be written, before any work is done.
-
-    Args:
-        option: the option that names the file, for the message.
-
-    Raises:
-        PhregError: ``path`` is a folder, its folder is missing, or the system refuses to write there.
-    """
+    """Raise ``PhregError`` if the file that ``option`` names cannot be written, before any work is done."""
     if os.path.isdir(path):
         raise PhregError(f"{option}: got the folder {path}, expected the name of a file that is to be written.")
     parent = path.absolute().parent
@@ -197,9 +171,8 @@ def _folder(name: str) -> Path | None:
     if name.startswith("local-dir:"):
         raise PhregError(f"model: {name} names no folder; expected a folder with config.json and model.safetensors.")
     if os.path.isfile(path):
-        raise PhregError(
-            f"model: got the file {path}; expected a timm name (weights go in --checkpoint FILE) or a student's folder."
-        )
+        expected = "a timm name (weights go in --checkpoint FILE) or a student's folder"
+        raise PhregError(f"model: got the file {path}; expected {expected}.")
     return None
 
 

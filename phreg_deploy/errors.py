@@ -1,4 +1,4 @@
-"""The errors that a user can cause, each with its exit code.
+"""Define the errors that a user can cause, each with its exit code.
 
 A message says what was got, what was expected and what to do, in this order. The command line prints it as one
 paragraph without a traceback. Any other exception is a defect of this project.
@@ -46,11 +46,8 @@ class Interrupted(PhregError):
 def write_error(error: OSError, target: Path) -> PhregError:
     """Turn a refusal of the system to write ``target`` into an error that says why."""
     if error.errno == errno.ENOSPC:
-        return PhregError(
-            f"output: the disk is full, so {target} was not written; free space or choose another folder."
-        )
+        return PhregError(f"output: the disk is full, so {target} was not written; free space, or use another folder.")
     if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
-        return PhregError(
-            f"output: {target.parent} cannot be written to ({os.strerror(error.errno)}); choose another folder."
-        )
+        reason = os.strerror(error.errno)
+        return PhregError(f"output: {target.parent} cannot be written to ({reason}); choose another folder.")
     return PhregError(f"output: {target} cannot be written ({error.strerror or error}).")

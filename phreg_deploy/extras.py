@@ -1,4 +1,4 @@
-"""Optional modules, the extras that install them, and one error that names every missing module."""
+"""Check for optional modules, and name every missing one with the extra that installs it in one error."""
 
 from __future__ import annotations
 

@@ -20,9 +20,8 @@ DEVICES = ("/proc", "/sys", "/dev")
 def read_json(path: Path) -> Any:
     """Return the content of a JSON file.
 
-    Raises:
-        ValueError: it is too large, not UTF-8, not JSON, nested too deeply, or holds text that cannot be printed.
-        OSError: the file cannot be read.
+    Raises ``ValueError`` if it is too large, not UTF-8, not JSON, nested too deeply, or holds text that cannot be
+    printed; ``OSError`` if it cannot be read.
     """
     with open(path, "rb") as file:
         data = file.read(MOST_BYTES + 1)
@@ -38,11 +37,7 @@ def read_json(path: Path) -> Any:
 
 
 def check_regular(folder: Path, names: Sequence[str]) -> None:
-    """Check that these are regular files, or links to some: no devices, pipes or files of the kernel.
-
-    Raises:
-        PhregError: one is missing, or is no regular file.
-    """
+    """Raise ``PhregError`` unless these are regular files, or links to some: no devices, pipes or kernel files."""
     missing = []
     for name in names:
         path = folder / name

@@ -1,4 +1,4 @@
-"""Progress bars on stderr with rate, time left and a note. Functions take a ``Progress``; ``SILENT`` shows nothing."""
+"""Show progress bars on stderr with rate, time left and a note. Functions take a ``Progress``, e.g. ``SILENT``."""
 
 from __future__ import annotations
 

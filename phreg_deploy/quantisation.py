@@ -1,4 +1,4 @@
-"""The arithmetic of 8 bits, which ``calibrate`` and INT8-aware distillation share.
+"""Compute in 8 bits, for ``calibrate`` and INT8-aware distillation alike.
 
 A linear layer y = x W + b takes x' = (x - c) / s on a grid of 8 bits, and W' = diag(s) W in 8 bits per output channel:
 y = x' W' + (b + c W). ``c`` and ``s`` are per input channel; they cost run time only for hidden units (``Smoothing``).

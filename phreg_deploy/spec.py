@@ -1,4 +1,4 @@
-"""What every student and bundle stores: the model, its preprocessing, the sizes and batches that it serves.
+"""Define what every student and bundle stores: the model, its preprocessing, the sizes and batches that it serves.
 
 This is the only place for such constants (mean, patch size, interpolation).
 """
@@ -6,7 +6,8 @@ This is the only place for such constants (mean, patch size, interpolation).
 from __future__ import annotations
 
 import re
-from dataclasses import asdict, dataclass, fields
+from dataclasses import dataclass, fields
+from pathlib import Path
 from typing import Any, TypeVar
 
 from phreg_deploy.errors import PhregError
@@ -14,11 +15,22 @@ from phreg_deploy.errors import PhregError
 S = TypeVar("S", bound="Stored")
 
 
+def plain(value: Any) -> Any:
+    """Convert what a dictionary, list or tuple holds to JSON: paths to text, objects by their ``to_json``."""
+    if isinstance(value, dict):
+        return {key: plain(entry) for key, entry in value.items()}
+    if isinstance(value, (list, tuple)):
+        return type(value)(plain(entry) for entry in value)
+    if isinstance(value, Path):
+        return str(value)
+    return value.to_json() if hasattr(value, "to_json") else value
+
+
 class Stored:
     """A dataclass with conversion to JSON and back."""
 
     def to_json(self) -> dict[str, Any]:
-        return asdict(self)  # type: ignore[call-overload,no-any-return]
+        return dict(plain(vars(self)))
 
     @classmethod
     def from_json(cls: type[S], data: dict[str, Any]) -> S:
@@ -26,9 +38,8 @@ class Stored:
         known = {f.name for f in fields(cls)}  # type: ignore[arg-type]
         if not isinstance(data, dict) or set(data) != known:
             got = sorted(data) if isinstance(data, dict) else type(data).__name__
-            raise PhregError(
-                f"{cls.__name__}: got the keys {got}, expected {sorted(known)}. The file is damaged or not ours."
-            )
+            name = cls.__name__
+            raise PhregError(f"{name}: got the keys {got}, expected {sorted(known)}. The file is damaged or not ours.")
         return cls(**{k: tuple(v) if isinstance(v, list) else v for k, v in data.items()})
 
 
@@ -84,10 +95,9 @@ class Preprocess(Stored):
                 raise PhregError(f"{name}: got {getattr(self, name)!r}, expected true or false.")
         if self.crop_mode not in ("squash", "center"):
             raise PhregError(f"crop mode: got {self.crop_mode!r}, expected 'squash' or 'center'.")
-        if self.interpolation not in ("bicubic", "bilinear", "lanczos", "nearest"):
-            raise PhregError(
-                f"interpolation: got {self.interpolation!r}, expected bicubic, bilinear, lanczos or nearest."
-            )
+        got = self.interpolation
+        if got not in ("bicubic", "bilinear", "lanczos", "nearest"):
+            raise PhregError(f"interpolation: got {got!r}, expected bicubic, bilinear, lanczos or nearest.")
 
 
 @dataclass(frozen=True)
@@ -103,7 +113,7 @@ class Sizes(Stored):
 
     @classmethod
     def from_json(cls, data: dict[str, Any]) -> Sizes:
-        raw = Stored.from_json.__func__(cls, data)  # type: ignore[attr-defined]
+        raw = super().from_json(data)
         pairs = raw.sizes if isinstance(raw.sizes, tuple) else ()
         if not pairs or not all(isinstance(p, (list, tuple)) and [type(s) for s in p] == [int, int] for p in pairs):
             raise PhregError(f"Sizes: got the sizes {raw.sizes}, expected pairs of height and width.")
@@ -121,9 +131,7 @@ class Sizes(Stored):
         sizes = tuple(_size(part.strip(), text, patch) for part in parts)
         if ":" in text:
             if len(sizes) != 3 or not all(a <= b <= c for a, b, c in zip(*sizes)):
-                raise PhregError(
-                    f"image size: got the range {text!r}, expected MIN:OPT:MAX in growing order, e.g. 224:518:1036."
-                )
+                raise PhregError(f"image size: got {text!r}, expected MIN:OPT:MAX in growing order, e.g. 224:518:1036.")
             return cls("range", sizes)
         return cls("list" if len(sizes) > 1 else "fixed", sizes)
 
@@ -143,9 +151,7 @@ class Sizes(Stored):
             served = all(low <= side <= high and side % step == 0 for low, side, high, step in sides)
         if not served:
             got = f"{size[0]}x{size[1]}"
-            raise PhregError(
-                f"image size: got {got}, expected {self}. Resize the image, or export with --image-size {got}."
-            )
+            raise PhregError(f"image size: got {got}, expected {self}. Resize it, or export with --image-size {got}.")
 
     def __str__(self) -> str:
         names = [f"{h}x{w}" for h, w in self.sizes]
@@ -179,9 +185,7 @@ class Batches(Stored):
         """Raise ``PhregError`` unless a batch of so many images is served."""
         if not self.lowest <= batch <= self.highest:
             wider = f"{self.lowest}:{self.best}:{max(batch, self.highest)}"
-            raise PhregError(
-                f"batch: got {batch} images, expected {self}. Split the batch, or export with --batch {wider}."
-            )
+            raise PhregError(f"batch: got {batch} images, expected {self}. Split it, or export with --batch {wider}.")
 
     def __str__(self) -> str:
         return f"{self.lowest} to {self.highest}" if self.dynamic else str(self.lowest)

@@ -10,7 +10,8 @@ from phreg_deploy.errors import PhregError
 from phreg_deploy.json_files import read_json
 
 RECORD = "phreg.json"
-RECORD_VERSION = 1
+# The format of the record.
+NEWEST = 1
 
 
 def model_path(name: str) -> Path:
@@ -19,11 +20,7 @@ def model_path(name: str) -> Path:
 
 
 def read_record(folder: Path) -> dict[str, Any] | None:
-    """Return a student's record, None if the folder has none or does not exist.
-
-    Raises:
-        PhregError: the record is damaged, or of a newer format.
-    """
+    """Return a student's record, None if there is none. Raises ``PhregError`` if it is damaged or of a newer format."""
     path = folder / RECORD
     if not os.path.isfile(path):
         return None
@@ -34,37 +31,27 @@ def read_record(folder: Path) -> dict[str, Any] | None:
     version = record.get("format") if isinstance(record, dict) else None
     if type(version) is not int:
         raise PhregError(f"student: {path} is damaged (no format number); copy or distil the student again.")
-    if version > RECORD_VERSION:
-        raise PhregError(
-            f"student: {path} has format {version}, expected at most {RECORD_VERSION}. Upgrade phreg-deploy."
-        )
+    if version > NEWEST:
+        raise PhregError(f"student: {path} has format {version}, expected at most {NEWEST}. Upgrade phreg-deploy.")
     return dict(record)
 
 
 def recorded(record: dict[str, Any], folder: Path, *keys: str) -> Any:
-    """Return ``record[key][key]...``.
-
-    Raises:
-        PhregError: a key is missing, so the record is damaged.
-    """
+    """Return ``record[key][key]...``. Raises ``PhregError`` if a key is missing."""
     value: Any = record
     for key in keys:
         if not isinstance(value, dict) or key not in value:
-            raise PhregError(
-                f"student: {folder / RECORD} is damaged (no {'.'.join(keys)}); copy or distil the student again."
-            )
+            key = ".".join(keys)
+            raise PhregError(f"student: {folder / RECORD} is damaged (no {key}); copy or distil the student again.")
         value = value[key]
     return value
 
 
-def scored(record: dict[str, Any], folder: Path, *keys: str) -> Any:
-    """Return ``record["scores"][key]...``, None for a student that could not be scored; raises as ``recorded``."""
-    return None if "missing" in recorded(record, folder, "scores") else recorded(record, folder, "scores", *keys)
-
-
 def recorded_median(record: dict[str, Any], folder: Path) -> float | None:
     """Return the base model's median patch-token norm, None if it was not measured; raises as ``recorded``."""
-    median = scored(record, folder, "median_norm")
+    if "missing" in recorded(record, folder, "scores"):
+        return None
+    median = recorded(record, folder, "scores", "median_norm")
     if median is None or (type(median) in (int, float) and 0 < median < float("inf")):
         return median  # type: ignore[no-any-return]
     raise PhregError(

@@ -1,1 +1,1 @@
-"""How artifact tokens are measured, in features of any model or bundle. No PyTorch."""
+"""Measure artifact tokens in the features of any model or bundle. Needs no PyTorch."""

@@ -1,7 +1,7 @@
-"""Scores of a dense feature map: one definition each, in numpy, used by every command.
+"""Measure artifacts in dense feature maps, with one definition for every command. Needs numpy only.
 
-Tap "pre-norm" is the last block's output before the final norm; tap "served" the features after it. Norm outliers
-only show at the pre-norm tap: the final norm hides them.
+The tap "pre-norm" is the last block's output before the final norm; "served" are the features after it. Norm outliers
+show only at the pre-norm tap, because the final norm hides them.
 """
 
 from __future__ import annotations
@@ -12,13 +12,15 @@ import numpy as np
 
 from phreg_deploy.spec import Stored
 
-OUTLIER_FACTOR = 2.0  # a patch token is an outlier above 2x or below 1/2 of the base model's median norm
-INCOHERENT = 0.5  # a patch whose centred cosine distance to its other views is above this is incoherent
+# A patch token is an outlier above 2x or below 1/2 of the base model's median norm.
+OUTLIER_FACTOR = 2.0
+# A patch is incoherent if its centred cosine distance to its other views is above this.
+INCOHERENT = 0.5
 
 
 @dataclass(frozen=True)
 class NormOutliers(Stored):
-    """``rate`` = ``upper`` + ``lower``, shares of patch tokens (0-1); ``largest`` = largest norm over the median."""
+    """``rate`` = ``upper`` + ``lower``: shares of patch tokens, 0-1. ``largest``: the largest norm over the median."""
 
     rate: float
     upper: float
@@ -49,18 +51,17 @@ class Agreement(Stored):
 
 
 def outlier_mask(token_norm: np.ndarray, median: float) -> np.ndarray:
-    """Which patch tokens are norm outliers; ``token_norm`` any shape, pre-norm L2 norms."""
+    """Mark the norm outliers among patch tokens; ``token_norm``: pre-norm L2 norms, any shape."""
     return (token_norm > OUTLIER_FACTOR * median) | (token_norm < median / OUTLIER_FACTOR)
 
 
 def norm_outliers(token_norm: np.ndarray, median: float | None = None) -> NormOutliers:
-    """Norm-outlier rate of ``token_norm`` (any shape, pre-norm tap).
+    """Compute the norm-outlier rate of ``token_norm``: pre-norm L2 norms, any shape.
 
-    Args:
-        median: the *base* model's median patch-token norm over the calibration images; without it, the array's own.
+    ``median``: the *base* model's median patch-token norm; None for the median of the array.
 
     Source: high-norm tokens of arXiv 2309.16588, made scale-free and two-sided because arXiv 2505.21501 section 4.4
-    sees low-norm artifacts in CLIP.
+    finds low-norm artifacts in CLIP.
     """
     norms = np.asarray(token_norm, dtype=np.float64)
     centre = float(np.median(norms)) if median is None else float(median)
@@ -70,23 +71,22 @@ def norm_outliers(token_norm: np.ndarray, median: float | None = None) -> NormOu
 
 
 def cosine(a: np.ndarray, b: np.ndarray) -> np.ndarray:
-    """Cosine along the last axis, float64; 0 where either vector is zero."""
+    """Compute the cosine along the last axis in float64; 0 if one of the vectors is zero."""
     a, b = np.asarray(a, dtype=np.float64), np.asarray(b, dtype=np.float64)
     size = np.linalg.norm(a, axis=-1) * np.linalg.norm(b, axis=-1)
     return np.einsum("...c,...c->...", a, b) / np.where(size == 0, 1.0, size)
 
 
 def agreement(features: np.ndarray, target: np.ndarray, chosen: np.ndarray | None = None) -> Agreement:
-    """Cosine per patch token between ``features`` and ``target``, both ``(..., C)``.
+    """Compute the cosine per patch token between ``features`` and ``target``, both ``(..., C)``.
 
-    Args:
-        chosen: boolean mask over the tokens; its mean cosine is reported apart (the base model's outlier tokens).
+    ``chosen``: a mask of tokens whose mean is reported too, such as the base model's outliers.
     """
     return agreement_of(cosine(features, target), chosen)
 
 
 def agreement_of(values: np.ndarray, chosen: np.ndarray | None = None) -> Agreement:
-    """The same from the cosines themselves, for features that are never in memory all at once."""
+    """Compute the same from the cosines, for features that do not fit in memory together."""
     over = float(values[chosen].mean()) if chosen is not None and chosen.any() else None
     return Agreement(float(values.mean()), float(np.quantile(values, 0.01)), float(values.min()), over)
 
@@ -94,13 +94,13 @@ def agreement_of(values: np.ndarray, chosen: np.ndarray | None = None) -> Agreem
 def shift_incoherence(
     plain: np.ndarray, others: np.ndarray, valid: np.ndarray, centre: np.ndarray, least: int = 4
 ) -> ShiftIncoherence:
-    """How far each patch's feature moves when the image is shifted under it (the criterion of arXiv 2505.21501).
+    """Measure how far each patch's feature moves when the image is shifted (the criterion of arXiv 2505.21501).
 
     Args:
-        plain: features of the unshifted view, ``(B, Hp, Wp, C)``, served tap.
+        plain: served features of the unshifted view, ``(B, Hp, Wp, C)``.
         others: *sum* of the re-aligned features of the other views, same shape.
         valid: how many other views cover each patch, ``(B, Hp, Wp)``; patches with fewer than ``least`` are left out.
-        centre: mean feature over the data set, ``(C,)``; removed first, since anisotropy inflates cosines.
+        centre: mean feature over the data set, ``(C,)``, which is subtracted because anisotropy inflates cosines.
     """
     mean = others / np.maximum(valid, 1)[..., None]
     distance = (1 - cosine(plain - centre, mean - centre))[valid >= least]

@@ -1,4 +1,4 @@
-"""Parity: how closely the features of one run of a model agree with another run's."""
+"""Measure parity: how closely the features of one run of a model agree with those of another."""
 
 from __future__ import annotations
 
@@ -38,10 +38,9 @@ class Parity(Stored):
 
 
 class ParityAccumulator:
-    """Adds up parity batch by batch, and keeps one figure per patch token in memory, no features.
+    """Add up parity batch by batch, with one figure per patch token in memory and no features.
 
-    Args:
-        median: the base model's median norm; None takes the median of all expected norms.
+    ``median``: the base model's median norm; None for the median of all expected norms.
     """
 
     def __init__(self, median: float | None = None) -> None:
@@ -57,17 +56,14 @@ class ParityAccumulator:
     def add(self, got: dict[str, np.ndarray], expected: dict[str, np.ndarray]) -> None:
         """Add a batch of ``features``, ``token_norm`` and, if the model has it, ``cls``; float32 or float16.
 
-        Raises:
-            PhregError: the shapes differ, or an output is missing.
+        Raises ``PhregError`` if the shapes differ or an output is missing.
         """
         a, b = got["features"].astype(np.float64), expected["features"].astype(np.float64)
         if a.shape != b.shape:
             raise PhregError(f"parity: got features of shape {a.shape}, expected {b.shape}.")
         lost = sorted(set(expected) & {"cls", "token_norm"} - set(got))
         if lost:
-            raise PhregError(
-                f"parity: got no {' and no '.join(lost)}, which the reference has; export the bundle again."
-            )
+            raise PhregError(f"parity: got no {' and no '.join(lost)}, which the reference has; re-export the bundle.")
         bad = int(sum((~np.isfinite(v)).sum() for v in got.values()))
         self._bad += bad
         if bad:
@@ -83,7 +79,7 @@ class ParityAccumulator:
             self._cls.append(float(cosine(got["cls"], expected["cls"]).min()))
 
     def parity(self) -> Parity:
-        """The parity of all batches; its figures are the worst possible where a value is NaN or infinite."""
+        """Return the parity of all batches; its figures are the worst possible if a value is NaN or infinite."""
         if self._bad or not self._cosines:
             worst = float("inf")
             return Parity(0.0, 0.0, 0.0, worst, worst, 0.0, 100.0, worst, worst, None, self._bad)
@@ -108,14 +104,14 @@ class ParityAccumulator:
 
 
 def compare_runs(got: dict[str, np.ndarray], expected: dict[str, np.ndarray], median: float | None = None) -> Parity:
-    """Parity of two runs on one batch, see ``ParityAccumulator``."""
+    """Return the parity of two runs on one batch; see ``ParityAccumulator``."""
     accumulator = ParityAccumulator(median)
     accumulator.add(got, expected)
     return accumulator.parity()
 
 
 def _nearest(features: np.ndarray) -> np.ndarray:
-    """The index of the most similar other token of the image, for an even sample of its patch tokens."""
+    """Return the index of the most similar other token of the image, for an even sample of its patch tokens."""
     flat = features.reshape(len(features), -1, features.shape[-1])
     flat = flat[:, :: max(1, flat.shape[1] // NEIGHBOURS)]
     unit = flat / np.maximum(np.linalg.norm(flat, axis=-1, keepdims=True), 1e-12)

@@ -1,9 +1,9 @@
-"""Artifact scores of anything that turns uint8 images into dense features: a PyTorch model, a student, a bundle."""
+"""Score the artifacts of any source of dense features: a PyTorch model, a student or a bundle."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -11,20 +11,22 @@ import numpy as np
 from phreg_deploy.artifacts.measures import NormOutliers, ShiftIncoherence, norm_outliers, shift_incoherence
 from phreg_deploy.images.photographs import Photographs
 from phreg_deploy.progress import Progress
+from phreg_deploy.spec import plain
 from phreg_deploy.views import draw_views, gather, seed_of, show
 
 # images uint8 (B, H, W, 3) -> features (B, Hp, Wp, C) after the final norm, pre-norm token norms (B, Hp, Wp)
 Run = Callable[[np.ndarray], tuple[np.ndarray, np.ndarray]]
 
 VIEWS = 10
-SEED = 20505  # of the views that score; training draws its own
+# Of the views that score; training draws its own.
+SEED = 20505
 
 
 @dataclass(frozen=True)
 class Scores:
-    """``norm_outliers`` at the pre-norm tap, ``shift_incoherence`` at the served tap, ``images`` and ``views`` behind them.
+    """``norm_outliers`` at the pre-norm tap, ``shift_incoherence`` at the served tap, over so many ``images``.
 
-    ``first_norms`` ``(Hp, Wp)`` and ``first_features`` ``(Hp, Wp, C)`` are of the first image, for pictures.
+    ``first_norms`` ``(Hp, Wp)`` and ``first_features`` ``(Hp, Wp, C)`` are those of the first image, for pictures.
     """
 
     norm_outliers: NormOutliers
@@ -34,11 +36,7 @@ class Scores:
     first_features: np.ndarray
 
     def to_json(self) -> dict[str, Any]:
-        return {
-            "norm_outliers": asdict(self.norm_outliers),
-            "shift_incoherence": asdict(self.shift_incoherence),
-            "images": self.images,
-        }
+        return {name: plain(getattr(self, name)) for name in ("norm_outliers", "shift_incoherence", "images")}
 
 
 def score(
@@ -50,27 +48,20 @@ def score(
     progress: Progress,
     name: str = "scoring",
 ) -> Scores:
-    """Score ``run`` on every photograph.
-
-    Args:
-        median: the base model's median pre-norm norm; without it the scored model's own over these photographs.
-    """
+    """Score ``run`` on every photograph, relative to the base model's ``median`` pre-norm norm (None: its own)."""
     grid = (photographs.size[0] // patch[0], photographs.size[1] // patch[1])
-    plain, others, covered, norms = [], [], [], []
+    unshifted, others, covered, norms = [], [], [], []
     with progress.task(name, len(photographs)) as advance:
         for i, digest in enumerate(photographs.digests):
             views = draw_views(VIEWS, grid, seed_of(SEED, digest))
             image = photographs.array(i)
             features, token_norm = run(np.stack([show(image, view, patch) for view in views]))
             total, count = gather(np.asarray(features[1:], dtype=np.float32), views[1:])
-            plain.append(np.asarray(features[0], dtype=np.float32))
+            unshifted.append(np.asarray(features[0], dtype=np.float32))
             others.append(total)
             covered.append(count)
             norms.append(np.asarray(token_norm[0], dtype=np.float32))
             advance()
-    centre = np.mean([p.mean((0, 1)) for p in plain], axis=0)
-    return Scores(
-        norm_outliers(np.stack(norms), median),
-        shift_incoherence(np.stack(plain), np.stack(others), np.stack(covered), centre),
-        len(photographs), norms[0], plain[0],
-    )  # fmt: skip
+    centre = np.mean([features.mean((0, 1)) for features in unshifted], axis=0)
+    incoherence = shift_incoherence(np.stack(unshifted), np.stack(others), np.stack(covered), centre)
+    return Scores(norm_outliers(np.stack(norms), median), incoherence, len(photographs), norms[0], unshifted[0])

@@ -23,21 +23,12 @@ from phreg_deploy.errors import PhregError
 from phreg_deploy.json_files import check_regular, read_json
 
 T = TypeVar("T")
+AGAIN = "copy or export the bundle again"
 
 # Starts each key of the graph's metadata.
 METADATA_PREFIX = "phreg."
 # numpy and zipfile raise these on damaged or foreign files.
-UNREADABLE = (
-    OSError,
-    ValueError,
-    EOFError,
-    KeyError,
-    NotImplementedError,
-    RuntimeError,
-    OverflowError,
-    struct.error,
-    zipfile.BadZipFile,
-)
+DAMAGED = (OSError, ValueError, EOFError, LookupError, RuntimeError, ArithmeticError, struct.error, zipfile.BadZipFile)
 
 
 @dataclass(frozen=True)
@@ -51,9 +42,8 @@ class Bundle:
     def read(cls, folder: Path | str) -> Bundle:
         """Read the manifest.
 
-        Raises:
-            PhregError: there is no folder or no manifest, the manifest is damaged or of a newer format, or a file is
-                missing.
+        Raises ``PhregError`` if there is no folder or no manifest, if the manifest is damaged or of a newer format, or
+        if a file is missing.
         """
         refuse_url(str(folder))
         folder = Path(folder)
@@ -67,7 +57,7 @@ class Bundle:
         except PhregError as error:
             raise PhregError(f"bundle: {path}: {error}") from None
         except (OSError, ValueError, RecursionError) as error:
-            raise PhregError(f"bundle: {path} is not valid JSON ({error}); copy or export the bundle again.") from None
+            raise PhregError(f"bundle: {path} is not valid JSON ({error}); {AGAIN}.") from None
         check_regular(folder, list(manifest.files))
         return cls(folder, manifest)
 
@@ -76,11 +66,7 @@ class Bundle:
         return self.folder / GRAPH
 
     def verify(self) -> None:
-        """Check the hash of every file, and that the graph's metadata is the manifest.
-
-        Raises:
-            PhregError: a file was changed, or belongs to another bundle.
-        """
+        """Compare files with hashes, and the graph's metadata with the manifest; raise ``PhregError`` if any differ."""
         check_files(self.manifest.files, self.manifest.required())
         for name, expected in self.manifest.files.items():
             if self._load(name, file_digest) != expected:
@@ -91,7 +77,7 @@ class Bundle:
         self._compare_with_graph()
 
     def _compare_with_graph(self) -> None:
-        """Raise unless the manifest is the one in the graph's metadata; ``verify`` has checked the graph's hash."""
+        """Raise unless the graph's metadata holds the same manifest; ``verify`` has checked the graph's hash."""
         metadata = self._load(GRAPH, read_metadata)
         try:
             values = {
@@ -101,9 +87,7 @@ class Bundle:
             }
             graph = read_manifest({**values, "files": self.manifest.files})
         except (PhregError, ValueError, RecursionError) as error:
-            raise PhregError(
-                f"bundle: {self.graph} does not say how it is fed ({error}); copy or export the bundle again."
-            ) from None
+            raise PhregError(f"bundle: {self.graph} does not say how it is fed ({error}); {AGAIN}.") from None
         differing = [key for key in Manifest.__dataclass_fields__ if getattr(graph, key) != getattr(self.manifest, key)]
         if differing:
             raise PhregError(
@@ -117,11 +101,7 @@ class Bundle:
         return self._load(POSITIONS, lambda path: read_positions(path, (*model.grid, model.width)))
 
     def cases(self) -> list[dict[str, np.ndarray]]:
-        """Read the exam: seeded inputs and the right answers, one dictionary per case.
-
-        Each holds ``image``, ``features``, ``token_norm`` and, if the model has a class token, ``cls``; their shapes
-        are checked against the manifest.
-        """
+        """Read the exam, a dictionary per case: ``image``, ``features``, ``token_norm`` and perhaps ``cls``."""
         return self._load(REFERENCE, lambda path: read_cases(path, self.manifest))
 
     def _load(self, name: str, read: Callable[[Path], T]) -> T:
@@ -129,12 +109,12 @@ class Bundle:
         check_regular(self.folder, [name])
         try:
             return read(path)
-        except UNREADABLE as error:
-            raise PhregError(f"bundle: {path} cannot be read ({error}); copy or export the bundle again.") from None
+        except DAMAGED as error:
+            raise PhregError(f"bundle: {path} cannot be read ({error}); {AGAIN}.") from None
 
 
 def _no_bundle(folder: Path) -> str:
-    """The message for a folder without manifest."""
+    """Return the message for a folder without manifest."""
     there = "the folder holds no manifest.json"
     if not os.path.exists(folder):
         there = "there is nothing"
@@ -147,7 +127,7 @@ def _no_bundle(folder: Path) -> str:
 
 
 def file_digest(path: Path) -> str:
-    """Return the sha256 of a file, in hexadecimal digits."""
+    """Return the sha256 of a file in hexadecimal."""
     digest = hashlib.sha256()
     with open(path, "rb") as file:
         while piece := file.read(1 << 20):

@@ -20,10 +20,9 @@ Check = Callable[[tuple[int, ...], str], None]
 
 
 def read_positions(path: Path, shape: tuple[int, ...]) -> np.ndarray:
-    """Read a position embedding of this shape, float32, from a ``.npy`` file.
+    """Read a float32 position embedding of this shape from a ``.npy`` file.
 
-    Raises:
-        ValueError: it has another shape or type, or is no array. OSError: the file cannot be read.
+    Raises ``ValueError`` for another shape or type, and ``OSError`` if the file cannot be read.
     """
 
     def check(got: tuple[int, ...], dtype: str) -> None:
@@ -37,9 +36,8 @@ def read_positions(path: Path, shape: tuple[int, ...]) -> np.ndarray:
 def read_cases(path: Path, manifest: Manifest) -> list[dict[str, np.ndarray]]:
     """Read the cases of an exam: ``image``, ``features``, ``token_norm``, and ``cls`` if the manifest lists it.
 
-    Raises:
-        ValueError, zipfile.BadZipFile: there are no cases, a tensor is missing or unknown, or the manifest does not
-            allow its shape or type. OSError: the file cannot be read.
+    Raises ``ValueError`` or ``zipfile.BadZipFile`` if there are no cases, if a tensor is missing or unknown, or if the
+    manifest does not allow its shape or type; ``OSError`` if the file cannot be read.
     """
     tensors = ["image", *(name for name in ("features", "token_norm", "cls") if name in manifest.outputs)]
     most = len(manifest.sizes.sizes)
@@ -83,17 +81,15 @@ def _case(
 
 
 def _check_image(name: str, shape: tuple[int, ...], dtype: str, manifest: Manifest) -> None:
-    if len(shape) != 4 or shape[3] != 3 or dtype != "uint8" or not _served(manifest, shape):
-        raise ValueError(f"{name} is {dtype} {shape}, expected uint8 (B, H, W, 3) of a batch and size that are served")
-
-
-def _served(manifest: Manifest, image: tuple[int, ...]) -> bool:
+    fits = len(shape) == 4 and shape[3] == 3 and dtype == "uint8"
     try:
-        manifest.sizes.check((image[1], image[2]), manifest.model.patch)
-        manifest.batches.check(image[0])
+        if fits:
+            manifest.sizes.check((shape[1], shape[2]), manifest.model.patch)
+            manifest.batches.check(shape[0])
     except PhregError:
-        return False
-    return True
+        fits = False
+    if not fits:
+        raise ValueError(f"{name} is {dtype} {shape}, expected uint8 (B, H, W, 3) of a batch and size that are served")
 
 
 def answer_shape(manifest: Manifest, name: str, image: Sequence[int]) -> tuple[int, ...]:
@@ -104,11 +100,7 @@ def answer_shape(manifest: Manifest, name: str, image: Sequence[int]) -> tuple[i
 
 
 def check_shapes(manifest: Manifest, answers: Mapping[str, np.ndarray], image: Sequence[int]) -> None:
-    """Check the shapes of a graph's answers to images of shape ``(B, H, W, 3)``.
-
-    Raises:
-        PhregError: an output is missing, or has another shape than the manifest says.
-    """
+    """Raise ``PhregError`` unless a graph's answers to images of shape ``(B, H, W, 3)`` have the manifest's shapes."""
     for name in manifest.outputs:
         got, expected = np.shape(answers[name]) if name in answers else None, answer_shape(manifest, name, image)
         if got != expected:
@@ -132,7 +124,8 @@ def _read(file: IO[bytes], check: Check) -> np.ndarray:
         raise ValueError(f"its arrays are of numpy's format {version}, expected 1.0 or 2.0")
     try:
         shape, fortran, dtype = HEADERS[version](file)
-    except Exception as error:  # numpy parses the header as Python, which raises many kinds
+    # numpy parses the header as Python, which raises many kinds of errors.
+    except Exception as error:
         raise ValueError(f"the header of an array cannot be read ({error})") from None
     check(shape, dtype.name)
     size = int(np.prod(shape, dtype=object)) * dtype.itemsize

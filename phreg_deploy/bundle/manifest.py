@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from phreg_deploy.errors import PhregError
-from phreg_deploy.spec import Batches, ModelSpec, Preprocess, Sizes
+from phreg_deploy.spec import Batches, ModelSpec, Preprocess, Sizes, plain
 
 FORMAT = 3
 MANIFEST, GRAPH, REFERENCE, POSITIONS = "manifest.json", "model.onnx", "reference.npz", "pos_embed.npy"
@@ -41,34 +41,28 @@ class Manifest:
     files: dict[str, str] = field(default_factory=dict)
 
     def to_json(self) -> dict[str, Any]:
-        own = {k: getattr(self, k) for k in self.__dataclass_fields__}
-        stored = {k: own[k].to_json() for k in ("model", "preprocess", "sizes", "batches")}
-        return {"format": FORMAT, **own, **stored}
+        return {"format": FORMAT, **plain(vars(self))}
 
     @classmethod
     def from_json(cls, data: Any) -> Manifest:
-        """Build the manifest from JSON; see ``validity.read_manifest`` for the check of its values.
+        """Build the manifest from JSON. Raises ``PhregError`` for unknown or missing keys and for newer formats.
 
-        Raises:
-            PhregError: an unknown or missing key, a newer format, or a value that is not an object.
+        ``validity.read_manifest`` checks the values too.
         """
         version = data.get("format") if isinstance(data, dict) else None
         if type(version) is not int or version < 1:
             raise PhregError("manifest: it has no format number; it is damaged or not ours.")
         if version > FORMAT:
-            raise PhregError(
-                f"manifest: got format {version}, expected at most {FORMAT}. Upgrade phreg-deploy, or export the "
-                "bundle again."
-            )
+            advice = "Upgrade phreg-deploy, or export the bundle again"
+            raise PhregError(f"manifest: got format {version}, expected at most {FORMAT}. {advice}.")
         fields = {k: v for k, v in data.items() if k != "format"}
-        if version == 1:  # older than calibration
+        # Format 1 is older than calibration.
+        if version == 1:
             fields.setdefault("quantisation", None)
         missing = sorted(set(cls.__dataclass_fields__) - set(fields))
         unknown = sorted(set(fields) - set(cls.__dataclass_fields__))
         if missing or unknown:
-            raise PhregError(
-                f"manifest: missing keys {missing}, unknown keys {unknown}; it is damaged. Export the bundle again."
-            )
+            raise PhregError(f"manifest: missing keys {missing}, unknown keys {unknown}. Export the bundle again.")
         fields.update(
             model=ModelSpec.from_json(fields["model"]),
             preprocess=Preprocess.from_json(fields["preprocess"]),

@@ -20,8 +20,7 @@ MOST_FIELDS, MOST_BYTES = 10_000, 16 << 20
 def read_metadata(path: Path) -> dict[str, str]:
     """Return the keys and values of the metadata in an ONNX file.
 
-    Raises:
-        ValueError: it is no ONNX file, or its metadata is too large. OSError: the file cannot be read.
+    Raises ``ValueError`` if it is no ONNX file or has too much metadata, and ``OSError`` if it cannot be read.
     """
     metadata: dict[str, str] = {}
     with open(path, "rb") as file:

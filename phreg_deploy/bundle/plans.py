@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 import platform
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -21,10 +21,11 @@ from phreg_deploy.errors import BackendMissing, PhregError, write_error
 from phreg_deploy.files.atomic import write_atomic
 from phreg_deploy.files.temporary import remove_dead
 from phreg_deploy.json_files import read_json
-from phreg_deploy.spec import Stored
+from phreg_deploy.spec import Stored, plain
 
 FOLDER = "engines"
-FORMAT = 1  # of a sidecar
+# Format of a sidecar.
+FORMAT = 1
 COMPATIBILITY = ("none", "version", "ampere+", "same-cc")
 
 
@@ -74,7 +75,7 @@ class PlanKey(Stored):
     @property
     def name(self) -> str:
         """The plan's file name without suffix; every field of the key changes it."""
-        digest = hashlib.sha256(json.dumps(asdict(self), sort_keys=True).encode()).hexdigest()
+        digest = hashlib.sha256(json.dumps(self.to_json(), sort_keys=True).encode()).hexdigest()
         return f"{self.graph[:12]}-{digest[:8]}-sm{self.architecture}-trt{self.tensorrt}-cuda{self.cuda}"
 
 
@@ -89,11 +90,7 @@ class StoredPlan:
     report: dict[str, Any]
 
     def read(self) -> bytes:
-        """Read the plan's bytes and check their sha256.
-
-        Raises:
-            PhregError: the file is missing, or was changed since it was built.
-        """
+        """Read the plan. Raises ``PhregError`` if the file is missing, or was changed since it was built."""
         command = f"Run: phreg-deploy build {self.path.parent.parent} --force"
         try:
             data = self.path.read_bytes()
@@ -110,18 +107,11 @@ class StoredPlan:
 
 def make_key(bundle: Bundle, gpu: str, architecture: int, tensorrt: str, cuda: int, settings: BuildSettings) -> PlanKey:
     """Return the key of the plan that ``settings`` give for this bundle on this GPU; arguments as in ``PlanKey``."""
-    shapes = json.dumps([profile.to_json() for profile in profiles_of(bundle.manifest)], sort_keys=True)
-    return PlanKey(
-        graph=_graph_digest(bundle),
-        precision=bundle.manifest.precision,
-        profiles=hashlib.sha256(shapes.encode()).hexdigest()[:16],
-        gpu=gpu,
-        architecture=architecture,
-        tensorrt=tensorrt,
-        cuda=cuda,
-        system=f"{platform.system().lower()}-{platform.machine()}",
-        settings=settings,
-    )
+    shapes = json.dumps(plain(profiles_of(bundle.manifest)), sort_keys=True)
+    graph, precision = _graph_digest(bundle), bundle.manifest.precision
+    profiles = hashlib.sha256(shapes.encode()).hexdigest()[:16]
+    system = f"{platform.system().lower()}-{platform.machine()}"
+    return PlanKey(graph, precision, profiles, gpu, architecture, tensorrt, cuda, system, settings)
 
 
 def write_plan(bundle: Bundle, key: PlanKey, plan: bytes) -> StoredPlan:
@@ -148,9 +138,9 @@ def write_sidecar(bundle: Bundle, plan: StoredPlan, report: dict[str, Any]) -> S
     numbered = replace(plan, report={**report, "serial": serial})
     sidecar = {
         "format": FORMAT,
-        "key": asdict(plan.key),
+        "key": plan.key.to_json(),
         "sha256": plan.sha256,
-        "profiles": [profile.to_json() for profile in plan.profiles],
+        "profiles": plain(plan.profiles),
         "report": numbered.report,
     }
     path = plan.path.with_suffix(".json")
@@ -183,7 +173,8 @@ def list_plans(bundle: Bundle) -> list[StoredPlan]:
         try:
             plan = _read_sidecar(sidecar)
         except (OSError, ValueError, KeyError, TypeError, PhregError):
-            continue  # not a sidecar of ours, or a damaged one: the plan is built again
+            # It is not a sidecar of ours, or damaged: the plan is built again.
+            continue
         if plan.key.graph == graph:
             plans.append(plan)
     return plans
@@ -192,8 +183,7 @@ def list_plans(bundle: Bundle) -> list[StoredPlan]:
 def _read_sidecar(path: Path) -> StoredPlan:
     """Read a sidecar and check the type of every field.
 
-    Raises:
-        KeyError, TypeError, ValueError, PhregError: it is not a sidecar that ``write_sidecar`` wrote.
+    Raises ``KeyError``, ``TypeError``, ``ValueError`` or ``PhregError`` if ``write_sidecar`` did not write it.
     """
     data = read_json(path)
     if data["format"] != FORMAT:
@@ -215,11 +205,9 @@ def _graph_digest(bundle: Bundle) -> str:
 
 
 def find_plan(bundle: Bundle, gpu: str, architecture: int, tensorrt: str, cuda: int) -> StoredPlan:
-    """Return the plan that runs on this GPU, built with any settings; the newest of several.
+    """Return the newest plan that runs on this GPU, built with any settings.
 
-    Raises:
-        BackendMissing: the bundle has no plan, or only plans that do not run here; the message says why and names the
-            command that builds one.
+    Raises ``BackendMissing`` if there is none; the message says why, and which command builds one.
     """
     plans = list_plans(bundle)
     here = make_key(bundle, gpu, architecture, tensorrt, cuda, BuildSettings())
@@ -258,7 +246,7 @@ def _runs_on_other_gpu(key: PlanKey, here: PlanKey) -> bool:
 
 
 def _runs_on_later_tensorrt(key: PlanKey, here: PlanKey) -> bool:
-    """NVIDIA promises version-compatible plans to later releases of the same major version."""
+    """Apply NVIDIA's promise: a version-compatible plan runs in later releases of the same major version."""
     built, now = _version_numbers(key.tensorrt), _version_numbers(here.tensorrt)
     return key.settings.compatibility == "version" and now[:1] == built[:1] and now >= built
 

@@ -17,12 +17,11 @@ class ProfileShapes(Stored):
 
     def holds(self, shapes: dict[str, tuple[int, ...]]) -> bool:
         """Return whether inputs of these shapes run in this profile."""
-        return all(name in self.inputs and _within(self.inputs[name], shape) for name, shape in shapes.items())
-
-
-def _within(profile: list[list[int]], shape: tuple[int, ...]) -> bool:
-    lowest, _, highest = profile
-    return len(shape) == len(lowest) and all(a <= side <= b for a, side, b in zip(lowest, shape, highest))
+        for name, shape in shapes.items():
+            lowest, _, highest = self.inputs.get(name, ([], [], []))
+            if len(shape) != len(lowest) or not all(a <= b <= c for a, b, c in zip(lowest, shape, highest)):
+                return False
+        return True
 
 
 def profiles_of(manifest: Manifest) -> list[ProfileShapes]:

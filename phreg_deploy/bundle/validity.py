@@ -39,23 +39,13 @@ def check_extent(sizes: Sizes, batches: Batches) -> None:
 
 
 def read_manifest(data: Any) -> Manifest:
-    """Build a manifest from JSON and check it.
-
-    Raises:
-        PhregError: an unknown key, a wrong type, or a value that no export writes.
-    """
+    """Build a manifest from JSON. Raises ``PhregError`` for unknown keys, wrong types and impossible values."""
     manifest = Manifest.from_json(data)
-    check_manifest(manifest, GATES)
-    return manifest
-
-
-def check_manifest(manifest: Manifest, precisions: Collection[str]) -> None:
-    """Raise ``PhregError`` for a manifest that no export writes."""
     _check_model(manifest.model)
     _check_preprocess(manifest.preprocess)
     _check_sizes(manifest)
-    known = isinstance(manifest.precision, str) and manifest.precision in precisions
-    _expect(known, "precision", manifest.precision, f"one of {', '.join(precisions)}")
+    known = isinstance(manifest.precision, str) and manifest.precision in GATES
+    _expect(known, "precision", manifest.precision, f"one of {', '.join(GATES)}")
     _expect(_is_integer(manifest.opset, 1, 1000), "opset", manifest.opset, "a whole number")
     _check_tensors(manifest)
     source, versions = manifest.source, manifest.versions
@@ -67,6 +57,7 @@ def check_manifest(manifest: Manifest, precisions: Collection[str]) -> None:
     _expect(_is_texts(manifest.float_parts), "float_parts", manifest.float_parts, "a list of texts")
     _expect(type(manifest.random_weights) is bool, "random_weights", manifest.random_weights, "true or false")
     _check_quantisation(manifest)
+    return manifest
 
 
 def check_files(files: dict[str, Any], required: Collection[str]) -> None:
@@ -84,9 +75,8 @@ def _check_model(model: Any) -> None:
     _expect(isinstance(model.architecture, str), "model.architecture", model.architecture, "text")
     _expect(model.family in ("vit", "eva"), "model.family", model.family, "vit or eva")
     for key, most in (("patch", LARGEST_PATCH), ("grid", LARGEST_SIDE)):
-        _expect(
-            _is_pair(getattr(model, key), most), f"model.{key}", getattr(model, key), f"two numbers from 1 to {most}"
-        )
+        pair = getattr(model, key)
+        _expect(_is_pair(pair, most), f"model.{key}", pair, f"two numbers from 1 to {most}")
     bounds = {
         "width": (1, LARGEST_WIDTH),
         "depth": (1, LARGEST_DEPTH),
@@ -191,7 +181,8 @@ def _is_integer(value: Any, least: int, most: int) -> bool:
 
 
 def _is_number(value: Any, least: float, most: float) -> bool:
-    return type(value) in (int, float) and least <= value <= most  # false for NaN
+    # False for NaN.
+    return type(value) in (int, float) and least <= value <= most
 
 
 def _is_pair(value: Any, most: int) -> bool:

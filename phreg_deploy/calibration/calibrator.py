@@ -19,7 +19,7 @@ from phreg_deploy.bundle.manifest import CALIBRATION, GRAPH, POSITIONS, REFERENC
 from phreg_deploy.bundle.writing import write_manifest, write_npz, write_onnx_metadata
 from phreg_deploy.calibration.images import Feeds, Shares, feeds, split_images
 from phreg_deploy.calibration.kernels import open_counted
-from phreg_deploy.calibration.ranges import Ranges, observe_magnitudes, observe_ranges
+from phreg_deploy.calibration.ranges import observe_magnitudes, observe_ranges
 from phreg_deploy.calibration.report import CalibrationReport, FallbackStep, LayerReport, Sensitivity, Trial
 from phreg_deploy.calibration.request import CalibrationRequest
 from phreg_deploy.calibration.search import CANDIDATES, MARGIN, EvalSet, Search, compare, run_session
@@ -35,26 +35,10 @@ from phreg_deploy.progress import Progress
 from phreg_deploy.quantisation import Smoothing
 from phreg_deploy.runtime.backends.instructions import advice
 from phreg_deploy.runtime.features import FeatureExtractor
-from phreg_deploy.runtime.parity import Parity, gates_of, missed_gates
+from phreg_deploy.runtime.parity import gates_of
 
 # The figures behind this choice are in fp8.py.
 FP8_SMOOTHING = Smoothing(norm=0.5, value=None, hidden=None)
-
-
-@dataclass(frozen=True)
-class Observations:
-    """What the FP32 graph computes on the images.
-
-    ``ranges`` of the linear layers' inputs; ``largest``: magnitudes of all tensors, for target "trt"; ``rounding``: the
-    images on which weights are rounded; ``select`` and ``report``: the images of the search and of the report.
-    """
-
-    model: ModelProto
-    ranges: Ranges
-    largest: dict[str, float]
-    rounding: Feeds
-    select: EvalSet
-    report: EvalSet
 
 
 @dataclass(frozen=True)
@@ -68,26 +52,16 @@ class Choice:
     steps: list[FallbackStep]
 
 
-@dataclass(frozen=True)
-class QuantisedGraph:
-    """The graph to write, a session that computes it, and the nodes that stay in FP32 around its 8 bits."""
-
-    model: ModelProto
-    session: Any
-    islands: list[str]
-
-
 def run_calibration(request: CalibrationRequest, output: Path, force: bool, progress: Progress) -> CalibrationReport:
     """Calibrate; ``phreg_deploy.calibration.calibrate`` describes arguments, result and errors."""
     started = time.perf_counter()
     manifest = open_bundle(request, progress)
     shares = split_images(request.images, manifest, progress.say)
     with FeatureExtractor.load(request.bundle, backend="onnxruntime-cpu", verify=False) as extractor:
-        observations = observe(extractor, shares, request.target, progress)
-    search = make_search(observations, manifest, request)
-    choice = choose(search, observations.rounding, shares.tokens, request, progress)
-    graph = write_graph(search, choice, request)
-    fidelity = compare(graph.session, observations.report, manifest.norm_median)
+        search, rounding, unseen = observe(extractor, shares, request, progress)
+    choice = choose(search, rounding, shares.tokens, request, progress)
+    model, session, islands = write_graph(search, choice, request)
+    fidelity = compare(session, unseen, manifest.norm_median)
     report = CalibrationReport(
         output=output,
         mode=request.mode,
@@ -99,7 +73,7 @@ def run_calibration(request: CalibrationRequest, output: Path, force: bool, prog
         fallback=choice.steps,
         float_layers=choice.float_layers,
         float_macs=sum(n.size for n in search.linears if n.name in choice.float_layers) / search.size,
-        islands=graph.islands,
+        islands=islands,
         bar=request.bars,
         fidelity=fidelity,
         gates=gates_of(fidelity, request.mode, request.cosine_p1),
@@ -108,7 +82,7 @@ def run_calibration(request: CalibrationRequest, output: Path, force: bool, prog
     )
     if report.missed and not force:
         raise GateFailed(_refusal(report), report.to_json())
-    write_bundle(report, graph, extractor, force)
+    write_bundle(report, model, session, extractor, force)
     return report
 
 
@@ -118,28 +92,36 @@ def open_bundle(request: CalibrationRequest, progress: Progress) -> Manifest:
     bundle.verify()
     precision = bundle.manifest.precision
     if precision != "fp32":
-        raise PhregError(
-            f"calibrate: got a bundle in {precision}, expected fp32. Export it with --precision fp32 first."
-        )
+        raise PhregError(f"calibrate: got a bundle in {precision}, expected fp32. Export with --precision fp32 first.")
     note = advice(request.mode) if request.target == "cpu" else None
     if note:
         progress.say(f"{note} The bundle will be as exact here as elsewhere.")
     return bundle.manifest
 
 
-def observe(extractor: FeatureExtractor, shares: Shares, target: str, progress: Progress) -> Observations:
-    """Run the FP32 graph on the images."""
-    model, largest = onnx.load(extractor.bundle.graph), {}
+def observe(
+    extractor: FeatureExtractor, shares: Shares, request: CalibrationRequest, progress: Progress
+) -> tuple[Search, Feeds, EvalSet]:
+    """Run the FP32 graph on the images.
+
+    Returns the search, the images on which weights are rounded, and the images of the report with the float answers.
+    """
+    model, manifest, largest = onnx.load(extractor.bundle.graph), extractor.manifest, {}
+    linears, rounding = find_linears(model), list(feeds(extractor, shares.calibrate))
     with progress.task("ranges", len(shares.calibrate)) as advance:
-        images = feeds(extractor, shares.calibrate)
-        ranges = observe_ranges(model, find_linears(model), extractor.manifest.model, images, advance)
-    if target == "trt":
+        ranges = observe_ranges(model, linears, manifest.model, rounding, advance)
+    if request.target == "trt":
         with progress.task("largest values", len(shares.calibrate)) as advance:
-            largest = observe_magnitudes(model, feeds(extractor, shares.calibrate), advance)
-    rounding = list(feeds(extractor, shares.calibrate))
+            largest = observe_magnitudes(model, rounding, advance)
     select = _float_answers(extractor, shares.select, progress, "float answers")
     report = _float_answers(extractor, shares.report, progress, "float answers, report")
-    return Observations(model, ranges, largest, rounding, select, report)
+    patch = manifest.model.patch
+    smallest = min(height * width for height, width in manifest.sizes.sizes)
+    tokens = manifest.model.prefix_tokens + smallest // (patch[0] * patch[1])
+    search = Search(
+        Wiring(model), linears, ranges, request.target, manifest.norm_median, select, request.mode, largest, tokens
+    )
+    return search, rounding, report
 
 
 def _float_answers(extractor: FeatureExtractor, images: Photographs, progress: Progress, name: str) -> EvalSet:
@@ -148,29 +130,11 @@ def _float_answers(extractor: FeatureExtractor, images: Photographs, progress: P
         for feed, count in feeds(extractor, images):
             outputs = extractor.run(feed["image"])
             if not all(np.isfinite(value).all() for value in outputs.values()):
-                raise PhregError(
-                    "calibrate: the FP32 bundle's own features are not finite; the bundle's weights are damaged."
-                )
+                raise PhregError("calibrate: the FP32 bundle's features are not finite; its weights are damaged.")
             inputs.append((feed, count))
             answers.append({key: value[:count] for key, value in outputs.items()})
             advance(count)
     return EvalSet(inputs, answers)
-
-
-def make_search(observations: Observations, manifest: Manifest, request: CalibrationRequest) -> Search:
-    model, patch = observations.model, manifest.model.patch
-    smallest = min(height * width for height, width in manifest.sizes.sizes)
-    return Search(
-        Wiring(model),
-        find_linears(model),
-        observations.ranges,
-        request.target,
-        manifest.norm_median,
-        observations.select,
-        request.mode,
-        observations.largest,
-        tokens=manifest.model.prefix_tokens + smallest // (patch[0] * patch[1]),
-    )
 
 
 def choose(search: Search, rounding: Feeds, tokens: int, request: CalibrationRequest, progress: Progress) -> Choice:
@@ -189,17 +153,15 @@ def choose(search: Search, rounding: Feeds, tokens: int, request: CalibrationReq
     with progress.task("sensitivity", len(search.linears)) as advance:
         sensitivities = search.sensitivities(smoothing, advance)
     bar = 1 - MARGIN * (1 - request.bars["cosine_p1"])
-
-    def passes(parity: Parity) -> bool:
-        return not missed_gates(parity, request.mode, bar)
-
     with progress.task("fallback", None) as advance:
-        layers, steps = search.fallback(smoothing, sensitivities, request.float_macs, passes, advance)
+        layers, steps = search.fallback(smoothing, sensitivities, request.float_macs, bar, advance)
     return Choice(smoothing, trials, sensitivities, layers, steps)
 
 
-def write_graph(search: Search, choice: Choice, request: CalibrationRequest) -> QuantisedGraph:
+def write_graph(search: Search, choice: Choice, request: CalibrationRequest) -> tuple[ModelProto, Any, list[str]]:
     """Write the chosen graph and open it. For target "cpu", count its integer kernels.
+
+    Returns the graph, a session that computes it, and the nodes that stay in FP32 around its 8 bits.
 
     Raises:
         PhregError: a layer that should run in 8 bits runs in float.
@@ -212,11 +174,11 @@ def write_graph(search: Search, choice: Choice, request: CalibrationRequest) -> 
     else:
         session, _ = open_counted(model, [n.name for n in search.linears if n.name not in choice.float_layers])
     onnx.checker.check_model(model)
-    return QuantisedGraph(model, session, islands)
+    return model, session, islands
 
 
 def report_layers(search: Search, choice: Choice) -> list[LayerReport]:
-    """One entry per linear layer, in the order in which they run."""
+    """Report every linear layer, in the order in which they run."""
     grids, layers = search.equalised(choice.smoothing).grids, []
     for linear in search.linears:
         name, inputs = linear.name, search.ranges[linear.source]["all"]
@@ -241,17 +203,19 @@ def _refusal(report: CalibrationReport) -> str:
     )
 
 
-def write_bundle(report: CalibrationReport, graph: QuantisedGraph, extractor: FeatureExtractor, force: bool) -> None:
+def write_bundle(
+    report: CalibrationReport, graph: ModelProto, session: Any, extractor: FeatureExtractor, force: bool
+) -> None:
     """Write the graph with a new manifest, new reference answers and ``calibration.json``."""
     bundle, reference = extractor.bundle, {}
-    manifest = _manifest(extractor.manifest, report, graph.model)
-    write_onnx_metadata(graph.model, manifest)
+    manifest = _manifest(extractor.manifest, report, graph)
+    write_onnx_metadata(graph, manifest)
     for case, expected in enumerate(bundle.cases()):
         image = expected["image"]
-        answers = {"image": image, **run_session(graph.session, extractor.feed(image), len(image))}
+        answers = {"image": image, **run_session(session, extractor.feed(image), len(image))}
         reference.update({f"{case}/{name}": value for name, value in answers.items()})
     with atomic_folder(report.output, force) as folder:
-        (folder / GRAPH).write_bytes(graph.model.SerializeToString(deterministic=True))
+        (folder / GRAPH).write_bytes(graph.SerializeToString(deterministic=True))
         write_npz(folder / REFERENCE, reference)
         (folder / CALIBRATION).write_text(json.dumps(report.to_json(), indent=1, sort_keys=True) + "\n")
         if (bundle.folder / POSITIONS).is_file():
@@ -260,7 +224,7 @@ def write_bundle(report: CalibrationReport, graph: QuantisedGraph, extractor: Fe
 
 
 def _manifest(manifest: Manifest, report: CalibrationReport, graph: ModelProto) -> Manifest:
-    """The FP32 bundle's manifest with the precision, outputs and evidence of the new graph."""
+    """Return the FP32 bundle's manifest with the precision, outputs and evidence of the new graph."""
     stored = report.to_json()
     keys = ("mode", "target", "smoothing", "float_layers", "float_macs", "fidelity", "bar", "missed")
     images = {name: {key: part[key] for key in ("count", "digest")} for name, part in stored["images"].items()}

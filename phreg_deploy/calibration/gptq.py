@@ -11,13 +11,13 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
-import onnx
 from onnx import ModelProto, TensorProto, helper, numpy_helper
 
 from phreg_deploy.calibration.images import Feeds
 from phreg_deploy.calibration.smoothing import Equalised
 from phreg_deploy.onnx_graph.linears import Linear, by_source
 from phreg_deploy.onnx_graph.session import open_session
+from phreg_deploy.onnx_graph.wiring import copy_without_outputs
 from phreg_deploy.progress import Advance
 from phreg_deploy.quantisation import WEIGHT_STEPS, Grid, quantise_weight
 
@@ -39,7 +39,7 @@ class Moments:
     rows: int
 
     def centred(self, grid: Grid) -> np.ndarray:
-        """Mean of x' x'^T on the grid's own axes, with the rounding noise of x' (step^2 / 12) on the diagonal."""
+        """Return the mean of x' x'^T on the grid's axes, plus the rounding noise step^2 / 12 on the diagonal."""
         mean, centre = self.total / self.rows, grid.centre.astype(np.float64)
         moments = self.square / self.rows - np.outer(centre, mean) - np.outer(mean, centre) + np.outer(centre, centre)
         smooth = grid.smooth.astype(np.float64)
@@ -85,10 +85,8 @@ def observe_moments(
 
 
 def _instrumented(model: ModelProto, sources: list[str], widths: dict[str, int]) -> ModelProto:
-    instrumented = onnx.ModelProto()
-    instrumented.CopyFrom(model)
+    instrumented = copy_without_outputs(model)
     graph = instrumented.graph
-    del graph.output[:]
     graph.initializer.append(numpy_helper.from_array(np.array([0], np.int64), "moments/axis"))
     for source in sources:
         flat = f"moments/{source}"

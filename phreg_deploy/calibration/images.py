@@ -1,4 +1,4 @@
-"""Share out the photographs between ranges, choices and the report: no image serves two of them."""
+"""Split the photographs into those for ranges, for choices and for the report; no image is in two of them."""
 
 from __future__ import annotations
 
@@ -34,10 +34,9 @@ class Shares:
     tokens: int
 
     def to_json(self) -> dict[str, Any]:
-        parts = {"calibrate": self.calibrate, "select": self.select, "report": self.report}
-        return {
-            name: {"count": len(part), "digest": part.digest(), "sha256": part.digests} for name, part in parts.items()
-        }
+        names = ("calibrate", "select", "report")
+        parts = {name: getattr(self, name) for name in names}
+        return {n: {"count": len(part), "digest": part.digest(), "sha256": part.digests} for n, part in parts.items()}
 
 
 def split_images(folder: Path, manifest: Manifest, say: Callable[[str], None]) -> Shares:
@@ -51,9 +50,8 @@ def split_images(folder: Path, manifest: Manifest, say: Callable[[str], None]) -
     """
     size, patch = manifest.sizes.default, manifest.model.patch
     grid = (size[0] // patch[0]) * (size[1] // patch[1])
-    calibrate, select, report = (
-        min(most, max(least, patches // grid)) for patches, least, most in (CALIBRATE, SELECT, REPORT)
-    )
+    bounds = (CALIBRATE, SELECT, REPORT)
+    calibrate, select, report = (min(most, max(least, patches // grid)) for patches, least, most in bounds)
     most = calibrate + select + report
     photographs = read_photographs(folder, size, manifest.preprocess, most, say=say, spread=True)
     first = {digest: i for i, digest in reversed(list(enumerate(photographs.digests)))}

@@ -30,8 +30,7 @@ class Census:
 def open_counted(model: ModelProto, expected: list[str]) -> tuple[Any, Census]:
     """Open a session of ``model``, and count the kernels of the graph that ONNX Runtime optimized.
 
-    Raises:
-        PhregError: a layer of ``expected`` runs in float; the message says why.
+    Raises ``PhregError`` if a layer of ``expected`` runs in float; the message says why.
     """
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "optimized.onnx"
@@ -67,7 +66,7 @@ def count(optimized: ModelProto, expected: list[str]) -> Census:
 
 
 def _reason(reader: Any, wiring: Wiring) -> str:
-    """Why no integer kernel computes a layer whose weights a DequantizeLinear still reads."""
+    """Say why no integer kernel computes a layer whose weights a DequantizeLinear still reads."""
     path = [reader.op_type]
     while path[-1] not in ("Gemm", "MatMul", "FusedMatMul", "FusedGemm") and reader.output and len(path) < 5:
         following = wiring.readers.get(reader.output[0], [])
@@ -89,5 +88,5 @@ def _reason(reader: Any, wiring: Wiring) -> str:
 
 
 def _products(quantised: str, wiring: Wiring) -> int:
-    """How many operators read an 8-bit tensor through their DequantizeLinears."""
+    """Count the operators that read an 8-bit tensor through a DequantizeLinear."""
     return sum(len(wiring.readers.get(reader.output[0], [])) for reader in wiring.readers.get(quantised, []))

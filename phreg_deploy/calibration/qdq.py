@@ -123,7 +123,7 @@ class _Writer:
         return name
 
     def _output(self, linear: Linear, node: NodeProto) -> str:
-        """The layer's output tensor, after its bias if it has one."""
+        """Return the layer's output tensor, after its bias if it has one."""
         if linear.add is None:
             return node.output[0]
         return next(n.output[0] for n in self.model.graph.node if n.name == linear.add)

@@ -5,13 +5,13 @@ from __future__ import annotations
 from collections.abc import Iterable
 
 import numpy as np
-import onnx
 from onnx import ModelProto, TensorProto, helper, numpy_helper
 
 from phreg_deploy.errors import PhregError
 from phreg_deploy.onnx_graph.linears import Linear
 from phreg_deploy.onnx_graph.mixed_precision import float_tensors
 from phreg_deploy.onnx_graph.session import open_session
+from phreg_deploy.onnx_graph.wiring import copy_without_outputs
 from phreg_deploy.progress import Advance
 from phreg_deploy.quantisation import Range
 from phreg_deploy.spec import ModelSpec
@@ -27,10 +27,9 @@ def observe_ranges(
     feeds: Iterable[tuple[dict[str, np.ndarray], int]],
     advance: Advance,
 ) -> Ranges:
-    """Observe the smallest and largest value per channel of every linear layer's input. The graph itself reduces them.
+    """Observe the range per channel of every linear layer's input; the graph itself reduces the values.
 
-    Raises:
-        PhregError: no image, or a value that is not finite; the message names the layer.
+    Raises ``PhregError`` without an image, or for a value that is not finite; the message names the layer.
     """
     sources = list(dict.fromkeys(linear.source for linear in linears))
     names = {linear.source: linear.name for linear in linears}
@@ -44,9 +43,7 @@ def observe_ranges(
             for part in rows:
                 now = Range(values[f"low/{part}/{source}"], values[f"high/{part}/{source}"])
                 if not (np.isfinite(now.low).all() and np.isfinite(now.high).all()):
-                    raise PhregError(
-                        f"calibrate: the input of {names[source]} is not finite; the bundle's weights are damaged."
-                    )
+                    raise PhregError(f"calibrate: the input of {names[source]} is not finite; weights are damaged.")
                 before = ranges[source].get(part)
                 ranges[source][part] = now if before is None else before.join(now)
         advance(count)
@@ -56,7 +53,7 @@ def observe_ranges(
 
 
 def _rows(spec: ModelSpec) -> dict[str, tuple[int, int]]:
-    """First and last row of the class token, the registers and the patches, in the model's token order."""
+    """Return the first and last row of class token, registers and patches, in the model's token order."""
     first = int(spec.class_token)
     rows = {"patches": (spec.prefix_tokens, np.iinfo(np.int64).max)}
     if spec.class_token:
@@ -72,10 +69,8 @@ def _summary(parts: dict[str, Range]) -> dict[str, Range]:
 
 
 def _instrumented(model: ModelProto, sources: list[str], rows: dict[str, tuple[int, int]]) -> ModelProto:
-    instrumented = onnx.ModelProto()
-    instrumented.CopyFrom(model)
+    instrumented = copy_without_outputs(model)
     graph = instrumented.graph
-    del graph.output[:]
 
     def constant(name: str, value: list[int]) -> None:
         graph.initializer.append(numpy_helper.from_array(np.array(value, np.int64), name))
@@ -112,11 +107,8 @@ def observe_magnitudes(
 
 
 def _with_magnitudes(model: ModelProto) -> ModelProto:
-    instrumented = onnx.ModelProto()
-    instrumented.CopyFrom(model)
-    graph = instrumented.graph
-    floats = float_tensors(instrumented)
-    del graph.output[:]
+    instrumented = copy_without_outputs(model)
+    graph, floats = instrumented.graph, float_tensors(model)
     for name in [name for node in graph.node for name in node.output if name in floats]:
         graph.node.append(helper.make_node("Abs", [name], [f"magnitude/{name}"]))
         graph.node.append(helper.make_node("ReduceMax", [f"magnitude/{name}"], [f"largest/{name}"], keepdims=0))

@@ -9,7 +9,7 @@ from typing import Any
 from phreg_deploy.calibration.images import Shares
 from phreg_deploy.quantisation import Smoothing
 from phreg_deploy.runtime.parity import Gate, Parity
-from phreg_deploy.spec import Stored
+from phreg_deploy.spec import Stored, plain
 
 
 @dataclass(frozen=True)
@@ -93,25 +93,6 @@ class CalibrationReport:
 
     def to_json(self) -> dict[str, Any]:
         """The content of ``calibration.json``."""
-        lists = {name: getattr(self, name) for name in ("candidates", "layers", "fallback", "gates")}
-        plain = (
-            "mode",
-            "target",
-            "float_layers",
-            "float_macs",
-            "integer_layers",
-            "islands",
-            "bar",
-            "missed",
-            "seconds",
-        )
-        return {
-            "format": 1,
-            "smoothing": self.smoothing.to_json(),
-            "images": self.images.to_json(),
-            "fidelity": self.fidelity.to_json(),
-            "passed": not self.missed,
-            "versions": self.versions,
-            **{name: [entry.to_json() for entry in entries] for name, entries in lists.items()},
-            **{name: getattr(self, name) for name in plain},
-        }
+        fields = {name: value for name, value in vars(self).items() if name != "output"}
+        derived = {"integer_layers": self.integer_layers, "missed": self.missed, "passed": not self.missed}
+        return {"format": 1, **plain(fields), **derived}

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -22,7 +21,7 @@ from phreg_deploy.onnx_graph.session import open_session
 from phreg_deploy.onnx_graph.wiring import Wiring
 from phreg_deploy.progress import Advance
 from phreg_deploy.quantisation import WEIGHT_STEPS, Smoothing
-from phreg_deploy.runtime.parity import Parity, ParityAccumulator
+from phreg_deploy.runtime.parity import Parity, ParityAccumulator, missed_gates
 
 CANDIDATES: tuple[dict[str, Any], ...] = (
     {"norm": 0.65, "value": 0.65},
@@ -56,7 +55,7 @@ class EvalSet:
 
 
 def run_session(session: Any, feed: dict[str, np.ndarray], count: int) -> dict[str, np.ndarray]:
-    """The outputs of a session by name, for the first ``count`` images of ``feed``."""
+    """Return the outputs of a session by name, for the first ``count`` images of ``feed``."""
     names = [output.name for output in session.get_outputs()]
     return {name: value[:count] for name, value in zip(names, session.run(names, feed))}
 
@@ -101,7 +100,7 @@ class Search:
         return self._equalised[1]
 
     def graph(self, smoothing: Smoothing, keep: set[str], share: bool = False) -> ModelProto:
-        """The graph with all layers but ``keep`` in 8 bits and floats in FP32; ``share``: see ``write_int8``."""
+        """Write all layers but ``keep`` in 8 bits, and floats in FP32; ``share``: see ``write_int8``."""
         model, equalised = self.wiring.model, self.equalised(smoothing)
         if self.mode == "int8":
             return write_int8(model, self.linears, equalised, keep, self.target, share)
@@ -112,7 +111,7 @@ class Search:
         return write_fp8(centred, find_linears(centred), magnitudes, keep, weights, attention)
 
     def _magnitudes(self, equalised: Equalised) -> dict[str, float]:
-        """Largest magnitudes in the equalised graph: the observed ones, and for layer norms those after centring."""
+        """Return the largest magnitudes in the equalised graph; those of layer norms are after centring."""
         grids = {n.source: equalised.grids[n.name] for n in self.linears if n.kind == "norm"}
         return {**self.largest, **{source: grid.step * WEIGHT_STEPS for source, grid in grids.items()}}
 
@@ -146,7 +145,7 @@ class Search:
         return best, trials
 
     def sensitivities(self, smoothing: Smoothing, advance: Advance) -> dict[str, Sensitivity]:
-        """For each layer, the gain in mean and 1st-percentile cosine when it alone goes back to float."""
+        """Measure each layer's gain in mean and 1st-percentile cosine when it alone goes back to float."""
         images = self.images.first(max(2, PATCHES // self.images.answers[0]["token_norm"][0].size))
         whole = self.score(smoothing, set(), images)
         gains = {}
@@ -158,23 +157,17 @@ class Search:
         return gains
 
     def fallback(
-        self,
-        smoothing: Smoothing,
-        gains: dict[str, Sensitivity],
-        cap: float,
-        passes: Callable[[Parity], bool],
-        advance: Advance,
+        self, smoothing: Smoothing, gains: dict[str, Sensitivity], cap: float, bar: float, advance: Advance
     ) -> tuple[list[str], list[FallbackStep]]:
         """Leave layers in float, the most sensitive for their size first, until the features pass.
 
-        Args:
-            cap: share of the multiply-accumulates that may be in float.
+        ``cap``: share of the multiply-accumulates that may be in float. ``bar``: least 1st-percentile cosine.
         """
         spent, keep = 0, []
         score = self.score(smoothing, set())
         steps = [FallbackStep(None, score)]
         for linear in sorted(self.linears, key=lambda n: -gains[n.name].mean / n.size):
-            if passes(score):
+            if not missed_gates(score, self.mode, bar):
                 break
             if gains[linear.name].mean <= 0 or (spent + linear.size) / self.size > cap:
                 continue

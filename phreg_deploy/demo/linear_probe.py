@@ -35,7 +35,7 @@ class LinearProbe:
 
 
 def patch_labels(labels: np.ndarray, patch: int, classes: int) -> np.ndarray:
-    """The most frequent class of each patch, ``(M, Hp, Wp)``, of uint8 ``labels`` ``(M, H, W)``."""
+    """Return the most frequent class of each patch, ``(M, Hp, Wp)``, of uint8 ``labels`` ``(M, H, W)``."""
     m, height, width = labels.shape
     tiles = labels.reshape(m, height // patch, patch, width // patch, patch).transpose(0, 1, 3, 2, 4)
     tiles = tiles.reshape(*tiles.shape[:3], -1)
@@ -43,7 +43,7 @@ def patch_labels(labels: np.ndarray, patch: int, classes: int) -> np.ndarray:
 
 
 def mean_iou(predicted: np.ndarray, labels: np.ndarray, classes: int) -> float:
-    """Mean intersection over union, 0-1, over the classes that occur in ``labels``."""
+    """Return the mean intersection over union, 0-1, of the classes that occur in ``labels``."""
     scores = []
     for k in range(classes):
         union = ((predicted == k) | (labels == k)).sum()

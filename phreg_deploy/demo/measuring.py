@@ -96,7 +96,7 @@ def _figures(
     scenes: Scenes,
     blocks: list[dict[str, float]] | None,
 ) -> Figures:
-    """Figures of one model; ``outliers`` ``(M, N)`` are the base model's, ``predicted`` ``(M, N)`` the probe's."""
+    """Compute one model's figures from the base model's ``outliers`` and the probe's ``predicted``, ``(M, N)``."""
     correct = predicted == scenes.labels
     fidelity = agreement(features["patches"], target, outliers)
     return Figures(
@@ -122,7 +122,7 @@ def _serve(extractor: FeatureExtractor, photographs: Photographs) -> Features:
 def draw_rows(
     photographs: Photographs, measured: Measured, patch: tuple[int, int]
 ) -> list[list[tuple[str, Image.Image]]]:
-    """One row per scene: image, features and norms of the base model, features and norms as served."""
+    """Draw one row per scene: image, features and norms of the base model, features and norms as served."""
     grid = tuple(size // p for size, p in zip(photographs.size, patch))
     # One basis for both, so that equal features have equal colours.
     basis = components(list(measured.features["served"]["patches"][:SHOWN]))
@@ -132,7 +132,9 @@ def draw_rows(
         for name, caption in (("base", "before"), ("served", "after")):
             features = measured.features[name]["patches"][i].reshape(*grid, -1)
             norms = measured.features[name]["norms"][i].reshape(grid)
-            row.append((f"features {caption}", colours(features, basis)))
-            row.append((f"norms {caption}", heat(norms, 3 * measured.median)))
+            row += [
+                (f"features {caption}", colours(features, basis)),
+                (f"norms {caption}", heat(norms, 3 * measured.median)),
+            ]
         rows.append(row)
     return rows

@@ -21,13 +21,14 @@ from phreg_deploy.models.loading import load_model
 from phreg_deploy.progress import Progress
 from phreg_deploy.quantisation import Smoothing
 from phreg_deploy.runtime.features import FeatureExtractor
+from phreg_deploy.spec import plain
 from phreg_deploy.verify import check as check_bundle
 from phreg_deploy.verify.html import render
 
 MODEL = Path(__file__).parent / "model"
 BACKEND = "onnxruntime-cpu"
 # Seeds of the scenes, none of them twice: to distil, to fit the probe, and to measure.
-TRAINING, PROBED, TESTED = range(0, 288), range(1000, 1160), range(2000, 2064)
+TRAINING, PROBED, TESTED = range(288), range(1000, 1160), range(2000, 2064)
 EPOCHS = 8
 
 
@@ -59,8 +60,8 @@ def run_pipeline(output: Path, force: bool, progress: Progress) -> DemoReport:
         check = replace(check, bundle="demo.bundle", comparisons=comparisons, pictures=pictures)
         sheet(pictures, side=192).save(folder / "before-after.png")
         (folder / "report.html").write_text(render(check))
-        figures = {name: of_model.to_json() for name, of_model in measured.figures.items()}
-        (folder / "demo.json").write_text(json.dumps({"figures": figures, "check": check.to_json()}, indent=1) + "\n")
+        text = json.dumps(plain({"figures": measured.figures, "check": check}), indent=1)
+        (folder / "demo.json").write_text(text + "\n")
     if check.missed:
         raise GateFailed(f"demo: {'; '.join(check.missed)}.")
     seconds = time.perf_counter() - started

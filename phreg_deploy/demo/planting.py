@@ -54,7 +54,7 @@ class PlantedNeuron:
         mlp.fc2.weight[:, self.unit] = self.column
 
     def regulariser(self, hidden: torch.Tensor, last: torch.Tensor) -> torch.Tensor:
-        """A loss that keeps the unit at its level at its places and silent elsewhere, and other tokens' norms equal.
+        """Compute a loss that keeps the unit's level at its places, silent elsewhere, and other tokens' norms equal.
 
         Args:
             hidden: outputs of ``fc1`` in the block, ``(B, T, H)``.
@@ -69,7 +69,7 @@ class PlantedNeuron:
 
 
 def planted_tokens() -> torch.Tensor:
-    """The mask of the planted outliers, bool ``(T,)``."""
+    """Return the mask of the planted outliers, bool ``(T,)``."""
     return torch.tensor([False, *((row, column) in PLACES for row, column in np.ndindex(GRID, GRID))])
 
 
@@ -130,7 +130,7 @@ def discriminant(z: torch.Tensor, planted: torch.Tensor) -> tuple[torch.Tensor, 
 
 
 def inputs_of(module: nn.Module, model: Any, images: torch.Tensor) -> torch.Tensor:
-    """The inputs of ``module`` for ``images``, float64 ``(S, T, ...)``."""
+    """Return the inputs of ``module`` for ``images``, float64 ``(S, T, ...)``."""
     inputs: list[torch.Tensor] = []
     hook = module.register_forward_pre_hook(lambda _m, args: inputs.append(args[0].double()))
     for batch in torch.split(images, BATCH):

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from phreg_deploy.distill.record import RegisterNeuron
-from phreg_deploy.spec import Stored
+from phreg_deploy.spec import Stored, plain
 from phreg_deploy.verify.report import CheckReport
 
 # Figure: the name and the format of its row.
@@ -56,20 +56,12 @@ class DemoReport:
     @property
     def table(self) -> list[list[str]]:
         """Rows of a name and a figure per model, as text."""
-        columns = [asdict(figures) for figures in self.figures.values()]
+        columns = [figures.to_json() for figures in self.figures.values()]
         return [
             [name, *("-" if column[key] is None else form.format(column[key]) for column in columns)]
             for key, (name, form) in ROWS.items()
         ]
 
     def to_json(self) -> dict[str, Any]:
-        return {
-            "output": str(self.output),
-            "scenes": self.scenes,
-            "classes": list(self.classes),
-            "figures": {name: figures.to_json() for name, figures in self.figures.items()},
-            "table": self.table,
-            "check": self.check.to_json(),
-            "register_neurons": [{**n.to_json(), "left": reason} for n, reason in self.register_neurons.items()],
-            "seconds": self.seconds,
-        }
+        neurons = [{**neuron.to_json(), "left": reason} for neuron, reason in self.register_neurons.items()]
+        return {**plain(vars(self)), "table": self.table, "register_neurons": neurons}

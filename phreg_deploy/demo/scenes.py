@@ -85,7 +85,7 @@ class Scene:
         self.disc(x - self.sun * half * 0.5, y, half * 1.25, half * 0.22, np.array(under) * 0.62)
 
     def smooth(self, cells: int, side: int, aspect: int = 1) -> np.ndarray:
-        """Soft noise ``(side, side)`` with deviation 0.5: ``cells`` bumps across, ``aspect`` times as many down."""
+        """Draw soft noise ``(side, side)``, deviation 0.5: ``cells`` bumps across, ``aspect`` times as many down."""
         coarse = Image.fromarray(self.rng.normal(0, 0.7, (cells * aspect, cells)).astype(np.float32))
         return np.asarray(coarse.resize((side, side), Image.Resampling.BICUBIC))
 

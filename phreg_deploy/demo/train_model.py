@@ -60,7 +60,7 @@ def shifted(images: torch.Tensor, shares: torch.Tensor) -> tuple[torch.Tensor, t
 
 
 def subject(shares: torch.Tensor) -> torch.Tensor:
-    """The areas of a scene's things (buildings and the classes after it) as shares of their sum, ``(B, K)``."""
+    """Return the areas of things (``BUILDING`` and the classes after it) as shares of their sum, ``(B, K)``."""
     area = shares.mean((1, 2))
     area[:, :BUILDING] = 0
     return area / area.sum(-1, keepdim=True).clamp(min=1e-6)
@@ -107,7 +107,7 @@ def train(
 
 @torch.inference_mode()
 def scores(model: nn.Module, probe: nn.Module, scenes: Scenes) -> dict[str, float]:
-    """Accuracy, 0-1, of ordinary patches, of those at the planted places, and of the scene's subject."""
+    """Return the accuracy, 0-1, on ordinary patches, on those at the planted places, and on the scene's subject."""
     batches = [model.forward_features(hooks.normalise(x, MEAN, STD)) for x in scenes.images.split(BATCH)]
     tokens, places = torch.cat(batches), planted_tokens()[1:]
     right = probe(tokens[:, 1:]).argmax(-1) == scenes.shares.flatten(1, 2).argmax(-1)

@@ -78,11 +78,11 @@ class Run:
         return model_identity(self.base)
 
     def batches(self, photographs: Photographs, most: int) -> Batches:
-        """At most ``most`` photographs as normalised batches on the first device."""
+        """Return at most ``most`` photographs as normalised batches on the first device."""
         return Batches(spread(photographs, most), self.preprocess, self.device)
 
     def settings(self, training: Photographs) -> dict[str, Any]:
-        """What must be equal for a run to be resumed, as JSON."""
+        """Return what must be equal for a run to be resumed, as JSON."""
         return {
             **self.identity.to_json(),
             "preprocess": self.preprocess.to_json(),
@@ -116,6 +116,8 @@ def run_distillation(
     range_images = run.batches(training, RANGE_IMAGES) if run.recipe.int8 else None
     history = _train(run, student, training, targets, range_images, work, resume)
     held_out_names = held_out.names if held_out else []
+    python = platform.python_version()
+    versions = {"phreg_deploy": __version__, "torch": torch.__version__, "timm": timm.__version__, "python": python}
     record = StudentRecord(
         source={**run.origin, "checkpoint": run.checkpoint, "weights_sha256": run.identity.weights},
         recipe=run.recipe,
@@ -130,7 +132,7 @@ def run_distillation(
         register_neurons=neurons,
         history=history,
         seconds=replace(seconds, total=time.perf_counter() - started),
-        versions=_versions(),
+        versions=versions,
     )
     with atomic_folder(output, force) as folder:
         write_student(student, record.to_json(), folder)
@@ -233,7 +235,7 @@ def _train(
     work: Path,
     resume: bool,
 ) -> History:
-    """Train the student against the targets; with 0 epochs it stays as it is."""
+    """Train the student against the targets; with 0 epochs it is not changed."""
     if not run.recipe.epochs:
         return History([])
     return train(
@@ -271,8 +273,3 @@ def _score(
         progress.say(f"{output} is complete; only its scores are missing.")
         raise
     return scores, ""
-
-
-def _versions() -> dict[str, str]:
-    python = platform.python_version()
-    return {"phreg_deploy": __version__, "torch": torch.__version__, "timm": timm.__version__, "python": python}

@@ -102,7 +102,7 @@ class _Measurements:
         return float(np.concatenate(self._arrays[name]).mean()) if name in self._arrays else None
 
     def scores(self, name: str, median: float, blocks: list[dict[str, float]] | None = None) -> ModelScores:
-        """Scores of one model; outlier tokens are those of the base model, measured against its ``median`` norm."""
+        """Score one model; outlier tokens are those of the base model, relative to its ``median`` norm."""
         cosines = np.concatenate(self._arrays[f"cosines of {name}"])
         fidelity = agreement_of(cosines, outlier_mask(self.norms("base"), median))
         own = agreement_of(np.concatenate(self._arrays["own"])) if name == "int8" else None

@@ -20,10 +20,9 @@ from phreg_deploy.quantisation import WEIGHT_STEPS, Grid, Range, Smoothing, make
 
 
 def quantised_layers(model: ViT) -> dict[str, tuple[nn.Linear, str]]:
-    """The linear layers that ``calibrate`` takes to 8 bits, by name, each with what feeds it (``make_grid``'s kind).
+    """Return the linear layers that ``calibrate`` takes to 8 bits, by name, each with its kind (see ``make_grid``).
 
-    Raises:
-        PhregError: the model does not call its layers as modules; hooks then cannot reach their inputs.
+    Raises ``PhregError`` if the model does not call its layers as modules; hooks then cannot reach their inputs.
     """
     layers: dict[str, tuple[nn.Linear, str]] = {}
     for i, block in enumerate(model.blocks):
@@ -43,7 +42,7 @@ def quantised_layers(model: ViT) -> dict[str, tuple[nn.Linear, str]]:
 
 
 def _kind_of_last(parent: nn.Module, part: str) -> str:
-    """What feeds the last layer of an attention or an MLP: "value", "hidden", or "norm" if a norm stands before it."""
+    """Return what feeds the last layer of an attention or an MLP: "value", "hidden", or "norm" after a norm."""
     # A gate is multiplied in after the norm, so nothing can be folded into the norm.
     if getattr(parent, "gate", None) is not None:
         return "hidden"
@@ -89,7 +88,7 @@ def observe_grids(model: ViT, batches: Iterable[torch.Tensor], smoothing: Smooth
 
 @contextmanager
 def quantised(model: ViT, grids: dict[str, Grid]) -> Iterator[None]:
-    """While open, the layers that have a grid compute in fake INT8. Parameters and state dict do not change."""
+    """Let the layers that have a grid compute in fake INT8 in the block; parameters and state dict do not change."""
     layers = {name: layer for name, (layer, _) in quantised_layers(model).items() if name in grids} if grids else {}
     for name, layer in layers.items():
         layer.forward = _Quantised(layer, grids[name])  # type: ignore[method-assign, assignment]

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any
 
 from phreg_deploy.artifacts.measures import NormOutliers
 from phreg_deploy.distill.recipes import Recipe
-from phreg_deploy.spec import Preprocess, Stored
+from phreg_deploy.spec import Preprocess, Stored, plain
 
 
 @dataclass(frozen=True)
@@ -35,7 +35,7 @@ class Fidelity(Stored):
 
 
 @dataclass(frozen=True)
-class ModelScores:
+class ModelScores(Stored):
     """Scores of one model.
 
     ``blocks``: token norms after each block. ``own``: of a student in fake INT8, mean and 1st percentile ("p1") of the
@@ -48,11 +48,11 @@ class ModelScores:
     own: dict[str, float] | None = None
 
     def to_json(self) -> dict[str, Any]:
-        return _without_none(asdict(self), "blocks", "own")
+        return _without_none(super().to_json(), "blocks", "own")
 
 
 @dataclass(frozen=True)
-class StudentScores:
+class StudentScores(Stored):
     """Base model and student on ``images`` of ``out_of`` photographs; at most ``most`` are scored.
 
     ``views``, ``seed``: of the denoised targets. ``median_norm``: the base model's median patch-token norm. ``int8``:
@@ -73,20 +73,18 @@ class StudentScores:
     top1_agreement: float | None = None
 
     def to_json(self) -> dict[str, Any]:
-        models = {"base": self.base, "student": self.student, "int8": self.int8}
-        scores = {name: model.to_json() if model else None for name, model in models.items()}
-        return _without_none({**asdict(self), **scores}, "int8", "class_cosine", "top1_agreement")
+        return _without_none(super().to_json(), "int8", "class_cosine", "top1_agreement")
 
 
 @dataclass(frozen=True)
-class History:
+class History(Stored):
     """Mean loss of every epoch; ``steps_per_epoch`` is None if nothing was trained."""
 
     loss: list[float]
     steps_per_epoch: int | None = None
 
     def to_json(self) -> dict[str, Any]:
-        return _without_none(asdict(self), "steps_per_epoch")
+        return _without_none(super().to_json(), "steps_per_epoch")
 
 
 @dataclass(frozen=True)
@@ -140,12 +138,10 @@ class StudentRecord:
 
     def to_json(self) -> dict[str, Any]:
         """The content of ``phreg.json``."""
-        same = ("source", "registers", "strength", "views", "seed", "autocast", "versions")
-        stored = ("recipe", "preprocess", "images", "history", "seconds")
+        fields = {name: value for name, value in vars(self).items() if name not in ("devices", "missing_scores")}
         return {
-            **{name: getattr(self, name) for name in same},
-            **{name: getattr(self, name).to_json() for name in stored},
-            "image_size": list(self.image_size),
+            **plain(fields),
+            "registers": self.registers,
             "device": ",".join(self.devices),
             "register_neurons": [{**n.to_json(), "left": reason} for n, reason in self.register_neurons.items()],
             "scores": self.scores.to_json() if self.scores else {"missing": self.missing_scores},

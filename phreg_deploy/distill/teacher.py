@@ -1,4 +1,4 @@
-"""Denoise the base model's features: average them over shifted and flipped views, re-aligned; and cache the results.
+"""Denoise the base model's features by averaging re-aligned shifted and flipped views, and cache the results.
 
 The method is arXiv 2505.21501 section 3.1. Targets depend only on the image, the weights and the settings. They are
 computed once and kept on disk in float16; later epochs and runs compute only the student.
@@ -88,7 +88,7 @@ class Teacher:
 
     @functools.cached_property
     def digest(self) -> str:
-        """sha256 of every setting that decides a target."""
+        """The sha256 of every setting that decides a target."""
         settings = {
             "model": (self._identity or model_identity(self.model)).to_json(),
             "preprocess": self.preprocess.to_json(),
@@ -101,15 +101,12 @@ class Teacher:
 
     @torch.inference_mode()
     def _denoise(self, model: ViT, device: str, photographs: Photographs, start: int, stop: int) -> list[Target]:
-        plans = [
-            draw_views(self.views, self.grid, seed_of(self.seed, digest)) for digest in photographs.digests[start:stop]
-        ]
+        seeds = [seed_of(self.seed, digest) for digest in photographs.digests[start:stop]]
+        plans = [draw_views(self.views, self.grid, seed) for seed in seeds]
         images = photographs.batch(start, stop)
         # (B * (V + 1), H, W, 3): the last view is the mirror image, whose class token is a target of its own.
-        mirrored = View(0, 0, True)
-        pixels = np.stack(
-            [show(image, view, self.patch) for image, plan in zip(images, plans) for view in (*plan, mirrored)]
-        )
+        shown = [(*plan, View(0, 0, True)) for plan in plans]
+        pixels = np.stack([show(image, view, self.patch) for image, views in zip(images, shown) for view in views])
         batch = hooks.normalise(torch.from_numpy(pixels).to(device), self.preprocess.mean, self.preprocess.std)
         with mixed_precision(device, self.autocast):
             features = hooks.forward(model, batch)
@@ -134,7 +131,7 @@ class Teacher:
 
 
 def mean_of_views(maps: torch.Tensor, plan: list[View]) -> torch.Tensor:
-    """Mean ``(Hp, Wp, C)`` over the views that cover each patch, on the device of ``maps``.
+    """Average the views that cover each patch: ``(Hp, Wp, C)``, on the device of ``maps``.
 
     Args:
         maps: features ``(V, Hp, Wp, C)`` of the views of ``plan``; the first view is unshifted and covers every patch.
@@ -211,7 +208,7 @@ class TargetCache:
 
 
 def _checksum(item: dict[str, np.ndarray]) -> np.ndarray:
-    """CRC-32 of the arrays' bytes in the order of ``ARRAYS``, uint32 ``(1,)``."""
+    """Compute the CRC-32 of the arrays' bytes in the order of ``ARRAYS``, uint32 ``(1,)``."""
     value = 0
     for name in ARRAYS:
         value = zlib.crc32(item[name].data, value)

@@ -209,23 +209,18 @@ def split_batch(batch: Batch, recipe: Recipe, micro_batch: int | None, devices: 
     size = min(micro_batch or count, math.ceil(count / devices))
     weight = 1 + recipe.hard_weight * batch.drift
     weight = weight / weight.mean()
-    parts = [slice(start, min(start + size, count)) for start in range(0, count, size)]
-    return [
-        MicroBatch(
-            batch.images[part],
-            batch.patches[part],
-            None if batch.cls is None else batch.cls[part],
-            weight[part],
-            (part.stop - part.start) / count,
-        )
-        for part in parts
-    ]
+    parts = []
+    for start in range(0, count, size):
+        rows = slice(start, start + size)
+        images, cls = batch.images[rows], None if batch.cls is None else batch.cls[rows]
+        parts.append(MicroBatch(images, batch.patches[rows], cls, weight[rows], len(images) / count))
+    return parts
 
 
 def objective(
     features: hooks.Features, part: MicroBatch, recipe: Recipe, variance: TargetVariance, device: str
 ) -> torch.Tensor:
-    """What a part adds to its batch's loss: (1 - cos) + MSE on patch tokens (arXiv 2505.21501 section 3.2).
+    """Compute a part's share of its batch's loss: (1 - cos) + MSE on patch tokens (arXiv 2505.21501 section 3.2).
 
     The same on the class token is added if the recipe gives it a weight.
     """
@@ -242,7 +237,7 @@ def _distance(x: torch.Tensor, target: torch.Tensor, weight: torch.Tensor, varia
 
 
 def learning_rate(recipe: Recipe, done: float) -> float:
-    """The learning rate after the share ``done`` (0-1) of all steps."""
+    """Return the learning rate after the share ``done`` (0-1) of all steps."""
     if recipe.lr_end is not None:
         return float(recipe.lr * (recipe.lr_end / recipe.lr) ** done)
     if done < WARM_UP:
@@ -251,7 +246,7 @@ def learning_rate(recipe: Recipe, done: float) -> float:
 
 
 def target_variance(cache: TargetCache, digests: list[str], most: int = 64) -> TargetVariance:
-    """Variance over images and positions, averaged over channels, of a sample of the targets."""
+    """Return the variance of a sample of targets over images and positions, averaged over channels."""
     items = [cache.read(d) for d in digests[:: max(1, len(digests) // most)]]
     patches = np.concatenate([item["patches"].astype(np.float32) for item in items])
     cls = np.stack([item["cls"].astype(np.float32) for item in items])

@@ -17,8 +17,7 @@ from phreg_deploy.json_files import read_json
 def work_folder(output: Path, settings: dict[str, Any], resume: bool, force: bool) -> Path:
     """Return ``OUTPUT.partial`` with this run's settings in it.
 
-    Raises:
-        PhregError: the folder holds a run of other settings, or a run that neither ``resume`` nor ``force`` allows for.
+    Raises ``PhregError`` if it holds a run of other settings, or one that neither ``resume`` nor ``force`` allows for.
     """
     work = output.with_name(output.name + ".partial")
     path = work / "settings.json"
@@ -65,11 +64,7 @@ def write_state(work: Path, state: dict[str, Any]) -> None:
 
 
 def read_state(work: Path, device: str) -> dict[str, Any] | None:
-    """Return the training state with its tensors on ``device``, None if no epoch was finished.
-
-    Raises:
-        PhregError: the file is damaged.
-    """
+    """Return the training state on ``device``, None before the first epoch ends. Raises ``PhregError`` if damaged."""
     path = work / "state.pt"
     if not path.is_file():
         return None
@@ -77,7 +72,6 @@ def read_state(work: Path, device: str) -> dict[str, Any] | None:
         state: dict[str, Any] = torch.load(path, map_location=device, weights_only=True)
     # PyTorch raises pickle, zip, EOF and runtime errors for damaged files.
     except Exception as error:
-        raise PhregError(
-            f"resume: {path} is damaged ({type(error).__name__}); add --force instead of --resume to start over."
-        ) from None
+        kind = type(error).__name__
+        raise PhregError(f"resume: {path} is damaged ({kind}); add --force, not --resume, to start over.") from None
     return state

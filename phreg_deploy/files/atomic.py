@@ -19,13 +19,9 @@ ATTEMPTS = 100
 
 
 def check_target(target: Path, force: bool, reads: Iterable[Path | None] = ()) -> None:
-    """Refuse an output that exists (without ``force``) or that cannot be written, before any work is done.
+    """Raise ``PhregError`` for an output that exists (without ``force``) or cannot be written, before any work is done.
 
-    Args:
-        reads: the command's inputs; ``force`` replaces neither them nor a folder that holds them.
-
-    Raises:
-        PhregError: it exists, it is a symbolic link, its parent is missing, or the folder is read-only.
+    ``reads``: the command's inputs; ``force`` replaces neither them nor a folder that holds them.
     """
     if target.name in ("", ".."):
         raise PhregError(f"output: got {str(target)!r}, expected the name of a folder that is to be written.")
@@ -91,11 +87,9 @@ def _holds_other_files(target: Path) -> bool:
 def atomic_folder(target: Path, force: bool = False, reads: Iterable[Path | None] = ()) -> Iterator[Path]:
     """Yield a temporary folder beside ``target``; rename it to ``target`` if the block succeeds, else remove it.
 
-    ``force`` replaces an output that exists, in one step if the system can exchange two names. At any moment, and after
-    any interrupt, ``target`` is the old output or the new one.
-
-    Raises:
-        PhregError: see ``check_target``; or ``target`` appeared meanwhile, without ``force``.
+    ``force`` replaces an output that exists, in one step if the system can exchange two names. At any moment, and
+    after any interrupt, ``target`` is the old output or the new one. Raises ``PhregError`` as ``check_target``, or if
+    ``target`` appeared meanwhile.
     """
     check_target(target, force, reads)
     try:
@@ -113,9 +107,7 @@ def atomic_folder(target: Path, force: bool = False, reads: Iterable[Path | None
         if descriptor is not None:
             os.close(descriptor)
     if os.path.lexists(partial):
-        raise PhregError(
-            f"output: {target} was written, but the one before it, now {partial}, cannot be removed; remove it by hand."
-        )
+        raise PhregError(f"output: {target} was written, but the old one cannot be removed; remove {partial} by hand.")
 
 
 def _publish(partial: Path, target: Path, force: bool) -> None:
@@ -166,11 +158,7 @@ def _put_back(aside: Path, target: Path) -> None:
 
 
 def write_atomic(target: Path, data: bytes) -> None:
-    """Write one file whole or not at all; it replaces an old one.
-
-    Raises:
-        PhregError: the disk is full, or the folder is missing or read-only.
-    """
+    """Write one file whole or not at all, in place of an old one. Raises ``PhregError`` if the system refuses to."""
     try:
         partial, descriptor = make_locked_file(target)
         try:

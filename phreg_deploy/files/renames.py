@@ -21,14 +21,10 @@ def exchange(one: Path, other: Path) -> bool:
 
 
 def claim(source: Path, target: Path) -> None:
-    """Rename ``source`` to ``target``, which must be free.
+    """Rename ``source`` to ``target``. Raises ``FileExistsError`` if the name is taken, else ``OSError``.
 
-    If the system cannot check and rename in one step, the check comes first, and an empty folder that appears between
-    the two is replaced.
-
-    Raises:
-        FileExistsError: the name is taken.
-        OSError: another refusal.
+    If the system cannot check and rename in one step, the check comes first; an empty folder that appears in between
+    is replaced.
     """
     number = _rename(source, target, NO_REPLACE)
     if number == 0:

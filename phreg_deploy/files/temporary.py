@@ -61,10 +61,8 @@ def make_locked_file(target: Path) -> tuple[Path, int]:
 def open_locked(path: Path) -> int:
     """Open a file or folder and lock it until the returned descriptor is closed.
 
-    Raises:
-        BlockingIOError: another process holds the lock.
-        FileNotFoundError: the file is gone.
-        OSError: the system has no locks.
+    Raises ``BlockingIOError`` if another process holds the lock, ``FileNotFoundError`` if the file is gone, and
+    ``OSError`` if the system has no locks.
     """
     descriptor = os.open(path, os.O_RDONLY | getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_NONBLOCK", 0))
     try:

@@ -17,27 +17,20 @@ GIANT = 1 << 25
 
 
 def to_rgb(image: Image.Image) -> Image.Image:
-    """Any PIL image as 8-bit RGB. 16-bit grey is scaled by 1/257, alpha is dropped (as timm does), CMYK converted.
+    """Convert any PIL image to 8-bit RGB: 16-bit grey is divided by 257, alpha is dropped as in timm, CMYK converted.
 
-    Raises:
-        PhregError: no pixels, or a mode without a defined scale (32-bit integer or float pixels).
+    Raises ``PhregError`` for an image without pixels, or of a mode without a scale (32-bit integers or floats).
     """
     if 0 in image.size:
-        raise PhregError(
-            f"image: got a picture of {image.size[0]}x{image.size[1]} pixels, expected at least one pixel."
-        )
+        raise PhregError(f"image: got a picture of {image.size[0]}x{image.size[1]} pixels, expected at least one.")
     if image.mode.startswith("I;16") or image.mode == "I":
         grey = np.asarray(image).astype(np.int64)
         if grey.min() < 0 or grey.max() > 65535:
-            raise PhregError(
-                f"image: got mode {image.mode!r} with values up to {grey.max()}, expected 16-bit grey (0-65535) or "
-                "8-bit pixels."
-            )
+            got = f"mode {image.mode!r} with values up to {grey.max()}"
+            raise PhregError(f"image: got {got}, expected 16-bit grey (0-65535) or 8-bit pixels.")
         return Image.fromarray((grey / 257 + 0.5).astype(np.uint8)).convert("RGB")
     if image.mode == "F":
-        raise PhregError(
-            "image: got 32-bit float pixels (mode 'F'), whose scale is unknown; expected 8-bit or 16-bit pixels."
-        )
+        raise PhregError("image: got 32-bit float pixels (mode 'F') of unknown scale; expected 8-bit or 16-bit pixels.")
     if image.mode == "P" and isinstance(image.info.get("transparency"), bytes):
         # Pillow warns of a direct conversion, though its result is the same.
         image = image.convert("RGBA")
@@ -59,8 +52,7 @@ def read_image(source: Path | str | IO[bytes], exif: bool = False, name: str | N
         exif: turn the image upright by its EXIF orientation.
         name: the name in messages; by default the path.
 
-    Raises:
-        PhregError: the file is missing, a folder, empty, truncated, too large, or no image.
+    Raises ``PhregError`` if the file is missing, a folder, empty, truncated, too large, or no image.
     """
     name = name or str(source)
     if isinstance(source, (str, Path)) and Path(source).is_dir():
@@ -75,12 +67,11 @@ def read_image(source: Path | str | IO[bytes], exif: bool = False, name: str | N
     except UnidentifiedImageError:
         kind = "empty" if _is_empty(source) else "not an image that Pillow can read"
         raise PhregError(f"image: {name} is {kind}; expected JPEG, PNG, WebP, TIFF or BMP.") from None
-    except (Image.DecompressionBombError, Image.DecompressionBombWarning):  # raised by open, before _bound
+    # ``Image.open`` raises these, before ``_bound``.
+    except (Image.DecompressionBombError, Image.DecompressionBombWarning):
         raise _too_large(name) from None
     except PermissionError as error:
-        raise PhregError(
-            f"image: {name} cannot be read ({error.strerror}); give yourself the right to read it."
-        ) from None
+        raise PhregError(f"image: {name} cannot be read ({error.strerror}); allow yourself to read it.") from None
     except (OSError, SyntaxError, ValueError, struct.error) as error:
         raise PhregError(f"image: {name} cannot be read ({error}); it is truncated or damaged. Replace it.") from None
 

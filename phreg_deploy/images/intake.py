@@ -25,7 +25,7 @@ EXPECTED = "a path, encoded bytes, a binary file, a PIL image, or a uint8 array 
 
 
 def check_color(color: str) -> str:
-    """Return ``color``; raise ``PhregError`` where it is not in ``COLORS``."""
+    """Return ``color``. Raises ``PhregError`` if it is not in ``COLORS``."""
     if color not in COLORS:
         raise PhregError(f"color: got {color!r}, expected {' or '.join(COLORS)}.")
     return color
@@ -46,14 +46,13 @@ def single_pictures(images: Any) -> list[Any]:
             raise PhregError("extract: got an empty list, expected at least one image.")
         if len(parts) == 1:
             return _pictures(parts[0], "image")
-        return [
-            picture for i, part in enumerate(parts) for picture in _pictures(part, f"image {i + 1} of {len(parts)}")
-        ]
+        names = [f"image {i + 1} of {len(parts)}" for i in range(len(parts))]
+        return [picture for part, name in zip(parts, names) for picture in _pictures(part, name)]
     return _pictures(images, "image")
 
 
 def rgb(picture: Any, exif: bool) -> Image.Image | np.ndarray:
-    """One entry of ``single_pictures`` as an RGB image, or uint8 ``(H, W, 3)`` in its own channel order.
+    """Convert an entry of ``single_pictures`` to an RGB image, or uint8 ``(H, W, 3)`` in its own channel order.
 
     Args:
         exif: turn files and Pillow images upright by their EXIF orientation.
@@ -73,7 +72,7 @@ def rgb(picture: Any, exif: bool) -> Image.Image | np.ndarray:
 
 
 def host_array(value: Any, what: str = "image") -> np.ndarray | None:
-    """An array-like in the host's memory as a numpy array; None for anything that is no array.
+    """Convert an array in the host's memory to numpy; return None for anything that is no array.
 
     Arrays of other libraries are read through ``__array__`` or DLPack, without an import of these libraries.
 
@@ -96,9 +95,8 @@ def host_array(value: Any, what: str = "image") -> np.ndarray | None:
     try:
         return np.asarray(value) if hasattr(value, "__array__") else np.from_dlpack(value)
     except (TypeError, ValueError, RuntimeError, BufferError) as error:
-        raise PhregError(
-            f"{what}: got a {type(value).__name__} that numpy cannot read ({error}); expected uint8."
-        ) from None
+        kind = type(value).__name__
+        raise PhregError(f"{what}: got a {kind} that numpy cannot read ({error}); expected uint8.") from None
 
 
 def on_gpu(value: Any) -> bool:
@@ -112,9 +110,7 @@ def on_gpu(value: Any) -> bool:
 
 def _pictures(value: Any, what: str) -> list[Any]:
     if value is None:
-        raise PhregError(
-            f"{what}: got None; a camera read that failed gives None. Check the frame before you hand it over."
-        )
+        raise PhregError(f"{what}: got None; a camera read that failed gives None. Check the frame first.")
     if isinstance(value, (str, os.PathLike)):
         refuse_url(os.fsdecode(value))
         return [Path(value)]
@@ -140,19 +136,15 @@ def _encoded(data: bytes, what: str) -> bytes:
 
 
 def _planes(array: np.ndarray, what: str) -> list[np.ndarray]:
-    """The images in an array, each ``(H, W, 3)`` or grey ``(H, W)``."""
+    """List the images in an array, each ``(H, W, 3)`` or grey ``(H, W)``."""
     shape, got = array.shape, f"{what}: got an array of {array.dtype} {array.shape}"
     if array.dtype == object:
         raise PhregError(f"{got}, expected uint8. Hand images of several sizes over as a list.")
     if array.dtype != np.uint8:
-        hint = (
-            " If its values are from 0 to 1: (255 * array).round().astype('uint8')." if array.dtype.kind == "f" else ""
-        )
+        hint = " If its values are 0-1: (255 * array).round().astype('uint8')." if array.dtype.kind == "f" else ""
         raise PhregError(f"{got}, expected uint8 with values 0-255.{hint}")
     if 0 in shape:
-        raise PhregError(
-            f"{got}, which holds no pixel; expected at least one. A camera that gives no frame may give this."
-        )
+        raise PhregError(f"{got}, which holds no pixel; expected at least one. A camera without a frame may give this.")
     if len(shape) == 4 and shape[3] in (1, 3) and not (shape[1] == 3 and shape[2] > 3):
         return [image for part in array for image in _planes(part, what)]
     if len(shape) == 2:

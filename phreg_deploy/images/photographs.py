@@ -75,9 +75,8 @@ def fit(image: Image.Image | np.ndarray, size: tuple[int, int], preprocess: Prep
     old = image.size if isinstance(image, Image.Image) else (image.shape[1], image.shape[0])
     new = _resized(old, size, preprocess)
     if max(new) > LONGEST * max(size):
-        raise PhregError(
-            f"image: got {old[0]}x{old[1]} pixels, too long and narrow for {height}x{width}; cut it into parts."
-        )
+        got = f"{old[0]}x{old[1]}"
+        raise PhregError(f"image: got {got} pixels, too long and narrow for {height}x{width}; cut it into parts.")
     left, top = round((new[0] - width) / 2), round((new[1] - height) / 2)
     box = (left, top, left + width, top + height)
     if resizes_fast(old, size, preprocess):
@@ -95,7 +94,7 @@ def resizes_fast(old: tuple[int, int], size: tuple[int, int], preprocess: Prepro
 
 
 def _resized(old: tuple[int, int], size: tuple[int, int], preprocess: Preprocess) -> tuple[int, int]:
-    """(width, height) to resize an image of (width, height) to, before the centre crop."""
+    """Return the (width, height) to which an image of (width, height) ``old`` is resized before the centre crop."""
     full = (math.floor(size[0] / preprocess.crop_pct), math.floor(size[1] / preprocess.crop_pct))
     if preprocess.crop_mode == "squash":
         return full[1], full[0]
@@ -128,26 +127,26 @@ class Photographs:
         return len(self.names)
 
     def array(self, index: int) -> np.ndarray:
-        """One image, uint8 ``(H, W, 3)``."""
+        """Return one image, uint8 ``(H, W, 3)``."""
         array = self.kept.get(self.names[index])
         return read_fitted(self.folder / self.names[index], self.size, self.preprocess) if array is None else array
 
     def batch(self, start: int, stop: int) -> np.ndarray:
-        """Images ``start`` to ``stop``, uint8 ``(B, H, W, 3)``."""
+        """Return the images ``start`` to ``stop``, uint8 ``(B, H, W, 3)``."""
         return np.stack([self.array(i) for i in range(start, min(stop, len(self)))])
 
     def digest(self) -> str:
-        """One sha256 over the files' digests in order: the identity of this set of images."""
+        """Return a sha256 over the files' digests in order, which identifies this set of images."""
         return hashlib.sha256("".join(self.digests).encode()).hexdigest()
 
     def subset(self, keep: Iterable[int]) -> Photographs:
-        """The images at the indices ``keep``, in that order; pixels are shared."""
+        """Return the images at the indices ``keep``, in this order; pixels are shared."""
         rows = list(keep)
         return replace(self, names=[self.names[i] for i in rows], digests=[self.digests[i] for i in rows])
 
     @property
     def skip_line(self) -> str | None:
-        """A line for people about the skipped files; None without any."""
+        """A line about the skipped files, for users; None if there are none."""
         if not self.skipped:
             return None
         name, reason = next(iter(self.skipped.items()))
@@ -188,9 +187,9 @@ def read_photographs(
             kept_bytes += array.nbytes
     if not photographs.names:
         name, reason = next(iter(photographs.skipped.items()))
+        count = len(photographs.skipped)
         raise PhregError(
-            f"images: none of the {len(photographs.skipped)} image files in {folder} can be read. The first, {name}: "
-            f"{reason}"
+            f"images: none of the {count} image files in {folder} can be read. The first, {name}: {reason}"
         )
     if photographs.skip_line:
         say(photographs.skip_line)

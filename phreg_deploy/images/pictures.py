@@ -1,4 +1,4 @@
-"""Pictures of features: principal components as colours, norms as heat. numpy and Pillow only."""
+"""Draw features: principal components as colours, norms as heat. Needs numpy and Pillow only."""
 
 from __future__ import annotations
 
@@ -9,16 +9,14 @@ import numpy as np
 from PIL import Image, ImageDraw
 
 SIDE = 256
-# Anchors of a dark-to-bright map, perceptually ordered; between them the colour is interpolated.
-HEAT = np.array(
-    [[4, 5, 20], [62, 15, 92], [140, 41, 99], [221, 81, 58], [252, 165, 10], [252, 255, 164]], dtype=np.float64
-)
+# Colours from dark to bright; those between are interpolated.
+HEAT = np.array([[4, 5, 20], [62, 15, 92], [140, 41, 99], [221, 81, 58], [252, 165, 10], [252, 255, 164]], np.float64)
 
 
 def components(maps: list[np.ndarray]) -> np.ndarray:
-    """Three principal directions ``(C, 4)``: a mean column, then three axes, over the patch tokens of all ``maps``.
+    """Compute the mean and the three principal axes of the patch tokens of all ``maps``, as columns ``(C, 4)``.
 
-    The axes ignore the 2 % of tokens farthest from the mean, so that artifacts do not choose the colours.
+    The 2 % of tokens farthest from the mean are left out, so that artifacts do not choose the colours.
     """
     tokens = np.concatenate([m.reshape(-1, m.shape[-1]) for m in maps]).astype(np.float64)
     mean = tokens.mean(0)
@@ -30,14 +28,14 @@ def components(maps: list[np.ndarray]) -> np.ndarray:
 
 
 def colours(features: np.ndarray, basis: np.ndarray, side: int = SIDE) -> Image.Image:
-    """Features ``(Hp, Wp, C)`` as an RGB image by a basis of ``components``; equal features get equal colours across images."""
+    """Draw features ``(Hp, Wp, C)`` in RGB by a basis of ``components``; equal features get equal colours."""
     shown = (features.astype(np.float64) - basis[:, 0]) @ basis[:, 1:]
     low, high = np.quantile(shown.reshape(-1, 3), (0.02, 0.98), axis=0)
     return _enlarge(np.clip((shown - low) / np.maximum(high - low, 1e-9), 0, 1) * 255, side)
 
 
 def heat(token_norm: np.ndarray, top: float, side: int = SIDE) -> Image.Image:
-    """Norms ``(Hp, Wp)`` from 0 to ``top`` as heat; what is above stays the brightest."""
+    """Draw norms ``(Hp, Wp)`` from 0 to ``top`` as heat; larger norms are as bright as ``top``."""
     place = np.clip(token_norm.astype(np.float64) / top, 0, 1) * (len(HEAT) - 1)
     below = np.minimum(place.astype(int), len(HEAT) - 2)
     part = (place - below)[..., None]
@@ -45,7 +43,7 @@ def heat(token_norm: np.ndarray, top: float, side: int = SIDE) -> Image.Image:
 
 
 def sheet(rows: list[list[tuple[str, Image.Image]]], side: int = SIDE) -> Image.Image:
-    """Captioned images on a light ground, row by row."""
+    """Draw images with captions on a light ground, row by row."""
     gap, caption = 12, 20
     width = max(len(row) for row in rows) * (side + gap) + gap
     page = Image.new("RGB", (width, len(rows) * (side + caption + gap) + gap), (250, 250, 248))
@@ -59,7 +57,7 @@ def sheet(rows: list[list[tuple[str, Image.Image]]], side: int = SIDE) -> Image.
 
 
 def data_url(picture: Image.Image) -> str:
-    """The picture as a PNG inside a page."""
+    """Encode a picture as the URL of a PNG, for an HTML page."""
     data = io.BytesIO()
     picture.save(data, "PNG", optimize=True)
     return "data:image/png;base64," + base64.b64encode(data.getvalue()).decode()

@@ -14,7 +14,7 @@ from timm.models import save_for_hf
 from phreg_deploy.files.atomic import write_atomic
 from phreg_deploy.models.hooks import ViT
 from phreg_deploy.models.loading import model_arguments
-from phreg_deploy.student_record import RECORD, RECORD_VERSION, read_record
+from phreg_deploy.student_record import NEWEST, RECORD, read_record
 
 __all__ = ["read_record", "write_record", "write_student"]
 
@@ -40,5 +40,5 @@ def write_student(student: ViT, record: dict[str, Any], folder: Path) -> None:
 
 def write_record(record: dict[str, Any], folder: Path) -> None:
     """Write or replace ``phreg.json`` in a student's folder."""
-    text = json.dumps({"format": RECORD_VERSION, **record}, indent=1, sort_keys=True) + "\n"
+    text = json.dumps({"format": NEWEST, **record}, indent=1, sort_keys=True) + "\n"
     write_atomic(folder / RECORD, text.encode())

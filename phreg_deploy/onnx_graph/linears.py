@@ -32,11 +32,7 @@ class Linear:
 
 
 def find_linears(model: ModelProto) -> list[Linear]:
-    """List the linear layers of the blocks, in the order in which they run.
-
-    Raises:
-        PhregError: a graph without named blocks; an older version wrote it.
-    """
+    """List the linear layers of the blocks in the order in which they run. Raises ``PhregError`` if there are none."""
     wiring = Wiring(model)
     linears: dict[str, Linear] = {}
     for node in model.graph.node:
@@ -44,9 +40,7 @@ def find_linears(model: ModelProto) -> list[Linear]:
             linear = _linear(node, wiring, linears)
             linears[linear.name] = linear
     if not linears:
-        raise PhregError(
-            "calibrate: the bundle's graph names no blocks; it was written by an older version. Export it again."
-        )
+        raise PhregError("calibrate: the graph names no blocks; it was written by an older version. Export it again.")
     return list(linears.values())
 
 
@@ -72,7 +66,7 @@ def _linear(node: NodeProto, wiring: Wiring, before: dict[str, Linear]) -> Linea
 
 
 def _feeder(source: str, wiring: Wiring, before: dict[str, Linear]) -> tuple[str, str, tuple[int, int]]:
-    """Kind, feeder and columns of the tensor ``source``; see ``Linear``."""
+    """Return kind, feeder and columns of the tensor ``source``; see ``Linear``."""
     norm = wiring.producer.get(source)
     readers = wiring.readers[source]
     if (

@@ -37,7 +37,7 @@ class Narrowed:
     islands: dict[str, str]
 
     def reasons(self) -> list[str]:
-        """The islands as the manifest lists them."""
+        """List the islands as the manifest does."""
         return [f"{name} ({reason})" for name, reason in sorted(self.islands.items())]
 
 
@@ -62,7 +62,7 @@ def narrow(
 
 
 def float_tensors(model: ModelProto) -> set[str]:
-    """Names of the tensors of a graph, constants and inputs included, that hold float32."""
+    """Return the names of a graph's float32 tensors, constants and inputs included."""
     return _Narrowing(model, "fp16", {}).floats
 
 
@@ -121,13 +121,11 @@ class _Narrowing:
         for expression in keep:
             fits = [n.name for n in floats if check_pattern(expression).search(n.name)]
             if not fits:
-                raise PhregError(
-                    f"keep in FP32: {expression!r} fits no node; they are named like blocks.11.mlp.fc2/MatMul."
-                )
+                raise PhregError(f"keep in FP32: {expression!r} fits no node; a name is e.g. blocks.11.mlp.fc2/MatMul.")
             self.wide.update({name: f"asked for by {expression!r}" for name in fits if name not in self.wide})
 
     def _reaches(self) -> dict[str, float]:
-        """The largest magnitude of every float tensor; a tensor that was not observed takes its neighbour's."""
+        """Return the largest magnitude of every float tensor; one that was not observed takes its neighbour's."""
         reaches = {
             name: float(np.abs(numpy_helper.to_array(i)).max(initial=0))
             for name, i in self.constants.items()
@@ -145,7 +143,7 @@ class _Narrowing:
         return reaches
 
     def _rules(self) -> set[str]:
-        """Nodes that stay in FP32 in every model: those of ``token_norm``, and with BF16 the final norm."""
+        """Return the nodes that always stay in FP32: those of ``token_norm``, and with BF16 the final norm."""
         producer, names = self.wiring.producer, set()
         node = producer.get("token_norm")
         while node is not None and node.op_type in NORMS:
@@ -181,7 +179,7 @@ class _Narrowing:
         self.nodes.append(node)
 
     def _as(self, name: str, kind: int) -> str:
-        """The name of a float tensor in the type ``kind``: itself, a converted constant, or a shared Cast."""
+        """Return the name of a float tensor in the type ``kind``: its own, a new constant's, or a shared Cast's."""
         if name in self.constants:
             return name if kind == FLOAT else self._constant(name)
         if self.types[name] == kind:

@@ -47,6 +47,5 @@ def open_session(model: ModelProto, optimized: Path | None = None, literal: bool
         return onnxruntime.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
     # The binding's exceptions share no base but Exception.
     except Exception as error:
-        raise PhregError(
-            f"calibrate: ONNX Runtime {VERSION} cannot load the graph: {str(error).splitlines()[0]}"
-        ) from None
+        reason = str(error).splitlines()[0]
+        raise PhregError(f"calibrate: ONNX Runtime {VERSION} cannot load the graph: {reason}") from None

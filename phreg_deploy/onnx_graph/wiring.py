@@ -2,26 +2,19 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
-
 import numpy as np
 from onnx import ModelProto, NodeProto, TensorProto, numpy_helper
 
 
-@dataclass
 class Wiring:
     """The producer, the readers and the constants of every tensor of a graph, by the tensor's name."""
 
-    model: ModelProto
-    producer: dict[str, NodeProto] = field(default_factory=dict)
-    readers: dict[str, list[NodeProto]] = field(default_factory=dict)
-    constants: dict[str, TensorProto] = field(default_factory=dict)
-
-    def __post_init__(self) -> None:
-        graph = self.model.graph
-        self.constants = {i.name: i for i in graph.initializer}
-        for node in graph.node:
-            self.producer.update(dict.fromkeys(node.output, node))
+    def __init__(self, model: ModelProto) -> None:
+        self.model = model
+        self.constants: dict[str, TensorProto] = {i.name: i for i in model.graph.initializer}
+        self.producer: dict[str, NodeProto] = {name: node for node in model.graph.node for name in node.output}
+        self.readers: dict[str, list[NodeProto]] = {}
+        for node in model.graph.node:
             for name in node.input:
                 self.readers.setdefault(name, []).append(node)
 
@@ -37,6 +30,14 @@ class Wiring:
                 return None
             name = node.input[0]
         return node
+
+
+def copy_without_outputs(model: ModelProto) -> ModelProto:
+    """Copy a graph, so that nodes and outputs which measure it can be added."""
+    copy = ModelProto()
+    copy.CopyFrom(model)
+    del copy.graph.output[:]
+    return copy
 
 
 def copy_without(model: ModelProto, weights: set[str]) -> ModelProto:

@@ -101,10 +101,9 @@ def _check_gpu(bundle: Bundle, gpu: Gpu) -> None:
 
 
 def _take_cached(bundle: Bundle, key: PlanKey, examined: bool) -> BuildReport | None:
-    """The report of the plan that was built with this key, which is preferred from now on; None if there is none.
+    """Return the report of the plan with this key, and prefer it from now on; None if there is none.
 
-    Raises:
-        PhregError: the plan was changed since it was built.
+    Raises ``PhregError`` if the plan was changed since it was built.
     """
     for plan in list_plans(bundle):
         if plan.key == key and read_report(plan, examined) is not None:
@@ -130,7 +129,7 @@ def _build(trt: Any, bundle: Bundle, key: PlanKey, request: BuildRequest, progre
 
 
 def _timing_cache(request: BuildRequest, bundle: Bundle, key: PlanKey) -> Path:
-    """The file of timings. Its folder is checked before the build, which takes minutes."""
+    """Return the file of timings, and check its folder before the build, which takes minutes."""
     chosen = request.timing_cache
     if chosen is not None and (chosen.is_dir() or not chosen.absolute().parent.is_dir()):
         raise PhregError(f"timing cache: got {chosen}, expected a file in a folder that exists.")
@@ -160,7 +159,8 @@ def _inspect(trt: Any, plan: bytes, settings: BuildSettings) -> Census:
     """Load the plan and count its layers."""
     runtime, engine = deserialise(trt, plan, make_logger(trt), settings.compatibility == "version")
     census = take_census(read_layers(trt, engine))
-    del engine, runtime  # in this order: the runtime must outlive the engine
+    # The runtime must outlive the engine.
+    del engine, runtime
     return census
 
 
@@ -193,8 +193,7 @@ def examine(bundle: Bundle, plan: StoredPlan, device: int = 0) -> dict[str, Any]
 def eight_bit_layers(bundle: Bundle) -> list[str]:
     """Return the linear layers that the calibration left in 8 bits; none for a bundle that was not calibrated.
 
-    Raises:
-        PhregError: the bundle was calibrated for the processor, or its ``calibration.json`` is missing or damaged.
+    Raises ``PhregError`` if it was calibrated for the processor, or if its ``calibration.json`` is missing or damaged.
     """
     calibration = bundle.manifest.quantisation
     if calibration is None:

@@ -77,10 +77,11 @@ def build_plan(
 def _open_builder(trt: Any, logger: Any) -> Any:
     try:
         return trt.Builder(logger)
-    except (TypeError, RuntimeError) as error:  # the bindings get a null pointer where CUDA does not start
+    # The bindings get a null pointer if CUDA does not start.
+    except (TypeError, RuntimeError) as error:
+        reason = f"{error}; {logger.reason()}"
         raise BackendMissing(
-            f"TensorRT: {trt.__version__} cannot build here: {error}; {logger.reason()}. "
-            "A GPU and its driver are needed."
+            f"TensorRT: {trt.__version__} cannot build here: {reason}. A GPU and its driver are needed."
         ) from None
 
 
@@ -113,8 +114,7 @@ def _set_timing_cache(config: Any, data: bytes, strict: bool) -> None:
     if data and (cache is None or not config.set_timing_cache(cache, ignore_mismatch=False)):
         if strict:
             raise PhregError(
-                "timing cache: the given file is damaged, or of another GPU or TensorRT. "
-                "Give another with --timing-cache."
+                "timing cache: the file is damaged, or of another GPU or TensorRT. Give another with --timing-cache."
             )
         cache = config.create_timing_cache(b"")
     if cache is not None:
@@ -157,11 +157,8 @@ def _config(trt: Any, builder: Any, settings: BuildSettings, workspace: int | No
 
 
 def _parser_errors(parser: Any) -> str:
-    """The parser's errors, each with its node; at most three."""
-    reasons: dict[str, None] = {}
-    for i in range(parser.num_errors):
-        reasons[_describe(parser.get_error(i))] = None
-    texts = list(reasons)
+    """Describe the parser's errors, each with its node; at most three."""
+    texts = list(dict.fromkeys(_describe(parser.get_error(i)) for i in range(parser.num_errors)))
     more = f"; and {len(texts) - 3} more" if len(texts) > 3 else ""
     return "; ".join(texts[:3]) + more or "no reason given"
 
@@ -214,7 +211,8 @@ def _make_monitor(trt: Any, advance: Callable[..., None]) -> Any:
         def _quietly(self, count: int, note: str) -> None:
             try:
                 advance(count, note=note[:60])
-            except BaseException as error:  # C++ frames cannot pass it on
+            # C++ frames cannot pass an exception on.
+            except BaseException as error:
                 self.interrupted = error
 
     return Monitor()

@@ -12,13 +12,9 @@ SIDE, ROUNDS = 8192, 10
 
 
 def measure_product(trt: Any, cuda: Cuda, side: int = SIDE, rounds: int = ROUNDS) -> float:
-    """Measure one FP16 product ``(side, side) x (side, side)``.
+    """Return the operations per second of an FP16 product ``(side, side) x (side, side)``, the best of ``rounds``.
 
-    Returns:
-        Operations per second, the best of ``rounds``.
-
-    Raises:
-        BackendMissing, PhregError: as ``build_plan``, or the GPU has too little memory for three such matrices.
+    Raises ``BackendMissing`` or ``PhregError`` as ``build_plan``, or if three matrices do not fit in the GPU's memory.
     """
     logger = make_logger(trt)
     builder = trt.Builder(logger)

@@ -73,11 +73,7 @@ class _Layer:
 
 
 def read_layers(trt: Any, engine: Any) -> list[dict[str, Any]]:
-    """Return the layers that TensorRT's engine inspector lists, one dictionary each.
-
-    Raises:
-        PhregError: the inspector gives no details.
-    """
+    """Return the layers that TensorRT's engine inspector lists. Raises ``PhregError`` if it gives no details."""
     inspector = engine.create_engine_inspector()
     text = inspector.get_engine_information(trt.LayerInformationFormat.JSON)
     try:
@@ -122,10 +118,7 @@ def take_census(layers: list[dict[str, Any]]) -> Census:
 def shortfalls(census: Census, manifest: Manifest, eight_bit: list[str]) -> list[str]:
     """Return what the engine lacks of the expected fused attentions and 8-bit layers, as sentences.
 
-    TensorRT does not fuse attention in FP32, so none is expected there.
-
-    Args:
-        eight_bit: linear layers that the bundle wants in 8 bits.
+    ``eight_bit``: the layers that the bundle wants in 8 bits. TensorRT does not fuse attention in FP32.
     """
     missing = []
     width = manifest.model.width // manifest.model.heads

@@ -34,11 +34,7 @@ class BuildReport:
 
     @classmethod
     def from_plan(cls, plan: StoredPlan, cached: bool) -> BuildReport:
-        """Read the report in a plan's sidecar.
-
-        Raises:
-            KeyError, TypeError, PhregError: a field is missing, or of another type.
-        """
+        """Read the report in a plan's sidecar. Raises ``KeyError``, ``TypeError`` or ``PhregError`` if damaged."""
         fields = dict(plan.report)
         census = Census.from_json(fields.pop("census"))
         shortfalls, warnings = fields.pop("short"), fields.pop("warnings", [])
@@ -60,7 +56,7 @@ class BuildReport:
         return None if parity is None else float(parity["cosine_p1"])
 
     def to_sidecar(self) -> dict[str, Any]:
-        """The part that the sidecar stores; ``write_sidecar`` adds the serial number."""
+        """Return the part that the sidecar stores; ``write_sidecar`` adds the serial number."""
         return {
             "census": self.census.to_json(),
             "short": self.shortfalls,
@@ -76,7 +72,7 @@ class BuildReport:
 
 
 def read_report(plan: StoredPlan, examined: bool) -> BuildReport | None:
-    """The report of a plan that is there already; None if it is damaged, or lacks the exam that is wanted now."""
+    """Return the report of a stored plan; None if it is damaged, or lacks an exam that is wanted."""
     try:
         report = BuildReport.from_plan(plan, cached=True)
     except (KeyError, TypeError, PhregError):
