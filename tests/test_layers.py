@@ -21,7 +21,8 @@ MAY = {
     "artifacts": {"images"},
     "bundle": {"files"},
     "models": {"files", "images", "artifacts"},
-    "distill": {"files", "images", "artifacts", "models"},
+    "distill/neurons": {"artifacts", "models"},
+    "distill": {"files", "images", "artifacts", "models", "distill/neurons"},
     "runtime/gpu": {"bundle", "images"},
     "runtime/backends": {"bundle", "runtime/gpu"},
     "runtime": {"files", "images", "artifacts", "bundle", "runtime/gpu", "runtime/backends"},
@@ -49,6 +50,7 @@ LATE = {
 HEAVY = {"torch", "timm", "onnx", "onnxscript", "safetensors", "torchvision"}
 NEEDS = {  # room: what it may import of these
     "models": HEAVY,
+    "distill/neurons": HEAVY,
     "distill": HEAVY,
     "export": HEAVY,
     "demo": HEAVY,

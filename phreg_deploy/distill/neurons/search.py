@@ -19,8 +19,8 @@ import numpy as np
 import torch
 
 from phreg_deploy.artifacts.outliers import LEAST_RATE, NormBand, clearest_block
-from phreg_deploy.distill.contributions import Contributions, HeadShare
-from phreg_deploy.distill.record import RegisterNeuron
+from phreg_deploy.distill.neurons.contributions import Contributions, HeadShare
+from phreg_deploy.distill.neurons.neuron import RegisterNeuron
 from phreg_deploy.models import hooks
 from phreg_deploy.models.hooks import ViT
 from phreg_deploy.progress import Advance
