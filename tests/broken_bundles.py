@@ -1,4 +1,4 @@
-"""Make bundles that answer wrongly: nodes are appended to the outputs of the graph, and all hashes are correct."""
+"""Make bundles with correct hashes and wrong outputs, by nodes that are added behind the outputs of the graph."""
 
 import shutil
 from pathlib import Path
@@ -11,8 +11,8 @@ from phreg_deploy.bundle.bundle import Bundle
 from phreg_deploy.bundle.writing import write_manifest
 
 
-class Broken:
-    """A copy of a bundle whose outputs pass through more nodes before they leave the graph."""
+class BrokenBundle:
+    """A copy of a bundle with more nodes between the outputs of the model and those of the graph."""
 
     def __init__(self, bundle: Path, folder: Path) -> None:
         shutil.copytree(bundle, folder)
@@ -51,25 +51,25 @@ class Broken:
         return self.folder
 
 
-def times(broken: Broken, **factors: float) -> None:
+def scale_outputs(broken: BrokenBundle, **factors: float) -> None:
     for name, factor in factors.items():
         broken.give(name, broken.node("Mul", broken.output(name), broken.constant(factor)))
 
 
-def another_class_token(broken: Broken, value: np.ndarray) -> None:
+def replace_class_token(broken: BrokenBundle, value: np.ndarray) -> None:
     true = broken.output("cls")
     nothing = broken.node("Mul", true, broken.constant(0))
     broken.give("cls", broken.node("Add", nothing, broken.constant(value.reshape(1, -1))))
 
 
-def shifted(broken: Broken) -> None:
+def shift_features(broken: BrokenBundle) -> None:
     """Shift features one patch to the right; the last column comes first."""
     true, columns = broken.output("features"), broken.grid[1]
     order = broken.constant([(i - 1) % columns for i in range(columns)], np.int64)
     broken.give("features", broken.node("Gather", true, order, axis=2))
 
 
-def garbage_token(broken: Broken, pixel: tuple[int, int, int] | None = None, value: int = 0) -> None:
+def add_garbage_token(broken: BrokenBundle, pixel: tuple[int, int, int] | None = None, value: int = 0) -> None:
     """Make the first patch token noise; with ``pixel`` (row, column, channel) only in images with ``value`` there."""
     rng, (rows, columns) = np.random.default_rng(0), broken.grid
     mask = np.zeros((1, rows, columns, 1), bool)

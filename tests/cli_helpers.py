@@ -1,4 +1,4 @@
-"""Helpers that are no fixtures: the command line in this process, and synthetic photographs."""
+"""Run the command line in this process, draw synthetic photographs, and interrupt functions."""
 
 import contextlib
 import functools
@@ -31,11 +31,11 @@ class Outcome:
 
     @property
     def document(self) -> dict[str, Any]:
-        """The JSON document in the last line of stdout; NaN and infinity are not JSON and raise."""
+        """Parse the JSON document in the last line of stdout; raise for NaN and infinity, which are not JSON."""
         return json.loads(self.out.splitlines()[-1], parse_constant=_strict)
 
     def refused(self, code: int, *fragments: str) -> None:
-        """Assert an error message on stderr and, as the command ran with ``--json``, the same one as JSON on stdout."""
+        """Assert the exit code, and a message with ``fragments`` on stderr and, as JSON, on stdout; for ``--json``."""
         message = " ".join(self.err.split())
         assert self.code == code, f"exit code {self.code}, expected {code}: {self.err[-800:]}"
         assert "Traceback" not in message
@@ -44,7 +44,7 @@ class Outcome:
             assert fragment in message, f"{fragment!r} is not in: {message[-800:]}"
         assert self.out, "with --json, the error goes to stdout as well"
         assert self.document["exit_code"] == code
-        assert self.document["error"] in message, "one paragraph, the same on both streams"
+        assert self.document["error"] in message, "the message is the same on both streams"
 
 
 def _strict(word: str) -> None:
@@ -52,7 +52,7 @@ def _strict(word: str) -> None:
 
 
 def invoke(*arguments: object) -> Outcome:
-    """Run the command line in this process. An exception other than an exit is a defect and is raised."""
+    """Run the command line in this process; an exception other than ``SystemExit`` is a defect and passes through."""
     from phreg_deploy.cli import main
 
     words, out, err, code = [str(a) for a in arguments], io.StringIO(), io.StringIO(), 0
@@ -63,6 +63,14 @@ def invoke(*arguments: object) -> Outcome:
             except SystemExit as stop:
                 code = stop.code if isinstance(stop.code, int) else 0 if stop.code is None else 1
     return Outcome(code, out.getvalue(), err.getvalue())
+
+
+def run_python(code: str, *arguments: object, warnings: str = "error") -> str:
+    """Run code in a separate Python process, in the root of the repository; assert exit code 0 and return stdout."""
+    command = [sys.executable, "-W", warnings, "-c", code, *(str(argument) for argument in arguments)]
+    process = subprocess.run(command, capture_output=True, text=True, check=False, cwd=ROOT)
+    assert process.returncode == 0, process.stderr
+    return process.stdout
 
 
 RUN = """
@@ -105,13 +113,13 @@ def photograph(seed: int, width: int, height: int) -> Image.Image:
 
 
 def leftovers(folder: Path) -> list[str]:
-    """Temporary files and folders that an output left below ``folder``."""
+    """List the temporary files and folders below ``folder``."""
     return [str(p.relative_to(folder)) for p in folder.rglob("*") if any(mark in p.name for mark in LEFTOVERS)]
 
 
 @contextlib.contextmanager
 def interrupted(owner: Any, name: str, at: int) -> Any:
-    """Make the ``at``-th call of ``owner.name`` a Ctrl-C, and assert that the block raises it."""
+    """Raise ``KeyboardInterrupt`` in the ``at``-th call of ``owner.name``, and assert that it leaves the block."""
     real, calls = getattr(owner, name), []
 
     def broken(*arguments: Any) -> Any:

@@ -1,4 +1,4 @@
-"""Photographs, a small model with a planted register neuron, its student and its bundles, made once a session.
+"""Photographs, a small model with a planted register neuron, its student and its bundles; each is made once.
 
 No fixture needs the network. Fixtures that need torch skip if it is not installed.
 """
@@ -18,6 +18,8 @@ from tests.cli_helpers import invoke, photograph
 
 os.environ.update(HF_HUB_OFFLINE="1", OMP_NUM_THREADS="1", COLUMNS="140")
 
+pytest_plugins = ["tests.gpu_fixtures", "tests.real_gpu_fixtures"]
+
 SIDE, PATCH, WIDTH, DEPTH = 64, 8, 48, 3
 NEURON = (1, 17)  # block and hidden unit of the planted register neuron
 
@@ -29,7 +31,7 @@ def run_cli():
 
 @pytest.fixture(scope="session", autouse=True)
 def home(tmp_path_factory):
-    """Keep the cache of teacher targets inside the session."""
+    """Keep the cache of teacher targets in a folder of this test session."""
     folder = tmp_path_factory.mktemp("home")
     with mock.patch.dict(os.environ, XDG_CACHE_HOME=str(folder)):
         yield folder / "phreg-deploy"
@@ -72,9 +74,9 @@ def odd_images(tmp_path_factory) -> Path:
 
 
 def plant(model: Any, torch: Any) -> None:
-    """Give ``model`` seeded weights of normal scale, and a hidden unit that turns the four corner tokens into outliers.
+    """Give ``model`` seeded weights of normal scale, and a register neuron that makes the four corner tokens outliers.
 
-    The position embedding marks the corners; the unit reads the mark and writes one large vector.
+    A vector in the position embedding marks the corners. The neuron detects it and adds one large vector.
     """
     draw = torch.Generator().manual_seed(7)
     block, unit = NEURON
@@ -160,35 +162,35 @@ def wide_bundle(tmp_path_factory, student) -> Path:
 
 
 @pytest.fixture(scope="session")
-def eight(tmp_path_factory, bundle, photos) -> Path:
-    """The fixed bundle in 8 bits, as ``calibrate`` writes it by default."""
+def int8_bundle(tmp_path_factory, bundle, photos) -> Path:
+    """The fixed bundle in INT8, as ``calibrate`` writes it by default."""
     from phreg_deploy.calibration import calibrate
 
-    folder = tmp_path_factory.mktemp("bundles") / "eight"
+    folder = tmp_path_factory.mktemp("bundles") / "int8"
     calibrate(bundle, photos, folder)
     return folder
 
 
 @pytest.fixture(scope="session")
-def wide_eight(tmp_path_factory, wide_bundle, photos) -> Path:
-    """The bundle of many sizes and batches in 8 bits, with a smoothing that was given."""
+def wide_int8_bundle(tmp_path_factory, wide_bundle, photos) -> Path:
+    """The bundle of many sizes and batches in INT8, with a given smoothing instead of a search."""
     from phreg_deploy.calibration import calibrate
     from phreg_deploy.quantisation import Smoothing
 
-    folder = tmp_path_factory.mktemp("bundles") / "wide-eight"
+    folder = tmp_path_factory.mktemp("bundles") / "wide-int8"
     calibrate(wide_bundle, photos, folder, smoothing=Smoothing())
     return folder
 
 
 @pytest.fixture(scope="session")
 def traces():
-    """Traced graphs by weights, sizes and batches."""
+    """Cache of traced graphs: (sizes, batches, weights) -> graph and program."""
     return {}
 
 
 @pytest.fixture
 def traced_once(torch, traces, monkeypatch):
-    """Trace a student once per size and session, for tests of what surrounds the tracing."""
+    """Trace a student once per size in a session, for tests that do not test the tracing itself."""
     exporter = importlib.import_module("phreg_deploy.export.exporter")
 
     def once(module, sizes, batches, trace=exporter.trace):
@@ -204,7 +206,7 @@ def traced_once(torch, traces, monkeypatch):
 
 @pytest.fixture
 def world(request, tmp_path):
-    """Every fixture as an attribute, made at first use, and the test's own ``out`` and ``tmp``; for tables of cases."""
+    """Every fixture as an attribute, made at first use, and the test's ``out`` and ``tmp``; for tables of cases."""
 
     class World:
         tmp, out = tmp_path, tmp_path / "out"
@@ -227,21 +229,8 @@ def world(request, tmp_path):
 
 
 @pytest.fixture
-def device(monkeypatch):
-    """A GPU that is not there, on which nothing undefined may have happened by the end of the test."""
-    from tests import fake_gpu as double
+def bundle_copy(world):
+    """A copy of the fixed bundle, as a ``Bundle``."""
+    from phreg_deploy.bundle.bundle import Bundle
 
-    made = double.Device()
-    double.install(monkeypatch, made)
-    yield made
-    assert made.undefined == []
-
-
-@pytest.fixture
-def workshop(device, monkeypatch):
-    """The TensorRT of that GPU."""
-    from tests import fake_gpu as double
-
-    made = double.Workshop(device)
-    double.install(monkeypatch, device, made)
-    return made
+    return Bundle.read(world.copy("bundle"))

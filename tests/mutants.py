@@ -1,4 +1,4 @@
-"""Damage bundles at random, by a seed, correct their hashes, and judge the outcome; for a test and for longer runs."""
+"""Damage bundles at random by a seed, correct their hashes, and judge the outcome, in a test or in longer runs."""
 
 import copy
 import hashlib
@@ -23,14 +23,14 @@ VALUES = [
 
 
 def answers(folder, verify=True):
-    """Return what a bundle serves for one photograph, which is resized to the bundle's size."""
+    """Return the features that a bundle gives for one photograph, which is resized to the bundle's size."""
     with FeatureExtractor.load(folder, BACKEND, threads=1, verify=verify) as extractor:
         dense = extractor(photograph(77, 90, 70))
     return {"features": dense.features, "cls": dense.cls, "token_norm": dense.token_norm, "rate": dense.artifact_rate}
 
 
 def verdict(folder, expected, verify=True):
-    """Return "refused", "harmless", "caught by check", or what changed silently; pass on any other exception."""
+    """Return "refused", "harmless", "caught by check", or which output changed silently; other exceptions pass."""
     try:
         got = answers(folder, verify)
     except PhregError:
@@ -47,7 +47,7 @@ def verdict(folder, expected, verify=True):
 
 
 def difference(got, expected):
-    """Return the first kind of answer that differs, or None."""
+    """Return the name of the first output that differs, or None."""
     for name, value in expected.items():
         if np.shape(got[name]) != np.shape(value):
             return f"shape of {name}"

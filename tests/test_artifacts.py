@@ -48,7 +48,7 @@ def test_a_map_that_moves_with_the_image_is_coherent_and_a_fixed_one_is_not():
     assert shift_incoherence(plain, broken, valid, centre).rate == 0
 
 
-def answers(seed=0):
+def make_outputs(seed=0):
     rng = np.random.default_rng(seed)
     features = rng.standard_normal((2, 4, 4, 16)).astype(np.float32)
     return {
@@ -59,7 +59,7 @@ def answers(seed=0):
 
 
 def test_a_run_agrees_with_itself():
-    parity = compare_runs(answers(), answers())
+    parity = compare_runs(make_outputs(), make_outputs())
     assert parity.cosine_min == pytest.approx(1)
     assert parity.relative_l2 == 0
     assert parity.neighbours == 1
@@ -67,33 +67,33 @@ def test_a_run_agrees_with_itself():
 
 
 def test_one_wrong_patch_in_thirty_two_fails_the_gate():
-    got = answers()
+    got = make_outputs()
     got["features"] = got["features"].copy()
     got["features"][0, 0, 0] *= -1
-    missed = missed_gates(compare_runs(got, answers()), "fp16")
+    missed = missed_gates(compare_runs(got, make_outputs()), "fp16")
     assert "1st-percentile patch cosine" in missed[0]
     assert "smallest patch cosine" in missed[1]
 
 
 def test_a_new_outlier_fails_the_gate():
-    got = answers()
+    got = make_outputs()
     got["token_norm"] = got["token_norm"].copy()
     got["token_norm"][0, 0, 0] = 100
-    parity = compare_runs(got, answers())
+    parity = compare_runs(got, make_outputs())
     assert parity.outlier_points == pytest.approx(100 / 32)
     missed = missed_gates(parity, "fp32")
     assert [line.split(" ")[0] for line in missed] == ["a", "norm-outlier"], "the token's norm, and the rate"
     assert missed_gates(parity, "fp32", outlier_points=5) == missed[:1]
 
 
-def test_nan_is_a_miss_and_no_crash():
-    got = answers()
+def test_nan_misses_the_gate_and_raises_nothing():
+    got = make_outputs()
     got["features"] = got["features"].copy()
     got["features"][0, 0, 0, 0] = np.nan
-    assert "NaN" in missed_gates(compare_runs(got, answers()), "int8")[0]
+    assert "NaN" in missed_gates(compare_runs(got, make_outputs()), "int8")[0]
 
 
-def test_the_worst_of_several_is_the_weakest_of_each():
-    good, bad = compare_runs(answers(), answers()), compare_runs(answers(), answers(1))
+def test_the_worst_report_has_the_weakest_figure_of_each_kind():
+    good, bad = compare_runs(make_outputs(), make_outputs()), compare_runs(make_outputs(), make_outputs(1))
     assert worst([good, bad]).cosine_p1 == bad.cosine_p1
     assert worst([good, bad]).relative_l2 == bad.relative_l2

@@ -1,4 +1,4 @@
-"""Interrupts, kills, equal process numbers and rival writers leave the old output or the new one, and nothing else."""
+"""Interrupts, kills, equal process numbers and other writers leave the old or the new output, and nothing else."""
 
 import os
 import random
@@ -14,13 +14,14 @@ from phreg_deploy.errors import PhregError
 from phreg_deploy.files import atomic, renames, temporary
 from phreg_deploy.files.atomic import atomic_folder, check_target, write_atomic
 from tests.cli_helpers import ROOT
+from tests.threads import run_in_threads
 
 STEPS = {"one step": [(atomic, "exchange")], "three steps": [(os, "rename"), (atomic, "claim")]}
 
 
 @pytest.fixture(params=STEPS)
 def steps(request, monkeypatch):
-    """Both ways to replace an output: with a system that exchanges two names in one step, and without."""
+    """Both ways to replace an output: in one step, if the system can exchange two names, and in three."""
     if request.param == "three steps":
         monkeypatch.setattr(renames, "_renameat2", lambda: None)
     elif not can_exchange():
@@ -32,14 +33,14 @@ def can_exchange():
     return sys.platform == "linux" and renames._renameat2() is not None
 
 
-def write(target, text, force=True, meanwhile=lambda: None):
+def write_output(target, text, force=True, meanwhile=lambda: None):
     with atomic_folder(target, force) as folder:
         (folder / "manifest.json").write_text(text)
         (folder / "other").write_text(text)
         meanwhile()
 
 
-def failure(call):
+def exception_of(call):
     try:
         call()
     except BaseException as error:
@@ -47,8 +48,8 @@ def failure(call):
     return None
 
 
-def read(target):
-    """Return the text of an output, which must be the same in both of its files."""
+def read_output(target):
+    """Return the text of an output; assert that both of its files have the same text."""
     texts = {p.name: p.read_text() for p in target.iterdir()}
     assert set(texts) == {"manifest.json", "other"}
     assert len(set(texts.values())) == 1
@@ -57,19 +58,19 @@ def read(target):
 
 def test_force_replaces_and_leaves_nothing_else(tmp_path, steps):
     for text in ("old", "new", "newer"):
-        write(tmp_path / "out", text)
-        assert read(tmp_path / "out") == text
+        write_output(tmp_path / "out", text)
+        assert read_output(tmp_path / "out") == text
         assert [p.name for p in tmp_path.iterdir()] == ["out"]
     plain = tmp_path / "plain"
     plain.mkdir()
-    assert (tmp_path / "out").stat().st_mode == plain.stat().st_mode, "as readable as any folder"
+    assert (tmp_path / "out").stat().st_mode == plain.stat().st_mode, "the permissions are those of a new folder"
 
 
 @pytest.mark.parametrize("kind", [KeyboardInterrupt, SystemExit, OSError])
 @pytest.mark.parametrize("late", [False, True], ids=["before", "after"])
 def test_an_interrupt_at_any_step_leaves_the_old_or_the_new(tmp_path, steps, late, kind):
     for owner, name in STEPS[steps]:
-        write(tmp_path / "out", "old")
+        write_output(tmp_path / "out", "old")
         for at in range(1, 9):
             real, calls = getattr(owner, name), []
 
@@ -84,16 +85,16 @@ def test_an_interrupt_at_any_step_leaves_the_old_or_the_new(tmp_path, steps, lat
 
             with pytest.MonkeyPatch.context() as patch:
                 patch.setattr(owner, name, broken)
-                interrupted = failure(lambda: write(tmp_path / "out", "new"))
-            assert read(tmp_path / "out") in ("old", "new")
-            # Removes what an interrupt of the removal itself left.
+                interrupted = exception_of(lambda: write_output(tmp_path / "out", "new"))
+            assert read_output(tmp_path / "out") in ("old", "new")
+            # This removes what an interrupted removal left.
             check_target(tmp_path / "out", force=True)
             assert [p.name for p in tmp_path.iterdir()] == ["out"]
             if interrupted is None:
-                # The function is called fewer times.
+                # The function was called fewer than ``at`` times.
                 break
             assert isinstance(interrupted, (kind, PhregError))
-            write(tmp_path / "out", "old")
+            write_output(tmp_path / "out", "old")
         assert at > 1, f"{name} was never called"
 
 
@@ -129,15 +130,15 @@ def test_a_real_signal_at_any_moment_leaves_a_whole_output(tmp_path, steps, numb
             finally:
                 child.kill()
         if number == signal.SIGINT or steps == "one step":
-            read(tmp_path / "out")
+            read_output(tmp_path / "out")
         # The next run removes the leftovers.
         with pytest.raises(PhregError, match="exists already"):
             check_target(tmp_path / "out", force=False)
-        read(tmp_path / "out")
+        read_output(tmp_path / "out")
         assert [p.name for p in tmp_path.iterdir()] == ["out"]
 
 
-def test_equal_process_numbers_do_not_meet(tmp_path, monkeypatch):
+def test_processes_with_equal_numbers_do_not_share_temporary_files(tmp_path, monkeypatch):
     """The first process of every container has number 1."""
     monkeypatch.setattr(os, "getpid", lambda: 1)
     for name in (".out.writing-1", ".out.probe-1", ".out.old-1"):
@@ -145,25 +146,25 @@ def test_equal_process_numbers_do_not_meet(tmp_path, monkeypatch):
         (tmp_path / name / "theirs").write_text("kept")
     with atomic_folder(tmp_path / "out", True) as first:
         (first / "manifest.json").write_text("first")
-        write(tmp_path / "out", "second")
+        write_output(tmp_path / "out", "second")
         assert (first / "manifest.json").read_text() == "first"
         (first / "other").write_text("first")
-    assert read(tmp_path / "out") == "first"
+    assert read_output(tmp_path / "out") == "first"
     assert {p.name for p in tmp_path.iterdir()} == {"out", ".out.writing-1", ".out.probe-1", ".out.old-1"}
 
 
-def test_a_refused_temporary_folder_removes_nobody_elses(tmp_path, monkeypatch):
+def test_a_temporary_folder_of_another_process_is_kept(tmp_path, monkeypatch):
     taken = tmp_path / ".out.writing-000000000000"
     taken.mkdir()
     (taken / "theirs").write_text("kept")
     monkeypatch.setattr(temporary.secrets, "token_hex", lambda _: "0" * 12)
     monkeypatch.setattr(atomic, "remove_dead", lambda *_: None)
     with pytest.raises(PhregError, match="cannot be written"):
-        write(tmp_path / "out", "new")
+        write_output(tmp_path / "out", "new")
     assert (taken / "theirs").read_text() == "kept"
 
 
-def leave(folder, kind, text, target="out"):
+def leave_temporary(folder, kind, text, target="out"):
     path = temporary.temporary(folder / target, kind)
     path.mkdir()
     for name in ("manifest.json", "other"):
@@ -173,38 +174,38 @@ def leave(folder, kind, text, target="out"):
 
 def test_leftovers_of_the_dead_go_and_those_of_the_living_stay(tmp_path):
     pytest.importorskip("fcntl")
-    leave(tmp_path, "writing", "half")
-    other = leave(tmp_path, "writing", "half", "another")
-    alive = leave(tmp_path, "writing", "half")
+    leave_temporary(tmp_path, "writing", "half")
+    other = leave_temporary(tmp_path, "writing", "half", "another")
+    alive = leave_temporary(tmp_path, "writing", "half")
     lock = temporary.open_locked(alive)
-    write(tmp_path / "out", "new")
+    write_output(tmp_path / "out", "new")
     assert {p.name for p in tmp_path.iterdir()} == {"out", alive.name, other.name}
     os.close(lock)
-    write(tmp_path / "out", "newer")
+    write_output(tmp_path / "out", "newer")
     assert {p.name for p in tmp_path.iterdir()} == {"out", other.name}
 
 
 def test_an_old_output_that_a_killed_process_moved_aside_comes_back(tmp_path):
     pytest.importorskip("fcntl")
-    leave(tmp_path, "old", "old")
+    leave_temporary(tmp_path, "old", "old")
     with pytest.raises(PhregError, match="exists already"):
-        write(tmp_path / "out", "new", force=False)
-    assert read(tmp_path / "out") == "old"
-    leave(tmp_path, "old", "older")
-    write(tmp_path / "out", "new")
-    assert read(tmp_path / "out") == "new"
+        write_output(tmp_path / "out", "new", force=False)
+    assert read_output(tmp_path / "out") == "old"
+    leave_temporary(tmp_path, "old", "older")
+    write_output(tmp_path / "out", "new")
+    assert read_output(tmp_path / "out") == "new"
     assert [p.name for p in tmp_path.iterdir()] == ["out"]
 
 
 @pytest.mark.parametrize("rival", ["folder", "empty", "file", "link"])
-def test_what_appears_meanwhile_is_kept(tmp_path, steps, rival):
+def test_an_output_that_appears_meanwhile_is_kept(tmp_path, steps, rival):
     if rival == "empty" and steps == "three steps":
         pytest.skip("an empty folder that appears at the last moment may be replaced there")
     target = tmp_path / "out"
 
     def appear():
         if rival == "folder":
-            write(target, "theirs", force=False)
+            write_output(target, "theirs", force=False)
         elif rival == "empty":
             target.mkdir()
         elif rival == "file":
@@ -213,9 +214,9 @@ def test_what_appears_meanwhile_is_kept(tmp_path, steps, rival):
             target.symlink_to("nowhere")
 
     with pytest.raises(PhregError, match=r"appeared while this was at work.*--force"):
-        write(target, "ours", force=False, meanwhile=appear)
+        write_output(target, "ours", force=False, meanwhile=appear)
     assert {
-        "folder": lambda: read(target) == "theirs",
+        "folder": lambda: read_output(target) == "theirs",
         "empty": lambda: list(target.iterdir()) == [],
         "file": target.is_file,
         "link": target.is_symlink,
@@ -237,12 +238,8 @@ def test_of_several_writers_without_force_one_wins(tmp_path, steps):
             except PhregError as error:
                 refusals.append(str(error))
 
-        threads = [threading.Thread(target=work, args=(n,)) for n in range(4)]
-        for thread in threads:
-            thread.start()
-        for thread in threads:
-            thread.join()
-        assert outcomes == [int(read(target))]
+        assert run_in_threads(work, range(4)) == []
+        assert outcomes == [int(read_output(target))]
         assert len(refusals) == 3
         assert all("appeared while this was at work" in message for message in refusals)
         assert [p.name for p in tmp_path.iterdir() if p.name.startswith(".")] == []
@@ -250,22 +247,13 @@ def test_of_several_writers_without_force_one_wins(tmp_path, steps):
 
 def test_of_several_writers_with_force_the_last_one_wins_whole(tmp_path, steps):
     target = tmp_path / "out"
-    errors = []
 
-    def work(number):
+    def write_ten_times(number):
         for _ in range(10):
-            try:
-                write(target, str(number))
-            except PhregError as error:
-                errors.append(error)
+            write_output(target, str(number))
 
-    threads = [threading.Thread(target=work, args=(n,)) for n in range(3)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    assert errors == []
-    assert read(target) in "012"
+    assert run_in_threads(write_ten_times, range(3)) == []
+    assert read_output(target) in "012"
     assert [p.name for p in tmp_path.iterdir()] == ["out"]
 
 
@@ -280,23 +268,15 @@ def test_a_symbolic_link_is_no_output(tmp_path, to, force):
     assert list((tmp_path / "real").iterdir()) == []
 
 
-def test_two_writers_of_one_file(tmp_path):
-    """The last one wins with a whole file, and none removes the temporary file of another."""
-    target, errors = tmp_path / "file", []
+def test_two_writers_of_one_file_leave_one_whole_file(tmp_path):
+    """The last writer's file is complete, and no writer removes the temporary file of another."""
+    target = tmp_path / "file"
 
-    def work(letter):
+    def write_fifty_times(letter):
         for _ in range(50):
-            try:
-                write_atomic(target, letter * 1000)
-            except PhregError as error:
-                errors.append(error)
+            write_atomic(target, letter * 1000)
 
-    threads = [threading.Thread(target=work, args=(letter,)) for letter in (b"a", b"b", b"c")]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    assert errors == []
+    assert run_in_threads(write_fifty_times, (b"a", b"b", b"c")) == []
     assert len(target.read_bytes()) == 1000
     assert len(set(target.read_bytes())) == 1
     assert [p.name for p in tmp_path.iterdir()] == ["file"]

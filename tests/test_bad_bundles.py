@@ -1,11 +1,10 @@
 """Bundles that are missing, damaged, changed or too new, and wrong arguments beside a bundle, are refused."""
 
-import hashlib
-import json
 import sys
 
 import pytest
 
+from tests.bundle_changes import edit_graph, edit_manifest, first_half, misname_operator, write_hashes
 from tests.cli_helpers import leftovers
 
 pytestmark = pytest.mark.usefixtures("torch")
@@ -19,64 +18,7 @@ READERS = {
 }
 
 
-def half(data):
-    return data[: len(data) // 2]
-
-
-def edit(**changes):
-    """Return a function that changes the manifest's keys; None removes one."""
-
-    def change(data):
-        manifest = {**json.loads(data), **changes}
-        return json.dumps({k: v for k, v in manifest.items() if v is not None or k not in changes}).encode()
-
-    return change
-
-
-def graph(change):
-    """Return a function that changes the graph by ``change``, which takes an ``onnx.ModelProto``."""
-
-    def changed(data):
-        import onnx
-
-        model = onnx.load_from_string(data)
-        change(model)
-        return model.SerializeToString()
-
-    return changed
-
-
-def misname(model):
-    model.graph.node[0].op_type = "NoSuchOperator"
-
-
-def rehashed(folder):
-    """Write the correct hashes into the manifest, as a tool that edits bundles might."""
-    manifest = json.loads((folder / "manifest.json").read_text())
-    manifest["files"] = {name: hashlib.sha256((folder / name).read_bytes()).hexdigest() for name in manifest["files"]}
-    (folder / "manifest.json").write_text(json.dumps(manifest))
-    return folder
-
-
-def rewritten(folder, **changes):
-    """Change manifest and graph alike, as another exporter might have written them."""
-    manifest = json.loads((folder / "manifest.json").read_text()) | changes
-
-    def write_onnx_metadata(model):
-        for entry in model.metadata_props:
-            entry.value = json.dumps(manifest[entry.key.removeprefix("phreg.")])
-
-    (folder / "model.onnx").write_bytes(graph(write_onnx_metadata)((folder / "model.onnx").read_bytes()))
-    (folder / "manifest.json").write_text(json.dumps(manifest))
-    return rehashed(folder)
-
-
-def write(w, name, data):
-    (w.tmp / name).write_text(data)
-    return w.tmp / name
-
-
-def damaged(name="bundle", **files):
+def copy_changed(name="bundle", **files):
     """Return a function that copies a bundle with changed files."""
     return lambda w: w.copy(name, **files)
 
@@ -85,26 +27,41 @@ def damaged(name="bundle", **files):
 BUNDLES = {
     "no folder": (lambda w: w.tmp / "none", ["none", "there is nothing"]),
     "a file": (lambda w: w.photos / "frame-01.jpg", ["frame-01.jpg", "there is a file"]),
-    "newer format": (damaged(manifest=edit(format=4)), ["got format 4", "at most 3", "Upgrade phreg-deploy"]),
-    "no format": (damaged(manifest=edit(format=None)), ["manifest.json", "no format number"]),
-    "manifest empty": (damaged(manifest=b""), ["manifest.json", "not valid JSON"]),
-    "manifest truncated": (damaged(manifest=half), ["manifest.json", "not valid JSON", "export the bundle again"]),
-    "manifest not text": (damaged(manifest=b"\xff\xfe\x80"), ["manifest.json", "not valid JSON"]),
-    "manifest a list": (damaged(manifest=b"[]"), ["manifest.json", "damaged or not ours"]),
-    "key missing": (damaged(manifest=edit(sizes=None)), ["manifest.json", "['sizes']"]),
-    "key of calibration missing": (damaged(manifest=edit(quantisation=None)), ["manifest.json", "['quantisation']"]),
-    "key unknown": (damaged(manifest=edit(colour=1)), ["manifest.json", "['colour']"]),
-    "model no object": (damaged(manifest=edit(model=3)), ["manifest.json", "ModelSpec", "int"]),
-    "sizes malformed": (damaged(manifest=edit(sizes={"mode": "fixed", "sizes": [64]})), ["manifest.json", "sizes"]),
-    "precision unknown": (damaged(manifest=edit(precision="int3")), ["manifest.json", "int3"]),
-    "files no object": (damaged(manifest=edit(files=7)), ["manifest.json", "files"]),
-    "graph changed": (damaged(model=lambda b: b[:-1] + b"?"), ["model.onnx", "another sha256", "changed or damaged"]),
-    "graph truncated": (damaged(model=half), ["model.onnx", "another sha256"]),
-    "graph empty": (damaged(model=b""), ["model.onnx", "another sha256"]),
-    "graph missing": (damaged(model=None), ["lacks model.onnx", "export the bundle again"]),
-    "reference truncated": (damaged(reference=half), ["reference.npz", "another sha256"]),
-    "reference missing": (damaged(reference=None), ["lacks reference.npz"]),
-    "positions changed": (damaged("wide_bundle", pos_embed=half), ["pos_embed.npy", "another sha256"]),
+    "newer format": (
+        copy_changed(manifest=edit_manifest(format=4)),
+        ["got format 4", "at most 3", "Upgrade phreg-deploy"],
+    ),
+    "no format": (copy_changed(manifest=edit_manifest(format=None)), ["manifest.json", "no format number"]),
+    "manifest empty": (copy_changed(manifest=b""), ["manifest.json", "not valid JSON"]),
+    "manifest truncated": (
+        copy_changed(manifest=first_half),
+        ["manifest.json", "not valid JSON", "export the bundle again"],
+    ),
+    "manifest not text": (copy_changed(manifest=b"\xff\xfe\x80"), ["manifest.json", "not valid JSON"]),
+    "manifest a list": (copy_changed(manifest=b"[]"), ["manifest.json", "damaged or not ours"]),
+    "key missing": (copy_changed(manifest=edit_manifest(sizes=None)), ["manifest.json", "['sizes']"]),
+    "key of calibration missing": (
+        copy_changed(manifest=edit_manifest(quantisation=None)),
+        ["manifest.json", "['quantisation']"],
+    ),
+    "key unknown": (copy_changed(manifest=edit_manifest(colour=1)), ["manifest.json", "['colour']"]),
+    "model no object": (copy_changed(manifest=edit_manifest(model=3)), ["manifest.json", "ModelSpec", "int"]),
+    "sizes malformed": (
+        copy_changed(manifest=edit_manifest(sizes={"mode": "fixed", "sizes": [64]})),
+        ["manifest.json", "sizes"],
+    ),
+    "precision unknown": (copy_changed(manifest=edit_manifest(precision="int3")), ["manifest.json", "int3"]),
+    "files no object": (copy_changed(manifest=edit_manifest(files=7)), ["manifest.json", "files"]),
+    "graph changed": (
+        copy_changed(model=lambda b: b[:-1] + b"?"),
+        ["model.onnx", "another sha256", "changed or damaged"],
+    ),
+    "graph truncated": (copy_changed(model=first_half), ["model.onnx", "another sha256"]),
+    "graph empty": (copy_changed(model=b""), ["model.onnx", "another sha256"]),
+    "graph missing": (copy_changed(model=None), ["lacks model.onnx", "export the bundle again"]),
+    "reference truncated": (copy_changed(reference=first_half), ["reference.npz", "another sha256"]),
+    "reference missing": (copy_changed(reference=None), ["lacks reference.npz"]),
+    "positions changed": (copy_changed("wide_bundle", pos_embed=first_half), ["pos_embed.npy", "another sha256"]),
 }
 # Name -> the command, and fragments of its message.
 OTHERS = {
@@ -112,37 +69,37 @@ OTHERS = {
     "inspect: an empty folder": (lambda w: ["inspect", w.tmp], ["neither manifest.json nor config.json"]),
     "inspect: config damaged": (lambda w: ["inspect", w.copy("student", config=b"{")], ["copy-of-student", "damaged"]),
     "inspect: config a list": (lambda w: ["inspect", w.copy("student", config=b"[]")], ["config.json", "damaged"]),
-    "inspect: record damaged": (lambda w: ["inspect", w.copy("student", phreg=half)], ["damaged"]),
+    "inspect: record damaged": (lambda w: ["inspect", w.copy("student", phreg=first_half)], ["damaged"]),
     "inspect: record without scores": (
         lambda w: ["inspect", w.copy("student", phreg=b'{"format": 1}')],
         ["phreg.json", "damaged"],
     ),
     "inspect: newer record": (
-        lambda w: ["inspect", w.copy("student", phreg=edit(format=2))],
+        lambda w: ["inspect", w.copy("student", phreg=edit_manifest(format=2))],
         ["format 2", "at most 1"],
     ),
     "check: reference of noise": (
-        lambda w: ["check", rehashed(w.copy("bundle", reference=b"noise"))],
+        lambda w: ["check", write_hashes(w.copy("bundle", reference=b"noise"))],
         ["reference.npz", "cannot be read"],
     ),
     "check: reference truncated": (
-        lambda w: ["check", rehashed(w.copy("bundle", reference=half))],
+        lambda w: ["check", write_hashes(w.copy("bundle", reference=first_half))],
         ["reference.npz", "cannot be read"],
     ),
     "check: reference empty": (
-        lambda w: ["check", rehashed(w.copy("bundle", reference=b""))],
+        lambda w: ["check", write_hashes(w.copy("bundle", reference=b""))],
         ["reference.npz", "cannot be read"],
     ),
     "extract: graph of noise": (
-        lambda w: READERS["extract"](w, rehashed(w.copy("bundle", model=b"noise"))),
+        lambda w: READERS["extract"](w, write_hashes(w.copy("bundle", model=b"noise"))),
         ["model.onnx", "cannot be read", "no ONNX file"],
     ),
     "extract: graph with an unknown operator": (
-        lambda w: READERS["extract"](w, rehashed(w.copy("bundle", model=graph(misname)))),
+        lambda w: READERS["extract"](w, write_hashes(w.copy("bundle", model=edit_graph(misname_operator)))),
         ["ONNX Runtime", "cannot load", "model.onnx"],
     ),
     "extract: positions truncated": (
-        lambda w: READERS["extract"](w, rehashed(w.copy("wide_bundle", pos_embed=half))),
+        lambda w: READERS["extract"](w, write_hashes(w.copy("wide_bundle", pos_embed=first_half))),
         ["pos_embed.npy", "cannot be read"],
     ),
     "check: reference without images": (
@@ -239,7 +196,7 @@ def test_a_bad_bundle_is_refused_by_every_reader(world, run_cli, reader, name):
     make, fragments = BUNDLES[name]
     command = READERS[reader](world, make(world))
     if reader in ("artifacts", "inspect") and name in ("no folder", "a file"):
-        # A path that is no bundle may also be a model: the message names both.
+        # ``artifacts`` and ``inspect`` also take a model, so their messages name both.
         fragments = fragments[:1]
     run_cli(*command, "--json").refused(2, *fragments)
     assert not world.out.exists()

@@ -1,39 +1,19 @@
-"""Mistakes with models, weights, images and options: a table in which every row is a message and an exit code.
+"""Mistakes with images and options: a table in which every row is a message and an exit code.
 
-``test_broken_bundles`` and ``test_outputs`` have the tables for bundles and outputs.
+``test_bad_models``, ``test_bad_bundles`` and ``test_outputs`` have the tables for models, bundles and outputs.
 """
 
-import pickle
 import sys
-from fractions import Fraction
 
 import pytest
 
 from phreg_deploy.bundle.bundle import Bundle
-from tests.cli_helpers import leftovers
+from tests.command_lines import artifacts, assert_mistake, distill, export
 
 pytestmark = pytest.mark.usefixtures("torch")
 
 
-def distill(w, model, *more):
-    return ["distill", model, "--images", w.photos, "-o", w.out, *more]
-
-
-def export(w, model, *more):
-    return ["export", model, "-o", w.out, *more]
-
-
-def artifacts(w, model, *more):
-    return ["artifacts", model, "--images", w.photos, *more]
-
-
-def write(w, name, data):
-    path = w.tmp / name
-    path.write_bytes(data if isinstance(data, bytes) else data.encode())
-    return path
-
-
-def images(w, **files):
+def make_images(w, **files):
     folder = w.tmp / "pictures"
     folder.mkdir()
     for stem, data in files.items():
@@ -41,168 +21,6 @@ def images(w, **files):
     return folder
 
 
-def half(data):
-    return data[: len(data) // 2]
-
-
-def pickled(w):
-    import torch
-
-    path = w.tmp / "weights.pth"
-    torch.save({"state_dict": {"weight": torch.zeros(2)}, "callback": Fraction(1, 2)}, path)
-    return path
-
-
-def tensors(w, name="weights.pth", value=None):
-    import torch
-
-    path = w.tmp / name
-    torch.save({"x": torch.zeros(2)} if value is None else value, path)
-    return path
-
-
-def numbered():
-    import torch
-
-    return {0: torch.zeros(2), 1: torch.zeros(2)}
-
-
-def poisoned(w):
-    """The base model with one NaN in it."""
-    from safetensors.torch import load_file, save_file
-
-    folder = w.copy("base")
-    state = load_file(folder / "model.safetensors")
-    state["blocks.0.mlp.fc1.weight"][3, 4] = float("nan")
-    save_file(state, folder / "model.safetensors")
-    return folder
-
-
-TINY = "vit_tiny_patch16_224"
-# id: (arguments, fragments); all exit with 2
-MODELS = {
-    "name that is not one": (
-        lambda w: distill(w, "vit_tinny_patch16_224"),
-        ["'vit_tinny_patch16_224'", "closest names are", TINY],
-    ),
-    "name like nothing": (lambda w: export(w, "zzzzzz"), ["neither a timm model nor a folder", "list_models"]),
-    "folder that is not there": (lambda w: artifacts(w, "local-dir:nowhere"), ["local-dir:nowhere", "config.json"]),
-    "file for a model": (lambda w: distill(w, w.checkpoint), ["got the file", "--checkpoint"]),
-    "folder without weights": (lambda w: export(w, w.copy("base", model=None)), ["holds no model.safetensors"]),
-    "folder without config": (lambda w: distill(w, w.copy("base", config=None)), ["holds no config.json"]),
-    "bundle for a model": (lambda w: distill(w, w.bundle), ["holds no config.json", "looks like a bundle"]),
-    "config not JSON": (lambda w: distill(w, w.copy("base", config=b"{nope")), ["config.json", "not valid JSON"]),
-    "config empty": (lambda w: export(w, w.copy("base", config=b"")), ["config.json", "not valid JSON"]),
-    "config not text": (lambda w: export(w, w.copy("base", config=b"\xff\xfe\x80")), ["config.json", "not valid JSON"]),
-    "config a list": (lambda w: artifacts(w, w.copy("base", config=b"[]")), ["config.json"]),
-    "config without architecture": (lambda w: artifacts(w, w.copy("base", config=b"{}")), ["copy-of-base"]),
-    "config of another model": (
-        lambda w: distill(w, w.copy("base", config=lambda b: b.replace(b'"depth": 3', b'"depth": 2'))),
-        ["timm cannot build", "copy-of-base", "blocks.2"],
-    ),
-    "weights truncated": (
-        lambda w: distill(w, w.copy("base", model=half)),
-        ["model.safetensors", "corrupt or truncated"],
-    ),
-    "weights empty": (lambda w: export(w, w.copy("base", model=b"")), ["model.safetensors", "corrupt or truncated"]),
-    "weights of noise": (lambda w: artifacts(w, w.copy("base", model=b"\x07" * 999)), ["model.safetensors", "corrupt"]),
-    "weights with NaN": (lambda w: distill(w, poisoned(w)), ["NaN", "blocks.0.mlp.fc1.weight", "expected finite"]),
-    "weights with NaN, export": (lambda w: export(w, poisoned(w)), ["NaN", "blocks.0.mlp.fc1.weight"]),
-    "record damaged": (lambda w: export(w, w.copy("student", phreg=b"{")), ["phreg.json", "damaged"]),
-    "record of a newer format": (
-        lambda w: export(w, w.copy("student", phreg=b'{"format": 9}')),
-        ["format 9", "at most 1", "Upgrade"],
-    ),
-    "record without scores": (
-        lambda w: export(w, w.copy("student", phreg=b'{"format": 1}')),
-        ["phreg.json", "damaged"],
-    ),
-    "student distilled again": (lambda w: distill(w, w.student), ["already has 4 register tokens"]),
-    "swin": (
-        lambda w: distill(w, "swin_tiny_patch4_window7_224"),
-        ["swin_tiny_patch4_window7_224", "not supported", "merges patches"],
-    ),
-    "beit": (
-        lambda w: export(w, "beit_base_patch16_224"),
-        ["beit_base_patch16_224", "not supported", "relative position bias"],
-    ),
-    "distilled deit": (
-        lambda w: artifacts(w, "deit_base_distilled_patch16_224"),
-        ["not supported", "distillation token"],
-    ),
-    "resnet": (lambda w: distill(w, "resnet18"), ["resnet18", "not supported", "another family"]),
-    "resnet, random": (
-        lambda w: export(w, "resnet18", "--random-weights"),
-        ["resnet18", "not supported", "another family"],
-    ),
-    "resnet, checkpoint": (
-        lambda w: artifacts(w, "resnet18", "--checkpoint", w.checkpoint),
-        ["resnet18", "not supported"],
-    ),
-    "no network": (
-        lambda w: distill(w, "vit_tiny_patch16_224.augreg_in21k_ft_in1k"),
-        ["cannot be downloaded", "--checkpoint FILE"],
-    ),
-    "no such weights": (
-        lambda w: export(w, f"{TINY}.nope"),
-        [f"'{TINY}.nope'", "Pretrained weights exist as", "--checkpoint FILE"],
-    ),
-    "folder and checkpoint": (
-        lambda w: distill(w, w.base, "--checkpoint", w.checkpoint),
-        ["both the folder", "one of them"],
-    ),
-    "folder and random weights": (lambda w: export(w, w.base, "--random-weights"), ["--random-weights"]),
-    "checkpoint and random weights": (
-        lambda w: export(w, TINY, "--checkpoint", w.checkpoint, "--random-weights"),
-        ["--random-weights", "--checkpoint"],
-    ),
-    "checkpoint missing": (
-        lambda w: distill(w, TINY, "--checkpoint", w.tmp / "no.pth"),
-        ["there is no file", "no.pth"],
-    ),
-    "checkpoint a folder": (lambda w: distill(w, TINY, "--checkpoint", w.tmp), ["there is no file"]),
-    "checkpoint of another suffix": (
-        lambda w: export(w, TINY, "--checkpoint", write(w, "w.ckpt", b"x")),
-        ["w.ckpt", ".safetensors, .pth"],
-    ),
-    "checkpoint truncated": (
-        lambda w: distill(w, TINY, "--checkpoint", write(w, "w.safetensors", half(w.checkpoint.read_bytes()))),
-        ["w.safetensors", "corrupt or truncated"],
-    ),
-    "checkpoint empty": (
-        lambda w: artifacts(w, TINY, "--checkpoint", write(w, "w.safetensors", b"")),
-        ["w.safetensors", "corrupt"],
-    ),
-    "pth empty": (
-        lambda w: export(w, TINY, "--checkpoint", write(w, "w.pth", b"")),
-        ["w.pth", "cannot be read safely"],
-    ),
-    "pth of noise": (
-        lambda w: export(w, TINY, "--checkpoint", write(w, "w.pth", b"PK\x03\x04nope")),
-        ["w.pth", "cannot be read safely"],
-    ),
-    "pth a bare pickle": (
-        lambda w: distill(w, TINY, "--checkpoint", write(w, "w.pth", pickle.dumps(Fraction(1, 2)))),
-        ["w.pth", "more than tensors"],
-    ),
-    "pth with an object": (
-        lambda w: distill(w, TINY, "--checkpoint", pickled(w)),
-        ["weights.pth", "more than tensors", ".safetensors"],
-    ),
-    "pth without a state dict": (
-        lambda w: export(w, TINY, "--checkpoint", tensors(w, value=[1, 2])),
-        ["no state dict"],
-    ),
-    "pth with numbers for names": (
-        lambda w: distill(w, TINY, "--checkpoint", tensors(w, value=numbered())),
-        ["weights.pth", "names a tensor by the int 0", "expected names of weights"],
-    ),
-    "path with nothing": (lambda w: distill(w, w.tmp / "gone"), ["gone", "where there is nothing", "config.json"]),
-    "pth of another model": (
-        lambda w: distill(w, TINY, "--checkpoint", tensors(w)),
-        ["weights.pth", f"do not fit {TINY}"],
-    ),
-}  # fmt: skip
 IMAGES = {
     "no folder": (
         lambda w: ["distill", w.base, "--images", w.tmp / "none", "-o", w.out],
@@ -212,16 +30,19 @@ IMAGES = {
         lambda w: ["artifacts", w.base, "--images", w.photos / "frame-00.png"],
         ["there is a file", "a folder of images"],
     ),
-    "an empty folder": (lambda w: ["distill", w.base, "--images", images(w), "-o", w.out], ["holds no image", ".jpg"]),
+    "an empty folder": (
+        lambda w: ["distill", w.base, "--images", make_images(w), "-o", w.out],
+        ["holds no image", ".jpg"],
+    ),
     "none readable": (
-        lambda w: ["distill", w.base, "--images", images(w, a=b"", b=b"text"), "-o", w.out],
+        lambda w: ["distill", w.base, "--images", make_images(w, a=b"", b=b"text"), "-o", w.out],
         ["none of the 2 image files", "a.jpg", "is empty"],
     ),
     "none readable, artifacts": (
-        lambda w: ["artifacts", w.base, "--images", images(w, a=b"GIF89a")],
+        lambda w: ["artifacts", w.base, "--images", make_images(w, a=b"GIF89a")],
         ["none of the 1 image files"],
     ),
-}  # fmt: skip
+}
 OPTIONS = {
     "not a multiple": (
         lambda w: distill(w, w.base, "--image-size", "60"),
@@ -284,20 +105,17 @@ OPTIONS = {
     "choice wanted": (lambda w: export(w, w.base, "--format", "pb"), ["--format", "'pb'", "onnx"]),
     "command unknown": (lambda w: ["distil", w.base], ["no command 'distil'", "Did you mean 'distill'?"]),
     "command like nothing": (lambda w: ["zzz"], ["no command 'zzz'", "distill, export"]),
-}  # fmt: skip
+}
 TABLE = [
     pytest.param(arguments, fragments, id=f"{group}: {name}")
-    for group, rows in (("model", MODELS), ("images", IMAGES), ("options", OPTIONS))
+    for group, rows in (("images", IMAGES), ("options", OPTIONS))
     for name, (arguments, fragments) in rows.items()
 ]
 
 
 @pytest.mark.parametrize(("arguments", "fragments"), TABLE)
 def test_a_mistake_is_a_message_and_exit_code_2(world, run_cli, arguments, fragments):
-    outcome = run_cli(*arguments(world), "--json")
-    outcome.refused(2, *fragments)
-    assert not world.out.exists()
-    assert leftovers(world.tmp) == []
+    assert_mistake(world, run_cli, arguments, fragments)
 
 
 def test_without_json_stdout_stays_empty(world, run_cli):

@@ -21,8 +21,8 @@ from phreg_deploy.verify.bisection import bisect
 from tests.cli_helpers import invoke, leftovers
 
 SCALE = 2.0**18
-# Half-block that overflows: the layer that is scaled up, and the next one, which is scaled down as much. Only values
-# between them leave the range of FP16; in FP32 the answers stay the same. An MLP cannot overflow this way: ONNX Runtime
+# Half-block that overflows -> the layer that is scaled up, and the next one, which is scaled down as much. Only values
+# between them leave the range of FP16; in FP32 the outputs stay the same. An MLP cannot overflow this way: ONNX Runtime
 # stores FP16 values on the processor but computes in FP32, so nothing overflows between the two products.
 PLACES = {
     "blocks.1.attn": ("blocks.1.attn.qkv", "blocks.1.attn.proj"),
@@ -35,7 +35,7 @@ def weight(graph, name):
 
 
 def bias_of(graph, linear):
-    """The constant that is added to a linear layer's product."""
+    """Return the constant that is added to a linear layer's product."""
     product = next(n for n in graph.graph.node if n.name == f"{linear}/MatMul")
     (adder,) = [n for n in graph.graph.node if product.output[0] in n.input]
     constants = {i.name: i for i in graph.graph.initializer}
@@ -117,7 +117,7 @@ def test_the_proposal_repairs_it(bundle, tmp_path, place):
 
 
 @pytest.mark.parametrize("precision", ["fp16", "fp32"])
-def test_a_healthy_bundle_has_no_place(bundle, tmp_path, precision):
+def test_nothing_is_found_in_a_correct_bundle(bundle, tmp_path, precision):
     report = find(write_fp16(bundle, tmp_path / "healthy", precision=precision))
     assert (report.first, report.proposal) == (None, None)
     assert all(step.bad_values == 0 for step in report.steps)
@@ -157,7 +157,7 @@ def test_a_graph_without_names_is_refused(bundle, tmp_path):
 
 
 def test_answers_that_are_finite_and_wrong_are_found(bundle, monkeypatch):
-    """A backend whose answers are finite but slightly wrong from one half-block on."""
+    """The backend's outputs are finite but slightly wrong from one half-block on."""
     import phreg_deploy.verify.bisection as module
 
     class Off:

@@ -1,4 +1,4 @@
-"""Bundles that answer wrongly miss a gate, in FP32 and in 8 bits, against their own exam and against PyTorch."""
+"""Bundles with wrong outputs miss a gate, in FP32 and INT8, against their own exam and against PyTorch."""
 
 import numpy as np
 import pytest
@@ -8,16 +8,16 @@ from phreg_deploy.bundle.gates import GATES
 from phreg_deploy.images.photographs import read_photographs
 from phreg_deploy.runtime import FeatureExtractor
 from phreg_deploy.runtime.parity import compare_runs, missed_gates
-from tests.broken_bundles import Broken, another_class_token, garbage_token, shifted, times
+from tests.broken_bundles import BrokenBundle, add_garbage_token, replace_class_token, scale_outputs, shift_features
 
 pytestmark = pytest.mark.usefixtures("torch")
 LIMIT = 8
-both = pytest.mark.parametrize("which", ["bundle", "eight"])
+both = pytest.mark.parametrize("which", ["bundle", "int8_bundle"])
 
 
-@pytest.fixture(params=["bundle", "eight"])
+@pytest.fixture(params=["bundle", "int8_bundle"])
 def broken(world, request):
-    return Broken(getattr(world, request.param), world.tmp / "broken")
+    return BrokenBundle(getattr(world, request.param), world.tmp / "broken")
 
 
 def gates_missed(run_cli, folder, *more):
@@ -46,36 +46,36 @@ def test_the_bundles_themselves_pass_and_list_every_gate(world, which, run_cli):
     assert all({"name", "bar", "figure", "passed"} <= set(gate) for gate in outcome.document["gates"])
 
 
-def test_features_times_ten_with_another_class_token_and_norms(broken, run_cli):
-    times(broken, features=10.0, token_norm=1.4)
-    another_class_token(broken, np.random.default_rng(1).normal(size=broken.width))
+def test_scaled_features_with_another_class_token_and_norms_miss_a_gate(broken, run_cli):
+    scale_outputs(broken, features=10.0, token_norm=1.4)
+    replace_class_token(broken, np.random.default_rng(1).normal(size=broken.width))
     missed = gates_missed(run_cli, broken.save())
     assert {name for _, name in missed} >= {"relative_l2", "cls_cosine", "norm_bias", "norm_difference"}
 
 
-def test_one_garbage_token_in_every_image(broken, run_cli):
-    garbage_token(broken)
+def test_one_garbage_token_in_every_image_misses_a_gate(broken, run_cli):
+    add_garbage_token(broken)
     assert ("own reference", "cosine_min") in gates_missed(run_cli, broken.save())
 
 
-def test_one_garbage_token_in_one_image_of_eight(broken, world, run_cli):
-    """The bundle's exam does not hold this image: only the comparison on photographs sees the error."""
+def test_one_garbage_token_in_one_image_of_eight_misses_a_gate(broken, world, run_cli):
+    """The bundle's exam does not contain this image; only the comparison on photographs finds the error."""
     images = pictures(broken.folder, world.photos).batch(0, LIMIT).astype(int)
     alone = np.abs(images[3] - np.delete(images, 3, axis=0)).min(0)
     pixel = tuple(int(i) for i in np.unravel_index(alone.argmax(), alone.shape))
     assert alone[pixel] > 0
-    garbage_token(broken, pixel, int(images[3][pixel]))
+    add_garbage_token(broken, pixel, int(images[3][pixel]))
     missed = gates_missed(
         run_cli, broken.save(), "--reference", world.student, "--images", world.photos, "--limit", LIMIT
     )
     assert (f"PyTorch {world.student}", "cosine_min") in missed
 
 
-def test_the_class_token_of_another_image(broken, world, run_cli):
+def test_the_class_token_of_another_image_misses_a_gate(broken, world, run_cli):
     images = pictures(broken.folder, world.photos)
     with FeatureExtractor.load(broken.folder, "onnxruntime-cpu") as extractor:
         other = extractor.run(images.batch(0, 1))["cls"]
-    another_class_token(broken, other)
+    replace_class_token(broken, other)
     missed = gates_missed(
         run_cli, broken.save(), "--reference", world.student, "--images", world.photos, "--limit", LIMIT
     )
@@ -83,21 +83,21 @@ def test_the_class_token_of_another_image(broken, world, run_cli):
     assert ("own reference", "cls_cosine") in missed
 
 
-def test_features_that_are_shifted_by_one_patch(broken, run_cli):
-    shifted(broken)
+def test_features_shifted_by_one_patch_miss_a_gate(broken, run_cli):
+    shift_features(broken)
     assert ("own reference", "cosine_p1") in gates_missed(run_cli, broken.save())
 
 
 @pytest.mark.parametrize("factor", [0.95, 1.05])
-def test_token_norms_that_are_off_by_five_percent(broken, run_cli, factor):
-    times(broken, token_norm=factor)
+def test_token_norms_off_by_five_percent_miss_a_gate(broken, run_cli, factor):
+    scale_outputs(broken, token_norm=factor)
     assert {name for _, name in gates_missed(run_cli, broken.save())} >= {"norm_bias"}
 
 
 @pytest.mark.parametrize("precision", GATES)
 @pytest.mark.parametrize("exam", [True, False])
-def test_thirteen_garbage_tokens_of_1369(precision, exam):
-    """They are fewer than one in a hundred: the 1st percentile does not see them."""
+def test_thirteen_garbage_tokens_of_1369_miss_a_gate(precision, exam):
+    """They are fewer than one in a hundred, so the 1st percentile does not change."""
     rng = np.random.default_rng(0)
     true = {"features": rng.normal(size=(1, 37, 37, 64)), "token_norm": rng.uniform(5, 6, (1, 37, 37))}
     got = {name: value.copy() for name, value in true.items()}
@@ -107,9 +107,9 @@ def test_thirteen_garbage_tokens_of_1369(precision, exam):
     assert any("smallest patch cosine" in line for line in missed_gates(parity, precision, exam=exam))
 
 
-def test_an_eight_bit_check_says_what_it_compares_with(eight, run_cli):
-    outcome = run_cli("check", eight, "--backend", "onnxruntime-cpu")
+def test_an_eight_bit_check_says_what_it_compares_with(int8_bundle, run_cli):
+    outcome = run_cli("check", int8_bundle, "--backend", "onnxruntime-cpu")
     printed = " ".join(outcome.err.split() + outcome.out.split())
-    fidelity = Bundle.read(eight).manifest.quantisation["fidelity"]
+    fidelity = Bundle.read(int8_bundle).manifest.quantisation["fidelity"]
     assert "holds the answers of the INT8 graph in ONNX Runtime, not those of FP32" in printed
     assert f"1st percentile {fidelity['cosine_p1']:.5f}" in printed

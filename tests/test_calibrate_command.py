@@ -10,23 +10,23 @@ import pytest
 from onnx import numpy_helper
 
 from phreg_deploy.bundle.bundle import Bundle
-from phreg_deploy.bundle.manifest import FORMAT, Manifest
-from phreg_deploy.calibration import calibrate
-from phreg_deploy.errors import PhregError
-from phreg_deploy.quantisation import Smoothing
 from phreg_deploy.runtime import FeatureExtractor
 from phreg_deploy.runtime.parity import compare_runs, missed_gates, run_exam
+from tests.bundle_changes import rewrite_bundle, write_hashes
 from tests.cli_helpers import leftovers, photograph
-from tests.test_bad_bundles import rehashed, rewritten
 
 pytestmark = pytest.mark.usefixtures("torch", "traced_once")
+
+
 calibrator = importlib.import_module("phreg_deploy.calibration.calibrator")
+
+
 LAYERS = [f"blocks.{i}.{part}" for i in range(3) for part in ("attn.qkv", "attn.proj", "mlp.fc1", "mlp.fc2")]
 
 
 @pytest.fixture
 def quick(monkeypatch):
-    """Only the first smoothing is tried: for tests that are not about the search."""
+    """Try only the first smoothing, for tests that do not test the search."""
     monkeypatch.setattr(importlib.import_module("phreg_deploy.calibration.search"), "CANDIDATES", ())
 
 
@@ -43,15 +43,15 @@ def export_int8(w, *more):
 
 
 def damaged(w, change):
-    """A copy of the bundle with a changed graph and matching hashes."""
+    """Copy the bundle with a changed graph and correct hashes."""
     folder = w.copy("bundle")
     model = onnx.load(folder / "model.onnx")
     change(model)
     onnx.save(model, folder / "model.onnx")
-    return rehashed(folder)
+    return write_hashes(folder)
 
 
-def poison(name):
+def write_nan(name):
     def change(model):
         (tensor,) = (i for i in model.graph.initializer if i.name == name)
         values = numpy_helper.to_array(tensor).copy()
@@ -61,12 +61,12 @@ def poison(name):
     return change
 
 
-def unnamed(model):
+def remove_names(model):
     for i, node in enumerate(model.graph.node):
         node.name = f"node_{i}"
 
 
-def few(w, copies):
+def make_images(w, copies):
     folder = w.tmp / "few"
     folder.mkdir()
     for i in range(copies):
@@ -74,7 +74,7 @@ def few(w, copies):
     return folder
 
 
-def test_a_calibrated_bundle_says_what_was_done(world, run_cli, photos):
+def test_a_calibrated_bundle_records_its_calibration(world, run_cli, photos):
     outcome = run_cli(*command(world))
     assert outcome.code == 0, outcome.err
     report = outcome.document
@@ -103,38 +103,41 @@ def test_a_calibrated_bundle_says_what_was_done(world, run_cli, photos):
     carried = {p.key: p.value for p in onnx.load(world.out / "model.onnx").metadata_props}
     assert json.loads(carried["phreg.quantisation"]) == manifest.quantisation
     assert "INT8 against FP32 on" in outcome.err
-    for name in ("model.onnx", "reference.npz"):  # `eight` was made of the same bundle and images
-        assert (world.out / name).read_bytes() == (world.eight / name).read_bytes()
-    assert {**stored, "seconds": 0} == {**json.loads((world.eight / "calibration.json").read_text()), "seconds": 0}
+    for name in ("model.onnx", "reference.npz"):  # ``int8_bundle`` was made of the same bundle and images
+        assert (world.out / name).read_bytes() == (world.int8_bundle / name).read_bytes()
+    assert {**stored, "seconds": 0} == {
+        **json.loads((world.int8_bundle / "calibration.json").read_text()),
+        "seconds": 0,
+    }
     assert leftovers(world.tmp) == []
 
 
-def test_an_eight_bit_bundle_serves_what_float_serves(world, run_cli):
+def test_an_eight_bit_bundle_serves_the_features_of_float(world, run_cli):
     image = world.photos / "frame-05.jpg"
     answers = []
-    for folder in (world.bundle, world.eight):
+    for folder in (world.bundle, world.int8_bundle):
         with FeatureExtractor.load(folder, backend="onnxruntime-cpu") as extractor:
             answers.append(extractor(image))
     parity = compare_runs(*({"features": d.features, "token_norm": d.token_norm, "cls": d.cls} for d in answers[::-1]))
     assert 0.99 < parity.cosine_p1 < 1
-    assert run_cli("check", world.eight, "--json").document["missed"] == []
-    assert run_cli("inspect", world.eight, "--json").document["quantisation"]["missed"] == []
+    assert run_cli("check", world.int8_bundle, "--json").document["missed"] == []
+    assert run_cli("inspect", world.int8_bundle, "--json").document["quantisation"]["missed"] == []
     against = ["--reference", world.student, "--images", world.photos, "--limit", "4", "--json"]
-    report = run_cli("check", world.eight, *against).document
+    report = run_cli("check", world.int8_bundle, *against).document
     assert (report["missed"], report["precision"]) == ([], "int8")
     assert [c["with"] for c in report["comparisons"]] == ["own reference", f"PyTorch {world.student}"]
 
 
-def test_a_range_of_sizes_and_batches_stays_one(wide_bundle, wide_eight):
+def test_a_range_of_sizes_and_batches_is_kept(wide_bundle, wide_int8_bundle):
     images = np.random.default_rng(0).integers(0, 256, (3, 48, 96, 3), dtype=np.uint8)
-    loaded = [FeatureExtractor.load(folder, backend="onnxruntime-cpu") for folder in (wide_eight, wide_bundle)]
-    eight, full = (extractor.run(images) for extractor in loaded)
-    assert eight["features"].shape == (3, 6, 12, 48)
-    assert compare_runs(eight, full).cosine_p1 > 0.98
+    loaded = [FeatureExtractor.load(folder, backend="onnxruntime-cpu") for folder in (wide_int8_bundle, wide_bundle)]
+    int8, full = (extractor.run(images) for extractor in loaded)
+    assert int8["features"].shape == (3, 6, 12, 48)
+    assert compare_runs(int8, full).cosine_p1 > 0.98
     cases = run_exam(loaded[0].bundle, loaded[0].run)
     assert len(cases) == 3
     assert all(missed_gates(case.parity, "int8", exam=True) == [] for case in cases)
-    assert (wide_eight / "pos_embed.npy").read_bytes() == (wide_bundle / "pos_embed.npy").read_bytes()
+    assert (wide_int8_bundle / "pos_embed.npy").read_bytes() == (wide_bundle / "pos_embed.npy").read_bytes()
 
 
 def test_a_missed_bar_writes_nothing(world, run_cli, quick):
@@ -169,7 +172,7 @@ def test_force_writes_it_and_it_is_marked_in_its_manifest(world, run_cli, quick)
     assert run_cli("check", world.out, "--backend", "onnxruntime-cpu", "--json").document["missed"] == []
 
 
-def test_the_target_without_zero_points(world, run_cli, quick):
+def test_the_target_trt_has_no_zero_points(world, run_cli, quick):
     outcome = run_cli(*command(world, "--target", "trt"))
     assert outcome.code == 0, outcome.err
     model = onnx.load(world.out / "model.onnx")
@@ -181,22 +184,23 @@ def test_the_target_without_zero_points(world, run_cli, quick):
 
 
 MISTAKES = {
-    "a bundle of 16 bits": (lambda w: command(w, bundle=rewritten(w.copy("bundle"), precision="fp16")),
+    "a bundle of 16 bits": (lambda w: command(w, bundle=rewrite_bundle(w.copy("bundle"), precision="fp16")),
         ["got a bundle in fp16, expected fp32"]),
-    "a bundle of 8 bits": (lambda w: command(w, bundle=w.eight), ["got a bundle in int8, expected fp32"]),
+    "a bundle of 8 bits": (lambda w: command(w, bundle=w.int8_bundle), ["got a bundle in int8, expected fp32"]),
     "a student": (lambda w: command(w, bundle=w.student),
         ["no manifest.json", "run `phreg-deploy export` on it first"]),
     "no bundle": (lambda w: command(w, bundle=w.tmp / "none"), ["there is nothing"]),
     "a graph that was changed": (lambda w: command(w, bundle=w.copy("bundle", model=lambda b: b[:-1] + b"?")),
         ["model.onnx", "another sha256"]),
-    "NaN in the weights": (lambda w: command(w, bundle=damaged(w, poison("blocks.1.mlp.fc1.weight"))),
+    "NaN in the weights": (lambda w: command(w, bundle=damaged(w, write_nan("blocks.1.mlp.fc1.weight"))),
         ["input of blocks.1.mlp.fc2 is not finite", "damaged"]),
-    "a graph of an older version": (lambda w: command(w, bundle=damaged(w, unnamed)),
+    "a graph of an older version": (lambda w: command(w, bundle=damaged(w, remove_names)),
         ["names no blocks", "Export it again"]),
     "no images": (lambda w: command(w, "--images", w.tmp / "none"), ["images", "there is nothing"]),
     "a folder without images": (lambda w: command(w, "--images", w.bundle), ["holds no image"]),
-    "too few images": (lambda w: command(w, "--images", few(w, 7)), ["holds 7 different images", "at least 8"]),
-    "one image many times": (lambda w: command(w, "--images", few(w, 12)), ["holds 1 different images", "at least 8"]),
+    "too few images": (lambda w: command(w, "--images", make_images(w, 7)), ["holds 7 different images", "at least 8"]),
+    "one image many times": (lambda w: command(w, "--images", make_images(w, 12)),
+        ["holds 1 different images", "at least 8"]),
     "a mode of the future": (lambda w: command(w, "--mode", "fp4"), ["mode: got 'fp4', expected int8 or fp8"]),
     "fp8 for the processor": (lambda w: command(w, "--mode", "fp8", "--target", "cpu"),
         ["no processor computes in FP8"]),
@@ -215,7 +219,7 @@ MISTAKES = {
     "export without images": (lambda w: export(w, "--precision", "int8"), ["--precision int8 needs --images DIR"]),
     "export with images for nothing": (lambda w: export(w, "--images", w.photos),
         ["with --precision fp32 everything does"]),
-    "export with few images": (lambda w: export_int8(w, "--images", few(w, 3)), ["holds 3 different images"]),
+    "export with few images": (lambda w: export_int8(w, "--images", make_images(w, 3)), ["holds 3 different images"]),
     "export of an unknown target": (lambda w: export_int8(w, "--target", "npu"), ["target: got 'npu'"]),
 }  # fmt: skip
 
@@ -231,7 +235,7 @@ def test_a_mistake_is_exit_code_2_and_writes_nothing(world, run_cli, name):
 
 
 def test_nan_behind_the_last_layer_is_bad_input(world, run_cli):
-    run_cli(*command(world, bundle=damaged(world, poison("blocks.2.mlp.fc2.weight")))).refused(2, "not finite")
+    run_cli(*command(world, bundle=damaged(world, write_nan("blocks.2.mlp.fc2.weight")))).refused(2, "not finite")
 
 
 def test_an_output_that_exists_needs_force(world, run_cli, quick):
@@ -266,11 +270,11 @@ def test_export_in_eight_bits_is_export_and_calibrate(world, run_cli):
     assert document["manifest"]["precision"] == "int8"
     assert document["calibration"]["missed"] == document["check"]["missed"] == []
     for name in ("model.onnx", "reference.npz"):
-        assert (world.out / name).read_bytes() == (world.eight / name).read_bytes()
-    assert [p.name for p in world.tmp.iterdir()] == ["out"], "the FP32 bundle on the way is gone"
+        assert (world.out / name).read_bytes() == (world.int8_bundle / name).read_bytes()
+    assert [p.name for p in world.tmp.iterdir()] == ["out"], "the intermediate FP32 bundle is removed"
 
 
-def test_unreadable_images_are_skipped_and_said(world, run_cli, quick):
+def test_unreadable_images_are_skipped_and_reported(world, run_cli, quick):
     folder = world.tmp / "mixed"
     shutil.copytree(world.photos, folder)
     (folder / "broken.jpg").write_bytes(b"")
@@ -278,23 +282,3 @@ def test_unreadable_images_are_skipped_and_said(world, run_cli, quick):
     assert outcome.code == 0
     assert "Skipped 1 unreadable file" in outcome.err
     assert sum(part["count"] for part in outcome.document["images"].values()) == 24
-
-
-def test_a_manifest_of_the_first_format_is_still_read(world):
-    data = json.loads((world.bundle / "manifest.json").read_text())
-    assert data["format"] == FORMAT == 3
-    old = {k: v for k, v in data.items() if k != "quantisation"} | {"format": 1}
-    assert Manifest.from_json(old) == Manifest.from_json(data)
-    with pytest.raises(PhregError, match=r"missing keys \['quantisation'\]"):
-        Manifest.from_json(old | {"format": 2})
-    folder = world.copy("bundle", manifest=json.dumps(old).encode())
-    calibrate(folder, world.photos, world.out, smoothing=Smoothing(), float_macs=0)
-    assert Bundle.read(world.out).manifest.to_json()["format"] == 3
-
-
-def test_a_manifest_from_before_exif_keeps_its_preprocessing(world):
-    data = json.loads((world.bundle / "manifest.json").read_text())
-    assert (data["preprocess"]["exif"], data["preprocess"]["fast"]) == (True, True)
-    steps = {k: v for k, v in data["preprocess"].items() if k not in ("exif", "fast")}
-    old = Manifest.from_json(data | {"format": 2, "preprocess": steps})
-    assert (old.preprocess.exif, old.preprocess.fast) == (False, False)

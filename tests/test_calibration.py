@@ -22,7 +22,7 @@ from tests.quantised_graphs import features, traced
 from tests.small_models import FAMILIES, VARIANTS
 
 EVERY = [*FAMILIES, *VARIANTS]
-# What feeds the second layer of an attention or an MLP, where it is not the attention's values or hidden units.
+# Families whose second layer of an attention or an MLP has another input than the attention's values or hidden units.
 LAST = {
     ("normed", "proj"): "norm",
     ("normed", "fc2"): "norm",
@@ -37,7 +37,7 @@ def initialisers(graph):
 
 
 def expected_layers(family):
-    """Name -> (what feeds it, multiply-accumulates per token), from the timm model itself."""
+    """Map each linear layer to (kind of its input, multiply-accumulates per token), from the timm model."""
     layers, fused = {}, {"q_proj": "qkv", "k_proj": "qkv", "v_proj": "qkv"}
     for name, layer in traced(family).model.blocks.named_modules(prefix="blocks"):
         if isinstance(layer, nn.Linear):
@@ -71,7 +71,7 @@ def test_folding_alone_changes_nothing(family):
 
 @pytest.mark.parametrize("target", ["cpu", "trt"])
 @pytest.mark.parametrize("family", EVERY)
-def test_pairs_stand_around_weight_products_and_nowhere_else(family, target):
+def test_quantize_dequantize_pairs_surround_weight_products_alone(family, target):
     here = traced(family)
     graph, zeros = here.eight_bits(target), set()
     onnx.checker.check_model(graph)
@@ -128,7 +128,7 @@ def test_a_layer_that_is_kept_stays_float_and_the_others_do_not():
 
 
 def open_with_outputs(graph, sources):
-    """A session of the graph that also outputs the tensors ``sources``."""
+    """Open a session of the graph with the tensors ``sources`` as further outputs."""
     copy = onnx.ModelProto()
     copy.CopyFrom(graph)
     copy.graph.output.extend(helper.make_tensor_value_info(s, TensorProto.FLOAT, None) for s in sources)
@@ -159,7 +159,7 @@ def test_register_rows_are_left_out_of_hidden_ranges_alone():
     assert differs == {"hidden"}
 
 
-def test_no_image_is_no_range():
+def test_ranges_without_images_are_refused():
     here = traced("augreg")
     with pytest.raises(PhregError, match="no image"):
         ranges_module.observe_ranges(here.graph, here.linears, here.spec, [], lambda _count: None)
@@ -188,14 +188,14 @@ def test_moments_are_those_of_the_rounded_inputs_and_passes_do_not_matter(monkey
 
 
 def correlated(rows=3000, channels=150, outputs=24, rank=12, seed=0):
-    """Inputs with a few directions and a little noise, like features; and a weight."""
+    """Draw inputs of low rank with a little noise, like features, and a weight."""
     rng = np.random.default_rng(seed)
     x = rng.normal(size=(rows, rank)) @ rng.normal(size=(rank, channels)) + 0.1 * rng.normal(size=(rows, channels))
     return x, rng.normal(size=(channels, outputs)).astype(np.float32)
 
 
 def naive(weight, moments):
-    """GPTQ as in the paper's algorithm, without blocks."""
+    """Round by GPTQ as in the paper's algorithm, without blocks."""
     damped = moments + np.eye(len(moments)) * rounding.DAMPING * np.trace(moments) / len(moments)
     factor = np.linalg.cholesky(np.linalg.inv(damped)).T
     left, (values, steps) = weight.astype(np.float64), quantise_weight(weight)
@@ -215,7 +215,7 @@ def test_rounding_on_images_loses_less_than_plain_rounding():
     np.testing.assert_array_equal(steps, plain_steps)
     errors = [np.linalg.norm(x @ (v * steps - weight)) for v in (values, plain)]
     assert errors[0] < 0.5 * errors[1]
-    assert (values == naive(weight, moments)).mean() > 0.999, "blocks are for speed alone"
+    assert (values == naive(weight, moments)).mean() > 0.999, "blocks change the speed alone"
 
 
 def test_rounding_is_plain_where_channels_have_nothing_to_do_with_each_other():
@@ -224,11 +224,14 @@ def test_rounding_is_plain_where_channels_have_nothing_to_do_with_each_other():
     np.testing.assert_array_equal(values, quantise_weight(weight)[0])
 
 
-@pytest.mark.parametrize("moments", [
-    -np.eye(150),
-    np.eye(150) - 2 * np.ones((150, 150)) / 10,
-    np.full((150, 150), np.nan),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "moments",
+    [
+        -np.eye(150),
+        np.eye(150) - 2 * np.ones((150, 150)) / 10,
+        np.full((150, 150), np.nan),
+    ],
+)
 def test_rounding_falls_back_where_moments_cannot_be_inverted(moments):
     _, weight = correlated()
     values, steps = rounding.round_weight(weight, moments)
@@ -236,7 +239,7 @@ def test_rounding_falls_back_where_moments_cannot_be_inverted(moments):
     assert np.isfinite(steps).all()
 
 
-def test_a_dead_input_is_rounded_as_it_is():
+def test_an_input_that_is_always_zero_is_rounded_plainly():
     _, weight = correlated()
     values, _ = rounding.round_weight(weight, np.zeros((150, 150)))
     np.testing.assert_array_equal(values, quantise_weight(weight)[0])
@@ -266,7 +269,7 @@ except BackendMissing as error:
 """
 
 
-def test_the_door_opens_without_onnx_and_the_call_names_what_is_missing(tmp_path):
+def test_calibrate_is_imported_without_onnx_and_its_call_names_what_is_missing(tmp_path):
     photograph(0, 64, 64).save(tmp_path / "0.png")
     done = subprocess.run([sys.executable, "-c", DOOR, tmp_path], capture_output=True, text=True, check=False)
     modules = "'ml_dtypes', 'onnx', 'onnxruntime'"

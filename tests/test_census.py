@@ -12,9 +12,9 @@ from phreg_deploy.errors import PhregError
 from phreg_deploy.onnx_graph.session import open_session
 from tests.quantised_graphs import features, traced
 
-# A layer norm feeds it: signed 8 bits.
+# Its input comes from a layer norm: signed 8 bits.
 LAYER = "blocks.1.attn.qkv"
-# Hidden units feed it: a zero point.
+# Its input is hidden units: unsigned 8 bits with a zero point.
 UNIT = "blocks.1.mlp.fc2"
 
 
@@ -28,8 +28,8 @@ def constant(graph, name, value):
     return name
 
 
-def flat_bias(model, *layers):
-    """The biases of ``layers`` with one axis, as exporters write them."""
+def flatten_biases(model, *layers):
+    """Give the biases of ``layers`` one axis, as exporters do."""
     edited = copy.deepcopy(model)
     for tensor in edited.graph.initializer:
         if tensor.name in {f"{layer}.bias_folded" for layer in layers}:
@@ -37,8 +37,8 @@ def flat_bias(model, *layers):
     return edited
 
 
-def in_halves(model, layer, own):
-    """``layer`` as two products, over the first and the second half of its outputs, as separate q, k and v are.
+def split_layer(model, layer, own):
+    """Split ``layer`` into two products, over the first and the second half of its outputs, as separate q, k and v are.
 
     Args:
         own: the second product's input has a QuantizeLinear and a DequantizeLinear of its own, with a step that differs
@@ -76,12 +76,12 @@ def in_halves(model, layer, own):
     return edited
 
 
-def halves(here, layer):
+def halves_of(here, layer):
     return [*(n for n in here.names if n != layer), f"{layer}.0", f"{layer}.1"]
 
 
-def test_a_bias_of_one_axis_is_found_out(here):
-    graph = flat_bias(here.eight_bits("cpu"), "blocks.1.mlp.fc1")
+def test_a_bias_of_one_axis_is_reported(here):
+    graph = flatten_biases(here.eight_bits("cpu"), "blocks.1.mlp.fc1")
     with pytest.raises(PhregError) as error:
         open_counted(graph, here.names)
     message = str(error.value)
@@ -90,34 +90,34 @@ def test_a_bias_of_one_axis_is_found_out(here):
     assert f"blocks.1.mlp.fc1: {reason}" in message
 
 
-def test_every_layer_that_is_lost_is_counted(here):
+def test_every_layer_in_float_is_counted(here):
     with pytest.raises(PhregError, match=r"census: 8 of 8 .* e\.g\. blocks\.0\.attn\.qkv: "):
-        open_counted(flat_bias(here.eight_bits("trt"), *here.names), here.names)
+        open_counted(flatten_biases(here.eight_bits("trt"), *here.names), here.names)
 
 
-def test_one_signed_input_of_two_products_is_found_out(here):
+def test_one_signed_input_of_two_products_is_reported(here):
     model = here.eight_bits("cpu")
-    session, census = open_counted(in_halves(model, LAYER, own=True), halves(here, LAYER))
+    session, census = open_counted(split_layer(model, LAYER, own=True), halves_of(here, LAYER))
     assert {f"{LAYER}.0", f"{LAYER}.1"} < set(census.integer)
     whole = features(open_session(model), here.images[0])
     np.testing.assert_allclose(features(session, here.images[0]), whole, atol=2e-2 * np.abs(whole).max())
     with pytest.raises(PhregError, match=rf"census: 2 of 9 .* {LAYER}\.0: DequantizeLinear -> MatMul"):
-        open_counted(in_halves(model, LAYER, own=False), halves(here, LAYER))
+        open_counted(split_layer(model, LAYER, own=False), halves_of(here, LAYER))
 
 
 def test_the_reason_names_the_shared_input(here):
     with pytest.raises(PhregError, match=r"feeds 2"):
-        open_counted(in_halves(here.eight_bits("cpu"), LAYER, own=False), halves(here, LAYER))
+        open_counted(split_layer(here.eight_bits("cpu"), LAYER, own=False), halves_of(here, LAYER))
 
 
 @pytest.mark.parametrize("own", [True, False])
 def test_an_input_with_a_zero_point_may_be_shared(here, own):
     """Unsigned inputs stay in integer kernels either way."""
-    _, census = open_counted(in_halves(here.eight_bits("cpu"), UNIT, own), halves(here, UNIT))
+    _, census = open_counted(split_layer(here.eight_bits("cpu"), UNIT, own), halves_of(here, UNIT))
     assert len(census.integer) == 9
 
 
-def test_weights_that_are_gone_are_found_out(here):
+def test_missing_weights_are_reported(here):
     with pytest.raises(PhregError, match=r"8 of 8 .* blocks\.0\.attn\.qkv: its 8-bit weights are gone"):
         open_counted(here.graph, here.names)
 
@@ -134,7 +134,7 @@ def test_a_graph_that_was_not_optimized_has_no_integer_kernel(here):
     assert list(census.floats) == here.names
 
 
-def test_a_graph_that_the_runtime_refuses_is_an_error_in_words(here):
+def test_a_graph_that_the_runtime_refuses_is_a_phreg_error(here):
     broken = onnx.ModelProto()
     broken.CopyFrom(here.graph)
     broken.graph.node[5].op_type = "NoSuchOperator"

@@ -11,7 +11,7 @@ from PIL import Image
 
 from phreg_deploy import __version__
 from phreg_deploy.cli import main
-from tests.cli_helpers import ROOT, leftovers
+from tests.cli_helpers import ROOT, leftovers, run_python
 
 pytestmark = pytest.mark.usefixtures("torch")
 # Where figures are compared exactly: "auto" may choose another backend.
@@ -58,9 +58,9 @@ def test_help_does_not_import_torch():
         "except SystemExit as stop: print('code', stop.code)\n"
         "print('heavy', sorted({'torch', 'timm', 'onnx', 'onnxruntime', 'safetensors'} & set(sys.modules)))"
     )
-    process = subprocess.run([sys.executable, "-W", "error", "-c", code], capture_output=True, text=True, check=True)
-    assert "Usage: phreg-deploy" in process.stdout
-    assert process.stdout.splitlines()[-2:] == ["code 0", "heavy []"]
+    output = run_python(code)
+    assert "Usage: phreg-deploy" in output
+    assert output.splitlines()[-2:] == ["code 0", "heavy []"]
 
 
 @pytest.mark.usefixtures("torch")
@@ -73,7 +73,7 @@ def test_every_recipe_is_in_the_help_and_the_readme(run_cli):
         assert f"`--recipe {name}`" in readme
 
 
-def test_python_m_and_the_script_are_the_same():
+def test_python_m_and_the_script_run_the_same_command_line():
     process = subprocess.run(
         [sys.executable, "-m", "phreg_deploy", "--help"], capture_output=True, text=True, check=True, cwd=ROOT
     )
@@ -83,7 +83,7 @@ def test_python_m_and_the_script_are_the_same():
     assert script.load() is main
 
 
-def test_the_chain(world, run_cli):
+def test_the_commands_run_one_after_another(world, run_cli):
     """distill -> inspect -> export -> check -> profile, each on the output of the one before."""
     student, bundle = world.tmp / "student", world.tmp / "bundle"
     record = document_of(run_cli("distill", world.base, "--images", world.photos, "-o", student, *QUICK, "--json"))
@@ -177,7 +177,7 @@ def test_unreadable_files_are_skipped_and_counted(world, run_cli):
         ),
     ],
 )
-def test_tables_go_to_stdout_or_aside_or_nowhere(world, run_cli, command, title):
+def test_tables_go_to_stdout_or_with_json_to_stderr_or_with_quiet_nowhere(world, run_cli, command, title):
     plain = run_cli(*command(world))
     assert plain.code == 0, plain.err
     assert title in plain.out
@@ -190,7 +190,7 @@ def test_tables_go_to_stdout_or_aside_or_nowhere(world, run_cli, command, title)
     assert isinstance(document_of(run_cli(*command(world), *force, "--quiet", "--json")), dict)
 
 
-def test_doctor_says_what_this_machine_can_run(run_cli):
+def test_doctor_reports_what_this_machine_can_run(run_cli):
     outcome = run_cli("doctor", "--json")
     findings = {f["part"]: f for f in document_of(outcome)["findings"]}
     assert {"python", "torch + timm", "onnx", "onnxruntime", "NVIDIA driver"} <= set(findings)

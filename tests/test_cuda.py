@@ -1,4 +1,4 @@
-"""CUDA's objects on a GPU that is not there: freed once, whatever happens, and errors in words."""
+"""CUDA objects on a fake GPU are freed exactly once, whatever fails, and errors are explained."""
 
 import sys
 import types
@@ -53,13 +53,13 @@ def test_everything_is_freed_once(cuda, device, maker):
 
 
 @pytest.mark.parametrize("maker", MAKERS.values(), ids=MAKERS)
-def test_what_cannot_be_freed_is_not_freed_again(cuda, device, maker):
+def test_an_object_that_cannot_be_freed_is_not_freed_again(cuda, device, maker):
     thing = maker(cuda)
     for call in ("cudaFree", "cudaFreeHost", "cudaStreamDestroy", "cudaEventDestroy", "cudaGraphExecDestroy"):
-        device.plant(call, 1, fake_gpu.cudaError_t.cudaErrorLaunchFailure)
+        device.fail_call(call, 1, fake_gpu.cudaError_t.cudaErrorLaunchFailure)
     with pytest.raises(PhregError, match=r"failed with CUDA error 719 \(cudaErrorLaunchFailure\)"):
         thing.close()
-    device.planted.clear()
+    device.failing.clear()
     before = len(device.calls)
     thing.close()
     assert len(device.calls) == before
@@ -74,8 +74,8 @@ def test_what_cannot_be_freed_is_not_freed_again(cuda, device, maker):
         ("cudaMallocHost", lambda cuda: PinnedBuffer(cuda, 1)),
     ],
 )
-def test_out_of_memory_says_what_to_do(cuda, device, call, make):
-    device.plant(call)
+def test_out_of_memory_names_what_to_do(cuda, device, call, make):
+    device.fail_call(call)
     with pytest.raises(PhregError, match=f"GPU: out of memory in {call}. Use a smaller batch.*--workspace"):
         make(cuda)
     assert device.live() == {}
@@ -102,18 +102,18 @@ def test_a_device_that_is_not_there_is_refused(device, index):
 
 @pytest.mark.parametrize("code", ["cudaErrorNoDevice", "cudaErrorInsufficientDriver"])
 def test_without_a_driver_that_works_the_doctor_is_named(device, code):
-    device.plant("cudaGetDeviceCount", 1, fake_gpu.cudaError_t[code])
+    device.fail_call("cudaGetDeviceCount", 1, fake_gpu.cudaError_t[code])
     with pytest.raises(BackendMissing, match=f"{code}.*no usable NVIDIA driver or GPU here.*phreg-deploy doctor"):
         Cuda(runtime=device.runtime)
 
 
-def test_a_driver_that_lists_nothing_is_said(device):
+def test_a_driver_that_lists_no_gpu_is_reported(device):
     device.runtime.cudaGetDeviceCount = lambda: (fake_gpu.cudaError_t.cudaSuccess, 0)
     with pytest.raises(BackendMissing, match="the driver lists no NVIDIA GPU"):
         Cuda(runtime=device.runtime)
 
 
-def test_a_missing_driver_library_is_said():
+def test_a_missing_driver_library_is_reported():
     def fail():
         raise RuntimeError("Failed to dlopen libcuda.so.1")
 
@@ -141,7 +141,7 @@ def test_without_cuda_python_the_extra_is_named(monkeypatch):
         _load()
 
 
-def test_a_broken_cuda_python_is_said(monkeypatch):
+def test_a_broken_cuda_python_is_reported(monkeypatch):
     pytest.importorskip("cuda.bindings")
     monkeypatch.setitem(sys.modules, "cuda.bindings.runtime", None)
     monkeypatch.delattr("cuda.bindings.runtime", raising=False)
@@ -160,18 +160,18 @@ def test_bytes_go_up_and_come_back(cuda):
         np.copyto(up.view(value.shape, value.dtype), value)
         cuda.copy(far.pointer, up.pointer, 200, "HostToDevice", stream.handle)
         cuda.copy(down.pointer, far.pointer, 200, "DeviceToHost", stream.handle)
-        assert not np.array_equal(down.view(value.shape, value.dtype), value), "nobody has waited yet"
+        assert not np.array_equal(down.view(value.shape, value.dtype), value), "no wait has happened yet"
         stream.wait()
         np.testing.assert_array_equal(down.view(value.shape, value.dtype), value)
         np.testing.assert_array_equal(down.view((20,), np.dtype(np.float32)), value.reshape(-1)[:20])
 
 
-def test_a_copy_to_nowhere_is_refused(cuda):
+def test_a_copy_to_address_0_is_refused(cuda):
     with Stream(cuda) as stream, pytest.raises(PhregError, match=r"cudaMemcpyAsync failed with CUDA error 1"):
         cuda.copy(1, 2, 3, "DeviceToDevice", stream.handle)
 
 
-def test_what_is_recorded_runs_when_it_is_launched(cuda):
+def test_recorded_work_runs_when_the_graph_is_launched(cuda):
     with Stream(cuda) as stream, DeviceBuffer(cuda, 8) as far, PinnedBuffer(cuda, 8) as near:
         near.view((8,), np.dtype(np.uint8))[:] = 1
         stream.begin()
@@ -189,13 +189,13 @@ def test_what_is_recorded_runs_when_it_is_launched(cuda):
 def test_a_graph_that_cannot_be_made_leaves_nothing(cuda, device):
     with Stream(cuda) as stream:
         stream.begin()
-        device.plant("cudaGraphInstantiate")
+        device.fail_call("cudaGraphInstantiate")
         with pytest.raises(PhregError, match="out of memory"):
             stream.end()
     assert device.live() == {}
 
 
-def test_time_passes_between_two_events(cuda):
+def test_the_time_between_two_events_is_measured(cuda):
     with Stream(cuda) as stream, Event(cuda) as first, Event(cuda) as second:
         first.record(stream.handle)
         second.record(stream.handle)
@@ -205,13 +205,13 @@ def test_time_passes_between_two_events(cuda):
         assert 0 <= second.since(first) < 1000
 
 
-def test_the_device_is_chosen_anew_in_each_thread(cuda, device):
+def test_the_device_is_set_in_each_thread(cuda, device):
     device.chosen.index = None
     cuda.use()
     assert device.chosen.index == 0
 
 
-def test_one_stream_waits_for_another_and_the_host_for_neither(cuda, device):
+def test_one_stream_waits_for_another_and_the_host_does_not_wait(cuda, device):
     done = []
     with Stream(cuda) as first, Stream(cuda) as second, Event(cuda) as event:
         device.queue(device.streams[first.handle], lambda: done.append("first"))

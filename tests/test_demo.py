@@ -34,7 +34,7 @@ def scenes(tmp_path_factory):
 
 
 def test_the_embedded_model_has_the_artifacts_it_claims(scenes):
-    """The search finds a register neuron; its tokens have lost their content, which other views still show."""
+    """The search finds a register neuron, whose outlier tokens lack the content that other views still show."""
     assert (MODEL / "model.safetensors").stat().st_size < 5 * 2**20
     model = load_model(str(MODEL))
     preprocess = model_preprocess(model)
@@ -61,7 +61,7 @@ def test_the_probe_learns_what_is_linear():
     assert mean_iou(predicted, labels[30:], 3) == 1
 
 
-def test_a_patch_is_what_most_of_it_is():
+def test_the_label_of_a_patch_is_its_most_frequent_one():
     labels = np.zeros((1, 4, 4), np.uint8)
     labels[0, :2, :2] = [[1, 1], [1, 2]]
     np.testing.assert_array_equal(patch_labels(labels, 2, 3)[0], [[1, 0], [0, 0]])

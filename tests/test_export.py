@@ -22,8 +22,8 @@ from phreg_deploy.spec import Batches, Sizes
 from tests.small_models import FAMILIES, small
 
 
-def served(model, images, *, sizes=None, batch="1", precision="fp32", keep=()):
-    """Answer uint8 images with ONNX Runtime and with PyTorch; return both answers and the graph."""
+def run_both(model, images, *, sizes=None, batch="1", precision="fp32", keep=()):
+    """Run uint8 images through ONNX Runtime and PyTorch; return both outputs and the graph."""
     patch = tuple(model.patch_embed.patch_size)
     sizes = sizes or Sizes("fixed", (tuple(images.shape[1:3]),))
     preprocess = model_preprocess(model)
@@ -51,7 +51,7 @@ def served(model, images, *, sizes=None, batch="1", precision="fp32", keep=()):
     return got, expected, proto
 
 
-def pictures(batch, size, seed=0):
+def random_images(batch, size, seed=0):
     return np.random.default_rng(seed).integers(0, 256, (batch, *size, 3), dtype=np.uint8)
 
 
@@ -61,8 +61,8 @@ def test_every_family_is_served_as_pytorch_computes_it(family, registers):
     model = small(family)
     if registers:
         model = add_registers(model, registers)
-    images = pictures(1, tuple(model.patch_embed.img_size))
-    got, expected, _ = served(model, images)
+    images = random_images(1, tuple(model.patch_embed.img_size))
+    got, expected, _ = run_both(model, images)
     patches = expected.patches.numpy()
     assert agreement(got["features"].reshape(patches.shape), patches).minimum > 0.999999
     np.testing.assert_allclose(
@@ -80,22 +80,22 @@ def test_one_graph_serves_a_range_of_sizes_and_batches(family, size, batch):
     model = add_registers(small(family), 4)
     patch = model.patch_embed.patch_size[0]
     sizes = Sizes.parse(f"{2 * patch}:{4 * patch}:{9 * patch}", (patch, patch))
-    images = pictures(batch, tuple(patch * s for s in size))
-    got, expected, _ = served(model, images, sizes=sizes, batch="1:2:8")
+    images = random_images(batch, tuple(patch * s for s in size))
+    got, expected, _ = run_both(model, images, sizes=sizes, batch="1:2:8")
     assert got["features"].shape == (batch, *size, 48)
     assert agreement(got["features"].reshape(batch, -1, 48), expected.patches.numpy()).minimum > 0.999999
 
 
 def test_rotary_models_are_served_at_sizes_that_are_not_square():
     model = add_registers(small("eva02"), 4)
-    got, expected, _ = served(model, pictures(1, (42, 70)))
+    got, expected, _ = run_both(model, random_images(1, (42, 70)))
     assert agreement(got["features"].reshape(1, -1, 48), expected.patches.numpy()).minimum > 0.999999
 
 
 @pytest.mark.parametrize("family", ["dinov2", "clip-quickgelu", "siglip", "eva02"])
 def test_float16_graphs_stay_close(family):
     model = add_registers(small(family), 4)
-    got, expected, proto = served(model, pictures(1, tuple(model.patch_embed.img_size)), precision="fp16")
+    got, expected, proto = run_both(model, random_images(1, tuple(model.patch_embed.img_size)), precision="fp16")
     assert got["features"].dtype == np.float16
     assert got["token_norm"].dtype == np.float32
     assert agreement(got["features"].reshape(1, -1, 48), expected.patches.numpy()).p1 > 0.999
@@ -103,8 +103,8 @@ def test_float16_graphs_stay_close(family):
     assert len(weights) > 20
 
 
-def test_the_graph_is_lean():
-    _, _, proto = served(add_registers(small("dinov2"), 4), pictures(1, (56, 56)))
+def test_the_graph_has_no_superfluous_nodes():
+    _, _, proto = run_both(add_registers(small("dinov2"), 4), random_images(1, (56, 56)))
     operators = [node.op_type for node in proto.graph.node]
     assert proto.opset_import[0].version == OPSET
     assert operators.count("MatMul") == 1 + 2 * 6
@@ -117,7 +117,7 @@ def test_the_graph_is_lean():
 def test_the_same_weights_give_the_same_bytes_and_no_trace_of_the_machine():
     texts = []
     for _ in range(2):
-        _, _, proto = served(add_registers(small("clip"), 4), pictures(1, (64, 64)))
+        _, _, proto = run_both(add_registers(small("clip"), 4), random_images(1, (64, 64)))
         texts.append(proto.SerializeToString(deterministic=True))
     assert texts[0] == texts[1]
     for word in (b"/home", b"/work", b"/root", b"site-packages", b"stack_trace", b".py"):

@@ -1,4 +1,4 @@
-"""``extract``: which files it reads, what it writes, and what it leaves when a file is bad or Ctrl-C comes."""
+"""``extract``: the files that it reads and writes, and those that remain after a bad file or Ctrl-C."""
 
 import errno
 import json
@@ -17,7 +17,7 @@ HERE = ("--backend", "onnxruntime-cpu", "--threads", "1")
 
 @pytest.fixture
 def pictures(photos, tmp_path):
-    """Three images, two of them of one name in two folders, and one broken file."""
+    """Make three images, two of which have the same name in different folders, and a broken file."""
     folder = tmp_path / "in"
     (folder / "deep").mkdir(parents=True)
     for source, name in (("frame-00.png", "a.png"), ("frame-02.png", "b.png"), ("frame-01.jpg", "deep/a.jpg")):
@@ -26,7 +26,7 @@ def pictures(photos, tmp_path):
     return folder
 
 
-def files(folder):
+def list_files(folder):
     return {p.relative_to(folder).as_posix() for p in folder.rglob("*") if p.is_file()}
 
 
@@ -38,7 +38,7 @@ def test_sub_folders_keep_their_paths_and_the_features_are_the_extractors(world,
     outcome = extract(run_cli, world, pictures, "--image-size", "48x64", "--skip-bad", bundle="wide_bundle")
     assert outcome.code == 0
     report = outcome.document
-    assert files(world.out) == {"a.npy", "b.npy", "deep/a.npy", "features.json"}
+    assert list_files(world.out) == {"a.npy", "b.npy", "deep/a.npy", "features.json"}
     assert [entry["shape"] for entry in report["images"]] == [[6, 8, 48]] * 3
     assert list(report["skipped"]) == [str(pictures / "deep" / "broken.jpg")]
     assert "Left out: image: " in outcome.err
@@ -52,7 +52,7 @@ def test_sub_folders_keep_their_paths_and_the_features_are_the_extractors(world,
             assert np.array_equal(stored, extractor(entry["image"], (48, 64)).features[0])
 
 
-def test_a_name_that_is_taken_gets_a_number(world, run_cli, pictures):
+def test_a_second_file_of_the_same_name_gets_a_number(world, run_cli, pictures):
     for name in ("A.JPG", "a.cls.png"):  # the second one's features have the name of the first one's class token
         photograph(1, 70, 60).save(pictures / name)
     report = extract(run_cli, world, pictures, pictures / "deep" / "a.jpg", "--skip-bad").document
@@ -71,7 +71,7 @@ def test_outputs_and_dtype(world, run_cli, pictures):
         stored = np.load(world.out / entry[kind])
         assert stored.dtype == dtype
         assert np.array_equal(stored, getattr(dense, kind)[0].astype(dtype))
-    assert files(world.out) == {"a.npy", "a.cls.npy", "a.token_norm.npy", "features.json"}
+    assert list_files(world.out) == {"a.npy", "a.cls.npy", "a.token_norm.npy", "features.json"}
 
 
 def test_features_beyond_float16_are_refused(world, run_cli, pictures, monkeypatch):
@@ -106,17 +106,17 @@ def test_exif_can_be_turned_off(world, run_cli, pictures):
 
 
 @pytest.mark.parametrize("named", [True, False])
-def test_a_bad_file_is_left_out_and_said_by_the_exit_code(world, run_cli, pictures, named):
+def test_a_bad_file_is_left_out_and_changes_the_exit_code(world, run_cli, pictures, named):
     asked = [pictures / "a.png", pictures / "deep" / "broken.jpg"] if named else [pictures]
     outcome = extract(run_cli, world, *asked)
     outcome.refused(2, "broken.jpg", "holds the features of the others", "--skip-bad")
-    assert "a.npy" in files(world.out)
+    assert "a.npy" in list_files(world.out)
     assert list(outcome.document["skipped"]) == [str(pictures / "deep" / "broken.jpg")]
     assert extract(run_cli, world, *asked, "--skip-bad", "--force").code == 0
 
 
 def interrupt(monkeypatch, at):
-    """Ctrl-C while the features of the ``at``-th image are written."""
+    """Raise ``KeyboardInterrupt`` while the features of the ``at``-th image are written."""
     real, calls = np.save, []
 
     def save(*arguments, **options):
@@ -128,7 +128,7 @@ def interrupt(monkeypatch, at):
     monkeypatch.setattr(np, "save", save)
 
 
-def test_ctrl_c_keeps_what_is_done_and_resume_extracts_the_rest(world, run_cli, pictures, monkeypatch):
+def test_ctrl_c_keeps_finished_images_and_resume_extracts_the_rest(world, run_cli, pictures, monkeypatch):
     (pictures / "deep" / "broken.jpg").unlink()
     options = [pictures, "--outputs", "features,cls"]
     with monkeypatch.context() as patch:
@@ -136,7 +136,7 @@ def test_ctrl_c_keeps_what_is_done_and_resume_extracts_the_rest(world, run_cli, 
         outcome = extract(run_cli, world, *options)
     outcome.refused(130, "Interrupted", "features of 1 of 3 images", "--resume")
     assert "distill" not in outcome.err
-    assert files(world.out) == {"a.npy", "a.cls.npy", "features.json"}
+    assert list_files(world.out) == {"a.npy", "a.cls.npy", "features.json"}
     assert json.loads((world.out / "features.json").read_text())["complete"] is False
     extract(run_cli, world, *options).refused(2, "exists already")
     extract(run_cli, world, *options, "--resume", "--dtype", "float16").refused(2, "another dtype")
@@ -147,7 +147,7 @@ def test_ctrl_c_keeps_what_is_done_and_resume_extracts_the_rest(world, run_cli, 
     assert resumed.code == 0
     assert resumed.document["complete"] is True
     assert (world.out / "a.npy").stat().st_ino == kept, "it was extracted again"
-    whole = {name: (world.out / name).read_bytes() for name in files(world.out) - {"features.json"}}
+    whole = {name: (world.out / name).read_bytes() for name in list_files(world.out) - {"features.json"}}
     assert extract(run_cli, world, *options, "--force").code == 0
     assert {name: (world.out / name).read_bytes() for name in whole} == whole
     assert leftovers(world.tmp) == []
@@ -162,22 +162,22 @@ def test_resume_extracts_an_image_that_changed(world, run_cli, pictures):
         assert np.array_equal(np.load(world.out / "a.npy"), extractor(pictures / "a.png").features[0])
 
 
-def test_ctrl_c_does_not_replace_an_output_by_less(world, run_cli, pictures, monkeypatch):
+def test_ctrl_c_does_not_replace_an_output_by_a_smaller_one(world, run_cli, pictures, monkeypatch):
     assert extract(run_cli, world, pictures, "--skip-bad").code == 0
-    before = {name: (world.out / name).read_bytes() for name in files(world.out)}
+    before = {name: (world.out / name).read_bytes() for name in list_files(world.out)}
     interrupt(monkeypatch, 3)
     extract(run_cli, world, pictures, "--force").refused(130, "Nothing new was kept", "as it was before")
-    assert {name: (world.out / name).read_bytes() for name in files(world.out)} == before
+    assert {name: (world.out / name).read_bytes() for name in list_files(world.out)} == before
 
 
-def test_resume_of_what_is_no_extraction_is_refused(world, run_cli, pictures):
+def test_resume_of_another_folder_is_refused(world, run_cli, pictures):
     world.out.mkdir()
     (world.out / "features.json").write_text("[]")
     extract(run_cli, world, pictures, "--resume").refused(2, "no whole features.json", "--force")
 
 
-def test_a_full_disk_is_called_full(world, run_cli, pictures, monkeypatch):
-    """As the system says it: ``np.save`` to a file would say how many bytes it asked for."""
+def test_a_full_disk_is_reported_as_full(world, run_cli, pictures, monkeypatch):
+    """The message is the system's; that of ``np.save`` would name a number of bytes instead."""
     from pathlib import Path
 
     real = Path.write_bytes

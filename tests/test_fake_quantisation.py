@@ -30,7 +30,7 @@ FUSED = [family for family in (*FAMILIES, *VARIANTS) if family not in SEPARATE]
 
 
 def run(model, batches):
-    """Patch features ``(M, N, C)``."""
+    """Return patch features ``(M, N, C)``."""
     with torch.no_grad():
         return np.concatenate([hooks.forward(model, batch).patches.numpy() for batch in batches])
 
@@ -48,7 +48,7 @@ def test_layers_have_the_names_and_kinds_of_the_graphs(family):
 
 
 @pytest.mark.parametrize("family", FUSED)
-def test_fake_eight_bits_are_the_bundles(family):
+def test_fake_int8_computes_what_the_bundle_computes(family):
     here = traced(family)
     session = open_session(here.eight_bits("cpu"))
     served = np.concatenate([features(session, batch) for batch in here.images])
@@ -56,12 +56,14 @@ def test_fake_eight_bits_are_the_bundles(family):
     with quantised(here.model, observe_grids(here.model, here.batches, Smoothing())):
         fake = run(here.model, here.batches)
     assert agreement(fake, served).mean >= 0.99999
-    assert agreement(fake, served).mean >= 1 - 0.5 * (1 - agreement(real, served).mean), "nearer to it than float is"
+    assert agreement(fake, served).mean >= 1 - 0.5 * (1 - agreement(real, served).mean), (
+        "closer to the bundle than the float model is"
+    )
 
 
 @pytest.mark.parametrize("smoothing", [PLAIN, Smoothing(0.5, 0.3, None, registers=False)])
 @pytest.mark.parametrize("family", ["dinov2", "bare", "siglip"])
-def test_every_smoothing_is_the_bundles(family, smoothing):
+def test_every_smoothing_is_that_of_the_bundle(family, smoothing):
     here = traced(family)
     session = open_session(here.eight_bits("cpu", smoothing=smoothing))
     served = np.concatenate([features(session, batch) for batch in here.images])
@@ -83,7 +85,7 @@ def test_grids_are_those_of_calibrate(family):
 
 
 @pytest.mark.parametrize("family", ["augreg", "eva02-base"])
-def test_afterwards_everything_is_as_it_was(family):
+def test_the_model_is_unchanged_afterwards(family):
     here = traced(family)
     model = copy.deepcopy(here.model).train()
     state, before = {k: v.clone() for k, v in model.state_dict().items()}, run(model.eval(), here.batches)
@@ -122,7 +124,7 @@ def test_every_weight_learns_through_eight_bits():
         assert torch.cosine_similarity(a, b, dim=0) > 0.9, name
 
 
-def test_where_a_value_is_clipped_nothing_flows():
+def test_a_clipped_value_has_no_gradient():
     model = small("augreg", depth=1)
     layer = model.blocks[0].attn.qkv
     grid = Grid(np.zeros(48, np.float32), np.ones(48, np.float32), 0.01, 128)  # reaches from -1.27 to 1.27
@@ -162,7 +164,7 @@ def test_a_model_whose_inputs_cannot_be_reached_is_refused(family):
 
 @pytest.fixture(scope="module")
 def aware(tmp_path_factory, base, photos):
-    """Two epochs in fake INT8: the door with its arguments but the output, the student's folder and its record."""
+    """Distil two epochs in fake INT8; return ``distill`` with its arguments but ``output``, the student, its record."""
     root = tmp_path_factory.mktemp("aware")
     settings = {"epochs": 2, "batch": 8, "views": 3, "device": "cpu", "precision": "fp32", "int8_aware": True}
     run = functools.partial(distill, str(base), photos, cache=root / "cache", **settings)
@@ -185,7 +187,7 @@ def test_the_record_says_what_eight_bits_keep(aware):
     assert np.isfinite(record.history.loss).all()
 
 
-def test_without_being_asked_there_are_no_eight_bits(distilled):
+def test_int8_awareness_is_off_by_default(distilled):
     _, record = distilled
     assert record.recipe.int8 is False
     assert "int8" not in record.to_json()["scores"]
@@ -196,11 +198,11 @@ def test_every_step_runs_through_the_grids_of_its_epoch(aware, tmp_path, monkeyp
     opened, real = [], training.quantised
     monkeypatch.setattr(training, "quantised", lambda model, grids: opened.append(grids) or real(model, grids))
     run_aware(tmp_path / "again")
-    assert [len(grids) for grids in opened] == 6 * [12], "three steps an epoch, twelve layers"
+    assert [len(grids) for grids in opened] == 6 * [12], "three steps per epoch and twelve layers"
     steps = [grids["blocks.0.mlp.fc2"].step for grids in opened]
     assert steps[:3] == 3 * steps[:1]
     assert steps[3:] == 3 * steps[3:4]
-    assert steps[0] != steps[3], "observed anew before each epoch"
+    assert steps[0] != steps[3], "ranges are observed before each epoch"
     assert digest(tmp_path / "again") == digest(folder)
     run_aware(tmp_path / "float", int8_aware=False)
     assert digest(tmp_path / "float") != digest(folder)

@@ -1,5 +1,4 @@
 import sys
-import threading
 
 import numpy as np
 import pytest
@@ -15,11 +14,12 @@ from phreg_deploy.progress import SILENT
 from phreg_deploy.runtime import FeatureExtractor
 from phreg_deploy.runtime.parity import missed_gates, run_exam
 from tests.small_models import plant, small
+from tests.threads import run_in_threads
 
 
 @pytest.fixture(scope="module")
 def bundles(tmp_path_factory):
-    """A fixed bundle, and one with a range of sizes and batches, of the same student."""
+    """Bundles of one student with a fixed size, and with several sizes and batches."""
     root = tmp_path_factory.mktemp("bundles")
     (root / "student").mkdir()
     record = {"scores": {"median_norm": 7.0}, "recipe": {"name": "transplant"}}
@@ -106,16 +106,12 @@ def test_one_extractor_serves_several_threads(bundles):
             for _ in range(5):
                 got[i] = extractor(images[i][0], size=sizes[i]).features
 
-        threads = [threading.Thread(target=serve, args=(i,)) for i in range(8)]
-        for thread in threads:
-            thread.start()
-        for thread in threads:
-            thread.join()
+        assert run_in_threads(serve, range(8)) == []
     for a, b in zip(got, expected):
         np.testing.assert_array_equal(a, b)
 
 
-def test_a_closed_extractor_says_so(bundles):
+def test_a_closed_extractor_refuses_images(bundles):
     extractor = FeatureExtractor.load(bundles / "fixed", "onnxruntime-cpu")
     assert extractor.backend == "onnxruntime-cpu"
     assert extractor.choice == "onnxruntime-cpu: as asked"
@@ -125,7 +121,7 @@ def test_a_closed_extractor_says_so(bundles):
         extractor(np.zeros((56, 56, 3), np.uint8))
 
 
-def test_a_backend_that_is_not_here_is_refused(bundles, monkeypatch):
+def test_a_backend_that_is_not_installed_is_refused(bundles, monkeypatch):
     for module in ("tensorrt", "tensorrt_lean"):
         monkeypatch.setitem(sys.modules, module, None)
     with pytest.raises(BackendMissing, match="needs tensorrt, which is not installed"):
@@ -175,7 +171,7 @@ def test_a_drifting_machine_is_called_unstable():
 
 
 @pytest.mark.parametrize("backend", ["auto", "onnxruntime-cpu"])
-def test_a_gpu_that_is_asked_for_is_not_silently_a_processor(bundles, monkeypatch, backend):
+def test_a_requested_gpu_is_not_replaced_by_the_processor(bundles, monkeypatch, backend):
     monkeypatch.setattr("phreg_deploy.runtime.backends.registry.driver_present", lambda: False)
     with pytest.raises(PhregError, match=r"got GPU 3, but .* runs on the processor"):
         FeatureExtractor.load(bundles / "fixed", backend, device=3)

@@ -68,7 +68,7 @@ def test_other_models_keep_the_norm_on_their_tokens(name):
 
 @pytest.mark.parametrize("family", POOLED)
 def test_teacher_student_and_graph_apply_it_to_every_token(family, cases):
-    """Without it, the norm of the raw residual would weight the views of a patch in the target."""
+    """Otherwise the norm of the raw residual would weight the views of a patch in the target."""
     model = small(family)
     photographs, preprocess = cases(model)
     pixels = photographs.batch(0, 3)
@@ -90,7 +90,7 @@ def test_teacher_student_and_graph_apply_it_to_every_token(family, cases):
 
 @pytest.mark.parametrize("family", POOLED)
 def test_the_head_still_gets_what_timm_gives_it(family, cases):
-    """The head does not get a token that was normed twice."""
+    """The head gets a token that was normalised once, not twice."""
     model = small(family)
     photographs, preprocess = cases(model)
     with torch.no_grad():

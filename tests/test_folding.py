@@ -58,7 +58,7 @@ def test_the_attention_scale_moves_into_the_queries():
 
 @pytest.mark.parametrize("family", ["augreg", "deit3", "clip", "siglip", "eva"])
 def test_class_token_and_positions_become_constants(family):
-    """Constants and patches together equal timm's own ``_pos_embed`` of the same patches."""
+    """The constants and the patches together equal timm's ``_pos_embed`` of the same patches."""
     model = small(family)
     patches = torch.randn(1, 16, 48)
     with torch.no_grad():

@@ -1,4 +1,4 @@
-"""Gates on parity, artifact rates and latency: exit code 3, and one JSON document that holds both the figures and the error."""
+"""Gates on parity, artifact rates and latency: exit code 3, and one JSON document with the figures and the error."""
 
 import importlib
 import sys
@@ -24,7 +24,7 @@ def test_a_missed_parity_gate_is_exit_code_3(world, run_cli, monkeypatch):
 
 
 @pytest.mark.parametrize("bar", ["1.5", "0", "-1", "nan"])
-def test_a_cosine_that_is_none_is_refused(world, run_cli, bar):
+def test_a_cosine_out_of_range_is_refused(world, run_cli, bar):
     for command in (["check", world.bundle], ["calibrate", world.bundle, "--images", world.photos, "-o", world.out]):
         run_cli(*command, "--cosine", bar, "--json").refused(2, "cosine", bar)
     assert not world.out.exists()
@@ -40,7 +40,7 @@ def test_a_bundle_that_misses_its_gate_at_export_is_exit_code_3(world, run_cli, 
     assert outcome.document["check"]["missed"]
 
 
-def test_a_gate_on_the_outlier_rate(world, run_cli):
+def test_an_outlier_rate_above_its_gate_is_exit_code_3(world, run_cli):
     outcome = run_cli("check", world.bundle, "--outlier-points", "-1", "--json")
     outcome.refused(3, "norm-outlier rate changed by 0.0000 points", "expected at most -1")
 
@@ -53,7 +53,7 @@ def test_a_users_gate_replaces_the_precisions(world, run_cli, monkeypatch):
     assert run_cli("check", world.bundle, "--cosine", "0.9").code == 0
 
 
-def test_gates_hold_on_a_backend_that_was_asked_for(world, run_cli, monkeypatch):
+def test_gates_hold_on_a_chosen_backend(world, run_cli, monkeypatch):
     gates = importlib.import_module("phreg_deploy.runtime.parity").GATES
     monkeypatch.setitem(gates, "fp32", {"cosine_p1": 1.1, "outlier_points": 0.0})
     asked = ["check", world.bundle, "--backend", "onnxruntime-cpu", "--json"]
@@ -85,8 +85,8 @@ def test_values_that_are_not_numbers_miss_every_gate():
     assert not any(gate.passed for gate in gates)
 
 
-def test_a_bundle_that_nothing_here_can_run_is_written_and_said_to_be_unchecked(world, run_cli, monkeypatch):
-    """BF16 where there is neither OpenVINO nor a GPU: no failure, and no silence."""
+def test_a_bundle_that_no_backend_can_run_is_written_and_reported_as_unchecked(world, run_cli, monkeypatch):
+    """BF16 on a machine with neither OpenVINO nor a GPU."""
     monkeypatch.setitem(sys.modules, "openvino", None)
     monkeypatch.setattr("phreg_deploy.runtime.backends.registry.driver_present", lambda: False)
     done = run_cli("export", world.student, "-o", world.out, "--precision", "bf16", "--json")

@@ -16,7 +16,7 @@ def model(pairs, **fields):
     return made
 
 
-def test_metadata_of_a_bundle(bundle, wide_bundle):
+def test_metadata_of_a_bundle_equals_that_read_by_onnx(bundle, wide_bundle):
     from phreg_deploy.bundle.bundle import Bundle
 
     for folder in (bundle, wide_bundle):
@@ -30,7 +30,7 @@ def test_metadata_of_a_bundle(bundle, wide_bundle):
     "pairs",
     [[], [("a", "1")], [("", "x"), ("b", "")], [("κλειδί", "値" * 5000)], [(str(i), "v" * i) for i in range(300)]],
 )
-def test_metadata_of_any_model(tmp_path, pairs):
+def test_metadata_of_any_model_equals_that_read_by_onnx(tmp_path, pairs):
     made = model(
         pairs, ir_version=10, producer_name="p", model_version=2**62, graph=onnx.GraphProto(name="g" * 100_000)
     )
@@ -38,7 +38,7 @@ def test_metadata_of_any_model(tmp_path, pairs):
     assert read_metadata(tmp_path / "m") == dict(pairs)
 
 
-def test_the_graph_is_not_read(tmp_path):
+def test_the_weights_are_not_read(tmp_path):
     """A sparse file stands for a graph of 8 GB, which is skipped."""
     tail = model([("a", "1")]).SerializeToString()
     length, size = bytearray(), 8 << 30
@@ -69,7 +69,7 @@ WRONG = {
 
 
 @pytest.mark.parametrize("name", WRONG)
-def test_what_is_no_model_is_a_value_error(tmp_path, name):
+def test_a_file_that_is_no_model_is_a_value_error(tmp_path, name):
     (tmp_path / "m").write_bytes(WRONG[name])
     with pytest.raises(ValueError, match=r"no ONNX file|cut short|fields|decode|at most"):
         read_metadata(tmp_path / "m")

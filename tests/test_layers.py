@@ -1,19 +1,18 @@
-"""Which room may import which, held as data by folder; and a runtime that really runs where torch is not."""
+"""Which folder may import which, and that the runtime and calibration run without torch."""
 
 import ast
 import json
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 
-ROOT = Path(__file__).resolve().parent.parent
+from tests.cli_helpers import ROOT, run_python
+
 PACKAGE = ROOT / "phreg_deploy"
 FILES = sorted(PACKAGE.rglob("*.py"))
 
-# Folder: the folders that its files import at any depth, functions included; "" is the root, which all may import.
+# Folder -> the folders that its files may import, also inside functions. "" is the root, which all may import.
 MAY = {
     "": set(),
     "files": set(),
@@ -32,13 +31,23 @@ MAY = {
     "calibration": {"files", "images", "bundle", "onnx_graph", "runtime", "runtime/backends"},
     "export": {"files", "images", "bundle", "models", "onnx_graph", "export/engine"},
     "export/engine": {"files", "bundle", "runtime", "runtime/gpu", "runtime/backends"},
-    "verify": {"images", "artifacts", "bundle", "models", "onnx_graph", "runtime", "runtime/gpu", "runtime/backends", "export/engine"},
+    "verify": {
+        "images",
+        "artifacts",
+        "bundle",
+        "models",
+        "onnx_graph",
+        "runtime",
+        "runtime/gpu",
+        "runtime/backends",
+        "export/engine",
+    },
     "demo": {"files", "images", "artifacts", "models", "distill", "runtime", "calibration", "export", "verify"},
     "cli": {"cli/commands", "runtime/backends"},
-}  # fmt: skip
+}
 MAY["cli/tables"] = set(MAY)
 MAY["cli/commands"] = set(MAY)
-# room: the rooms that it imports inside functions only, so that what they need is optional
+# Folder -> the folders that it imports inside functions only, so that their dependencies are optional.
 LATE = {
     "export": {"export/engine"},
     "verify": {"models", "onnx_graph", "export/engine"},
@@ -48,7 +57,8 @@ LATE = {
     "cli": {"runtime/backends"},
 }
 HEAVY = {"torch", "timm", "onnx", "onnxscript", "safetensors", "torchvision"}
-NEEDS = {  # room: what it may import of these
+# Folder -> the heavy modules that it may import.
+NEEDS = {
     "models": HEAVY,
     "distill/neurons": HEAVY,
     "distill": HEAVY,
@@ -58,20 +68,21 @@ NEEDS = {  # room: what it may import of these
     "calibration": {"onnx"},
     "verify": {"onnx"},
 }
-TORCH_ROOMS = {"models", "distill", "export", "demo"}
-LARGEST_SHARE, MOST_FILES = (
-    0.18,
-    12,
-)  # of the code's lines in one room with its sub-rooms; of the source files in a folder
+WITHOUT_TORCH = {"runtime", "runtime/gpu", "runtime/backends", "calibration", "export/engine", "profiling", "doctor"}
+TORCH_FOLDERS = {"models", "distill", "export", "demo"}
+# Largest share of the code's lines in one folder of the package, with its subfolders.
+LARGEST_SHARE = 0.18
+# Largest number of source files in a folder.
+MOST_FILES = 12
 BLOCKED = ("torch", "timm", "onnx", "onnxscript", "safetensors", "torchvision")
 
 
-def room_of(path: Path) -> str:
+def folder_of(path: Path) -> str:
     return "/".join(path.relative_to(PACKAGE).parts[:-1])
 
 
 def imports(path: Path) -> list[tuple[str, bool]]:
-    """Dotted names that a file imports, and whether the import waits inside a function."""
+    """List the dotted names that a file imports, and whether each import is inside a function."""
     tree, found = ast.parse(path.read_text()), []
 
     def walk(node: ast.AST, late: bool) -> None:
@@ -89,7 +100,7 @@ def imports(path: Path) -> list[tuple[str, bool]]:
 
 
 def module_of(name: str) -> Path | None:
-    """The file of this package that a dotted name stands for, or holds."""
+    """Return the file of this package that a dotted name is, or is in."""
     parts = name.split(".")
     if parts[0] != "phreg_deploy":
         return None
@@ -107,29 +118,31 @@ def modules_imported(path: Path) -> set[tuple[Path, bool]]:
 
 @pytest.mark.parametrize("path", FILES, ids=lambda p: str(p.relative_to(PACKAGE)))
 def test_imports_run_one_way(path):
-    room = room_of(path)
-    assert room in MAY, f"{room} is a new room: say in MAY what it may import"
+    folder = folder_of(path)
+    assert folder in MAY, f"{folder} is a new folder; add it to MAY"
     if path.name == "__main__.py":
-        assert {room_of(module) for module, _ in modules_imported(path)} == {"cli"}
+        assert {folder_of(module) for module, _ in modules_imported(path)} == {"cli"}
         return
     for module, late in modules_imported(path):
-        name = room_of(module)
-        assert name in ("", room) or name in MAY[room], f"{path.name} in {room or 'the root'} imports {name}"
-        assert late or name not in LATE.get(room, ()), f"{path.name} imports {name} at its top"
+        name = folder_of(module)
+        assert name in ("", folder) or name in MAY[folder], f"{path.name} in {folder or 'the root'} imports {name}"
+        assert late or name not in LATE.get(folder, ()), f"{path.name} imports {name} at its top"
 
 
-def test_no_rooms_import_each_other():
-    """The rule itself has no circle: every room stands above all that it may import."""
+def test_the_rule_has_no_circle():
+    """No folder may import itself through other folders."""
     below: dict[str, set[str]] = {}
 
-    def rooms_below(room: str, path: tuple[str, ...] = ()) -> set[str]:
-        assert room not in path, f"a circle: {' -> '.join((*path, room))}"
-        if room not in below:
-            below[room] = set().union(*({r} | rooms_below(r, (*path, room)) for r in MAY[room] - {"cli"}), set())
-        return below[room]
+    def folders_below(folder: str, path: tuple[str, ...] = ()) -> set[str]:
+        assert folder not in path, f"a circle: {' -> '.join((*path, folder))}"
+        if folder not in below:
+            below[folder] = set().union(
+                *({r} | folders_below(r, (*path, folder)) for r in MAY[folder] - {"cli"}), set()
+            )
+        return below[folder]
 
-    for room in MAY:
-        rooms_below(room)
+    for folder in MAY:
+        folders_below(folder)
 
 
 def test_no_files_import_each_other():
@@ -149,29 +162,21 @@ def test_no_files_import_each_other():
 
 
 @pytest.mark.parametrize("path", FILES, ids=lambda p: str(p.relative_to(PACKAGE)))
-def test_heavy_modules_stay_in_heavy_rooms(path):
-    allowed = NEEDS.get(room_of(path), set())
+def test_heavy_modules_are_imported_in_their_folders_alone(path):
+    allowed = NEEDS.get(folder_of(path), set())
     for name, _ in imports(path):
         top = name.split(".")[0]
         assert top not in HEAVY or top in allowed, f"{path} imports {name}"
 
 
-def test_what_runs_on_the_device_imports_no_torch_through_other_rooms():
-    for room, may in MAY.items():
-        if room in (
-            "runtime",
-            "runtime/gpu",
-            "runtime/backends",
-            "calibration",
-            "export/engine",
-            "profiling",
-            "doctor",
-        ):
-            assert not may & TORCH_ROOMS, room
+def test_folders_for_the_device_import_no_torch_indirectly():
+    for folder, may in MAY.items():
+        if folder in WITHOUT_TORCH:
+            assert not may & TORCH_FOLDERS, folder
 
 
-def test_the_rule_covers_every_room_and_names_no_ghost():
-    assert set(MAY) == {room_of(p) for p in FILES}
+def test_the_rule_covers_every_folder_and_no_other():
+    assert set(MAY) == {folder_of(p) for p in FILES}
 
 
 @pytest.mark.parametrize("path", FILES, ids=lambda p: str(p.relative_to(PACKAGE)))
@@ -179,15 +184,15 @@ def test_files_are_small(path):
     assert len(path.read_text().splitlines()) <= 300
 
 
-def test_rooms_are_small():
+def test_folders_are_small():
     lines = {path: len(path.read_text().splitlines()) for path in FILES}
     whole = sum(lines.values())
-    for room in {room_of(path).split("/")[0] for path in FILES}:
-        own = sum(n for path, n in lines.items() if room_of(path).split("/")[0] == room)
-        assert own <= LARGEST_SHARE * whole, f"{room or 'the root'} has {own} of {whole} lines"
-    for room in MAY:
-        count = sum(room_of(path) == room for path in FILES)
-        assert count <= MOST_FILES, f"{room or 'the root'} has {count} files"
+    for folder in {folder_of(path).split("/")[0] for path in FILES}:
+        own = sum(n for path, n in lines.items() if folder_of(path).split("/")[0] == folder)
+        assert own <= LARGEST_SHARE * whole, f"{folder or 'the root'} has {own} of {whole} lines"
+    for folder in MAY:
+        count = sum(folder_of(path) == folder for path in FILES)
+        assert count <= MOST_FILES, f"{folder or 'the root'} has {count} files"
 
 
 def test_no_module_shadows_a_dependency():
@@ -196,7 +201,7 @@ def test_no_module_shadows_a_dependency():
 
 
 @pytest.mark.parametrize("name", ["calibration", "export", "runtime"])
-def test_rooms_are_linked_from_the_root(name):
+def test_folders_are_linked_from_the_root(name):
     link = ROOT / name
     assert link.is_symlink()
     assert not link.readlink().is_absolute()
@@ -221,19 +226,12 @@ with FeatureExtractor.load(sys.argv[1], sys.argv[4], threads=1) as extractor:
 
 @pytest.mark.parametrize("backend", ["onnxruntime-cpu", "openvino"])
 @pytest.mark.parametrize("which", ["bundle", "wide_bundle"])
-def test_the_runtime_serves_where_torch_is_not(request, which, backend, photos):
+def test_the_runtime_serves_without_torch(request, which, backend, photos):
     from phreg_deploy.runtime import FeatureExtractor
 
     pytest.importorskip({"onnxruntime-cpu": "onnxruntime"}.get(backend, backend))
     folder, image = request.getfixturevalue(which), photos / "frame-03.jpg"
-    done = subprocess.run(
-        [sys.executable, "-W", "error", "-c", SERVE, str(folder), str(image), ",".join(BLOCKED), backend],
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr
-    said = json.loads(done.stdout)
+    said = json.loads(run_python(SERVE, folder, image, ",".join(BLOCKED), backend))
     assert said["shape"] == [1, 8, 8, 48]
     assert said["cls"] == [1, 48]
     assert said["backend"] == backend
@@ -255,17 +253,9 @@ print(json.dumps({"code": done.code, "err": done.err[-500:], "missed": done.docu
 """
 
 
-def test_calibration_runs_where_torch_is_not(bundle, photos, tmp_path):
-    words = ["calibrate", bundle, "--images", photos, "-o", tmp_path / "eight", "--json"]
+def test_calibration_runs_without_torch(bundle, photos, tmp_path):
+    words = ["calibrate", bundle, "--images", photos, "-o", tmp_path / "int8", "--json"]
     blocked = ",".join(name for name in BLOCKED if name != "onnx")
-    done = subprocess.run(
-        [sys.executable, "-W", "error", "-c", CALIBRATE, blocked, *(str(word) for word in words)],
-        capture_output=True,
-        text=True,
-        check=False,
-        cwd=ROOT,
-    )
-    assert done.returncode == 0, done.stderr
-    said = json.loads(done.stdout.splitlines()[-1])
+    said = json.loads(run_python(CALIBRATE, blocked, *words).splitlines()[-1])
     assert (said["code"], said["missed"], said["heavy"]) == (0, [], []), said
-    assert (tmp_path / "eight" / "calibration.json").is_file()
+    assert (tmp_path / "int8" / "calibration.json").is_file()

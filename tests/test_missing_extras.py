@@ -13,7 +13,7 @@ DISTILL, EXPORT = 'pip install "phreg-deploy[distill]"', 'pip install "phreg-dep
 
 
 def torch_commands(w):
-    """Commands that need PyTorch, by name."""
+    """List commands that need PyTorch, by name."""
     return {
         "distill": ["distill", w.base, "--images", w.photos, "-o", w.out, "--json"],
         "export": ["export", w.student, "-o", w.out, "--json"],
@@ -41,7 +41,7 @@ def test_a_missing_module_is_named_with_the_extra_that_brings_it(world, module, 
 
 
 def test_all_that_is_missing_is_named_at_once_with_one_line(world):
-    """A user installs everything at once, not one module per attempt."""
+    """The user can install everything at once, not one module after each error."""
     commands = torch_commands(world)
     commands["export in INT8"] = [*commands["export"], "--precision", "int8", "--images", world.photos]
     commands["calibrate"] = ["calibrate", world.bundle, "--images", world.photos, "-o", world.out, "--json"]
@@ -62,7 +62,7 @@ def test_all_that_is_missing_is_named_at_once_with_one_line(world):
         outcome.refused(4, f"needs the modules {modules}, which are", f'pip install "phreg-deploy{extras}"')
 
 
-def test_what_serves_needs_no_torch(world):
+def test_commands_that_serve_need_no_torch(world):
     image = world.photos / "frame-02.png"
     outcomes = without(
         HEAVY,
@@ -112,7 +112,7 @@ SERVING = {
 
 @pytest.mark.parametrize(("backend", "extra"), [("auto", "cpu"), ("onnxruntime-cpu", "cpu"), ("openvino", "openvino")])
 @pytest.mark.parametrize("command", SERVING)
-def test_serving_without_a_runtime(world, run_cli, monkeypatch, command, backend, extra):
+def test_serving_without_a_runtime_is_refused(world, run_cli, monkeypatch, command, backend, extra):
     words = SERVING[command](world)
     for runtime in RUNTIMES:
         monkeypatch.setitem(sys.modules, runtime, None)
@@ -120,7 +120,7 @@ def test_serving_without_a_runtime(world, run_cli, monkeypatch, command, backend
     assert not world.out.exists()
 
 
-def test_a_runtime_that_cannot_be_imported(world):
+def test_a_runtime_that_cannot_be_imported_is_reported(world):
     broken = world.tmp / "broken" / "onnxruntime"
     broken.mkdir(parents=True)
     (broken / "__init__.py").write_text('raise ImportError("libonnxruntime.so.1: cannot open shared object file")\n')
@@ -139,7 +139,7 @@ def broken_runtimes(world, *names):
     return folder
 
 
-def test_one_runtime_serves_where_the_other_cannot_be_imported(world):
+def test_one_runtime_serves_if_the_other_cannot_be_imported(world):
     pytest.importorskip("openvino")
     commands = [["check", world.bundle, "--json"]]
     (outcome,) = without(HEAVY, commands, path=[broken_runtimes(world, "onnxruntime")])
@@ -148,13 +148,13 @@ def test_one_runtime_serves_where_the_other_cannot_be_imported(world):
     assert "onnxruntime-cpu does not serve it (backend: onnxruntime cannot be imported" in outcome.document["choice"]
 
 
-def test_no_runtime_can_be_imported(world):
+def test_it_is_an_error_if_no_runtime_can_be_imported(world):
     commands = [["check", world.bundle, "--json"]]
     (outcome,) = without(HEAVY, commands, path=[broken_runtimes(world, *RUNTIMES)])
     outcome.refused(4, "libonnxruntime.so.1", "libopenvino.so.1", "pip install")
 
 
-def test_export_without_a_runtime_says_that_nothing_was_checked(world, run_cli, monkeypatch):
+def test_export_without_a_runtime_reports_that_nothing_was_checked(world, run_cli, monkeypatch):
     words = ["export", world.student, "-o", world.out]
     for runtime in RUNTIMES:
         monkeypatch.setitem(sys.modules, runtime, None)

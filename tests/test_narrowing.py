@@ -1,4 +1,4 @@
-"""FP16 and BF16 graphs: the nodes that stay in FP32, the Casts, and the numbers."""
+"""FP16 and BF16 graphs: the nodes that stay in FP32, the Casts, and the outputs."""
 
 import re
 
@@ -42,8 +42,8 @@ def copy_of(traced):
     return model
 
 
-def typed(model):
-    """Tensor -> element type, by onnx's own strict inference: it fails where two types meet in one operator."""
+def tensor_types(model):
+    """Map each tensor to its type by onnx's strict inference, which fails if an operator has inputs of two types."""
     inferred = onnx.shape_inference.infer_shapes(model, check_type=True, strict_mode=True)
     kinds = {
         v.name: v.type.tensor_type.elem_type
@@ -52,7 +52,7 @@ def typed(model):
     return kinds | {i.name: i.data_type for i in model.graph.initializer}
 
 
-def answers(model):
+def run_graph(model):
     options = onnxruntime.SessionOptions()
     # Optimized, ONNX Runtime would skip roundings to FP16.
     options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
@@ -63,7 +63,7 @@ def answers(model):
 @pytest.mark.parametrize("precision", ["fp16", "bf16"])
 def test_every_product_and_norm_is_in_the_format_and_the_graph_is_well_typed(traced, precision):
     model = narrow(copy_of(traced), precision, traced.largest).model
-    kinds = typed(model)
+    kinds = tensor_types(model)
     for node in model.graph.node:
         if node.op_type in ("MatMul", "Softmax", "Gelu") or node.name.startswith("blocks."):
             assert kinds[node.output[0]] == LOW[precision], node.name
@@ -78,19 +78,19 @@ def test_a_tensor_beyond_the_range_keeps_what_touches_it_in_fp32_and_nothing_els
     narrowed = narrow(copy_of(traced), "fp16", largest)
     assert set(narrowed.islands) == {"blocks.1.mlp.act/Gelu", "blocks.1.mlp.fc2/MatMul"}
     assert hidden in narrowed.islands["blocks.1.mlp.act/Gelu"]
-    kinds = typed(narrowed.model)
+    kinds = tensor_types(narrowed.model)
     assert kinds[hidden] == TensorProto.FLOAT
     assert any("blocks.1.mlp.fc2" in line for line in islands(narrowed, "fp16"))
     assert narrow(copy_of(traced), "bf16", largest).islands == {}, "BF16 has FP32's range"
 
 
-def test_a_value_just_within_the_range_is_no_island(traced):
+def test_a_value_just_within_the_range_keeps_nothing_in_fp32(traced):
     hidden = next(n for n in traced.model.graph.node if n.name == "blocks.1.mlp.act/Gelu").output[0]
     assert narrow(copy_of(traced), "fp16", {**traced.largest, hidden: LIMITS["fp16"] / ROOM * 0.99}).islands == {}
 
 
-def test_an_overflow_that_would_be_infinite_is_served_from_its_island():
-    """A hidden unit of 1e5 is infinite in FP16; what it adds is small, so that only its own block half is an island."""
+def test_an_overflow_that_would_be_infinite_is_computed_in_fp32():
+    """A hidden unit of 1e5 is infinite in FP16; it adds little, so only its own half-block is computed in FP32."""
     model = small("augreg")
     with torch.no_grad():
         signs = torch.tensor([1.0, -1.0]).repeat(24)  # a layer norm's outputs add up to nothing
@@ -98,20 +98,22 @@ def test_an_overflow_that_would_be_infinite_is_served_from_its_island():
         model.blocks[1].mlp.fc2.weight[:, :2] = 1e-6
     graph = trace(DenseViT(model, model_preprocess(model)), Sizes("fixed", ((64, 64),)), Batches.parse("1"))
     graph.observe(torch.from_numpy(IMAGES))
-    expected = answers(copy_of(graph))["features"].reshape(1, -1, 48)
+    expected = run_graph(copy_of(graph))["features"].reshape(1, -1, 48)
     blind = narrow(copy_of(graph), "fp16").model
     hidden = next(n for n in blind.graph.node if n.name == "blocks.1.mlp.fc1/Add").output[0]
     # As an output, the tensor is really rounded to FP16.
     blind.graph.output.append(helper.make_tensor_value_info(hidden, TensorProto.FLOAT16, None))
-    assert np.isinf(answers(blind)[hidden]).any(), "without ranges the same graph overflows, or this test shows nothing"
-    got = answers(narrow(copy_of(graph), "fp16", graph.largest).model)["features"].reshape(1, -1, 48)
+    assert np.isinf(run_graph(blind)[hidden]).any(), (
+        "without ranges the same graph overflows, or this test shows nothing"
+    )
+    got = run_graph(narrow(copy_of(graph), "fp16", graph.largest).model)["features"].reshape(1, -1, 48)
     assert agreement(got.astype(np.float32), expected).p1 > 0.9999
 
 
 @pytest.mark.parametrize("pattern", ["blocks.0.attn", r"^blocks\.\d+/Add"])
-def test_what_a_user_keeps_stays_in_fp32(traced, pattern):
+def test_layers_that_a_user_keeps_stay_in_fp32(traced, pattern):
     narrowed = narrow(copy_of(traced), "fp16", traced.largest, [pattern])
-    kinds = typed(narrowed.model)
+    kinds = tensor_types(narrowed.model)
     matching = [n for n in narrowed.model.graph.node if re.search(pattern, n.name)]
     assert matching
     assert all(kinds[n.output[0]] == TensorProto.FLOAT for n in matching)
@@ -121,12 +123,12 @@ def test_what_a_user_keeps_stays_in_fp32(traced, pattern):
 @pytest.mark.parametrize(
     ("pattern", "words"), [("blocks.99.mlp", "fits no node"), ("blocks.(", "no regular expression")]
 )
-def test_a_pattern_that_means_nothing_is_said(traced, pattern, words):
+def test_a_pattern_that_matches_nothing_is_reported(traced, pattern, words):
     with pytest.raises(PhregError, match=re.escape(words)):
         narrow(copy_of(traced), "fp16", traced.largest, [pattern])
 
 
-def test_an_unknown_precision_is_said(traced):
+def test_an_unknown_precision_is_refused(traced):
     with pytest.raises(PhregError, match="expected fp16 or bf16"):
         narrow(copy_of(traced), "fp64")
 
@@ -141,7 +143,7 @@ def test_every_name_that_torch_watched_and_more_has_a_range(traced):
 
 
 def test_quantised_inputs_take_the_type_of_what_feeds_and_of_what_reads_them():
-    """Q in FP32 after an island, DQ in FP16 before a product, and no Cast between the two."""
+    """Q takes FP32 after a node in FP32, DQ gives FP16 to a product, and no Cast is between the two."""
     values = {"step": np.float32(0.5), "zero": np.int8(0), "w8": np.ones((4, 3), np.int8), "wstep": np.float32(0.25)}
     constants = [numpy_helper.from_array(np.asarray(value), name) for name, value in values.items()]
     nodes = [
@@ -155,7 +157,7 @@ def test_quantised_inputs_take_the_type_of_what_feeds_and_of_what_reads_them():
     output = helper.make_tensor_value_info("features", TensorProto.FLOAT, [2, 3])
     graph = helper.make_graph(nodes, "g", [source], [output], constants)
     model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 20)])
-    kinds = typed(narrow(model, "fp16", {"g": 1e6}).model)
+    kinds = tensor_types(narrow(model, "fp16", {"g": 1e6}).model)
     assert kinds["g"] == TensorProto.FLOAT
     assert kinds["q"] == TensorProto.INT8
     assert kinds["d"] == kinds["w"] == kinds["features"] == TensorProto.FLOAT16
@@ -163,7 +165,7 @@ def test_quantised_inputs_take_the_type_of_what_feeds_and_of_what_reads_them():
     assert order.count("Cast") == 0, order
 
 
-def test_float_tensors_are_the_floats(traced):
+def test_float_tensors_are_those_of_float_types(traced):
     names = float_tensors(traced.model)
     assert {"features", "token_norm", "blocks.0.attn.qkv.weight"} <= names
     assert "image" not in names

@@ -1,43 +1,30 @@
-"""OpenVINO behind the same interface, and how ``auto`` chooses between runtimes."""
+"""The OpenVINO backend: outputs, precisions, threads and errors."""
 
 import importlib
 import sys
-import threading
 
 import numpy as np
 import pytest
 
 from phreg_deploy.bundle.bundle import Bundle
-from phreg_deploy.errors import BackendMissing, PhregError
+from phreg_deploy.errors import PhregError
 from phreg_deploy.runtime import FeatureExtractor
-from phreg_deploy.runtime.auto import choose
 from phreg_deploy.runtime.backends.openvino_exact import saturates
 from phreg_deploy.runtime.backends.options import BackendOptions
-from phreg_deploy.runtime.backends.registry import BACKENDS, GPU, open_backend
+from phreg_deploy.runtime.backends.registry import open_backend
 from phreg_deploy.runtime.parity import compare_runs, missed_gates, run_exam
+from tests.frames import random_frames
+from tests.threads import run_in_threads
 
 openvino = pytest.importorskip("openvino")
 pytestmark = pytest.mark.usefixtures("torch")
-PROCESSOR = [name for name in BACKENDS if name not in GPU]
 
-
-@pytest.fixture(autouse=True)
-def _no_gpu(monkeypatch):
-    """What "auto" makes of a GPU is another file's subject."""
-    monkeypatch.setattr("phreg_deploy.runtime.backends.registry.driver_present", lambda: False)
-
-
-choice = importlib.import_module("phreg_deploy.runtime.auto")
 backend_module = importlib.import_module("phreg_deploy.runtime.backends.openvino_backend")
 BF16 = "BF16" in openvino.Core().get_property("CPU", "OPTIMIZATION_CAPABILITIES")
 exact_kernels = pytest.mark.skipif(
     saturates(), reason="OpenVINO's 8-bit kernels saturate on this processor: test_saturation.py"
 )
 needs_bf16 = pytest.mark.skipif(not BF16, reason="this processor has no bfloat16 instructions")
-
-
-def images(batch=1, size=(64, 64), seed=0):
-    return np.random.default_rng(seed).integers(0, 256, (batch, *size, 3), dtype=np.uint8)
 
 
 def load(folder, backend="openvino", **tuning):
@@ -52,25 +39,27 @@ def without_bf16(monkeypatch):
 def test_float32_is_what_onnx_runtime_computes(bundle):
     with load(bundle) as extractor, load(bundle, "onnxruntime-cpu") as other:
         assert (extractor.backend, extractor.compute, extractor.precision) == ("openvino", "fp32", "fp32")
-        parity = compare_runs(extractor.run(images()), other.run(images()))
+        parity = compare_runs(extractor.run(random_frames()), other.run(random_frames()))
     assert missed_gates(parity, "fp32") == []
     assert parity.relative_l2 < 1e-4
     assert parity.cls_cosine > 0.99999
 
 
-@pytest.mark.parametrize("which", ["wide_bundle", "wide_eight"])
+@pytest.mark.parametrize("which", ["wide_bundle", "wide_int8_bundle"])
 @pytest.mark.parametrize(("batch", "size"), [(1, (48, 48)), (3, (96, 56)), (4, (64, 64))])
 def test_sizes_and_batches_change_from_call_to_call(request, which, batch, size):
     folder = request.getfixturevalue(which)
     with load(folder, compute="fp32") as extractor, load(folder, "onnxruntime-cpu") as other:
         for _ in range(2):
-            extractor.run(images(1, (56, 88)))
-            parity = compare_runs(extractor.run(images(batch, size)), other.run(images(batch, size)))
+            extractor.run(random_frames(size=(56, 88)))
+            parity = compare_runs(
+                extractor.run(random_frames(0, batch, size)), other.run(random_frames(0, batch, size))
+            )
             assert missed_gates(parity, extractor.precision, exam=True) == []
 
 
 @needs_bf16
-@pytest.mark.parametrize(("which", "precision"), [("bundle", "bf16"), ("eight", "int8")])
+@pytest.mark.parametrize(("which", "precision"), [("bundle", "bf16"), ("int8_bundle", "int8")])
 def test_bfloat16_is_held_to_its_own_gates(request, which, precision):
     with load(request.getfixturevalue(which), compute="bf16") as extractor:
         assert (extractor.compute, extractor.precision) == ("bf16", precision)
@@ -80,15 +69,15 @@ def test_bfloat16_is_held_to_its_own_gates(request, which, precision):
 
 
 @needs_bf16
-def test_eight_bits_take_bfloat16_for_the_rest_where_it_is_fast(eight, monkeypatch):
-    with load(eight) as extractor:
+def test_eight_bits_take_bfloat16_for_the_rest_where_it_is_fast(int8_bundle, monkeypatch):
+    with load(int8_bundle) as extractor:
         assert extractor.compute == "bf16"
     without_bf16(monkeypatch)
-    with load(eight) as extractor:
+    with load(int8_bundle) as extractor:
         assert extractor.compute == "fp32"
 
 
-def test_bfloat16_where_the_processor_has_none(bundle, run_cli, monkeypatch):
+def test_bfloat16_is_refused_if_the_processor_has_none(bundle, run_cli, monkeypatch):
     without_bf16(monkeypatch)
     with load(bundle) as extractor:
         assert extractor.compute == "fp32"
@@ -98,9 +87,9 @@ def test_bfloat16_where_the_processor_has_none(bundle, run_cli, monkeypatch):
 
 @exact_kernels
 @pytest.mark.parametrize("compute", ["fp32", pytest.param("bf16", marks=needs_bf16)])
-def test_every_eight_bit_layer_is_counted(bundle, eight, compute):
+def test_every_eight_bit_layer_is_counted(bundle, int8_bundle, compute):
     names = {f"blocks.{i}.{part}" for i in range(3) for part in ("attn.qkv", "attn.proj", "mlp.fc1", "mlp.fc2")}
-    opened = open_backend(Bundle.read(eight), "openvino", BackendOptions(1, compute))
+    opened = open_backend(Bundle.read(int8_bundle), "openvino", BackendOptions(1, compute))
     assert opened.integer_layers == names
     assert backend_module.census(opened._model) == (names, set())
     opened.close()
@@ -108,33 +97,33 @@ def test_every_eight_bit_layer_is_counted(bundle, eight, compute):
 
 
 @exact_kernels
-def test_an_eight_bit_layer_that_runs_in_float_is_an_error(eight, run_cli, monkeypatch):
+def test_an_eight_bit_layer_that_runs_in_float_is_an_error(int8_bundle, run_cli, monkeypatch):
     found = {"blocks.0.attn.qkv", "blocks.1.mlp.fc2"}
     monkeypatch.setattr(backend_module, "census", lambda _compiled: ({"blocks.0.mlp.fc1"}, found))
-    asked = ["check", eight, "--backend", "openvino", "--json"]
+    asked = ["check", int8_bundle, "--backend", "openvino", "--json"]
     run_cli(*asked).refused(2, "runs 2 of 3 linear layers", "e.g. blocks.0.attn.qkv", "--backend onnxruntime-cpu")
-    with load(eight, "auto") as extractor:
+    with load(int8_bundle, "auto") as extractor:
         assert extractor.backend == "onnxruntime-cpu"
         assert "openvino does not serve it (census:" in extractor.choice
 
 
 @exact_kernels
-def test_layers_that_were_left_in_float_may_be(bundle, photos, tmp_path):
+def test_layers_that_calibration_kept_in_float_may_run_in_float(bundle, photos, tmp_path):
     from phreg_deploy.calibration import calibrate
     from phreg_deploy.quantisation import Smoothing
 
     settings = {"cosine_p1": 0.999999, "float_macs": 0.06, "smoothing": Smoothing()}
-    kept = calibrate(bundle, photos, tmp_path / "eight", **settings, force=True).float_layers
+    kept = calibrate(bundle, photos, tmp_path / "int8", **settings, force=True).float_layers
     assert kept
-    opened = open_backend(Bundle.read(tmp_path / "eight"), "openvino", BackendOptions(1, "fp32"))
+    opened = open_backend(Bundle.read(tmp_path / "int8"), "openvino", BackendOptions(1, "fp32"))
     assert backend_module.census(opened._model)[1] == set(kept)
     assert len(opened.integer_layers) == 12 - len(kept)
 
 
 @pytest.mark.parametrize("mode", ["latency", "throughput"])
-@pytest.mark.parametrize("which", ["bundle", "eight"])
+@pytest.mark.parametrize("which", ["bundle", "int8_bundle"])
 def test_several_threads_get_their_own_results(request, which, mode):
-    batches = [images(seed=i) for i in range(6)]
+    batches = [random_frames(i) for i in range(6)]
     with load(request.getfixturevalue(which), threads=2, mode=mode, compute="fp32") as extractor:
         expected = [extractor.run(batch) for batch in batches]
         got = [[] for _ in batches]
@@ -143,11 +132,7 @@ def test_several_threads_get_their_own_results(request, which, mode):
             for _ in range(4):
                 got[i].append(extractor.run(batches[i]))
 
-        workers = [threading.Thread(target=serve, args=(i,)) for i in range(6)]
-        for worker in workers:
-            worker.start()
-        for worker in workers:
-            worker.join()
+        assert run_in_threads(serve, range(6)) == []
     for results, wanted in zip(got, expected):
         assert len(results) == 4
         for result in results:
@@ -157,9 +142,9 @@ def test_several_threads_get_their_own_results(request, which, mode):
 
 def test_results_outlive_the_next_call(bundle):
     with load(bundle) as extractor:
-        first = extractor.run(images(seed=1))
+        first = extractor.run(random_frames(1))
         before = {name: value.copy() for name, value in first.items()}
-        extractor.run(images(seed=2))
+        extractor.run(random_frames(2))
         for name, value in first.items():
             np.testing.assert_array_equal(value, before[name])
 
@@ -190,13 +175,13 @@ def test_a_closed_extractor_frees_the_model(bundle):
     extractor.close()
     assert backend._model is None
     with pytest.raises(PhregError, match="was closed"):
-        extractor.run(images())
+        extractor.run(random_frames())
 
 
-def test_a_graph_that_openvino_refuses(world, run_cli):
-    from tests.test_bad_bundles import graph, misname, rehashed
+def test_a_graph_that_openvino_cannot_load_is_refused(world, run_cli):
+    from tests.bundle_changes import edit_graph, misname_operator, write_hashes
 
-    folder = rehashed(world.copy("bundle", model=graph(misname)))
+    folder = write_hashes(world.copy("bundle", model=edit_graph(misname_operator)))
     outcome = run_cli("check", folder, "--backend", "openvino", "--json")
     assert outcome.code == outcome.document["exit_code"] == 2
     assert "Traceback" not in outcome.err
@@ -206,13 +191,13 @@ def test_a_graph_that_openvino_refuses(world, run_cli):
 
 
 @pytest.mark.parametrize("command", ["check", "profile"])
-def test_openvino_is_not_installed(bundle, run_cli, monkeypatch, command):
+def test_without_openvino_the_extra_is_named(bundle, run_cli, monkeypatch, command):
     monkeypatch.setitem(sys.modules, "openvino", None)
     outcome = run_cli(command, bundle, "--backend", "openvino", "--json")
     outcome.refused(4, "openvino", 'pip install "phreg-deploy[openvino]"')
 
 
-def test_a_wish_that_nobody_knows(bundle, run_cli):
+def test_unknown_options_are_refused(bundle, run_cli):
     run_cli("check", bundle, "--compute", "fp8", "--json").refused(2, "'fp8'", "fp32")
     for wish, words in (
         ({"compute": "int4"}, "compute: got 'int4'"),
@@ -221,85 +206,3 @@ def test_a_wish_that_nobody_knows(bundle, run_cli):
     ):
         with pytest.raises(PhregError, match=words):
             FeatureExtractor.load(bundle, **wish)
-
-
-# --- auto
-
-
-def test_auto_says_what_it_chose_and_why(bundle, run_cli):
-    document = run_cli("check", bundle, "--json").document
-    assert document["backend"] in PROCESSOR
-    assert document["choice"].startswith(f"{document['backend']}: ")
-    assert "onnxruntime-cpu (fp32) " in document["choice"]
-    assert "openvino (fp32) " in document["choice"]
-    assert document["choice"].count(" ms") == 2
-    said = run_cli("check", bundle).out
-    assert any(f"Backend {name}: " in said for name in PROCESSOR)
-    assert "Backend " not in run_cli("check", bundle, "--backend", "openvino").out
-
-
-@pytest.mark.parametrize("fastest", PROCESSOR)
-def test_auto_takes_the_faster_one_and_closes_the_other(bundle, monkeypatch, fastest):
-    closed = []
-    for name, module in (("openvino", "openvino_backend"), ("onnxruntime-cpu", "onnxruntime_backend")):
-        kind = next(
-            v
-            for k, v in vars(importlib.import_module(f"phreg_deploy.runtime.backends.{module}")).items()
-            if k.endswith("Backend")
-        )
-        monkeypatch.setattr(kind, "close", lambda self, name=name: closed.append(name))
-    monkeypatch.setattr(choice, "_measure", lambda candidate, *_: 1.0 if candidate.name == fastest else 2.0)
-    opened, reason = choose(Bundle.read(bundle), BackendOptions(1))
-    assert opened.name == fastest
-    assert reason.startswith(f"{fastest}: ")
-    assert closed == [name for name in PROCESSOR if name != fastest]
-
-
-def spoiled(monkeypatch, *names):
-    """Backends that compute something else."""
-    real = choice.open_backend
-
-    def opened(bundle, name, *others):
-        backend = real(bundle, name, *others)
-        if name in names:
-            right = backend.run
-            backend.run = lambda feed: {k: np.flip(v, -1) for k, v in right(feed).items()}
-        return backend
-
-    monkeypatch.setattr(choice, "open_backend", opened)
-
-
-@pytest.mark.parametrize("bad", PROCESSOR)
-def test_auto_skips_a_backend_that_fails_the_exam(bundle, monkeypatch, bad):
-    spoiled(monkeypatch, bad)
-    opened, reason = choose(Bundle.read(bundle), BackendOptions(1))
-    assert opened.name == next(name for name in PROCESSOR if name != bad)
-    assert f"{bad} fails the exam (1st-percentile patch cosine" in reason
-    assert " ms" not in reason, "the only one left is not timed"
-
-
-def test_auto_where_none_passes(bundle, monkeypatch):
-    spoiled(monkeypatch, *PROCESSOR)
-    with pytest.raises(
-        PhregError, match=r"no installed backend serves .*: onnxruntime-cpu fails the exam .*; openvino fails the exam"
-    ):
-        FeatureExtractor.load(bundle)
-
-
-def test_auto_with_one_runtime_installed(bundle, monkeypatch):
-    monkeypatch.setitem(sys.modules, "openvino", None)
-    with load(bundle, "auto") as extractor:
-        assert (extractor.backend, extractor.choice) == ("onnxruntime-cpu", "onnxruntime-cpu: the only one installed")
-    monkeypatch.setitem(sys.modules, "onnxruntime", None)
-    with pytest.raises(BackendMissing, match="no runtime is installed"):
-        load(bundle, "auto")
-
-
-@needs_bf16
-def test_auto_with_bfloat16_goes_to_openvino(bundle, run_cli):
-    run_cli("check", bundle, "--backend", "onnxruntime-cpu", "--compute", "bf16", "--json").refused(
-        2, "compute: got bf16", "--backend openvino"
-    )
-    document = run_cli("check", bundle, "--compute", "bf16", "--json").document
-    assert (document["backend"], document["compute"], document["missed"]) == ("openvino", "bf16", [])
-    assert "onnxruntime-cpu does not serve it (compute: got bf16" in document["choice"]

@@ -1,4 +1,4 @@
-"""An output is whole or not there: --force alone replaces one, and a full or read-only disk leaves no half of one."""
+"""An output is complete or missing: only --force replaces one, and a full or read-only disk leaves no part of one."""
 
 import errno
 import importlib
@@ -24,13 +24,13 @@ MAIN_FILE = {"distill": "model.safetensors", "export": "model.onnx", "extract": 
 
 @pytest.fixture
 def limited():
-    """``limited(bytes)``: from then on the system lets no file grow beyond that, like a full disk."""
+    """``limited(bytes)`` makes the system refuse larger files, as a full disk does."""
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     yield lambda size: resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
     resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
 
 
-def refuse(monkeypatch, holder, name, number=errno.ENOSPC, when=lambda *_: True, kind=OSError):
+def make_fail(monkeypatch, holder, name, number=errno.ENOSPC, when=lambda *_: True, kind=OSError):
     """Make ``holder.name`` fail as it would if the system refused."""
     original = getattr(holder, name)
 
@@ -42,7 +42,7 @@ def refuse(monkeypatch, holder, name, number=errno.ENOSPC, when=lambda *_: True,
     monkeypatch.setattr(holder, name, failing)
 
 
-def tree(folder):
+def snapshot(folder):
     return {str(p.relative_to(folder)): p.read_bytes() for p in folder.rglob("*") if p.is_file()}
 
 
@@ -51,9 +51,9 @@ def test_an_output_that_exists_needs_force(world, run_cli, command):
     world.out.mkdir()
     (world.out / "mine.txt").write_text("kept")
     run_cli(*WRITERS[command](world, world.out), "--json").refused(2, "exists already", "--force")
-    assert tree(world.out) == {"mine.txt": b"kept"}
+    assert snapshot(world.out) == {"mine.txt": b"kept"}
     run_cli(*WRITERS[command](world, world.out, "--force"), "--json").refused(2, "did not write", "choose another name")
-    assert tree(world.out) == {"mine.txt": b"kept"}
+    assert snapshot(world.out) == {"mine.txt": b"kept"}
     (world.out / "phreg.json").write_text("{}")
     outcome = run_cli(*WRITERS[command](world, world.out, "--force"), "--json")
     assert outcome.code == 0, outcome.err
@@ -64,7 +64,7 @@ def test_an_output_that_exists_needs_force(world, run_cli, command):
 
 
 @pytest.mark.parametrize("command", WRITERS)
-def test_an_output_that_cannot_be(world, run_cli, command):
+def test_an_impossible_output_is_refused(world, run_cli, command):
     run_cli(*WRITERS[command](world, world.tmp / "no" / "out"), "--json").refused(
         2, "there is no folder", "create it first"
     )
@@ -78,15 +78,15 @@ def test_an_output_that_cannot_be(world, run_cli, command):
 
 @pytest.mark.parametrize(("number", "fragments"), [(errno.EROFS, ["Read-only"]), (errno.EACCES, ["Permission denied"])])
 @pytest.mark.parametrize("command", WRITERS)
-def test_a_folder_that_cannot_be_written(world, run_cli, monkeypatch, command, number, fragments):
+def test_a_folder_that_cannot_be_written_is_refused(world, run_cli, monkeypatch, command, number, fragments):
     words = WRITERS[command](world, world.out)
-    refuse(monkeypatch, Path, "mkdir", number, when=lambda path, *_: path.parent == world.tmp)
+    make_fail(monkeypatch, Path, "mkdir", number, when=lambda path, *_: path.parent == world.tmp)
     run_cli(*words, "--json").refused(2, "cannot be written to", "choose another folder", *fragments)
     assert list(world.tmp.iterdir()) == []
 
 
 @pytest.mark.parametrize("command", WRITERS)
-def test_an_output_without_a_name(world, run_cli, monkeypatch, command):
+def test_an_output_without_a_name_is_refused(world, run_cli, monkeypatch, command):
     words = WRITERS[command](world, ".", "--force")
     monkeypatch.chdir(world.tmp)
     run_cli(*words, "--json").refused(2, "output")
@@ -94,12 +94,12 @@ def test_an_output_without_a_name(world, run_cli, monkeypatch, command):
 
 @pytest.mark.parametrize("command", WRITERS)
 def test_force_never_replaces_what_the_command_reads(world, run_cli, command):
-    """A mistyped output must not cost a user the photographs, the student or the bundle."""
+    """A mistyped output must not delete the photographs, the student or the bundle."""
     source = world.copy({"distill": "photos", "export": "student", "extract": "bundle"}[command])
     words = [source if a in (world.photos, world.student, world.bundle) else a for a in WRITERS[command](world, source)]
-    before = tree(source)
+    before = snapshot(source)
     run_cli(*words, "--force", "--json").refused(2, "output", str(source))
-    assert tree(source) == before
+    assert snapshot(source) == before
 
 
 # id: (command, options, patched holder and name, how it fails)
@@ -114,12 +114,12 @@ STAGES = {
 
 
 @pytest.mark.parametrize("stage", STAGES)
-def test_a_full_disk_says_so_and_leaves_nothing(world, run_cli, monkeypatch, stage):
+def test_a_full_disk_is_reported_and_leaves_nothing(world, run_cli, monkeypatch, stage):
     command, options, (holder, name), kind = STAGES[stage]
     options = [world.tmp / "cache" if o == "CACHE" else o for o in options]
     words = WRITERS[command](world, world.out, *options)
     holder = importlib.import_module(holder) if isinstance(holder, str) else holder
-    refuse(monkeypatch, holder, name, kind=kind)
+    make_fail(monkeypatch, holder, name, kind=kind)
     outcome = run_cli(*words, "--json")
     outcome.refused(2, "disk is full", "free space")
     assert_clean(world, outcome)
@@ -137,8 +137,8 @@ WRITES = {
 
 
 @pytest.mark.parametrize("stage", WRITES)
-def test_a_write_that_the_system_refuses(world, run_cli, limited, stage):
-    """A real limit on file sizes, to meet every library's own way to fail."""
+def test_a_write_that_the_system_refuses_leaves_nothing(world, run_cli, limited, stage):
+    """The system limits file sizes, so that every library fails in its own way."""
     command, options, size = WRITES[stage]
     options = [world.tmp / "cache" if o == "CACHE" else o for o in options]
     words = WRITERS[command](world, world.out, *options)
@@ -159,13 +159,13 @@ def test_a_page_or_picture_that_cannot_be_written_keeps_the_old_one(world, run_c
     outcome = run_cli(*words, "--json")
     limited(resource.RLIM_INFINITY)
     outcome.refused(2, "old", "cannot be written")
-    assert tree(world.tmp) == {"old": b"kept"}
+    assert snapshot(world.tmp) == {"old": b"kept"}
 
 
 def test_an_interrupted_distillation_is_resumed_or_started_over(world, run_cli, monkeypatch):
     words = WRITERS["distill"](world, world.out, "--json")
     with monkeypatch.context() as patch:
-        refuse(patch, importlib.import_module("phreg_deploy.models.checkpoint"), "save_for_hf")
+        make_fail(patch, importlib.import_module("phreg_deploy.models.checkpoint"), "save_for_hf")
         run_cli(*words).refused(2, "disk is full")
     run_cli(*words).refused(2, "interrupted run", "--resume", "--force")
     run_cli(*words, "--resume", "--seed", "1").refused(2, "other settings", "seed")
@@ -179,7 +179,7 @@ def test_an_interrupted_distillation_is_resumed_or_started_over(world, run_cli, 
 def test_a_damaged_interrupted_run_is_refused(world, run_cli, monkeypatch, name):
     words = WRITERS["distill"](world, world.out, "--json")
     with monkeypatch.context() as patch:
-        refuse(patch, importlib.import_module("phreg_deploy.models.checkpoint"), "save_for_hf")
+        make_fail(patch, importlib.import_module("phreg_deploy.models.checkpoint"), "save_for_hf")
         run_cli(*words).refused(2, "disk is full")
     partial = world.tmp / "out.partial" / name
     partial.write_bytes(partial.read_bytes()[: partial.stat().st_size // 2])
@@ -209,7 +209,7 @@ def test_a_page_or_picture_in_a_read_only_folder_is_refused_before_any_work(
     world, run_cli, monkeypatch, option, command
 ):
     words = [command, world.bundle, "--images", world.photos, option, world.tmp / "page", "--json"]
-    refuse(monkeypatch, importlib.import_module("tempfile"), "TemporaryFile", errno.EROFS)
+    make_fail(monkeypatch, importlib.import_module("tempfile"), "TemporaryFile", errno.EROFS)
     monkeypatch.setattr(
         "phreg_deploy.runtime.features.FeatureExtractor.load", lambda *_, **__: pytest.fail("it loaded")
     )
@@ -217,13 +217,13 @@ def test_a_page_or_picture_in_a_read_only_folder_is_refused_before_any_work(
     assert list(world.tmp.iterdir()) == []
 
 
-def test_a_file_on_a_read_only_file_system_is_a_message(tmp_path, monkeypatch):
-    """There the system refuses even to remove a file that does not exist."""
+def test_a_read_only_file_system_is_a_message(tmp_path, monkeypatch):
+    """The system refuses even to remove a file that does not exist there."""
     from phreg_deploy.errors import PhregError
     from phreg_deploy.files.atomic import write_atomic
 
-    refuse(monkeypatch, os, "open", errno.EROFS)
-    refuse(monkeypatch, Path, "unlink", errno.EROFS)
+    make_fail(monkeypatch, os, "open", errno.EROFS)
+    make_fail(monkeypatch, Path, "unlink", errno.EROFS)
     with pytest.raises(PhregError, match=r"cannot be written to \(Read-only file system\)"):
         write_atomic(tmp_path / "page.html", b"page")
 

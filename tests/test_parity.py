@@ -1,4 +1,4 @@
-"""Parity figures and their gates, gathered batch by batch."""
+"""Parity figures that are collected batch by batch, and their gates."""
 
 import numpy as np
 import pytest
@@ -18,7 +18,7 @@ from phreg_deploy.runtime.parity import (
 PASSES = Parity(1.0, 1.0, 1.0, 0.0, 0.0, 1.0, 0.0, 0.0, 0.0, 1.0, 0)
 
 
-def run(seed, batch=5, grid=(6, 7), noise=0.0, cls=True):
+def random_outputs(seed, batch=5, grid=(6, 7), noise=0.0, cls=True):
     """Outputs of a model, and with ``noise`` of one that is nearly the same."""
     rng, other = np.random.default_rng(seed), np.random.default_rng(seed + 1000)
     found = {"features": rng.normal(size=(batch, *grid, 16)), "token_norm": rng.uniform(1, 9, (batch, *grid))}
@@ -27,11 +27,11 @@ def run(seed, batch=5, grid=(6, 7), noise=0.0, cls=True):
     return {name: (v + noise * other.normal(size=v.shape)).astype(np.float32) for name, v in found.items()}
 
 
-def part(outputs, start, stop):
+def slice_outputs(outputs, start, stop):
     return {name: value[start:stop] for name, value in outputs.items()}
 
 
-def gathered(pairs, median=None):
+def gather(pairs, median=None):
     tally = ParityAccumulator(median)
     for got, expected in pairs:
         tally.add(got, expected)
@@ -42,9 +42,11 @@ def gathered(pairs, median=None):
 @pytest.mark.parametrize("cls", [True, False])
 @pytest.mark.parametrize("ends", [(1, 2, 3, 4, 5), (2, 5)])
 def test_batch_by_batch_is_the_same_as_at_once(median, cls, ends):
-    got, expected = run(0, noise=0.3, cls=cls), run(0, cls=cls)
+    got, expected = random_outputs(0, noise=0.3, cls=cls), random_outputs(0, cls=cls)
     once = compare_runs(got, expected, median)
-    parts = gathered([(part(got, a, b), part(expected, a, b)) for a, b in zip((0, *ends), ends)], median)
+    parts = gather(
+        [(slice_outputs(got, a, b), slice_outputs(expected, a, b)) for a, b in zip((0, *ends), ends)], median
+    )
     assert (once.cls_cosine is None) == (parts.cls_cosine is None) == (not cls)
     figures = [{k: v for k, v in parity.to_json().items() if v is not None} for parity in (parts, once)]
     assert figures[0] == pytest.approx(figures[1], rel=1e-12)
@@ -53,14 +55,17 @@ def test_batch_by_batch_is_the_same_as_at_once(median, cls, ends):
 
 
 def test_a_run_agrees_with_itself():
-    same = compare_runs(run(1), run(1))
+    same = compare_runs(random_outputs(1), random_outputs(1))
     assert same.to_json() == pytest.approx(PASSES.to_json(), abs=1e-7)
     assert missed_gates(same, "fp32") == []
 
 
 def test_images_of_several_sizes_count_together():
-    small, large = (run(2, 1, (3, 4)), run(2, 1, (3, 4), 0.1)), (run(3, 2, (8, 5)), run(3, 2, (8, 5), 0.1))
-    parity = gathered([small, large], 4.0)
+    small, large = (
+        (random_outputs(2, 1, (3, 4)), random_outputs(2, 1, (3, 4), 0.1)),
+        (random_outputs(3, 2, (8, 5)), random_outputs(3, 2, (8, 5), 0.1)),
+    )
+    parity = gather([small, large], 4.0)
     cosines = [compare_runs(*pair, 4.0).cosine_mean for pair in (small, large)]
     assert parity.cosine_mean == pytest.approx(np.average(cosines, weights=[12, 80]))
 
@@ -68,35 +73,35 @@ def test_images_of_several_sizes_count_together():
 @pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
 @pytest.mark.parametrize("tensor", ["features", "cls", "token_norm"])
 @pytest.mark.parametrize("place", [0, 1, 2])
-def test_one_bad_value_in_one_batch_spoils_all(value, tensor, place):
-    pairs = [(run(i), run(i)) for i in range(3)]
+def test_one_bad_value_in_one_batch_misses_the_gates(value, tensor, place):
+    pairs = [(random_outputs(i), random_outputs(i)) for i in range(3)]
     pairs[place][0][tensor].reshape(-1)[3] = value
-    parity = gathered(pairs)
+    parity = gather(pairs)
     assert parity.bad_values == 1
     missed = missed_gates(parity, "int8", cosine_p1=0.0, outlier_points=100.0)
     assert missed[0] == "1 NaN or infinite values, expected none"
     assert parity.cosine_p1 == 0.0
 
 
-def test_nothing_gathered_passes_nothing():
+def test_a_run_without_figures_passes_no_gate():
     assert missed_gates(ParityAccumulator().parity(), "int8") != []
 
 
 def test_shapes_that_differ_are_refused():
     with pytest.raises(PhregError, match=r"got features of shape \(5, 6, 7, 16\), expected \(4, 6, 7, 16\)"):
-        compare_runs(run(0), run(0, batch=4))
+        compare_runs(random_outputs(0), random_outputs(0, batch=4))
 
 
 def test_neighbours_are_looked_for_among_a_sample_of_large_grids():
     grid = (4, NEIGHBOURS)
-    parity = compare_runs(run(0, 1, grid), run(0, 1, grid))
+    parity = compare_runs(random_outputs(0, 1, grid), random_outputs(0, 1, grid))
     assert parity.neighbours == 1.0
 
 
 @pytest.mark.parametrize("exam", [False, True])
 @pytest.mark.parametrize("precision", GATES)
-def test_gates_of_every_precision(precision, exam):
-    """Each bar is a gate of its own: just beyond it one sentence is given, at it none."""
+def test_each_precision_has_its_gates(precision, exam):
+    """Each bar is a separate gate: a figure beyond it gives one sentence, a figure at it none."""
     bars = exam_bars(precision) if exam else GATES[precision]
     assert missed_gates(PASSES, precision, exam=exam) == []
     for name, bar in bars.items():
@@ -132,11 +137,11 @@ def test_a_model_without_class_token_has_no_gate_on_it():
     assert "cls_cosine" not in {gate.name for gate in gates_of(without, "fp32")}
 
 
-def test_an_output_that_is_lost_is_an_error():
-    got = run(0)
+def test_a_missing_output_is_an_error():
+    got = random_outputs(0)
     del got["cls"]
     with pytest.raises(PhregError, match="got no cls, which the reference has"):
-        compare_runs(got, run(0))
+        compare_runs(got, random_outputs(0))
 
 
 def test_the_worst_of_several_has_the_weakest_figure_of_each_kind():

@@ -20,8 +20,8 @@ READABLE = ("cmyk.jpg", "grey.png", "grey16.png", "palette.png", "rgba.png", "wh
 UNREADABLE = ("empty.png", "text.jpg", "truncated.jpg")
 
 
-def close(a: np.ndarray, b: np.ndarray) -> float:
-    """Mean absolute difference in grey levels."""
+def mean_difference(a: np.ndarray, b: np.ndarray) -> float:
+    """Return the mean absolute difference in grey levels."""
     return float(np.abs(a.astype(np.float64) - b.astype(np.float64)).mean())
 
 
@@ -33,7 +33,9 @@ def test_every_mode_becomes_rgb_of_the_same_scene(odd_images, name):
     grey = name.startswith("grey")
     expected = np.asarray(truth.convert("L").convert("RGB") if grey else truth)
     # JPEG, CMYK and a palette of 256 colours lose a little; grey and alpha lose nothing
-    assert close(np.asarray(image), expected) <= (8 if name in ("cmyk.jpg", "palette.png", "whole.jpg") else 0)
+    assert mean_difference(np.asarray(image), expected) <= (
+        8 if name in ("cmyk.jpg", "palette.png", "whole.jpg") else 0
+    )
 
 
 def test_16_bit_grey_uses_its_full_range():
@@ -43,7 +45,7 @@ def test_16_bit_grey_uses_its_full_range():
 
 
 @pytest.mark.parametrize("mode", ["1", "L", "LA", "P", "RGBA", "CMYK", "YCbCr", "HSV", "I;16", "I;16B"])
-def test_modes_of_pillow(mode):
+def test_every_mode_of_pillow_is_read(mode):
     image = photograph(1, 20, 16).convert("L" if mode.startswith("I;16") else mode)
     grey = np.asarray(image)
     if mode.startswith("I;16"):
@@ -129,7 +131,7 @@ SOURCES = [(640, 480), (479, 640), (225, 225), (151, 467), (521, 257), (240, 320
 @pytest.mark.parametrize("interpolation", ["bicubic", "bilinear"])
 @pytest.mark.parametrize("size", [(224, 224), (240, 320)])
 @pytest.mark.parametrize("crop_mode", ["squash", "center"])
-def test_fit_is_timms_transform_bit_for_bit(torch, crop_mode, size, interpolation, crop_pct):
+def test_fit_equals_timms_transform_bit_for_bit(torch, crop_mode, size, interpolation, crop_pct):
     from timm.data import create_transform
 
     whole = create_transform(
@@ -151,7 +153,7 @@ def test_fit_is_timms_transform_bit_for_bit(torch, crop_mode, size, interpolatio
         assert np.array_equal(np.rint(255 * back).astype(np.uint8), got)
 
 
-def test_center_crops_and_squash_keeps():
+def test_center_crops_the_edges_and_squash_keeps_them():
     image = np.zeros((100, 300, 3), dtype=np.uint8)
     image[:, :60] = 255  # a mark at the left edge of a wide image
     wide = Image.fromarray(image)
@@ -165,7 +167,7 @@ def test_an_image_of_the_right_size_is_left_alone(interpolation):
     assert np.array_equal(fit(image, (32, 40), Preprocess(HALF, HALF, interpolation, "squash", 1.0)), np.asarray(image))
 
 
-def test_one_pixel_is_enough():
+def test_an_image_of_one_pixel_is_read():
     found = fit(Image.new("RGB", (1, 1), (9, 8, 7)), (24, 40), PLAIN)
     assert found.reshape(-1, 3).tolist() == [[9, 8, 7]] * (24 * 40)
     assert math.prod(found.shape) == 24 * 40 * 3
@@ -191,7 +193,7 @@ def test_a_large_jpeg_is_decoded_at_a_smaller_scale(tmp_path, monkeypatch):
     monkeypatch.setattr("phreg_deploy.images.decoding.GIANT", 400 * 320 // 4)
     small = read_image(tmp_path / "large.jpg")
     assert small.size == (200, 160)
-    assert close(np.asarray(small), np.asarray(scene.reduce(2))) < 3
+    assert mean_difference(np.asarray(small), np.asarray(scene.reduce(2))) < 3
     monkeypatch.setattr("phreg_deploy.images.decoding.GIANT", 400 * 320)
     assert read_image(tmp_path / "large.jpg").size == (400, 320)
 
@@ -232,7 +234,7 @@ def test_the_fast_resize_gives_pillows_numbers(crop_mode, interpolation, size):
     assert applies((1100, 720), (224, 224), interpolation) == (interpolation in ("bicubic", "lanczos"))
 
 
-def test_small_images_are_left_to_pillow():
+def test_small_images_are_resized_by_pillow():
     assert not applies((640, 480), (224, 224), "bicubic")
     assert not applies((1920, 1080), (1920, 500), "bicubic")
 

@@ -7,7 +7,7 @@ from phreg_deploy.runtime.positions import resample
 
 
 @pytest.mark.parametrize("grid", [(14, 14), (7, 7), (16, 12), (37, 37), (5, 40), (13, 15), (28, 3)])
-def test_resampling_is_timms(grid):
+def test_resampling_equals_timms(grid):
     """Antialiased bicubic, up and down, square and not; measured at most 2e-5 apart in float32."""
     base = np.random.default_rng(0).standard_normal((14, 14, 8)).astype(np.float32)
     expected = resample_abs_pos_embed(

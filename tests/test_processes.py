@@ -86,7 +86,7 @@ class OnGpu:
     name, compute = "tensorrt", "fp32"
 
 
-def test_what_cannot_be_opened_after_a_fork_is_refused(bundle):
+def test_a_backend_that_cannot_be_opened_after_a_fork_is_refused(bundle):
     backend = ForkSafeBackend(OnGpu())
     backend.forget()  # what a fork does in the child
     with pytest.raises(PhregError, match=r"forked after the extractor had opened tensorrt.*get_context\('spawn'\)"):
@@ -97,7 +97,7 @@ def test_what_cannot_be_opened_after_a_fork_is_refused(bundle):
 
 
 def mean_feature(extractor):
-    """Runs in a spawned process."""
+    """Return the mean feature of a frame; this runs in a spawned process."""
     return os.getpid(), extractor.choice, extractor.color, float(extractor(FRAME).features.mean())
 
 
@@ -158,7 +158,7 @@ if __name__ == "__main__":
 @pytest.mark.usefixtures("torch")
 @pytest.mark.parametrize("method", ["fork", "spawn"])
 def test_workers_of_a_data_loader_extract(bundle, method):
-    """In a process of its own: what a DataLoader loads stays out of the other tests."""
+    """Run in a separate process, so that the other tests do not load what a DataLoader loads."""
     if method not in multiprocessing.get_all_start_methods():
         pytest.skip(f"this system does not {method}")
     asked = [sys.executable, "-c", LOADED, str(bundle), method]

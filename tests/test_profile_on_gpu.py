@@ -1,4 +1,4 @@
-"""`phreg-deploy profile` on a GPU that is not there (``tests/fake_gpu``): that everything is asked for, gathered and printed."""
+"""`phreg-deploy profile` on a fake GPU (``tests/fake_gpu``): it measures, gathers and prints every figure."""
 
 import shutil
 
@@ -8,7 +8,7 @@ from tests.cli_helpers import invoke
 
 
 @pytest.fixture
-def gpu(device, workshop, monkeypatch):
+def gpu(device, tensorrt, monkeypatch):
     monkeypatch.setattr("phreg_deploy.profiling.profiler.pci_of", lambda _: "0000:01:00.0")
     monkeypatch.setattr("phreg_deploy.profiling.roofline.COPIED", 1 << 20)
     monkeypatch.setattr("phreg_deploy.profiling.roofline.measure_peaks.__kwdefaults__", {"size": 1 << 20, "rounds": 2})
@@ -24,7 +24,7 @@ def built(gpu, wide_bundle, tmp_path):
     return folder
 
 
-def test_profile_tells_parts_streams_layers_and_a_roofline(built):
+def test_profile_reports_parts_streams_layers_and_a_roofline(built):
     done = invoke(
         "profile",
         built,
@@ -68,7 +68,7 @@ def test_profile_tells_parts_streams_layers_and_a_roofline(built):
         assert words in done.err
 
 
-def test_what_registers_cost_needs_the_same_model_without(built, gpu):
+def test_the_cost_of_registers_needs_a_bundle_without_them(built, gpu):
     done = invoke(
         "profile", built, "--backend", "tensorrt", "--seconds", "0.1", "--streams", "1", "--without", built, "--json"
     )
@@ -76,7 +76,7 @@ def test_what_registers_cost_needs_the_same_model_without(built, gpu):
 
 
 @pytest.mark.parametrize("option", [("--fps", "30"), ("--without", "x.bundle")])
-def test_what_only_a_gpu_tells_is_refused_elsewhere(bundle, option):
+def test_options_for_a_gpu_are_refused_without_one(bundle, option):
     invoke("profile", bundle, "--backend", "onnxruntime-cpu", "--seconds", "0.1", *option, "--json").refused(
         2, "are for a GPU"
     )

@@ -9,43 +9,43 @@ from phreg_deploy.quantisation import HEADROOM, LEAST, Grid, Range, Smoothing, m
 PLAIN = Smoothing(norm=None, value=None, hidden=None)
 
 
-def spread(seed=0, channels=16):
-    """Ranges that are off centre and of very different widths."""
+def random_ranges(seed=0, channels=16):
+    """Draw ranges that are off centre and of very different widths."""
     rng = np.random.default_rng(seed)
     middle, half = rng.normal(0, 3, channels), np.exp(rng.normal(0, 2, channels))
     return Range((middle - half).astype(np.float32), (middle + half).astype(np.float32))
 
 
-def steps_of(grid: Grid, x: np.ndarray) -> np.ndarray:
+def in_steps(grid: Grid, x: np.ndarray) -> np.ndarray:
     """``(C,)`` values as multiples of the step, on the grid's own axes."""
     return (x.astype(np.float64) - grid.centre) / grid.smooth / grid.step
 
 
-def fills(low, high) -> bool:
-    """Whether nothing observed is clipped and at most a fifth of the grid is left over."""
+def fills_grid(low, high) -> bool:
+    """Return whether no observed value is clipped and at most a fifth of the grid is unused."""
     return 127 / 1.25 < np.abs([low, high]).max() <= 127.001
 
 
 @pytest.mark.parametrize("smoothing", [Smoothing(), PLAIN, Smoothing(0.0, 0.0, 0.0), Smoothing(1.0, 1.0, 1.0)])
 def test_the_output_of_a_norm_is_centred_and_symmetric(smoothing):
-    observed = spread()
+    observed = random_ranges()
     grid = make_grid(observed, "norm", smoothing)
     assert grid.symmetric
     assert grid.zero == 128
     np.testing.assert_allclose(grid.centre, (observed.low + observed.high) / 2, rtol=1e-6)
-    low, high = steps_of(grid, observed.low), steps_of(grid, observed.high)
+    low, high = in_steps(grid, observed.low), in_steps(grid, observed.high)
     np.testing.assert_allclose(low, -high, rtol=1e-4, atol=1e-3)
-    assert fills(low, high)
+    assert fills_grid(low, high)
 
 
-def test_values_are_centred_only_where_their_scale_can_be_folded():
-    observed = spread(1)
+def test_values_are_centred_only_if_their_scale_can_be_folded():
+    observed = random_ranges(1)
     assert np.any(make_grid(observed, "value", Smoothing()).centre != 0)
     grid = make_grid(observed, "value", PLAIN)
     assert not grid.centre.any()
     assert (grid.smooth == 1).all()
     assert grid.symmetric
-    assert fills(steps_of(grid, observed.low), steps_of(grid, observed.high))
+    assert fills_grid(in_steps(grid, observed.low), in_steps(grid, observed.high))
 
 
 @pytest.mark.parametrize("alpha", [None, 0.0, 0.5, 0.8, 1.0])
@@ -58,7 +58,7 @@ def test_hidden_units_keep_zero_as_a_grid_point(alpha, seed):
     assert not grid.centre.any()
     assert isinstance(grid.zero, int)
     assert 0 <= grid.zero <= 255
-    low, high = steps_of(grid, observed.low) + grid.zero, steps_of(grid, observed.high) + grid.zero
+    low, high = in_steps(grid, observed.low) + grid.zero, in_steps(grid, observed.high) + grid.zero
     assert low.min() >= -0.501, "the zero point was rounded by half a step at most"
     assert high.max() <= 255.501
     assert max(high.max() - low.min(), 0) == pytest.approx(255, abs=1e-3)
@@ -74,14 +74,14 @@ def test_zero_is_on_the_grid_where_hidden_units_never_reach_it(low, high, zero):
 @pytest.mark.parametrize("kind", ["norm", "value", "hidden"])
 @pytest.mark.parametrize("alpha", [None, 0.8, 1.0])
 def test_dead_channels_divide_nothing_by_zero(kind, alpha):
-    observed = spread(2)
+    observed = random_ranges(2)
     observed.low[:4] = observed.high[:4] = 0
     observed.low[4] = observed.high[4] = 7.5  # a constant: nothing is left of it once it is centred
     grid = make_grid(observed, kind, Smoothing(alpha, alpha, alpha))
     assert np.isfinite(grid.smooth).all()
     assert (grid.smooth > 0).all()
     assert grid.step > 0
-    assert np.isfinite(steps_of(grid, observed.high)).all()
+    assert np.isfinite(in_steps(grid, observed.high)).all()
     dead = make_grid(Range(np.zeros(4, np.float32), np.zeros(4, np.float32)), kind, Smoothing(alpha, alpha, alpha))
     assert dead.step > 0
     assert dead.step <= LEAST
@@ -90,7 +90,7 @@ def test_dead_channels_divide_nothing_by_zero(kind, alpha):
 
 @pytest.mark.parametrize("kind", ["norm", "value", "hidden"])
 def test_smoothing_evens_out_channels_and_changes_no_overall_scale(kind):
-    observed = spread(3)
+    observed = random_ranges(3)
     size = np.maximum(np.abs(observed.low), np.abs(observed.high))
     floored = size < HEADROOM * np.median(size) if kind == "hidden" else np.zeros(len(size), bool)
     assert floored.any() == (kind == "hidden"), "hidden units with small observed values get headroom"
@@ -98,7 +98,7 @@ def test_smoothing_evens_out_channels_and_changes_no_overall_scale(kind):
     for alpha in (0.0, 0.5, 1.0):
         grid = make_grid(observed, kind, Smoothing(alpha, alpha, alpha))
         assert np.log(grid.smooth).mean() == pytest.approx(0, abs=1e-5)
-        reach = np.maximum(np.abs(steps_of(grid, observed.low)), np.abs(steps_of(grid, observed.high)))
+        reach = np.maximum(np.abs(in_steps(grid, observed.low)), np.abs(in_steps(grid, observed.high)))
         widths.append(reach[~floored].max() / reach[~floored].min())
         assert (reach[floored] < reach[~floored].min() * (1 + 1e-6)).all() or alpha < 1
     assert widths[0] > widths[1] > widths[2]

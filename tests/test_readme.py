@@ -16,21 +16,19 @@ README = ROOT / "README.md"
 PAGES = [README, ROOT / "CONTRIBUTING.md", ROOT / "benchmarks" / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 MAKEFILE = (ROOT / "Makefile").read_text()
 PYPROJECT = (ROOT / "pyproject.toml").read_text()
-# click keeps the help option of the first context that a command sees.
-SETTINGS = {"help_option_names": main.context_settings["help_option_names"]}
 NEEDS_GPU = "<!-- needs a GPU -->"
 # Programs of the system, which the project does not define.
 OTHER_PROGRAMS = {"sudo", "apt-get", "git", "cd", "python3", ".", "VIT"}
 
 
-def blocks(page: Path, language: str) -> list[tuple[int, str, bool]]:
+def code_blocks(page: Path, language: str) -> list[tuple[int, str, bool]]:
     """Code blocks of a page: line number of the first line, code, and whether it needs a GPU."""
     text = page.read_text()
     found = re.finditer(rf"({re.escape(NEEDS_GPU)}\n)?```{language}\n(.*?)```", text, re.S)
     return [(text[: block.start(2)].count("\n") + 1, block[2], bool(block[1])) for block in found]
 
 
-def at(page: Path, line: int) -> str:
+def position(page: Path, line: int) -> str:
     return f"{page.relative_to(ROOT)}:{line}"
 
 
@@ -38,19 +36,24 @@ def commands() -> list[object]:
     """Every command line of every page, with its continuation lines joined and its comment cut."""
     params = []
     for page in PAGES:
-        for start, code, _ in blocks(page, "bash"):
+        for start, code, _ in code_blocks(page, "bash"):
             for line in code.replace("\\\n", " " * 2).splitlines():
                 for part in re.split(r"\s&&\s", line):
                     words = shlex.split(part, comments=True)
                     if words:
-                        params.append(pytest.param(words, id=f"{at(page, start)} {' '.join(words)[:60]}"))
+                        params.append(pytest.param(words, id=f"{position(page, start)} {' '.join(words)[:60]}"))
     return params
 
 
 def check_phreg(words: list[str]) -> None:
-    """A command of the command line takes these words."""
+    """Assert that a command of the command line takes these words.
+
+    click caches a command's help option, with the names that its first context gives. Only a child of the group's
+    context has the name ``-h``: a context without a parent would remove ``-h`` from the tests that come later.
+    """
     command = main.commands[words[0]]
-    _, rest, _ = command.make_parser(click.Context(command, **SETTINGS)).parse_args(list(words[1:]))
+    context = click.Context(command, parent=click.Context(main, **main.context_settings))
+    _, rest, _ = command.make_parser(context).parse_args(list(words[1:]))
     known = {option for parameter in command.params for option in parameter.opts}
     assert all(word in known for word in words if word.startswith("--"))
     assert rest == []
@@ -92,9 +95,9 @@ def test_every_command_line_parses(words):
 
 def python_blocks() -> list[object]:
     return [
-        pytest.param(code, needs_gpu, id=at(page, line))
+        pytest.param(code, needs_gpu, id=position(page, line))
         for page in PAGES
-        for line, code, needs_gpu in blocks(page, "python")
+        for line, code, needs_gpu in code_blocks(page, "python")
     ]
 
 

@@ -1,4 +1,4 @@
-"""Distribute work over several devices in one process: here the CPU, named more than once, and no GPU."""
+"""Work is distributed over several devices in one process; the tests name the CPU more than once."""
 
 import copy
 import functools
@@ -53,7 +53,7 @@ def test_one_device_needs_no_thread():
 
 
 @pytest.mark.parametrize("error", [PhregError, KeyboardInterrupt])
-def test_what_a_worker_raises_comes_out_and_no_thread_stays(error):
+def test_an_error_of_a_worker_is_raised_and_every_thread_ends(error):
     def work(_model, _device, job):
         if job == 3:
             raise error("here")
@@ -86,7 +86,7 @@ def test_gradients_are_summed_and_weights_are_shared():
 
 
 @pytest.mark.parametrize("devices", [TWO, THREE])
-def test_targets_are_identical(dataset, monkeypatch, devices):
+def test_targets_of_several_devices_equal_those_of_one(dataset, monkeypatch, devices):
     # Two photographs per chunk.
     settings = {"views": 18, "seed": 1}
     model, models, real, advances = dataset.model, [], teacher.hooks.forward, []

@@ -1,7 +1,7 @@
-"""INT8 is exact on processors without 8-bit dot products, where the default kernels clip sums of two products at 16 bits.
+"""INT8 is exact on processors without 8-bit dot products, whose default kernels clip sums of two products at 16 bits.
 
-Such a processor is forced in a process of its own: OpenVINO obeys ONEDNN_MAX_CPU_ISA, and ONNX Runtime runs on QEMU's
-model of a Haswell where qemu-x86_64 is installed (Debian's package qemu-user).
+Separate processes run on such a processor: OpenVINO obeys ONEDNN_MAX_CPU_ISA, and ONNX Runtime runs on QEMU's model of
+a Haswell if qemu-x86_64 is installed (Debian's package qemu-user).
 """
 
 import json
@@ -28,9 +28,12 @@ EXPECTED = WIDTH * 255 * 127  # in every output; two products are 64770, which 1
 def largest_products():
     """Uint8 inputs and int8 weights at the ends of their ranges, with the Q/DQ that bundles have."""
     constants = {
-        "step": np.float32(1), "zero": np.uint8(0), "layer.int8": np.full((WIDTH, WIDTH), 127, np.int8),
-        "weight_step": np.ones(WIDTH, np.float32), "weight_zero": np.zeros(WIDTH, np.int8),
-    }  # fmt: skip
+        "step": np.float32(1),
+        "zero": np.uint8(0),
+        "layer.int8": np.full((WIDTH, WIDTH), 127, np.int8),
+        "weight_step": np.ones(WIDTH, np.float32),
+        "weight_zero": np.zeros(WIDTH, np.int8),
+    }
     nodes = [
         helper.make_node("QuantizeLinear", ["x", "step", "zero"], ["q"]),
         helper.make_node("DequantizeLinear", ["q", "step", "zero"], ["d"]),
@@ -56,7 +59,7 @@ print(float(session.run(None, {"x": numpy.full((1, 4, 64), 255, numpy.float32)})
 
 
 def run_largest(folder, *option, prefix=()):
-    """The largest output of ``largest_products`` in a process of its own, and the graph that ONNX Runtime made of it."""
+    """Run ``largest_products`` in a new process; return the largest output, and ONNX Runtime's optimised graph."""
     import onnx
 
     onnx.save(largest_products(), folder / "largest.onnx")
@@ -97,7 +100,8 @@ bundle = sys.argv[1]
 found = {"saturates": saturates()}
 with FeatureExtractor.load(bundle, "openvino", threads=1, compute=sys.argv[2]) as extractor:
     found["exact"] = worst([case.parity for case in run_exam(extractor.bundle, extractor.run)]).to_json()
-    found["choice"], found["compute"], found["integer"] = extractor.choice, extractor.compute, len(extractor.opened.integer_layers)
+    found["choice"], found["compute"] = extractor.choice, extractor.compute
+    found["integer"] = len(extractor.opened.integer_layers)
 openvino_backend.saturates = lambda: False
 backend = open_backend(Bundle.read(bundle), "openvino", BackendOptions(1, "fp32"))
 with FeatureExtractor(Bundle.read(bundle), backend) as extractor:
@@ -117,8 +121,8 @@ def openvino(bundle, **environment):
 
 
 @x86
-def test_openvino_computes_int8_in_float_where_its_kernels_saturate(eight):
-    found = openvino(eight, ONEDNN_MAX_CPU_ISA="AVX2")
+def test_openvino_computes_int8_in_float_where_its_kernels_saturate(int8_bundle):
+    found = openvino(int8_bundle, ONEDNN_MAX_CPU_ISA="AVX2")
     assert found["saturates"]
     assert found["integer"] == 0
     assert found["compute"] == "fp32"
@@ -128,8 +132,8 @@ def test_openvino_computes_int8_in_float_where_its_kernels_saturate(eight):
     assert error["default"] > 5 * error["exact"], "the default kernels are measurably wrong on the forced processor"
 
 
-def test_openvino_keeps_its_integer_kernels_where_they_are_exact(eight):
-    found = openvino(eight)
+def test_openvino_keeps_its_integer_kernels_where_they_are_exact(int8_bundle):
+    found = openvino(int8_bundle)
     if found["saturates"]:
         pytest.skip("this processor's kernels saturate; the test above covers it")
     assert found["integer"] == 12
@@ -160,25 +164,25 @@ def without_dot_products(monkeypatch):
     monkeypatch.setattr("phreg_deploy.doctor.doctor.eight_bits", lambda: EightBits(()))
 
 
-def spoken(outcome):
-    """How often a command says that INT8 gains little here."""
+def count_notes(outcome):
+    """Count how often a command reports that INT8 gains little on this processor."""
     assert outcome.code == 0, outcome.err
     return " ".join((outcome.out + outcome.err).split()).count("INT8 is about as fast as FP32")
 
 
-def test_commands_say_what_int8_is_worth_here(without_dot_products, eight, bundle, run_cli):
-    assert spoken(run_cli("inspect", eight)) == 1
-    assert spoken(run_cli("inspect", bundle)) == 0
+def test_commands_report_that_int8_gains_little_on_this_processor(without_dot_products, int8_bundle, bundle, run_cli):
+    assert count_notes(run_cli("inspect", int8_bundle)) == 1
+    assert count_notes(run_cli("inspect", bundle)) == 0
     parts = {f["part"]: f["state"] for f in run_cli("doctor", "--json").document["findings"]}
     assert parts["8-bit instructions"].startswith("none; ")
-    assert spoken(run_cli("check", eight)) == 1
+    assert count_notes(run_cli("check", int8_bundle)) == 1
 
 
-def test_calibrate_says_it_once(without_dot_products, bundle, photos, tmp_path, run_cli):
-    assert spoken(run_cli("calibrate", bundle, "--images", photos, "-o", tmp_path / "eight", "--force")) == 1
+def test_calibrate_reports_it_once(without_dot_products, bundle, photos, tmp_path, run_cli):
+    assert count_notes(run_cli("calibrate", bundle, "--images", photos, "-o", tmp_path / "int8", "--force")) == 1
 
 
-def test_nothing_is_said_where_int8_is_fast(monkeypatch):
+def test_nothing_is_reported_if_int8_is_fast(monkeypatch):
     monkeypatch.setattr("phreg_deploy.runtime.backends.instructions.eight_bits", lambda: EightBits(("AVX-VNNI",)))
     assert advice("int8") is None
 

@@ -1,6 +1,4 @@
 import json
-import subprocess
-import sys
 
 import numpy as np
 import pytest
@@ -12,6 +10,7 @@ from phreg_deploy.models.checkpoint import read_record, write_student
 from phreg_deploy.models.loading import load_model, model_spec
 from phreg_deploy.models.registers import add_registers
 from phreg_deploy.models.weights import weights_digest
+from tests.cli_helpers import run_python
 from tests.small_models import FAMILIES, small
 
 
@@ -57,7 +56,7 @@ def folders(tmp_path_factory):
 
 
 def test_stock_timm_loads_every_family_without_this_project(folders):
-    """In a process of its own, in which importing phreg_deploy fails."""
+    """Load the student in a separate process, in which phreg_deploy cannot be imported."""
     code = """
 import sys, json, numpy, pathlib, torch
 sys.modules["phreg_deploy"] = None
@@ -72,10 +71,7 @@ for folder in sorted(pathlib.Path(sys.argv[1]).iterdir()):
     report[folder.name] = float(abs(got - numpy.load(folder / "expected.npy")).max())
 print(json.dumps(report))
 """
-    done = subprocess.run(
-        [sys.executable, "-W", "ignore", "-c", code, str(folders)], capture_output=True, text=True, check=True
-    )
-    report = json.loads(done.stdout.splitlines()[-1])
+    report = json.loads(run_python(code, folders, warnings="ignore").splitlines()[-1])
     assert set(report) == set(FAMILIES)
     assert max(report.values()) < 1e-5
 

@@ -1,4 +1,4 @@
-"""The scores of a student: streamed, capped, and equal to those of all features at once; a failure costs no student."""
+"""Scores of a student are computed in batches, equal those of all features at once, and may fail without harm."""
 
 from dataclasses import asdict, replace
 

@@ -4,7 +4,7 @@ from phreg_deploy.cli.console import Result, figure
 
 
 def test_tables_print_brackets_as_they_are(capsys):
-    """rich reads [words] as markup by default; the command that installs a missing extra has some."""
+    """rich reads [words] as markup by default; the command that installs an extra contains such words."""
     Result(as_json=False, quiet=False).table("t", ["what to do"], [['pip install "phreg-deploy[cpu]"']])
     assert 'pip install "phreg-deploy[cpu]"' in capsys.readouterr().out
 

@@ -1,4 +1,4 @@
-"""Teacher targets on disk: computed once, never half-written, and read by several threads at a time."""
+"""Teacher targets on disk are computed once, written whole, and read by several threads at a time."""
 
 import ast
 import os
@@ -73,7 +73,7 @@ def test_other_settings_have_another_folder(case):
 
 
 def twins(**changes):
-    """Two models with the same weights, of which the second is built with other arguments."""
+    """Make two models with the same weights, the second with other arguments."""
     from tests.small_models import small
 
     first = small("clip")
@@ -149,7 +149,7 @@ def test_a_damaged_target_is_computed_again(case, damage):
 
 
 def test_a_write_that_fails_leaves_no_part(case):
-    """The system writes the first thousand bytes of a target and refuses the rest."""
+    """The system writes the first thousand bytes of a target, and then fails."""
     from phreg_deploy.errors import PhregError
 
     cache, photographs = case

@@ -25,7 +25,7 @@ def photographs(tmp_path_factory):
     return read_photographs(folder, tuple(model.patch_embed.img_size), model_preprocess(model, "center"))
 
 
-def test_the_target_is_the_mean_over_views_done_one_by_one(photographs):
+def test_the_target_is_the_mean_over_views(photographs):
     model = small("augreg", side=5)
     preprocess = model_preprocess(model)
     (target,) = Teacher(model, preprocess, views=6, seed=3).targets(photographs.subset([1]))
@@ -80,7 +80,7 @@ def test_only_means_and_unshifted_views_are_copied_to_the_host(photographs, monk
 
 
 def test_averaging_removes_a_planted_artifact(photographs):
-    """The planted outlier stays at one place of the grid while the image shifts, so other views show what it hides."""
+    """The planted outlier stays in place while the image shifts, so other views show the hidden patch."""
     model = plant(small("augreg", side=5))
     targets = list(Teacher(model, model_preprocess(model), views=10).targets(photographs))
     plain, denoised, norms = (np.stack([getattr(t, name) for t in targets]) for name in ("plain", "patches", "norms"))

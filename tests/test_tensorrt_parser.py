@@ -1,7 +1,7 @@
 """NVIDIA's parser and builder accept every family's graph, fuse its attention, and keep its 8-bit layers in 8 bits.
 
-TensorRT for RTX 1.7 stands in for TensorRT 11, on a machine without a GPU. This tests how NVIDIA's compiler treats the
-graph, and neither speed nor numbers.
+TensorRT for RTX 1.7 replaces TensorRT 11, on a machine without a GPU. The tests cover how NVIDIA's compiler treats the
+graph, and neither speed nor outputs.
 """
 
 import onnx
@@ -33,7 +33,7 @@ CELLS = [
 
 @pytest.fixture(scope="module")
 def plans(request, tmp_path_factory):
-    """For every selected cell, its graph and the steps of its plan, or an error; one process per precision."""
+    """Build the plan of every selected cell: its graph, and the steps of its plan or an error."""
     selected = [
         item.callspec.params["cell"]
         for item in request.session.items
@@ -54,7 +54,7 @@ def plans(request, tmp_path_factory):
     return results
 
 
-def in_eight_bits(graph):
+def int8_layers(graph):
     """Return the linear layers whose weight the graph stores in 8 bits; for split projections, their parts."""
     makers = {name: node for node in graph.graph.node for name in node.output}
     products = [node for node in graph.graph.node if node.op_type == "MatMul" and node.input[1] in makers]
@@ -83,7 +83,7 @@ def test_the_plan_has_the_expected_kernels(plans, cell):
     elif precision in ("fp16", "bf16"):
         assert census == nvidia.Census(times * DEPTH, 0, frozenset(), frozenset(linears | {"dense"}))
     else:
-        expected = in_eight_bits(graph)
+        expected = int8_layers(graph)
         assert {name if name in linears else name.rpartition(".")[0] for name in expected} == linears
         assert census == nvidia.Census(
             times * DEPTH, times * DEPTH if precision == "fp8" else 0, frozenset(expected), frozenset({"dense"})
@@ -95,7 +95,7 @@ def steps_of(graph, here, folder):
     return steps
 
 
-def as_inspected(steps):
+def describe_layers(steps):
     """Describe the steps of a plan as TensorRT's engine inspector does, as far as ``take_census`` reads it."""
 
     def layer(step):
@@ -115,13 +115,13 @@ def as_inspected(steps):
 @pytest.mark.parametrize("family", ["augreg", "dinov2-giant", "eva02", "eva02-base"])
 def test_the_census_names_layers_as_calibration_does(family, tmp_path):
     here = graphs(family)
-    census = take_census(as_inspected(steps_of(here.write("int8"), here, tmp_path)))
+    census = take_census(describe_layers(steps_of(here.write("int8"), here, tmp_path)))
     assert set(census.eight_bit) == {linear.name for linear in here.linears}
     assert set(census.fused_attention) == {f"blocks.{i}.attn" for i in range(DEPTH)}
 
 
 @pytest.mark.parametrize("precision", ["int8", "fp8"])
-def test_a_fused_projection_would_be_computed_in_floats(precision, tmp_path):
+def test_an_unsplit_projection_is_computed_in_floats(precision, tmp_path):
     """This is why projections are split. The census sees that they are not in 8 bits."""
     here = graphs("augreg")
     census = nvidia.census(steps_of(here.write(precision, split=False), here, tmp_path))
@@ -131,7 +131,7 @@ def test_a_fused_projection_would_be_computed_in_floats(precision, tmp_path):
 
 
 @pytest.mark.parametrize(("head", "fused"), [(8, 0), (16, DEPTH), (256, DEPTH), (264, 0)])
-def test_which_heads_are_fused(head, fused, tmp_path):
+def test_attention_is_fused_for_the_supported_head_widths(head, fused, tmp_path):
     here = graphs("augreg", width=2 * head, heads=2)
     assert nvidia.census(steps_of(here.write("fp16"), here, tmp_path)).fused_attention == fused
 

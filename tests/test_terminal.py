@@ -1,4 +1,4 @@
-"""Commands on a terminal or a pipe: other encodings, readers that leave, control characters, Ctrl-C."""
+"""Commands on a terminal or a pipe: other encodings, closed pipes, control characters, Ctrl-C."""
 
 import json
 import os
@@ -14,7 +14,7 @@ from tests.cli_helpers import ROOT
 pytestmark = pytest.mark.usefixtures("torch")
 
 
-def run(*words, **options):
+def run_process(*words, **options):
     """Start the command line in its own process, like a shell."""
     environment = {**os.environ, "PYTHONPATH": str(ROOT), **options.pop("environment", {})}
     return subprocess.Popen(
@@ -37,16 +37,16 @@ def run(*words, **options):
 def test_a_terminal_without_unicode_gets_question_marks(world, environment):
     folder = world.copy("bundle").rename(world.tmp / "bünd→le")
     for path, code in ((folder, 0), (world.student, 0), (world.tmp / "wég→", 2)):
-        process = run("inspect", path, environment=environment)
+        process = run_process("inspect", path, environment=environment)
         out, err = process.communicate()
         assert b"Traceback" not in err
         assert process.returncode == code, err
         assert b"?" in out + err
 
 
-def without_reader(*words):
-    """Return exit code and stderr of a command whose reader has left, as ``head`` does."""
-    process = run(*words)
+def run_without_reader(*words):
+    """Return exit code and stderr of a command whose reader closes the pipe, as ``head`` does."""
+    process = run_process(*words)
     process.stdout.close()
     err = process.stderr.read()
     process.stderr.close()
@@ -54,18 +54,18 @@ def without_reader(*words):
 
 
 @pytest.mark.parametrize("more", [[], ["--json"]])
-def test_a_reader_that_leaves_is_no_error(world, more):
-    code, err = without_reader("inspect", world.bundle, *more)
+def test_a_closed_pipe_is_no_error(world, more):
+    code, err = run_without_reader("inspect", world.bundle, *more)
     assert code == 0
     assert b"Traceback" not in err
     assert b"BrokenPipe" not in err
 
 
-def test_a_reader_that_leaves_costs_neither_the_work_nor_the_exit_code(world):
+def test_a_closed_pipe_changes_neither_the_work_nor_the_exit_code(world):
     """The first line of ``extract`` names the backend; the features are written after it."""
-    assert without_reader("extract", world.bundle, world.photos / "frame-00.png", "-o", world.out)[0] == 0
+    assert run_without_reader("extract", world.bundle, world.photos / "frame-00.png", "-o", world.out)[0] == 0
     assert (world.out / "features.json").is_file()
-    code, err = without_reader("inspect", world.tmp / "none", "--json")
+    code, err = run_without_reader("inspect", world.tmp / "none", "--json")
     assert code == 2
     assert b"Traceback" not in err
     assert b"BrokenPipe" not in err
@@ -75,7 +75,7 @@ def test_a_reader_that_leaves_costs_neither_the_work_nor_the_exit_code(world):
 def test_a_folder_whose_name_is_not_unicode(world):
     folder = world.copy("bundle").rename(os.fsdecode(os.fsencode(world.tmp) + b"/caf\xe9"))
     for words in (["inspect", folder], ["check", folder, "--report", world.tmp / "page.html"]):
-        process = run(*words)
+        process = run_process(*words)
         out, err = process.communicate()
         assert process.returncode == 0, err
         assert b"caf?" in out + err
@@ -138,7 +138,7 @@ ARGUMENTS = {
 
 
 @pytest.mark.parametrize("name", sorted(cli.main.commands))
-def test_an_interruption_says_what_its_command_leaves(run_cli, monkeypatch, name):
+def test_an_interruption_names_what_the_command_leaves(run_cli, monkeypatch, name):
     def interrupted(**_options):
         raise KeyboardInterrupt
 
@@ -150,7 +150,7 @@ def test_an_interruption_says_what_its_command_leaves(run_cli, monkeypatch, name
     assert ("OUTPUT" in message) == ("-o" in ARGUMENTS.get(name, []) or name == "demo")
 
 
-def test_an_interrupted_distillation_goes_on_as_the_message_says(world, run_cli, monkeypatch):
+def test_an_interrupted_distillation_resumes_as_the_message_says(world, run_cli, monkeypatch):
     """The message names ``OUTPUT.partial`` and ``--resume``; the folder exists and the option works."""
     from phreg_deploy.distill import distillation
 

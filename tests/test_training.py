@@ -26,7 +26,7 @@ from tests.small_models import plant, small
 
 @pytest.fixture(scope="module")
 def inputs(tmp_path_factory):
-    """A folder with a model that has a planted neuron, ``model``, and two dozen images, ``pictures``."""
+    """Make a folder with ``model``, which has a planted register neuron, and ``pictures``, 24 images."""
     root = tmp_path_factory.mktemp("inputs")
     (root / "model").mkdir()
     write_student(plant(small("augreg")), {"scores": {}}, root / "model")
@@ -38,7 +38,7 @@ def inputs(tmp_path_factory):
     return root
 
 
-def run(inputs, output, **changes):
+def distil(inputs, output, **changes):
     """Distil in two epochs, or with other settings; targets are cached beside the output."""
     settings = {
         "epochs": 2,
@@ -74,7 +74,7 @@ for call in (lambda: distill(*sys.argv[1:4]), lambda: run_demo(sys.argv[3])):
 """
 
 
-def test_the_doors_open_without_pytorch_and_check_arguments_first(inputs, tmp_path):
+def test_public_functions_are_imported_without_pytorch_and_check_arguments_first(inputs, tmp_path):
     words = [inputs / "model", inputs / "pictures", tmp_path / "student"]
     command = [sys.executable, "-W", "error", "-c", DOORS, *(str(word) for word in words)]
     process = subprocess.run(command, capture_output=True, text=True, check=True)
@@ -89,14 +89,14 @@ def test_the_doors_open_without_pytorch_and_check_arguments_first(inputs, tmp_pa
 
 
 def test_the_same_request_gives_the_same_student_and_a_better_one(inputs, tmp_path):
-    records = [run(inputs, tmp_path / name) for name in ("a", "b")]
+    records = [distil(inputs, tmp_path / name) for name in ("a", "b")]
     assert digest(tmp_path / "a") == digest(tmp_path / "b")
     scores = records[0].scores
     assert scores.base.norm_outliers.rate == pytest.approx(1 / 16, rel=0.2)
     assert scores.student.norm_outliers.rate < 0.01
     assert scores.student.fidelity.outliers > scores.base.fidelity.outliers
     assert records[0].seconds.targets_computed > 0
-    assert records[1].seconds.targets_computed == 0, "they are in the cache"
+    assert records[1].seconds.targets_computed == 0, "the targets are in the cache"
     assert not list(tmp_path.glob("*.partial"))
     held_out = set(records[0].images.held_out)
     assert held_out
@@ -104,15 +104,15 @@ def test_the_same_request_gives_the_same_student_and_a_better_one(inputs, tmp_pa
 
 
 def test_an_interrupted_run_resumes_to_the_same_student(inputs, tmp_path):
-    run(inputs, tmp_path / "whole")
+    distil(inputs, tmp_path / "whole")
     with interrupted(training, "objective", at=5):  # in the second epoch
-        run(inputs, tmp_path / "halves")
+        distil(inputs, tmp_path / "halves")
     assert not (tmp_path / "halves").exists()
     with pytest.raises(PhregError, match="--resume"):
-        run(inputs, tmp_path / "halves")
+        distil(inputs, tmp_path / "halves")
     with pytest.raises(PhregError, match=r"other settings .*seed"):
-        run(inputs, tmp_path / "halves", seed=1, resume=True)
-    run(inputs, tmp_path / "halves", resume=True)
+        distil(inputs, tmp_path / "halves", seed=1, resume=True)
+    distil(inputs, tmp_path / "halves", resume=True)
     assert digest(tmp_path / "halves") == digest(tmp_path / "whole")
     assert not (tmp_path / "halves.partial").exists()
 
@@ -124,18 +124,18 @@ def test_an_interrupted_run_resumes_to_the_same_student(inputs, tmp_path):
 def test_a_run_of_the_same_weights_computed_otherwise_is_not_resumed(inputs, tmp_path, changes, named):
     model = shutil.copytree(inputs / "model", tmp_path / "model")
     with interrupted(training, "objective", at=5):
-        run(inputs, tmp_path / "student", model=str(model))
+        distil(inputs, tmp_path / "student", model=str(model))
     config = json.loads((model / "config.json").read_text())
     config["pretrained_cfg" if "mean" in changes else "model_args"].update(changes)
     (model / "config.json").write_text(json.dumps(config))
     with pytest.raises(PhregError, match=rf"other settings \(.*{named}"):
-        run(inputs, tmp_path / "student", model=str(model), resume=True)
+        distil(inputs, tmp_path / "student", model=str(model), resume=True)
 
 
 def test_the_weights_are_hashed_once(inputs, tmp_path, monkeypatch):
     calls, real = [], identity.weights_digest
     monkeypatch.setattr(identity, "weights_digest", lambda model: calls.append(1) or real(model))
-    record = run(inputs, tmp_path / "student", epochs=0)
+    record = distil(inputs, tmp_path / "student", epochs=0)
     assert len(calls) == 1
     assert record.source["weights_sha256"] == digest(inputs / "model")
 
@@ -149,7 +149,7 @@ def test_a_loss_that_is_not_finite_stops_with_the_last_good_state_kept(inputs, t
 
     monkeypatch.setattr(training, "objective", nan_at_the_fifth_call)
     with pytest.raises(PhregError, match=r"loss became nan in epoch 2, step 2\. The state after epoch 1 is kept"):
-        run(inputs, tmp_path / "student")
+        distil(inputs, tmp_path / "student")
     state = torch.load(tmp_path / "student.partial" / "state.pt", weights_only=True)
     assert len(state["history"]) == 1
     assert all(torch.isfinite(v).all() for v in state["student"].values())
@@ -159,8 +159,8 @@ def test_a_loss_that_is_not_finite_stops_with_the_last_good_state_kept(inputs, t
 @pytest.mark.parametrize(
     "changes", [{"recipe": "ph-reg"}, {"recipe": "random-registers"}, {"registers": 0}, {"epochs": 0}]
 )
-def test_the_paper_the_control_and_no_training(inputs, tmp_path, changes):
-    record = run(inputs, tmp_path / "student", **changes)
+def test_the_recipes_of_the_paper_the_control_and_no_training_run(inputs, tmp_path, changes):
+    record = distil(inputs, tmp_path / "student", **changes)
     model = timm.create_model(f"local-dir:{tmp_path / 'student'}", pretrained=True)
     expected = 16 if changes.get("recipe") == "ph-reg" else changes.get("registers", 4)
     assert (0 if model.reg_token is None else model.reg_token.shape[1]) == record.registers == expected
@@ -177,7 +177,7 @@ def test_the_paper_the_control_and_no_training(inputs, tmp_path, changes):
 def test_random_registers_differ_from_the_transplant_in_the_move_alone(inputs, tmp_path):
     ours, control = RECIPES["transplant"], RECIPES["random-registers"]
     assert replace(control, name=ours.name, moves_neurons=True) == ours
-    run(inputs, tmp_path / "control", recipe="random-registers", epochs=0)
+    distil(inputs, tmp_path / "control", recipe="random-registers", epochs=0)
     assert digest(tmp_path / "control") == weights_digest(add_registers(load_model(str(inputs / "model")), 4, seed=0))
     assert control.default_rate(768) == ours.default_rate(768) == ours.lr / 2
 
@@ -191,18 +191,18 @@ def test_neurons_are_searched_on_images_from_all_over_the_folder(inputs, tmp_pat
 
     monkeypatch.setattr(distillation, "NEURON_IMAGES", 4)
     monkeypatch.setattr(distillation, "find_register_neurons", record_names)
-    run(inputs, tmp_path / "student", epochs=0, holdout=0)
+    distil(inputs, tmp_path / "student", epochs=0, holdout=0)
     assert names == ["00.png", "06.png", "12.png", "18.png"]
 
 
 def test_a_neuron_that_cannot_be_moved_is_refused_before_targets_are_computed(inputs, tmp_path, monkeypatch):
     monkeypatch.setattr("phreg_deploy.distill.neurons.transplant.LEAST_GAP", 0.99)
     with pytest.raises(PhregError, match=r"none of the 1 register neurons can be moved; unit 5 of block 0"):
-        run(inputs, tmp_path / "student")
+        distil(inputs, tmp_path / "student")
     assert list(tmp_path.iterdir()) == [], "neither targets nor an interrupted run"
 
 
-def test_the_papers_unlocked_set_is_the_papers():
+def test_ph_reg_trains_the_parameters_of_the_paper():
     model = small("augreg", depth=3)
     free = unlock_weights(model, RECIPES["ph-reg"].unlock)
     names = {name for name, p in model.named_parameters() if any(p is f for f in free)}
@@ -214,7 +214,7 @@ def test_the_papers_unlocked_set_is_the_papers():
     assert model.blocks[0].mlp.fc1.weight.requires_grad
 
 
-def test_the_split_goes_by_name(inputs):
+def test_the_holdout_split_depends_on_names_alone(inputs):
     photographs = read_photographs(inputs / "pictures", (64, 64), model_preprocess(small("augreg")))
     training_set, held_out = split(photographs, 0.2)
     _, fewer_held_out = split(photographs.subset(range(20)), 0.2)

@@ -25,7 +25,7 @@ def batches(model, count=4):
 
 
 def activations(model, images, unit, block=0):
-    """Activations of one hidden unit over all images, ``(B, T)``."""
+    """Return the activations of one hidden unit over all images, ``(B, T)``."""
     values = []
     with torch.no_grad(), hooks.hidden_units(model, lambda i, h: values.append(h[..., unit]) if i == block else None):
         for batch in images:
@@ -83,7 +83,7 @@ def test_strength_scales_the_registers_activation():
 
 @pytest.mark.parametrize("family", ["eva02", "eva02-base", "dinov2-giant"])
 def test_gated_units_are_rewritten_too(family):
-    """SwiGLU, packed and split: the gate opens for the register, the value is a constant; SiLU(-4) would leave -.07."""
+    """SwiGLU, packed and split: the gate opens for the register alone, and the value is constant."""
     base = small(family)
     images = batches(base, 2)
     student = add_registers(base, 2)
@@ -106,13 +106,13 @@ def test_the_control_silences_the_same_unit():
     ("name", "zero"),
     [("gelu", -4), ("gelu_tanh", -3.875), ("quick_gelu", -6.25), ("silu", -11.25), ("relu", 0), ("hard_swish", -3)],
 )
-def test_each_activation_has_its_own_zero(name, zero):
+def test_each_activation_has_an_input_that_gives_zero(name, zero):
     activation = get_act_layer(name)()
     assert zero_below(activation) == zero
     assert activation(torch.linspace(zero, -60, 1000)).abs().max() <= ZERO_TOLERANCE
 
 
-def test_an_activation_without_a_zero_has_none():
+def test_an_activation_that_is_never_zero_has_none():
     assert zero_below(get_act_layer("leaky_relu")()) is None
     assert zero_below(get_act_layer("elu")()) is None
 
@@ -148,7 +148,7 @@ def test_a_register_that_looks_like_another_token_takes_no_neuron():
 
 
 def test_the_share_is_measured_behind_an_inner_norm():
-    """The norm bounds what one unit can write: 40 times the column would be three times too much."""
+    """The norm bounds the output of one unit: 40 times the column would be three times too much."""
     model = plant(small("normed"), block=1, unit=9)
     images = batches(model)
     (neuron,) = find_register_neurons(model, images).neurons

@@ -1,15 +1,13 @@
-"""The doors of ``phreg_deploy.verify``: light to import, typed, and with the JSON of the command line."""
+"""The public functions of ``phreg_deploy.verify`` import little, and return what the commands print as JSON."""
 
 import json
-import subprocess
-import sys
 
 import pytest
 
 from phreg_deploy.errors import PhregError
 from phreg_deploy.runtime.backends.options import BackendOptions
 from phreg_deploy.verify import check, score_artifacts
-from tests.cli_helpers import ROOT, invoke
+from tests.cli_helpers import invoke, run_python
 
 pytestmark = pytest.mark.usefixtures("torch")
 
@@ -19,8 +17,7 @@ def test_the_doors_are_light():
         "import sys, phreg_deploy.verify\n"
         "print(sorted({'numpy', 'torch', 'timm', 'onnx', 'onnxruntime', 'openvino'} & set(sys.modules)))"
     )
-    process = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT)
-    assert process.stdout == "[]\n"
+    assert run_python(code, warnings="default") == "[]\n"
 
 
 def test_check_returns_what_the_command_prints(bundle, student, photos):

@@ -42,7 +42,7 @@ class TrainingRun:
         assert any(not torch.equal(value, self.before[name]) for name, value in state.items())
 
     def assert_close(self, other: "TrainingRun", within: float = 1e-4) -> None:
-        """Assert that training changed both students alike, to a share ``within`` of each tensor's largest change."""
+        """Assert that training changed both students alike, within a share of each tensor's largest change."""
         state, most = other.student.state_dict(), 0.0
         for name, value in self.student.state_dict().items():
             change, difference = ((value - other).abs().max().item() for other in (self.before[name], state[name]))
@@ -54,7 +54,7 @@ class TrainingRun:
 
 
 class SmallDataset:
-    """Seven photographs and their teacher targets, for students of one small model."""
+    """Seven photographs and their teacher targets, to train students of one small model."""
 
     def __init__(self, family: str, photos: Path, folder: Path, images: int = 7) -> None:
         self.model, self.folder = small(family), folder

@@ -1,4 +1,4 @@
-"""Graphs of every family as ``export`` and ``calibrate --target trt`` write them, and the plans that NVIDIA builds."""
+"""Make the graphs of ``export`` and ``calibrate --target trt`` for every family, and build plans of them."""
 
 import functools
 from types import SimpleNamespace
@@ -83,7 +83,7 @@ class Graphs:
         self.largest = observe_magnitudes(self.graph, feeds, silent)
 
     def write(self, precision: str, *, split: bool = True, tokens: int = FUSED_FROM) -> onnx.ModelProto:
-        """The graph as ``export`` or ``calibrate --target trt`` write it."""
+        """Return the graph as ``export`` or ``calibrate --target trt`` writes it."""
         graph = onnx.ModelProto()
         graph.CopyFrom(self.graph)
         if precision == "fp32":

@@ -1,8 +1,8 @@
-"""A fake GPU and a fake TensorRT: every call that this project makes of both, recorded, with NVIDIA's refusals.
+"""A fake GPU and a fake TensorRT: they record every call of this project, and refuse what NVIDIA's libraries refuse.
 
-Work is queued as on a real device and only done when somebody waits for it, so a forgotten wait shows in the answers. The
-engine really computes, on the processor, with ONNX Runtime. The fakes have no public name that NVIDIA does not have;
-``test_tensorrt_runtime.py`` checks this. What tests turn and read is in ``Device`` and ``Workshop``.
+Work is queued as on a real device and computed only when a caller waits for it, so a missing wait gives wrong answers.
+The engine computes on the processor with ONNX Runtime. The fakes have no public name that NVIDIA's libraries lack;
+``test_fake_gpu.py`` checks this. Tests set and read the attributes of ``Device`` and ``FakeTensorRT``.
 """
 
 from tests.fake_gpu.cuda import Runtime
@@ -10,13 +10,13 @@ from tests.fake_gpu.cuda_types import cudaError_t, cudaMemcpyKind, cudaStreamCap
 from tests.fake_gpu.device import Array, Device
 from tests.fake_gpu.install import install
 from tests.fake_gpu.onnx_file import read_nodes
-from tests.fake_gpu.tensorrt import Workshop, public_names
+from tests.fake_gpu.tensorrt import FakeTensorRT, public_names
 
 __all__ = [
     "Array",
     "Device",
+    "FakeTensorRT",
     "Runtime",
-    "Workshop",
     "cudaError_t",
     "cudaMemcpyKind",
     "cudaStreamCaptureMode",

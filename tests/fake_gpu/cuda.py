@@ -9,24 +9,25 @@ from tests.fake_gpu.cuda_types import Refused, Stream, cudaError_t, cudaMemcpyKi
 
 
 def _call(function):
-    """A call of the runtime: noted, refused where a test planted it, and answered as cuda-python answers."""
+    """Record a call of the runtime, fail it if a test asked for that, and answer as cuda-python does."""
 
     @functools.wraps(function)
     def call(self, *arguments):
         device = self._device
         with device.lock:
             device.calls.append((function.__name__, arguments))
-            planted = device.planted.get(function.__name__)
+            failing = device.failing.get(function.__name__)
             try:
                 if device.fault is not None:
                     raise Refused(device.fault)
-                if planted is not None:
-                    planted[0] -= 1
-                    if planted[0] == 0:
-                        del device.planted[function.__name__]
-                        if function.__name__ == "cudaStreamEndCapture":  # is over even so
+                if failing is not None:
+                    failing[0] -= 1
+                    if failing[0] == 0:
+                        del device.failing[function.__name__]
+                        if function.__name__ == "cudaStreamEndCapture":
+                            # The recording is over even if the call fails.
                             device.stream_of(arguments[0]).recording = None
-                        raise Refused(planted[1])
+                        raise Refused(failing[1])
                 result = function(device, *arguments)
             except Refused as refused:
                 return (refused.code, None)
@@ -60,10 +61,14 @@ class Runtime:
     def cudaGetDeviceProperties(device, index):
         return (
             types.SimpleNamespace(
-                name=device.name.encode().ljust(256, b"\0"), major=device.architecture // 10, minor=device.architecture % 10,
-                totalGlobalMem=device.memory, multiProcessorCount=16, integrated=int(device.integrated),
+                name=device.name.encode().ljust(256, b"\0"),
+                major=device.architecture // 10,
+                minor=device.architecture % 10,
+                totalGlobalMem=device.memory,
+                multiProcessorCount=16,
+                integrated=int(device.integrated),
             ),
-        )  # fmt: skip
+        )
 
     @_call
     def cudaDriverGetVersion(device):
@@ -99,7 +104,8 @@ class Runtime:
         pageable = any(not on and device.span(at, size, pinned=True) is None for at, on in ends.values())
         if any(on and device.span(at, size) is None for at, on in ends.values()):
             raise Refused(cudaError_t.cudaErrorInvalidValue)
-        if pageable:  # is copied before the call returns, which a recording cannot
+        if pageable:
+            # Pageable memory is copied before the call returns, which is impossible while a stream records.
             if stream.recording is not None:
                 stream.broken = True
                 raise Refused(cudaError_t.cudaErrorStreamCaptureUnsupported)
@@ -117,8 +123,8 @@ class Runtime:
 
     @_call
     def cudaStreamCreateWithFlags(device, flags):
-        assert flags == 1, "a stream that waits for the default one"
-        return (device.new(device.streams, Stream()),)
+        assert flags == 1, "a stream that does not wait for the default one"
+        return (device.add(device.streams, Stream()),)
 
     @_call
     def cudaStreamDestroy(device, handle):
@@ -138,7 +144,7 @@ class Runtime:
 
     @_call
     def cudaStreamWaitEvent(device, handle, event, flags):
-        stream, mark = device.stream_of(handle), device.take(device.events, event)[0]
+        stream, mark = device.stream_of(handle), device.look_up(device.events, event)[0]
         if stream.recording is not None:
             stream.broken = True
             raise Refused(cudaError_t.cudaErrorStreamCaptureIsolation)
@@ -152,7 +158,7 @@ class Runtime:
             raise Refused(cudaError_t.cudaErrorStreamCaptureUnsupported)
         if stream.recording is not None:
             raise Refused(cudaError_t.cudaErrorInvalidValue)
-        assert mode == cudaStreamCaptureMode.cudaStreamCaptureModeThreadLocal, "others would disturb other threads"
+        assert mode == cudaStreamCaptureMode.cudaStreamCaptureModeThreadLocal, "other modes would affect other threads"
         stream.recording, stream.thread, stream.broken = [], threading.get_ident(), False
 
     @_call
@@ -165,46 +171,46 @@ class Runtime:
         recorded, stream.recording = stream.recording, None
         if stream.broken:
             raise Refused(cudaError_t.cudaErrorStreamCaptureInvalidated)
-        return (device.new(device.graphs, recorded),)
+        return (device.add(device.graphs, recorded),)
 
     @_call
     def cudaGraphInstantiate(device, graph, flags):
-        return (device.new(device.programs, list(device.take(device.graphs, graph))),)
+        return (device.add(device.programs, list(device.look_up(device.graphs, graph))),)
 
     @_call
     def cudaGraphDestroy(device, graph):
-        device.take(device.graphs, graph)
+        device.look_up(device.graphs, graph)
         del device.graphs[int(graph)]
 
     @_call
     def cudaGraphLaunch(device, program, handle):
         stream = device.stream_of(handle)
-        for work in device.take(device.programs, program):
+        for work in device.look_up(device.programs, program):
             device.queue(stream, work)
 
     @_call
     def cudaGraphExecDestroy(device, program):
-        device.take(device.programs, program)
+        device.look_up(device.programs, program)
         del device.programs[int(program)]
 
     @_call
     def cudaEventCreate(device):
-        return (device.new(device.events, [None]),)
+        return (device.add(device.events, [None]),)
 
     @_call
     def cudaEventRecord(device, event, handle):
         stream = device.stream_of(handle)
-        device.take(device.events, event)[0] = device.mark(stream)
+        device.look_up(device.events, event)[0] = device.mark(stream)
 
     @_call
     def cudaEventSynchronize(device, event):
-        mark = device.take(device.events, event)[0]
+        mark = device.look_up(device.events, event)[0]
         if mark is not None:
             device.finish(mark)
 
     @_call
     def cudaEventElapsedTime(device, start, end):
-        marks = [device.take(device.events, event)[0] for event in (start, end)]
+        marks = [device.look_up(device.events, event)[0] for event in (start, end)]
         if None in marks:
             raise Refused(cudaError_t.cudaErrorInvalidResourceHandle)
         if any(mark.time is None for mark in marks):
@@ -213,5 +219,5 @@ class Runtime:
 
     @_call
     def cudaEventDestroy(device, event):
-        device.take(device.events, event)
+        device.look_up(device.events, event)
         del device.events[int(event)]

@@ -35,7 +35,7 @@ class cudaStreamCaptureMode(enum.IntEnum):
 
 
 class Refused(Exception):
-    """What a call answers with instead of a result."""
+    """Makes a call return an error code instead of a result."""
 
     def __init__(self, code):
         super().__init__(code.name)
@@ -43,7 +43,7 @@ class Refused(Exception):
 
 
 class Handle:
-    """A ``cudaStream_t`` and the like: no number, but it has one."""
+    """A ``cudaStream_t`` or another handle: an object that ``int`` turns into its number."""
 
     def __init__(self, number):
         self.number = number
@@ -53,7 +53,7 @@ class Handle:
 
 
 class Mark:
-    """A place in a stream; ``time`` is there once the stream has reached it."""
+    """A position in a stream; ``time`` is None until the stream reaches it."""
 
     def __init__(self, stream):
         self.stream, self.time = stream, None

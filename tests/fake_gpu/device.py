@@ -1,4 +1,4 @@
-"""A GPU that records what is done with it, and arrays in its memory."""
+"""A fake GPU that records every call, and arrays in its memory."""
 
 import ctypes
 import struct
@@ -12,18 +12,19 @@ from tests.fake_gpu.cuda import Runtime
 from tests.fake_gpu.cuda_types import Handle, Mark, Refused, Stream, cudaError_t
 
 assert struct.calcsize("P") == 8, "addresses of 64 bits"
-# Fresh memory is full of this byte.
+# Allocated memory is filled with this byte.
 POISON = 0xA5
 
 
 class Device:
-    """The GPU. ``runtime`` is its ``cuda.bindings.runtime``; everything else is for tests.
+    """The GPU. ``runtime`` is its ``cuda.bindings.runtime``; tests use everything else.
 
-    ``calls``: (name, arguments) of every call; ``undefined``: what a real GPU would not have survived, or answered with
-    nonsense; ``installed``: GPUs that the driver lists; ``integrated``: as on a Jetson.
+    ``calls``: (name, arguments) of every call; ``undefined``: descriptions of undefined behaviour, which would crash a
+    real GPU or give wrong results; ``installed``: the number of GPUs that the driver lists; ``integrated``: whether the
+    GPU shares the host's memory, as on a Jetson.
     """
 
-    def __init__(self, name="NVIDIA Double", architecture=89, installed=1, integrated=False, driver=13000):
+    def __init__(self, name="NVIDIA Fake", architecture=89, installed=1, integrated=False, driver=13000):
         self.name, self.architecture, self.installed = name, architecture, installed
         self.integrated, self.driver = integrated, driver
         self.memory, self.used = 8 << 30, 0
@@ -31,27 +32,31 @@ class Device:
         self.calls, self.undefined = [], []
         self.device_memory, self.pinned = {}, {}  # address -> its bytes
         self.streams, self.events, self.graphs, self.programs = {0: Stream(), 1: Stream()}, {}, {}, {}
-        self.streams[1] = self.streams[0]  # two numbers of the default stream
+        # 0 and 1 both mean the default stream.
+        self.streams[1] = self.streams[0]
         self.chosen = threading.local()
         self.fault = None  # an error that every later call answers with
-        self.planted = {}  # name of a call -> [calls until it fails, code]
+        self.failing = {}  # name of a call -> [calls until it fails, code]
         self.numbers = iter(range(0x1000, 1 << 40, 16))
         self.runtime = Runtime(self)
 
-    def plant(self, call, at=1, code=cudaError_t.cudaErrorMemoryAllocation):
-        """Let the ``at``-th call from now on fail once, e.g. ``plant("cudaMalloc", 3)``."""
-        self.planted[call] = [at, code]
+    def fail_call(self, call, at=1, code=cudaError_t.cudaErrorMemoryAllocation):
+        """Let the ``at``-th call from now on fail once, e.g. ``fail_call("cudaMalloc", 3)``."""
+        self.failing[call] = [at, code]
 
     def live(self):
-        """What was made and not freed, by kind; empty where nothing is left."""
+        """Count the objects that were created and not freed, by kind; a kind without any is left out."""
         left = {
-            "allocations": len(self.device_memory), "pinned": len(self.pinned), "streams": len(self.streams) - 2,
-            "events": len(self.events), "graphs": len(self.graphs) + len(self.programs),
-        }  # fmt: skip
+            "allocations": len(self.device_memory),
+            "pinned": len(self.pinned),
+            "streams": len(self.streams) - 2,
+            "events": len(self.events),
+            "graphs": len(self.graphs) + len(self.programs),
+        }
         return {kind: count for kind, count in left.items() if count}
 
     def count(self, call=None):
-        """How often each call was made, or one."""
+        """Count the calls by name, or those of one name."""
         counted = Counter(name for name, _ in self.calls)
         return counted if call is None else counted[call]
 
@@ -62,14 +67,14 @@ class Device:
         return stream
 
     def span(self, pointer, size, pinned=False):
-        """Live memory from ``pointer`` on as bytes; None where there is none, or not so much."""
+        """Return ``size`` bytes of allocated memory from ``pointer`` on; None if they are not all allocated."""
         for start, buffer in (self.pinned if pinned else self.device_memory).items():
             if start <= pointer and pointer + size <= start + len(buffer):
                 return memoryview(buffer).cast("B")[pointer - start : pointer - start + size]
         return None
 
     def queue(self, stream, work):
-        """Put work into a stream, or into what the stream records."""
+        """Queue work in a stream, or add it to the stream's recording."""
         if stream.recording is None:
             stream.queue.append(work)
             return
@@ -78,7 +83,7 @@ class Device:
         stream.recording.append(work)
 
     def drain(self, stream, until=None):
-        """Do what is queued, all of it or up to a mark."""
+        """Run the work that is queued, all of it or up to a mark."""
         while stream.queue and (until is None or until.time is None):
             stream.queue.popleft()()
         if self.fault is not None:
@@ -88,8 +93,8 @@ class Device:
         self.undefined.append(why)
         self.fault = code
 
-    def unsafe(self):
-        """Refuse what may not happen on a thread while one of its streams records, and spoil the recording."""
+    def refuse_while_recording(self):
+        """Refuse a call that is not allowed while a stream of this thread records, and invalidate the recording."""
         mine = [s for s in self.streams.values() if s.recording is not None and s.thread == threading.get_ident()]
         for stream in mine:
             stream.broken = True
@@ -97,7 +102,7 @@ class Device:
             raise Refused(cudaError_t.cudaErrorStreamCaptureUnsupported)
 
     def allocate(self, kind, size):
-        self.unsafe()
+        self.refuse_while_recording()
         if size > self.memory - self.used:
             raise Refused(cudaError_t.cudaErrorMemoryAllocation)
         buffer = (ctypes.c_uint8 * (size + 256))()
@@ -110,19 +115,19 @@ class Device:
         return start
 
     def free(self, kind, pointer):
-        self.unsafe()
+        self.refuse_while_recording()
         if int(pointer) not in kind:
             raise Refused(cudaError_t.cudaErrorInvalidValue)
         for stream in {id(s): s for s in self.streams.values()}.values():
             self.drain(stream)
         self.used -= len(kind.pop(int(pointer)))
 
-    def new(self, kind, thing):
+    def add(self, kind, thing):
         number = next(self.numbers)
         kind[number] = thing
         return Handle(number)
 
-    def take(self, kind, handle):
+    def look_up(self, kind, handle):
         try:
             return kind[int(handle)]
         except KeyError:
@@ -133,20 +138,20 @@ class Device:
             self.drain(mark.stream, mark)
 
     def mark(self, stream):
-        """A mark at a stream's end."""
+        """Queue a mark, which gets its time when the stream reaches it."""
         mark = Mark(stream)
 
-        def pass_it():
+        def set_time():
             mark.time = time.perf_counter()
 
-        self.queue(stream, pass_it)
+        self.queue(stream, set_time)
         return mark
 
 
 class Array:
-    """Memory of a ``Device`` as other libraries show theirs: ``__cuda_array_interface__``.
+    """An array of another library in a ``Device``'s memory, with ``__cuda_array_interface__``.
 
-    ``stream``: the stream that fills it. ``strides``: those that the interface reports.
+    ``stream``: the stream that fills the array. ``strides``: the strides that the interface reports.
     """
 
     def __init__(self, device, value, stream=None, strides=None):
@@ -159,7 +164,7 @@ class Array:
         self.device.span(self.pointer, value.nbytes)[:] = np.ascontiguousarray(value).tobytes()
 
     def read(self):
-        """What is in the memory now, waiting for nothing."""
+        """Return the present contents of the memory without a wait."""
         size = int(np.prod(self.shape)) * self.dtype.itemsize
         return np.frombuffer(bytes(self.device.span(self.pointer, size)), self.dtype).reshape(self.shape)
 
@@ -169,6 +174,10 @@ class Array:
     @property
     def __cuda_array_interface__(self):
         return {
-            "shape": self.shape, "typestr": self.dtype.str, "data": (self.pointer, False), "strides": self.strides, "version": 3,
+            "shape": self.shape,
+            "typestr": self.dtype.str,
+            "data": (self.pointer, False),
+            "strides": self.strides,
+            "version": 3,
             "stream": self.stream,
-        }  # fmt: skip
+        }

@@ -1,12 +1,12 @@
-"""Put a fake GPU and a fake TensorRT where the project looks for them."""
+"""Make the project use a fake GPU and a fake TensorRT."""
 
 import sys
 
 import phreg_deploy.runtime.gpu.cuda as cuda
 
 
-def install(monkeypatch, device, workshop=None):
-    """Put a device, and a TensorRT where one is given, where the project looks for them."""
+def install(monkeypatch, device, tensorrt=None):
+    """Make the project use this device and, if given, this TensorRT."""
     monkeypatch.setattr(cuda, "_load", lambda: device.runtime)
-    if workshop is not None:
-        monkeypatch.setitem(sys.modules, "tensorrt", workshop.tensorrt)
+    if tensorrt is not None:
+        monkeypatch.setitem(sys.modules, "tensorrt", tensorrt.module)

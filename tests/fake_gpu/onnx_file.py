@@ -1,8 +1,8 @@
-"""Read an ONNX file without the package onnx, which ``build`` must do without."""
+"""Read an ONNX file without the package onnx, because ``build`` runs without it."""
 
 
 def _fields(data):
-    """(number, value) of one protobuf message; parts as memoryviews, so that they can be written."""
+    """Yield (field number, value) of a protobuf message; values with a length are memoryviews that can be written."""
     at = 0
 
     def number():
@@ -32,22 +32,22 @@ def _texts(message, wanted):
 
 
 def read_nodes(data):
-    """Nodes of an ONNX file in order: (name, operator, inputs)."""
+    """List the nodes of an ONNX file in order: (name, operator, inputs)."""
     graph = next(value for key, value in _fields(memoryview(data)) if key == 7)
     nodes = [value for key, value in _fields(graph) if key == 1]
     return [((_texts(n, 3) or [""])[0], _texts(n, 4)[0], _texts(n, 1)) for n in nodes]
 
 
 def weight_types(data):
-    """Weight -> its ONNX type number."""
+    """Map each weight's name to its ONNX type number."""
     graph = next(value for key, value in _fields(memoryview(data)) if key == 7)
     tensors = [list(_fields(value)) for key, value in _fields(graph) if key == 5]
     facts = [{key: value for key, value in tensor if key in (2, 8)} for tensor in tensors]
     return {bytes(fact[8]).decode(): fact[2] for fact in facts}
 
 
-def spoiled(data, name):
-    """The file with every weight whose name starts with ``name`` scaled to nothing; there must be one."""
+def zero_weights(data, name):
+    """Set every weight whose name starts with ``name`` to zero, of which there must be one; return the file."""
     changed = bytearray(data)
     graph = next(value for key, value in _fields(memoryview(changed)) if key == 7)
     found = 0

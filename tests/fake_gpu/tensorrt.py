@@ -1,4 +1,4 @@
-"""The fake module ``tensorrt`` and its ``Workshop``, which tests turn and read."""
+"""The fake module ``tensorrt``, and the class ``FakeTensorRT`` whose attributes tests set and read."""
 
 import enum
 import importlib.machinery
@@ -8,33 +8,41 @@ from tests.fake_gpu import tensorrt_build, tensorrt_engine, tensorrt_types
 
 NAMES = {
     tensorrt_types: [
-        "BuilderFlag", "DataType", "HardwareCompatibilityLevel", "IHostMemory", "ILogger", "IOptimizationProfile", "IProfiler",
-        "IProgressMonitor", "ITimingCache", "LayerInformationFormat", "MemoryPoolType", "NetworkDefinitionCreationFlag",
-        "ProfilingVerbosity", "TensorIOMode", "nptype",
+        "BuilderFlag", "DataType", "HardwareCompatibilityLevel", "IHostMemory", "ILogger", "IOptimizationProfile",
+        "IProfiler", "IProgressMonitor", "ITimingCache", "LayerInformationFormat", "MemoryPoolType",
+        "NetworkDefinitionCreationFlag", "ProfilingVerbosity", "TensorIOMode", "nptype",
     ],
     tensorrt_build: ["IBuilderConfig", "INetworkDefinition", "ITensor", "ParserError"],
     tensorrt_engine: ["EngineInspector", "ICudaEngine", "IExecutionContext"],
 }  # fmt: skip
-# Classes that callers make themselves, so that they learn the workshop by a subclass of its own.
+# Callers create objects of these classes. A subclass for each ``FakeTensorRT`` gives them access to it.
 ENTRIES = (tensorrt_build.Builder, tensorrt_build.OnnxParser, tensorrt_engine.Runtime)
 
 
-class Workshop:
-    """TensorRT's surroundings, for tests to turn.
+class FakeTensorRT:
+    """A TensorRT whose behaviour tests set before they use it.
 
-    ``unfused``: blocks whose attention stays in pieces; ``floats``: linear layers that lose their 8 bits; ``spoiled``: start
-    of the name of weights that every engine gets wrong; ``refused``: a node that the parser does not take; ``fail_enqueue``:
-    which one from now on fails; ``contexts``: how many can be made; ``steps``: of a build; ``on_step``: called in each;
-    ``dawdle``: seconds that a context is held by its caller; ``builds``: what each build was asked for.
+    Attributes:
+        module: the module ``tensorrt``.
+        unfused_blocks: blocks whose attention is not fused.
+        float_layers: linear layers that run in float although the graph has them in 8 bits.
+        zeroed_weights: the start of the names of the weights that are zero in every engine.
+        refused_node: the name of a node that the parser refuses.
+        fail_enqueue: the inference, counted from now on, that fails to start.
+        contexts: how many execution contexts can be created; None for any number.
+        starts: whether CUDA can be initialised.
+        steps, on_step: the number of steps of a build, and a function that is called in each.
+        delay: seconds that a caller occupies a context.
+        builds: the configuration of each build.
+        runs: how many inferences were computed.
     """
 
     def __init__(self, device, version="10.16.1"):
         self.device, self.version = device, version
-        self.unfused, self.floats = set(), set()
-        self.spoiled = self.refused = self.fail_enqueue = self.contexts = self.on_step = None
-        self.starts, self.steps, self.dawdle, self.builds, self.uploads = True, 5, 0.0, [], []
-        self.runs = 0  # inferences that were really computed
-        self.tensorrt = make_tensorrt(self)
+        self.unfused_blocks, self.float_layers = set(), set()
+        self.zeroed_weights = self.refused_node = self.fail_enqueue = self.contexts = self.on_step = None
+        self.starts, self.steps, self.delay, self.builds, self.runs = True, 5, 0.0, [], 0
+        self.module = make_module(self)
 
     def enqueue_fails(self):
         if self.fail_enqueue is None:
@@ -46,23 +54,23 @@ class Workshop:
         return True
 
 
-def make_tensorrt(workshop):
-    """The module ``tensorrt``, as far as it is called."""
+def make_module(tensorrt):
+    """Make the module ``tensorrt`` with every name that this project uses."""
     trt = types.ModuleType("tensorrt")
     trt.__spec__ = importlib.machinery.ModuleSpec("tensorrt", None)
-    trt.__version__ = workshop.version
+    trt.__version__ = tensorrt.version
     for module, names in NAMES.items():
         for name in names:
             setattr(trt, name, getattr(module, name))
     for entry in ENTRIES:
-        setattr(trt, entry.__name__, type(entry.__name__, (entry,), {"_workshop": workshop}))
-    if workshop.version.startswith("10.3"):
+        setattr(trt, entry.__name__, type(entry.__name__, (entry,), {"_tensorrt": tensorrt}))
+    if tensorrt.version.startswith("10.3"):
         trt.HardwareCompatibilityLevel = tensorrt_types.OldHardwareCompatibilityLevel
     return trt
 
 
 def public_names(module):
-    """Every name that the double claims NVIDIA to have: ``{class or "": [names]}``."""
+    """List every public name of the fake, which TensorRT must have too: ``{class or "": [names]}``."""
     names = {"": [name for name in vars(module) if not name.startswith("_")]}
     for name in names[""]:
         thing = getattr(module, name)

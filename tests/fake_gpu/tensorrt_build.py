@@ -1,4 +1,4 @@
-"""The fake TensorRT's builder: a plan is the ONNX file behind a line of facts."""
+"""The fake TensorRT's parser and builder: a plan is a line of JSON facts, followed by the ONNX file."""
 
 import contextlib
 import hashlib
@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 
 from tests.fake_gpu.layers import make_layers
-from tests.fake_gpu.onnx_file import read_nodes, spoiled
+from tests.fake_gpu.onnx_file import read_nodes, zero_weights
 from tests.fake_gpu.tensorrt_types import (
     MAGIC,
     BuilderFlag,
@@ -18,14 +18,14 @@ from tests.fake_gpu.tensorrt_types import (
     ITimingCache,
     NetworkDefinitionCreationFlag,
     ProfilingVerbosity,
+    check_initialised,
     open_session,
-    ready,
 )
 
 
 class IBuilderConfig:
-    def __init__(self, workshop=None):
-        self._workshop = workshop
+    def __init__(self, tensorrt=None):
+        self._tensorrt = tensorrt
         self.builder_optimization_level = 3
         self.profiling_verbosity = ProfilingVerbosity.LAYER_NAMES_ONLY
         self.hardware_compatibility_level = HardwareCompatibilityLevel.NONE
@@ -46,7 +46,7 @@ class IBuilderConfig:
         return len(self._profiles) - 1
 
     def create_timing_cache(self, serialized_timing_cache):
-        here = f"timings of {self._workshop.device.name}, {self._workshop.version}\n".encode()
+        here = f"timings of {self._tensorrt.device.name}, {self._tensorrt.version}\n".encode()
         if not serialized_timing_cache:
             return ITimingCache(here, True)
         if not serialized_timing_cache.startswith(b"timings of "):
@@ -102,16 +102,16 @@ class ParserError:
 
 
 class OnnxParser:
-    _workshop = None
+    _tensorrt = None
 
     def __init__(self, network, logger):
-        ready(logger, ILogger)
+        check_initialised(logger, ILogger)
         self._network, self._errors = network, []
 
     def parse_from_file(self, path):
         graph = Path(path).read_bytes()
         for i, (name, operator, _) in enumerate(read_nodes(graph)):
-            if name == self._workshop.refused:
+            if name == self._tensorrt.refused_node:
                 self._errors.append(ParserError(i, name, operator))
         if self._errors:
             return False
@@ -129,12 +129,12 @@ class OnnxParser:
 
 
 class Builder:
-    _workshop = None
+    _tensorrt = None
 
     def __init__(self, logger):
-        ready(logger, ILogger)
+        check_initialised(logger, ILogger)
         self._logger = logger
-        if not self._workshop.starts:
+        if not self._tensorrt.starts:
             logger.log(ILogger.Severity.ERROR, "CUDA initialization failure with error: 35")
             raise TypeError("pybind11::init(): factory function returned nullptr")
 
@@ -142,7 +142,7 @@ class Builder:
         return INetworkDefinition(flags)
 
     def create_builder_config(self):
-        return IBuilderConfig(self._workshop)
+        return IBuilderConfig(self._tensorrt)
 
     def create_optimization_profile(self):
         return IOptimizationProfile()
@@ -160,28 +160,36 @@ class Builder:
                     return None
         if not self._report(config.progress_monitor):
             return None
-        self._workshop.builds.append(config)
-        graph = network._graph if self._workshop.spoiled is None else spoiled(network._graph, self._workshop.spoiled)
-        if config._cache is not None and hashlib.sha256(graph).hexdigest().encode() not in config._cache._data:
-            config._cache._data += hashlib.sha256(graph).hexdigest().encode() + b"\n"
+        self._tensorrt.builds.append(config)
+        graph = network._graph
+        if self._tensorrt.zeroed_weights is not None:
+            graph = zero_weights(graph, self._tensorrt.zeroed_weights)
+        digest = hashlib.sha256(graph).hexdigest().encode()
+        if config._cache is not None and digest not in config._cache._data:
+            config._cache._data += digest + b"\n"
         facts = {
-            "version": self._workshop.version, "gpu": self._workshop.device.name, "profiles": config._profiles,
-            "portable": BuilderFlag.VERSION_COMPATIBLE in config._flags, "level": config.hardware_compatibility_level.name,
-            "detailed": config.profiling_verbosity == ProfilingVerbosity.DETAILED, "layers": make_layers(graph, self._workshop),
-        }  # fmt: skip
-        self._logger.log(ILogger.Severity.WARNING, "the double is slower than a GPU")
+            "version": self._tensorrt.version,
+            "gpu": self._tensorrt.device.name,
+            "profiles": config._profiles,
+            "portable": BuilderFlag.VERSION_COMPATIBLE in config._flags,
+            "level": config.hardware_compatibility_level.name,
+            "detailed": config.profiling_verbosity == ProfilingVerbosity.DETAILED,
+            "layers": make_layers(graph, self._tensorrt),
+        }
+        self._logger.log(ILogger.Severity.WARNING, "the fake is slower than a GPU")
         return IHostMemory(MAGIC + json.dumps(facts).encode() + b"\n" + graph)
 
     def _report(self, monitor):
         if monitor is None:
             return True
-        ready(monitor, IProgressMonitor)
-        monitor.phase_start("Building Engine", None, self._workshop.steps)
-        for step in range(self._workshop.steps):
+        check_initialised(monitor, IProgressMonitor)
+        monitor.phase_start("Building Engine", None, self._tensorrt.steps)
+        for step in range(self._tensorrt.steps):
             go_on = True
-            with contextlib.suppress(BaseException):  # TensorRT goes on whatever a callback raises, Ctrl-C too
-                if self._workshop.on_step is not None:
-                    self._workshop.on_step(step)
+            # TensorRT continues whatever a callback raises, even KeyboardInterrupt.
+            with contextlib.suppress(BaseException):
+                if self._tensorrt.on_step is not None:
+                    self._tensorrt.on_step(step)
                 go_on = monitor.step_complete("Building Engine", step)
             if not go_on:
                 monitor.phase_finish("Building Engine")

@@ -1,4 +1,4 @@
-"""The fake TensorRT's engine, which computes on the processor with ONNX Runtime when its stream is drained."""
+"""The fake TensorRT's engine, which computes with ONNX Runtime on the processor when its stream is synchronised."""
 
 import functools
 import json
@@ -16,18 +16,18 @@ from tests.fake_gpu.tensorrt_types import (
     IProfiler,
     LayerInformationFormat,
     TensorIOMode,
+    check_initialised,
     open_session,
-    ready,
 )
 
 
 class Runtime:
-    _workshop = None
+    _tensorrt = None
 
     def __init__(self, logger):
-        ready(logger, ILogger)
+        check_initialised(logger, ILogger)
         self._logger, self.engine_host_code_allowed = logger, False
-        if not self._workshop.starts:
+        if not self._tensorrt.starts:
             raise TypeError("pybind11::init(): factory function returned nullptr")
 
     def deserialize_cuda_engine(self, serialized_engine):
@@ -40,9 +40,9 @@ class Runtime:
         facts = json.loads(line)
         if facts["portable"] and not self.engine_host_code_allowed:
             return refuse("the plan carries host code, which is not allowed")
-        if facts["version"] != self._workshop.version and not facts["portable"]:
+        if facts["version"] != self._tensorrt.version and not facts["portable"]:
             return refuse(f"the plan was built with TensorRT {facts['version']}")
-        if facts["gpu"] != self._workshop.device.name and facts["level"] == "NONE":
+        if facts["gpu"] != self._tensorrt.device.name and facts["level"] == "NONE":
             return refuse(f"the plan was built for {facts['gpu']}")
         return ICudaEngine(self, facts, graph)
 
@@ -62,7 +62,7 @@ class ICudaEngine:
 
     def __init__(self, runtime, facts, graph):
         self._runtime, self._facts, self._graph = runtime, facts, graph
-        self._workshop = runtime._workshop
+        self._tensorrt = runtime._tensorrt
         self._session = open_session(graph)
         self._tensors = {t.name: t for t in (*self._session.get_inputs(), *self._session.get_outputs())}
         self._inputs = [t.name for t in self._session.get_inputs()]
@@ -90,17 +90,17 @@ class ICudaEngine:
         return EngineInspector(self)
 
     def create_execution_context(self):
-        if self._workshop.contexts is not None:
-            if not self._workshop.contexts:
+        if self._tensorrt.contexts is not None:
+            if not self._tensorrt.contexts:
                 return None
-            self._workshop.contexts -= 1
+            self._tensorrt.contexts -= 1
         return IExecutionContext(self)
 
     def _dtype(self, name):
         return np.dtype(NUMPY[KINDS[self._tensors[name].type]])
 
     def _output_shapes(self, shapes):
-        """Of every output for inputs of these shapes, found by running the graph on zeros."""
+        """Return the shape of every output for inputs of these shapes, found by running the graph on zeros."""
         key = tuple(sorted(shapes.items()))
         if key not in self._sizes:
             found = self._session.run(None, {n: np.zeros(s, self._dtype(n)) for n, s in shapes.items()})
@@ -108,17 +108,17 @@ class ICudaEngine:
         return self._sizes[key]
 
 
-def alone(method):
-    """A context is used by one thread at a time, or its answers are nobody's."""
+def one_thread_at_a_time(method):
+    """Report undefined behaviour if a second thread calls a method of a context while one is inside."""
 
     @functools.wraps(method)
     def held(self, *arguments):
         if not self._held.acquire(blocking=False):
-            self._workshop.device.undefined.append(f"two threads were in {method.__name__} of one context")
+            self._tensorrt.device.undefined.append(f"two threads were in {method.__name__} of one context")
             return False
         try:
-            if self._workshop.dawdle:
-                time.sleep(self._workshop.dawdle)
+            if self._tensorrt.delay:
+                time.sleep(self._tensorrt.delay)
             return method(self, *arguments)
         finally:
             self._held.release()
@@ -128,10 +128,11 @@ def alone(method):
 
 class IExecutionContext:
     def __init__(self, engine):
-        self._workshop = engine._workshop
+        self._tensorrt = engine._tensorrt
         self._engine, self._profile, self._shapes, self._addresses = engine, 0, {}, {}
-        self._profiler, self._held = None, threading.Lock()
-        self._changes = 0  # a recording holds only for the state in which it was made
+        self._profiler, self._held, self._profile_set = None, threading.Lock(), None
+        # A recorded graph is valid only as long as this number stays the same.
+        self._changes = 0
         self._queued = self._done = 0
 
     @property
@@ -141,24 +142,24 @@ class IExecutionContext:
     @profiler.setter
     def profiler(self, value):
         if value is not None:
-            ready(value, IProfiler)
+            check_initialised(value, IProfiler)
         self._profiler = value
         self._changes += 1
 
-    @alone
+    @one_thread_at_a_time
     def set_optimization_profile_async(self, profile_index, stream_handle):
         if not 0 <= profile_index < self._engine.num_optimization_profiles:
             return False
-        stream = self._workshop.device.stream_of(stream_handle)
+        stream = self._tensorrt.device.stream_of(stream_handle)
         if stream.recording is not None:
             return False
         if profile_index != self._profile:
             self._profile, self._shapes = profile_index, {}
             self._changes += 1
-            self._settled = self._workshop.device.mark(stream)
+            self._profile_set = self._tensorrt.device.mark(stream)
         return True
 
-    @alone
+    @one_thread_at_a_time
     def set_input_shape(self, name, shape):
         low, _, high = self._engine._facts["profiles"][self._profile][name]
         if len(shape) != len(low) or not all(a <= side <= b for a, side, b in zip(low, shape, high)):
@@ -168,7 +169,7 @@ class IExecutionContext:
             self._changes += 1
         return True
 
-    @alone
+    @one_thread_at_a_time
     def infer_shapes(self):
         return [name for name in self._engine._inputs if name not in self._shapes]
 
@@ -179,7 +180,7 @@ class IExecutionContext:
             return tuple(side if isinstance(side, int) else -1 for side in self._engine._tensors[name].shape)
         return self._engine._output_shapes(self._shapes)[name]
 
-    @alone
+    @one_thread_at_a_time
     def set_tensor_address(self, name, memory):
         if name not in self._engine._tensors:
             return False
@@ -188,29 +189,25 @@ class IExecutionContext:
             self._changes += 1
         return True
 
-    @alone
+    @one_thread_at_a_time
     def execute_async_v3(self, stream_handle):
-        with self._workshop.device.lock:
+        with self._tensorrt.device.lock:
             return self._execute(stream_handle)
 
     def _execute(self, stream_handle):
         logger = self._engine._runtime._logger
-        stream, engine = self._workshop.device.stream_of(stream_handle), self._engine
-        missing = [n for n in engine._tensors if n not in self._addresses] + [
-            n for n in engine._inputs if n not in self._shapes
-        ]
+        stream, engine = self._tensorrt.device.stream_of(stream_handle), self._engine
+        missing = [name for name in engine._tensors if name not in self._addresses]
+        missing += [name for name in engine._inputs if name not in self._shapes]
         if missing:
             logger.log(ILogger.Severity.ERROR, f"address or shape of {missing} is not set")
             return False
-        if (
-            getattr(self, "_settled", None) is not None
-            and self._settled.time is None
-            and self._settled.stream is not stream
-        ):
-            self._workshop.device.undefined.append("an inference was queued before its profile was there")
-        if self._workshop.enqueue_fails():
+        profile_set = self._profile_set
+        if profile_set is not None and profile_set.time is None and profile_set.stream is not stream:
+            self._tensorrt.device.undefined.append("an inference was queued before its profile was set")
+        if self._tensorrt.enqueue_fails():
             stream.broken = True
-            logger.log(ILogger.Severity.ERROR, "enqueueV3: it was planted")
+            logger.log(ILogger.Severity.ERROR, "enqueueV3: the test made it fail")
             return False
         shapes, addresses, state = dict(self._shapes), dict(self._addresses), self._changes
         recorded = stream.recording is not None
@@ -221,33 +218,33 @@ class IExecutionContext:
 
         def compute():
             if recorded and self._changes != state:
-                self._workshop.device.undefined.append("a graph was replayed after its context was changed")
+                self._tensorrt.device.undefined.append("a graph was replayed after its context was changed")
             if number is not None:
                 if number != self._done + 1:
-                    self._workshop.device.undefined.append(
+                    self._tensorrt.device.undefined.append(
                         "two inferences of one context ran without an order between them"
                     )
                 self._done = max(self._done, number)
             self._compute(shapes, addresses)
 
-        self._workshop.device.queue(stream, compute)
+        self._tensorrt.device.queue(stream, compute)
         return True
 
     def _compute(self, shapes, addresses):
         engine, feed = self._engine, {}
         spans = {}
         for name, shape in {**shapes, **engine._output_shapes(shapes)}.items():
-            spans[name] = self._workshop.device.span(
+            spans[name] = self._tensorrt.device.span(
                 addresses[name], int(np.prod(shape)) * engine._dtype(name).itemsize
             )
             if spans[name] is None:
-                self._workshop.device.crash(f"the engine reached memory for {name} that is not there")
+                self._tensorrt.device.crash(f"the engine reached memory for {name} that is not there")
                 return
         for name, shape in shapes.items():
             feed[name] = np.frombuffer(spans[name], engine._dtype(name)).reshape(shape).copy()
         for name, value in zip(engine._outputs, engine._session.run(None, feed)):
             spans[name][:] = np.ascontiguousarray(value).tobytes()
-        self._workshop.runs += 1
+        self._tensorrt.runs += 1
         if self._profiler is not None:
             for layer in engine._facts["layers"]:
                 self._profiler.report_layer_time(layer["Name"], 0.01)

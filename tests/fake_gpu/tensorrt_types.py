@@ -7,11 +7,15 @@ import numpy as np
 
 # ONNX Runtime's name of a type -> TensorRT's, and TensorRT's -> numpy's.
 KINDS = {
-    "tensor(uint8)": "UINT8", "tensor(float)": "FLOAT", "tensor(float16)": "HALF", "tensor(int64)": "INT64", "tensor(int32)": "INT32",
-}  # fmt: skip
+    "tensor(uint8)": "UINT8",
+    "tensor(float)": "FLOAT",
+    "tensor(float16)": "HALF",
+    "tensor(int64)": "INT64",
+    "tensor(int32)": "INT32",
+}
 NUMPY = {"UINT8": np.uint8, "FLOAT": np.float32, "HALF": np.float16, "INT64": np.int64, "INT32": np.int32}
 # The start of every fake plan.
-MAGIC = b"double of a plan\n"
+MAGIC = b"fake of a plan\n"
 
 TensorIOMode = enum.IntEnum("TensorIOMode", {"NONE": 0, "INPUT": 1, "OUTPUT": 2})
 LayerInformationFormat = enum.IntEnum("LayerInformationFormat", {"ONELINE": 0, "JSON": 1})
@@ -30,29 +34,31 @@ def nptype(trt_type):
     return NUMPY[trt_type.name]
 
 
-def ready(thing, kind):
-    """Fail unless a subclass of ``kind`` called its ``__init__``, without which pybind11 refuses it."""
+def check_initialised(thing, kind):
+    """Assert that ``thing`` is a ``kind`` whose ``__init__`` was called; pybind11 refuses other objects."""
     assert isinstance(thing, kind), f"{thing} is no {kind.__name__}"
-    assert getattr(thing, "_made", False), f"{type(thing).__name__} never called {kind.__name__}.__init__"
+    assert getattr(thing, "_initialised", False), f"{type(thing).__name__} never called {kind.__name__}.__init__"
 
 
-class Made:
+class Subclassed:
+    """Remembers whether a subclass called ``__init__``."""
+
     def __init__(self):
-        self._made = True
+        self._initialised = True
 
 
-class ILogger(Made):
+class ILogger(Subclassed):
     Severity = enum.IntEnum("Severity", {"INTERNAL_ERROR": 0, "ERROR": 1, "WARNING": 2, "INFO": 3, "VERBOSE": 4})
 
     def log(self, severity, msg):
         raise NotImplementedError
 
 
-class IProgressMonitor(Made):
+class IProgressMonitor(Subclassed):
     pass
 
 
-class IProfiler(Made):
+class IProfiler(Subclassed):
     pass
 
 
@@ -90,7 +96,7 @@ class ITimingCache:
 
 @functools.lru_cache(maxsize=32)
 def open_session(graph):
-    """The graph on the processor, as the backend ``onnxruntime-cpu`` has it."""
+    """Load the graph on the processor, as the backend ``onnxruntime-cpu`` does."""
     import onnxruntime
 
     options = onnxruntime.SessionOptions()

@@ -13,44 +13,44 @@ TINY = "vit_tiny_patch16_224.augreg_in21k_ft_in1k"
 STATED = {"model": TINY, "license": "apache-2.0", "hf_hub_id": f"timm/{TINY}"}
 
 
-def origin(*arguments):
+def origin_of(*arguments):
     from phreg_deploy.models.origin import find_origin
 
     return find_origin(*arguments)
 
 
 def test_timm_states_the_licence_of_a_name(checkpoint):
-    assert STATED.items() <= origin(TINY, None).items()
-    assert STATED.items() <= origin("vit_tiny_patch16_224", None).items(), "timm's default weights are meant"
-    assert STATED.items() <= origin(TINY, None, checkpoint).items()
-    assert origin("eva02_tiny_patch14_224.mim_in22k", None)["license"] == "mit"
-    assert origin("vit_small_patch16_dinov3.lvd1689m", None)["license"] == "dinov3-license"
+    assert STATED.items() <= origin_of(TINY, None).items()
+    assert STATED.items() <= origin_of("vit_tiny_patch16_224", None).items(), "timm's default weights are meant"
+    assert STATED.items() <= origin_of(TINY, None, checkpoint).items()
+    assert origin_of("eva02_tiny_patch14_224.mim_in22k", None)["license"] == "mit"
+    assert origin_of("vit_small_patch16_dinov3.lvd1689m", None)["license"] == "dinov3-license"
 
 
-def test_a_licence_that_nobody_stated_is_not_guessed(checkpoint):
-    untagged = origin("vit_tiny_patch16_224", None, checkpoint)
+def test_an_unstated_licence_is_not_guessed(checkpoint):
+    untagged = origin_of("vit_tiny_patch16_224", None, checkpoint)
     assert untagged == {"model": "vit_tiny_patch16_224", "license": None, "url": None, "hf_hub_id": None}
-    assert origin("vit_tiny_patch16_224.mine", None, checkpoint)["license"] is None
+    assert origin_of("vit_tiny_patch16_224.mine", None, checkpoint)["license"] is None
 
 
-def test_the_base_models_name_goes_from_folder_to_student_to_bundles(base, student, bundle, eight):
-    for source in (origin(str(base), base), read_record(student)["source"], origin(str(student), student)):
+def test_the_base_models_name_goes_from_folder_to_student_to_bundles(base, student, bundle, int8_bundle):
+    for source in (origin_of(str(base), base), read_record(student)["source"], origin_of(str(student), student)):
         assert STATED.items() <= source.items()
-    for folder in (bundle, eight):
+    for folder in (bundle, int8_bundle):
         source = Bundle.read(folder).manifest.source
         assert STATED.items() <= source.items()
         assert source["url"].startswith("https://")
         assert source["distilled"] == "transplant"
 
 
-def test_a_folder_says_its_own_licence_where_timm_knows_no_such_tag(world):
+def test_a_folder_states_its_own_licence_if_timm_does_not_know_its_tag(world):
     def own(data):
         config = json.loads(data)
         config["pretrained_cfg"].update(tag="mine", license="cc0-1.0")
         return json.dumps(config).encode()
 
     folder = world.copy("base", config=own)
-    assert origin(str(folder), folder) == {
+    assert origin_of(str(folder), folder) == {
         "model": "vit_tiny_patch16_224.mine",
         "license": "cc0-1.0",
         "url": None,
@@ -58,7 +58,7 @@ def test_a_folder_says_its_own_licence_where_timm_knows_no_such_tag(world):
     }
 
 
-def test_a_record_from_before_licences_were_kept(world):
+def test_a_record_without_a_licence_is_read(world):
     def old(source):
         def change(data):
             return json.dumps({**json.loads(data), "source": source}).encode()
@@ -71,18 +71,18 @@ def test_a_record_from_before_licences_were_kept(world):
         ({"model": "/some/folder", "checkpoint": None}, "apache-2.0"),
     ):
         folder = world.copy("student", phreg=old(source)).rename(world.tmp / f"old-{licence}")
-        assert origin(str(folder), folder)["license"] == licence
+        assert origin_of(str(folder), folder)["license"] == licence
 
 
 def test_inspect_shows_licence_and_origin(world, run_cli):
-    for folder in (world.student, world.bundle, world.eight):
+    for folder in (world.student, world.bundle, world.int8_bundle):
         shown = run_cli("inspect", folder)
         assert shown.code == 0, shown.err
         for words in (f"{TINY}, weights ", "license of its weights", "apache-2.0", f"Hugging Face hub timm/{TINY}"):
             assert words in shown.out
 
 
-def test_a_source_from_before_licences_were_kept_is_shown():
+def test_a_source_without_a_licence_is_shown():
     rows = dict(source_rows({"model": "student", "weights_sha256": "ab" * 32, "distilled": "transplant"}))
     assert rows["base model"].startswith("student, weights abab")
     assert rows["license of its weights"] == "not recorded"

@@ -1,4 +1,4 @@
-"""Graphs for TensorRT: FP8 grids, attention's products, a projection in three parts, scales that FP16 holds."""
+"""Graphs for TensorRT: FP8 grids, attention in 8 bits, the split projection, and scales that FP16 can hold."""
 
 import ml_dtypes
 import numpy as np
@@ -21,19 +21,23 @@ from tests.quantised_graphs import features, traced
 FAMILIES = ["augreg", "eva02-base", "gated", "dinov2-giant"]
 
 
-def answers(model, images):
+def run_graph(model, images):
     return features(open_session(model, literal=True), images)
 
 
-def largest(here):
+def largest_magnitudes(here):
     return observe_magnitudes(here.graph, [({"image": images}, len(images)) for images in here.images], lambda _: None)
 
 
-def written(here, mode):
-    return here.eight_bits("trt") if mode == "int8" else write_fp8(here.graph, here.linears, largest(here), set())
+def write_graph(here, mode):
+    return (
+        here.eight_bits("trt")
+        if mode == "int8"
+        else write_fp8(here.graph, here.linears, largest_magnitudes(here), set())
+    )
 
 
-def by_kind(model, kind):
+def nodes_of_kind(model, kind):
     return [node for node in model.graph.node if node.op_type == kind]
 
 
@@ -72,20 +76,22 @@ def test_gptq_on_the_fp8_grid_is_closer_in_output_than_plain_rounding():
 @pytest.mark.parametrize("family", FAMILIES)
 def test_fp8_serves_nearly_the_same_features(family):
     here = traced(family)
-    plain = answers(here.graph, here.images[0])
-    eight = write_fp8(here.graph, here.linears, largest(here), set())
+    plain = run_graph(here.graph, here.images[0])
+    eight = write_fp8(here.graph, here.linears, largest_magnitudes(here), set())
     onnx.checker.check_model(eight)
-    got = agreement(answers(eight, here.images[0]), plain)
+    got = agreement(run_graph(eight, here.images[0]), plain)
     assert 0.98 < got.mean < 0.99999, "FP8 has three bits of mantissa: neither broken nor without effect"
 
 
 def test_attention_has_the_pattern_that_tensorrt_fuses():
     """Q -> DQ -> product -> softmax -> Q(1/448) -> DQ -> product, every DQ read by its product alone."""
     here = traced("augreg")
-    model = write_fp8(here.graph, here.linears, largest(here), set())
+    model = write_fp8(here.graph, here.linears, largest_magnitudes(here), set())
     wiring = Wiring(model)
     products = [
-        n for n in by_kind(model, "MatMul") if not any("weight" in name for name in n.input) and ".attn/" in n.name
+        n
+        for n in nodes_of_kind(model, "MatMul")
+        if not any("weight" in name for name in n.input) and ".attn/" in n.name
     ]
     assert len(products) == 2 * here.depth
     for product in products:
@@ -102,16 +108,16 @@ def test_attention_has_the_pattern_that_tensorrt_fuses():
 def test_attention_that_is_kept_is_left_alone_and_so_are_kept_layers():
     here = traced("augreg")
     keep = {"blocks.0.attn", "blocks.1.mlp.fc2"}
-    model = write_fp8(here.graph, here.linears, largest(here), keep)
+    model = write_fp8(here.graph, here.linears, largest_magnitudes(here), keep)
     producer = Wiring(model).producer
-    inputs = {n.name: [producer[i].op_type for i in n.input if i in producer] for n in by_kind(model, "MatMul")}
+    inputs = {n.name: [producer[i].op_type for i in n.input if i in producer] for n in nodes_of_kind(model, "MatMul")}
     assert "DequantizeLinear" not in inputs["blocks.0.attn/MatMul"] + inputs["blocks.0.attn/MatMul_2"]
     assert inputs["blocks.1.attn/MatMul"] == ["DequantizeLinear"] * 2
     assert inputs["blocks.1.mlp.fc2/MatMul"] == ["Gelu"]
     assert inputs["blocks.1.mlp.fc1/MatMul"] == ["DequantizeLinear"] * 2
 
 
-def test_a_tensor_without_a_range_is_said():
+def test_a_tensor_without_a_range_is_reported():
     here = traced("augreg")
     with pytest.raises(PhregError, match="has no finite range"):
         write_fp8(here.graph, here.linears, {}, set())
@@ -121,16 +127,16 @@ def test_a_tensor_without_a_range_is_said():
 @pytest.mark.parametrize("family", FAMILIES)
 def test_a_projection_in_parts_gives_the_same_numbers(family, mode):
     here = traced(family)
-    whole = written(here, mode)
-    before = answers(whole, here.images[0])
-    splits = [n for n in by_kind(whole, "Split") if ".attn" in n.name and len(n.output) == 3]
+    whole = write_graph(here, mode)
+    before = run_graph(whole, here.images[0])
+    splits = [n for n in nodes_of_kind(whole, "Split") if ".attn" in n.name and len(n.output) == 3]
     parts = split_projections(whole)
     onnx.checker.check_model(parts)
-    assert not [n for n in by_kind(parts, "Split") if ".attn" in n.name and len(n.output) == 3]
+    assert not [n for n in nodes_of_kind(parts, "Split") if ".attn" in n.name and len(n.output) == 3]
     assert splits
-    names = {n.name for n in by_kind(parts, "MatMul")}
+    names = {n.name for n in nodes_of_kind(parts, "MatMul")}
     assert {f"blocks.{b}.attn.qkv.{part}/MatMul" for b in range(here.depth) for part in "qkv"} <= names
-    np.testing.assert_allclose(answers(parts, here.images[0]), before, atol=1e-4)
+    np.testing.assert_allclose(run_graph(parts, here.images[0]), before, atol=1e-4)
 
 
 def test_a_float_projection_is_left_whole():
@@ -140,14 +146,16 @@ def test_a_float_projection_is_left_whole():
 
 
 @pytest.mark.parametrize("mode", ["int8", "fp8"])
-def test_narrowing_moves_no_grid(mode):
+def test_narrowing_changes_no_scale(mode):
     """Every scale stays the same number, and no Cast stands between a DequantizeLinear and its product."""
     here = traced("augreg")
-    model = written(here, mode)
-    scales = {n.name: Wiring(model).value(n.input[1]).astype(np.float64) for n in by_kind(model, "DequantizeLinear")}
-    narrowed = narrow(model, "fp16", largest(here)).model
+    model = write_graph(here, mode)
+    scales = {
+        n.name: Wiring(model).value(n.input[1]).astype(np.float64) for n in nodes_of_kind(model, "DequantizeLinear")
+    }
+    narrowed = narrow(model, "fp16", largest_magnitudes(here)).model
     wiring = Wiring(narrowed)
-    for node in by_kind(narrowed, "DequantizeLinear"):
+    for node in nodes_of_kind(narrowed, "DequantizeLinear"):
         assert np.array_equal(wiring.value(node.input[1]).astype(np.float64), scales[node.name]), node.name
         assert {reader.op_type for reader in wiring.readers[node.output[0]]} == {"MatMul"}
 
@@ -155,6 +163,6 @@ def test_narrowing_moves_no_grid(mode):
 def test_one_input_is_quantized_once_for_all_its_readers_with_share():
     here = traced("eva02-base")
     arguments = (here.graph, here.linears, here.equalised(), set(), "trt")
-    counts = [len(by_kind(write_int8(*arguments, share=share), "QuantizeLinear")) for share in (False, True)]
+    counts = [len(nodes_of_kind(write_int8(*arguments, share=share), "QuantizeLinear")) for share in (False, True)]
     assert counts[0] == len(here.linears)
     assert counts[1] == len({linear.source for linear in here.linears}) < counts[0]

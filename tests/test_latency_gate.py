@@ -1,4 +1,4 @@
-"""The latency gate: which files are a baseline, which conditions must agree, and which growth is too much."""
+"""The latency gate: which files are a baseline, which conditions must agree, and which growth fails."""
 
 import copy
 import json
@@ -12,19 +12,19 @@ HERE = ["--seconds", "0.1", "--threads", "1", "--backend", "onnxruntime-cpu", "-
 
 
 @pytest.fixture(scope="module")
-def today(wide_bundle, run_cli):
-    """A report of the bundle on this machine."""
+def baseline_report(wide_bundle, run_cli):
+    """Profile the bundle on this machine; return the report."""
     done = run_cli("profile", wide_bundle, "--batch", "1,2", *HERE)
     assert done.code == 0, done.err
     return done.document
 
 
 @pytest.fixture
-def gate(world, run_cli, today, tmp_path):
-    """``gate(change, ...)``: profile batch 1 against today's report after ``change`` of a copy of it."""
+def gate(world, run_cli, baseline_report, tmp_path):
+    """``gate(change, ...)`` profiles batch 1 against a copy of today's report that ``change`` has changed."""
 
     def run(change, *more):
-        report = copy.deepcopy(today)
+        report = copy.deepcopy(baseline_report)
         change(report)
         (tmp_path / "then.json").write_text("a line of a terminal\n" + json.dumps(report))
         return run_cli("profile", world.wide_bundle, "--batch", "1", "--baseline", tmp_path / "then.json", *HERE, *more)
@@ -32,7 +32,7 @@ def gate(world, run_cli, today, tmp_path):
     return run
 
 
-def scaled(factor):
+def scale_latency(factor):
     def change(report):
         for result in report["results"]:
             result["extractor"]["p50"] *= factor
@@ -40,7 +40,7 @@ def scaled(factor):
     return change
 
 
-def condition(name, value):
+def change_condition(name, value):
     def change(report):
         report["conditions"][name] = value
 
@@ -48,11 +48,11 @@ def condition(name, value):
 
 
 def test_growth_beyond_the_tolerance_is_exit_code_3(gate):
-    outcome = gate(scaled(1e-4))
+    outcome = gate(scale_latency(1e-4))
     outcome.refused(3, "batch 1 at 64x64", "the baseline's")
     assert len(outcome.document["slower"]) == 1
-    assert gate(scaled(1e-4), "--tolerance", "1e9").code == 0
-    passed = gate(scaled(1e4))
+    assert gate(scale_latency(1e-4), "--tolerance", "1e9").code == 0
+    passed = gate(scale_latency(1e4))
     assert (passed.code, passed.document["slower"]) == (0, [])
     assert passed.document["baseline"]["differences"] == []
     (row,) = passed.document["baseline"]["rows"]
@@ -78,14 +78,14 @@ def test_growth_beyond_the_tolerance_is_exit_code_3(gate):
 def test_a_baseline_of_other_conditions_is_refused_before_measuring(gate, monkeypatch, name, value, said):
     with monkeypatch.context() as patch:
         patch.setattr(latency, "measure", lambda *_: pytest.fail("it measured before it refused"))
-        outcome = gate(condition(name, value))
+        outcome = gate(change_condition(name, value))
     outcome.refused(2, "measured under other conditions", said, "--allow-other-conditions")
     assert len(outcome.document["differences"]) == 1
 
 
 def test_other_conditions_are_compared_when_asked_and_named_in_table_and_json(gate):
     def other(report):
-        scaled(1e4)(report)
+        scale_latency(1e4)(report)
         report["conditions"].update(processor="Another Processor", threads=8)
 
     outcome = gate(other, "--allow-other-conditions")
@@ -108,7 +108,7 @@ def test_batches_and_sizes_are_compared(gate):
 
 
 @pytest.mark.parametrize("value", ["-0.9", "nan", "inf", "much"])
-def test_a_tolerance_that_is_none(world, run_cli, value):
+def test_a_tolerance_out_of_range_is_refused(world, run_cli, value):
     run_cli("profile", world.bundle, "--tolerance", value, "--json").refused(2, "--tolerance", value)
 
 
@@ -136,7 +136,7 @@ OTHERS = {  # id: (file, what the message says)
 
 
 @pytest.mark.parametrize("name", OTHERS)
-def test_a_file_that_is_no_baseline_is_named_for_what_it_is(world, run_cli, name):
+def test_a_file_that_is_no_baseline_is_described(world, run_cli, name):
     data, said = OTHERS[name]
     (world.tmp / "b.json").write_bytes(data)
     outcome = run_cli("profile", world.bundle, "--baseline", world.tmp / "b.json", "--json")
@@ -151,6 +151,6 @@ def test_documents_of_other_commands_are_named(world, run_cli):
         (index, "an index of `phreg-deploy extract`"),
         (world.bundle / "manifest.json", "a bundle's manifest"),
         (world.student / "phreg.json", "a student's record"),
-        (world.eight / "calibration.json", "a report of `phreg-deploy calibrate`"),
+        (world.int8_bundle / "calibration.json", "a report of `phreg-deploy calibrate`"),
     ):
         run_cli("profile", world.bundle, "--baseline", path, "--json").refused(2, str(path), said)

@@ -23,7 +23,7 @@ LOSSES = ["transplant", "ph-reg"]
 
 @pytest.fixture(scope="module")
 def dataset_of(photos, tmp_path_factory):
-    """A function from a model family to its data set; each is made once."""
+    """``dataset_of(family)`` makes the data set of a model family, once each."""
     return functools.cache(lambda family="augreg": SmallDataset(family, photos, tmp_path_factory.mktemp(family)))
 
 
@@ -41,7 +41,7 @@ def test_parts_give_the_weights_of_the_whole_batch(dataset_of, monkeypatch, name
 
 @pytest.mark.parametrize("name", LOSSES)
 def test_gradients_of_parts_add_up(dataset_of, name):
-    """The loss of random features, without a model. Its weights are normalised over the whole batch."""
+    """Use the loss of random features without a model; its weights are normalised over the whole batch."""
     recipe = RECIPES[name]
     drift = torch.rand(5, 9) ** 3
     batch = training.Batch(torch.zeros(5, 4, 4, 3), torch.randn(5, 9, 8), torch.randn(5, 8), drift)
@@ -125,7 +125,7 @@ def test_the_student_holds_fewer_activations(family):
 # --- `distill`
 
 
-def test_an_interrupted_run_goes_on_in_parts(base, photos, tmp_path):
+def test_an_interrupted_run_can_be_resumed_in_parts(base, photos, tmp_path):
     """--resume compares neither option; the student is the same to rounding."""
     settings = {"epochs": 2, "batch": 8, "views": 3, "device": "cpu", "precision": "fp32", "lr": 1e-6}
     run = functools.partial(distill, str(base), photos, cache=tmp_path / "cache", **settings)

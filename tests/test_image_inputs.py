@@ -1,4 +1,4 @@
-"""What callers hand over as images: everything that is one gives the same features, the rest is refused with the reason."""
+"""Every kind of image that an extractor takes gives the same features; everything else is refused with the reason."""
 
 import io
 
@@ -10,6 +10,7 @@ from phreg_deploy.errors import PhregError
 from phreg_deploy.runtime import FeatureExtractor
 from tests.cli_helpers import photograph
 
+URL = "https://example.org/a.jpg"
 FRAME = np.asarray(photograph(3, 90, 80))
 GREY = np.asarray(photograph(3, 90, 80).convert("L"))
 
@@ -28,7 +29,7 @@ def png(tmp_path_factory):
 
 
 class ByDlpack:
-    """An array of a library that numpy knows through DLPack alone."""
+    """An array of another library, which numpy can read through DLPack alone."""
 
     def __init__(self, array):
         self.array = array
@@ -161,12 +162,12 @@ REFUSED = {
     "a dictionary": (lambda: {"image": FRAME}, "got dict, expected a path"),
     "a nested list": (lambda: [[FRAME]], "got list, expected a path"),
     "on a GPU": (OnDevice, "got an array on a GPU"),
-    "an address": (lambda: "https://example.org/a.jpg", "got the URL https://example.org/a.jpg, expected a file or a folder on this machine"),
+    "a URL": (lambda: URL, f"got the URL {URL}, expected a file or a folder on this machine"),
 }  # fmt: skip
 
 
 @pytest.mark.parametrize("kind", REFUSED)
-def test_what_is_no_image_is_refused_with_the_reason(extractor, kind):
+def test_other_values_than_images_are_refused_with_the_reason(extractor, kind):
     make, fragment = REFUSED[kind]
     with pytest.raises(PhregError, match=fragment):
         extractor(make())

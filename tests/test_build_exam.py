@@ -1,0 +1,123 @@
+"""`phreg-deploy build` examines each engine: its answers, its fused attention and its 8-bit layers."""
+
+import json
+
+import pytest
+
+from phreg_deploy.errors import BackendMissing
+from tests.build_helpers import build, plan_files
+from tests.cli_helpers import invoke, leftovers
+
+pytestmark = pytest.mark.usefixtures("all_freed")
+
+
+def test_unfused_attention_is_not_kept(copy_bundle, tensorrt):
+    folder, tensorrt.unfused_blocks = copy_bundle("fp16_bundle"), {1}
+    done = build(folder)
+    done.refused(3, "2 of 3 attentions are fused", "--allow-unfused")
+    assert done.document["census"]["fused_attention"] == ["blocks.0.attn", "blocks.2.attn"]
+    assert plan_files(folder) == []
+
+
+def test_unfused_attention_is_kept_if_allowed(copy_bundle, tensorrt):
+    folder, tensorrt.unfused_blocks = copy_bundle("fp16_bundle"), {1}
+    done = build(folder, "--allow-unfused")
+    assert done.code == 0
+    assert done.document["short"] == ["2 of 3 attentions are fused"]
+    assert len(plan_files(folder)) == 2
+    assert "Missed: 2 of 3 attentions are fused." in invoke("build", folder).out
+
+
+def test_eight_bit_layers_are_counted(copy_bundle, tensorrt):
+    folder = copy_bundle("int8_trt_bundle")
+    done = build(folder)
+    assert done.code == 0, done.err
+    layers = json.loads((folder / "calibration.json").read_text())["layers"]
+    expected = {layer["name"] for layer in layers if layer["precision"] != "float"}
+    assert expected <= set(done.document["census"]["eight_bit"])
+    assert len(done.document["census"]["fused_attention"]) == 3
+
+
+def test_an_engine_that_lacks_eight_bit_layers_is_not_kept(copy_bundle, tensorrt):
+    folder, tensorrt.float_layers = copy_bundle("int8_trt_bundle"), {"blocks.1.mlp.fc2"}
+    build(folder).refused(3, "linear layers that were meant to run in 8 bits run in float, e.g. blocks.1.mlp.fc2")
+    assert plan_files(folder) == []
+
+
+@pytest.mark.parametrize("name", ["bundle", "wide_bundle"])
+def test_an_engine_with_wrong_outputs_is_not_kept(copy_bundle, tensorrt, name):
+    folder, tensorrt.zeroed_weights = copy_bundle(name), "blocks.1.mlp.fc1.weight"
+    done = build(folder)
+    done.refused(3, "parity:", "The engine was not kept", "--bisect")
+    assert done.document["missed"]
+    assert plan_files(folder) == []
+    assert leftovers(folder) == []
+
+
+def test_force_keeps_an_engine_with_wrong_outputs_and_reports_it(copy_bundle, tensorrt):
+    folder, tensorrt.zeroed_weights = copy_bundle("bundle"), "blocks.1.mlp.fc1.weight"
+    done = build(folder, "--force")
+    assert done.code == 0
+    assert done.document["missed"]
+    assert len(plan_files(folder)) == 2
+    assert "Missed: 1st-percentile patch cosine" in invoke("build", folder).out
+
+
+def test_a_good_engine_stays_when_a_forced_one_is_refused(copy_bundle, tensorrt):
+    folder = copy_bundle("fp16_bundle")
+    build(folder)
+    before = [(folder / "engines" / name).read_bytes() for name in plan_files(folder)]
+    tensorrt.unfused_blocks = {0}
+    build(folder, "--force").refused(3, "attentions are fused")
+    assert [(folder / "engines" / name).read_bytes() for name in plan_files(folder)] == before
+
+
+def test_an_engine_without_exam_is_built_again_if_the_exam_is_wanted(copy_bundle, tensorrt):
+    folder = copy_bundle("bundle")
+    assert build(folder, "--no-check").document["cached"] is False
+    assert build(folder, "--no-check").document["cached"] is True
+    again = build(folder).document
+    assert again["cached"] is False
+    assert again["parity"]["cosine_p1"] > 0.99999
+    assert build(folder).document["cached"] is True
+
+
+def test_the_new_plan_is_examined_and_not_an_older_one(copy_bundle, tensorrt):
+    folder = copy_bundle("bundle")
+    assert build(folder, "--effort", "5").code == 0
+    tensorrt.zeroed_weights = "blocks.1."
+    build(folder, "--effort", "2").refused(3, "1st-percentile patch cosine")
+    assert len([name for name in plan_files(folder) if name.endswith(".plan")]) == 1
+
+
+def test_a_missing_onnx_does_not_hide_the_gate_that_bisect_explains(copy_bundle, tensorrt, monkeypatch):
+    tensorrt.zeroed_weights = "blocks.1."
+    monkeypatch.setattr(
+        "phreg_deploy.verify.bisection.bisect",
+        lambda *_, **__: (_ for _ in ()).throw(BackendMissing("needs the module 'onnx'")),
+    )
+    done = build(copy_bundle("bundle"), "--bisect")
+    done.refused(3, "1st-percentile patch cosine")
+    assert "needs the module 'onnx'" in done.document["bisection"]["skipped"]
+
+
+def test_no_check_skips_the_exam(copy_bundle, tensorrt):
+    folder, tensorrt.zeroed_weights = copy_bundle("bundle"), "blocks.1.mlp.fc1.weight"
+    done = build(folder, "--no-check")
+    assert done.code == 0
+    assert "parity" not in done.document
+    assert tensorrt.runs == 0
+
+
+@pytest.mark.parametrize(
+    ("weight", "place"), [("blocks.1.mlp.fc1.weight", "blocks.1.mlp"), ("blocks.2.attn.qkv.weight", "blocks.2.attn")]
+)
+@pytest.mark.parametrize("name", ["bundle", "fp16_bundle"])
+def test_bisect_names_the_block_that_is_wrong(copy_bundle, tensorrt, name, weight, place):
+    folder, tensorrt.zeroed_weights = copy_bundle(name), weight
+    done = build(folder, "--bisect")
+    done.refused(3, f"The first that diverges is {place}")
+    bisection = done.document["bisection"]
+    assert bisection["first"] == place
+    assert len(bisection["steps"]) == 6
+    assert plan_files(folder) == []
