@@ -8,7 +8,7 @@ from phreg_deploy.artifacts.measures import agreement, outlier_mask
 from phreg_deploy.demo.linear_probe import LinearProbe, mean_iou, patch_labels
 from phreg_deploy.demo.pipeline import MODEL
 from phreg_deploy.demo.scenes import CLASSES, make_scene, write_scenes
-from phreg_deploy.distill.register_neurons import find_register_neurons
+from phreg_deploy.distill.neurons.search import find_register_neurons
 from phreg_deploy.distill.teacher import Teacher
 from phreg_deploy.images.photographs import read_photographs
 from phreg_deploy.models import hooks

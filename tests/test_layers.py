@@ -20,7 +20,8 @@ MAY = {
     "artifacts": {"images"},
     "bundle": {"files"},
     "models": {"files", "images", "artifacts"},
-    "distill": {"files", "images", "artifacts", "models"},
+    "distill/neurons": {"artifacts", "models"},
+    "distill": {"files", "images", "artifacts", "models", "distill/neurons"},
     "runtime/gpu": {"bundle", "images"},
     "runtime/backends": {"bundle", "runtime/gpu"},
     "runtime": {"files", "images", "artifacts", "bundle", "runtime/gpu", "runtime/backends"},
@@ -59,6 +60,7 @@ HEAVY = {"torch", "timm", "onnx", "onnxscript", "safetensors", "torchvision"}
 # Folder -> the heavy modules that it may import.
 NEEDS = {
     "models": HEAVY,
+    "distill/neurons": HEAVY,
     "distill": HEAVY,
     "export": HEAVY,
     "demo": HEAVY,

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 
+from phreg_deploy.artifacts.outliers import NormBand
 from phreg_deploy.distill import distill, training
 from phreg_deploy.distill.recipes import RECIPES
 from phreg_deploy.models.loading import load_model
@@ -45,12 +46,13 @@ def test_gradients_of_parts_add_up(dataset_of, name):
     drift = torch.rand(5, 9) ** 3
     batch = training.Batch(torch.zeros(5, 4, 4, 3), torch.randn(5, 9, 8), torch.randn(5, 8), drift)
     tokens, results = torch.randn(5, 10, 8), []
+    scale = training.TargetScale(1.3, 0.7, NormBand(1.5, 0.1))
     for micro_batch in (None, 1, 3):
         leaf, start, loss = tokens.clone().requires_grad_(True), 0, 0.0
         for part in training.split_batch(batch, recipe, micro_batch, 1):
             rows = slice(start, start := start + len(part.images))
             features = training.hooks.Features(leaf[rows], leaf[rows], leaf[rows, 1:].norm(dim=-1), 1, True)
-            part_loss = training.objective(features, part, recipe, training.TargetVariance(1.3, 0.7), "cpu")
+            part_loss = training.objective(features, part, recipe, scale, "cpu")
             part_loss.backward()
             loss += part_loss.item()
         results.append((loss, leaf.grad))
@@ -61,6 +63,10 @@ def test_gradients_of_parts_add_up(dataset_of, name):
     if name == "transplant":
         other = (tokens[:, 0] - batch.cls).square().mean(-1) / 0.7
         expected += 4 * (1 - torch.cosine_similarity(tokens[:, 0], batch.cls, dim=-1) + other).mean()
+        deviations = (tokens[:, 1:].norm(dim=-1) / 1.5).log().abs() / 0.1
+        assert (deviations > 3).any()
+        assert (deviations < 3).any()
+        expected += torch.where(deviations > 3, (deviations - 3) ** 2, 0.0).mean()
     for loss, gradient in results:
         assert loss == pytest.approx(expected.item(), rel=1e-5)
         torch.testing.assert_close(gradient, results[0][1], rtol=1e-4, atol=1e-7)

@@ -196,7 +196,7 @@ def test_neurons_are_searched_on_images_from_all_over_the_folder(inputs, tmp_pat
 
 
 def test_a_neuron_that_cannot_be_moved_is_refused_before_targets_are_computed(inputs, tmp_path, monkeypatch):
-    monkeypatch.setattr("phreg_deploy.distill.transplant.LEAST_GAP", 0.99)
+    monkeypatch.setattr("phreg_deploy.distill.neurons.transplant.LEAST_GAP", 0.99)
     with pytest.raises(PhregError, match=r"none of the 1 register neurons can be moved; unit 5 of block 0"):
         distil(inputs, tmp_path / "student")
     assert list(tmp_path.iterdir()) == [], "neither targets nor an interrupted run"

@@ -3,9 +3,9 @@ import pytest
 import torch
 from timm.layers import get_act_layer
 
-from phreg_deploy.distill.record import RegisterNeuron
-from phreg_deploy.distill.register_neurons import find_register_neurons
-from phreg_deploy.distill.transplant import (
+from phreg_deploy.distill.neurons.neuron import RegisterNeuron
+from phreg_deploy.distill.neurons.search import find_register_neurons
+from phreg_deploy.distill.neurons.transplant import (
     ZERO_TOLERANCE,
     _measure_inputs,
     _RowSample,
@@ -176,7 +176,7 @@ def test_statistics_stream_over_batches_and_sample_in_bounded_memory(monkeypatch
     torch.testing.assert_close(inputs.covariance, torch.cov(others.T, correction=0))
     # Few enough rows: all of them are in the sample.
     torch.testing.assert_close(inputs.sample, others)
-    monkeypatch.setattr("phreg_deploy.distill.transplant.SAMPLES", 100)
+    monkeypatch.setattr("phreg_deploy.distill.neurons.transplant.SAMPLES", 100)
     assert len(_measure_inputs(student, 1, images, lambda _n: None).sample) == 100
 
 

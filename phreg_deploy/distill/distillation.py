@@ -17,12 +17,14 @@ from phreg_deploy import __version__
 from phreg_deploy.arguments import check_model
 from phreg_deploy.distill.evaluation import score_student
 from phreg_deploy.distill.fake_quantisation import observe_grids, quantised_layers
+from phreg_deploy.distill.neurons.neuron import RegisterNeuron
+from phreg_deploy.distill.neurons.search import find_register_neurons
+from phreg_deploy.distill.neurons.start import start_student
+from phreg_deploy.distill.neurons.transplant import STRENGTH
 from phreg_deploy.distill.recipes import Recipe, Request
-from phreg_deploy.distill.record import History, RegisterNeuron, Seconds, StudentRecord, StudentScores, TrainingImages
-from phreg_deploy.distill.register_neurons import find_register_neurons
+from phreg_deploy.distill.record import History, Seconds, StudentRecord, StudentScores, TrainingImages
 from phreg_deploy.distill.teacher import TargetCache, Teacher, cache_folder
-from phreg_deploy.distill.training import train
-from phreg_deploy.distill.transplant import STRENGTH, silence, transplant
+from phreg_deploy.distill.training import loss_of, train
 from phreg_deploy.distill.work_folder import work_folder
 from phreg_deploy.errors import PhregError, write_error
 from phreg_deploy.files.atomic import atomic_folder
@@ -40,8 +42,10 @@ from phreg_deploy.quantisation import Smoothing
 from phreg_deploy.spec import Preprocess
 from phreg_deploy.views import check_views
 
-# Images on which register neurons are searched and transplanted.
-NEURON_IMAGES = 256
+# Images on which register neurons are searched, and on which they are transplanted.
+SEARCH_IMAGES, NEURON_IMAGES = 96, 256
+# Images whose loss decides how the student starts.
+START_IMAGES = 64
 # Images on which the ranges of fake quantisation are observed.
 RANGE_IMAGES = 128
 
@@ -105,14 +109,14 @@ def run_distillation(
     training, held_out = _read_photographs(run)
     student = _add_registers(run)
     work = work_folder(output, run.settings(training), resume, force)
+    targets, seconds = _compute_targets(run, training, cache or cache_folder())
     try:
-        neurons = _move_register_neurons(run, student, training)
+        neurons = _move_register_neurons(run, student, training, targets)
     except PhregError:
         # The work folder holds nothing yet that could be resumed.
         if not resume:
             shutil.rmtree(work, ignore_errors=True)
         raise
-    targets, seconds = _compute_targets(run, training, cache or cache_folder())
     range_images = run.batches(training, RANGE_IMAGES) if run.recipe.int8 else None
     history = _train(run, student, training, targets, range_images, work, resume)
     held_out_names = held_out.names if held_out else []
@@ -177,32 +181,38 @@ def _add_registers(run: Run) -> ViT:
     return student
 
 
-def _move_register_neurons(run: Run, student: ViT, training: Photographs) -> dict[RegisterNeuron, str | None]:
-    """Find the register neurons and move them to the first register; silence them if there are no registers.
+def _move_register_neurons(
+    run: Run, student: ViT, training: Photographs, targets: TargetCache
+) -> dict[RegisterNeuron, str | None]:
+    """Find the register neurons, and move them if that is the better start; silence them if there are no registers.
 
     Returns the neurons, each with the reason why it was not moved, or None.
     """
-    if run.strength is None:
+    if not run.recipe.moves_neurons:
         return {}
-    batches = run.batches(training, NEURON_IMAGES)
-    count = len(batches.photographs)
-    with run.progress.task("register neurons", 2 * count) as advance:
+    batches = run.batches(training, SEARCH_IMAGES)
+    with run.progress.task("register neurons", 3 * len(batches.photographs)) as advance:
         search = find_register_neurons(run.base.to(run.device), batches, advance)
     run.progress.say(search.summary)
-    reasons: dict[RegisterNeuron, str] = {}
-    if search.neurons and not run.recipe.registers:
-        silence(student, search.neurons)
-    elif search.neurons:
-        student.to(run.device)
-        with run.progress.task("transplant", count * len({n.block for n in search.neurons})) as advance:
-            reasons = transplant(student, search.neurons, batches, strength=run.strength, advance=advance)
-    if reasons:
-        strongest = max(reasons, key=lambda n: n.share)
-        run.progress.say(
-            f"{len(reasons)} of {len(search.neurons)} register neurons were not moved. The strongest is unit "
-            f"{strongest.unit} of block {strongest.block}: {reasons[strongest]}."
-        )
-    return {neuron: reasons.get(neuron) for neuron in search.neurons}
+    digests = spread(training, START_IMAGES).digests
+
+    def loss(model: ViT) -> float:
+        return loss_of(model, targets, digests, run.preprocess, run.recipe, device=run.device, autocast=run.autocast)
+
+    batches = run.batches(training, NEURON_IMAGES)
+    count = len(batches.photographs)
+    student.to(run.device)
+    strength = run.request.strength
+    return start_student(
+        student,
+        search,
+        batches,
+        count,
+        loss,
+        registers=run.recipe.registers,
+        strength=strength,
+        progress=run.progress,
+    )
 
 
 def _compute_targets(run: Run, training: Photographs, folder: Path) -> tuple[TargetCache, Seconds]:

@@ -16,6 +16,7 @@ class Recipe(Stored):
     ``unlock``: "all" weights but the head, or "paper" (registers, position embedding, class token, patch projection,
     last block). ``class_weight``: weight of the class-token term. ``hard_weight``: extra weight of a patch token per
     unit of 1 - cosine between the base model's token and its denoised target; artifact tokens then count for more.
+    ``norm_weight``: weight of the term that draws the norms of patch tokens into the base model's ordinary range.
     ``scale_free``: divide squared errors by the targets' variance. ``flips``: mirror image and target at random.
     ``lr_end``: if None, one cycle with 10 % warm-up; otherwise exponential decay from ``lr`` to ``lr_end``. ``clip``:
     largest gradient norm, 0 for no limit. ``registers``: tokens to add. ``int8``: train through fake quantisation.
@@ -28,6 +29,7 @@ class Recipe(Stored):
     unlock: str = "all"
     class_weight: float = 4.0
     hard_weight: float = 2.0
+    norm_weight: float = 1.0
     scale_free: bool = True
     flips: bool = True
     lr: float = 1e-4
@@ -56,6 +58,7 @@ _PH_REG = Recipe(
     unlock="paper",
     class_weight=0.0,
     hard_weight=0.0,
+    norm_weight=0.0,
     scale_free=False,
     flips=False,
     lr=3e-4,

@@ -6,23 +6,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from phreg_deploy.artifacts.measures import NormOutliers
+from phreg_deploy.distill.neurons.neuron import RegisterNeuron
 from phreg_deploy.distill.recipes import Recipe
 from phreg_deploy.spec import Preprocess, Stored, plain
-
-
-@dataclass(frozen=True)
-class RegisterNeuron(Stored):
-    """A hidden unit that fires on outlier tokens, by the indices of its block and unit.
-
-    ``activation``: its signed mean on outlier tokens. ``elsewhere``: its mean magnitude on other patch tokens.
-    ``share``: the norm that it writes on outlier tokens, in median norms of its block's output.
-    """
-
-    block: int
-    unit: int
-    activation: float
-    elsewhere: float
-    share: float
 
 
 @dataclass(frozen=True)

@@ -12,10 +12,10 @@ from pathlib import Path
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import nn
 
 from phreg_deploy.distill.fake_quantisation import observe_grids, quantised
+from phreg_deploy.distill.objective import MicroBatch, TargetScale, objective, target_scale
 from phreg_deploy.distill.recipes import Recipe
 from phreg_deploy.distill.record import History
 from phreg_deploy.distill.replicas import Replicas
@@ -43,28 +43,6 @@ class Batch:
     patches: torch.Tensor
     cls: torch.Tensor | None
     drift: torch.Tensor
-
-
-@dataclass
-class MicroBatch:
-    """The images of one forward and backward pass; fields as in ``Batch``.
-
-    ``weight`` ``(B, N)``: of each patch token, with a mean of 1 over the whole batch. ``share``: of the batch's images.
-    """
-
-    images: torch.Tensor
-    patches: torch.Tensor
-    cls: torch.Tensor | None
-    weight: torch.Tensor
-    share: float
-
-
-@dataclass
-class TargetVariance:
-    """Variances of the targets, by which squared errors are divided."""
-
-    patches: float = 1.0
-    cls: float = 1.0
 
 
 def train(
@@ -105,11 +83,11 @@ def train(
     weights = unlock_weights(student, recipe.unlock)
     optimizer = _make_optimizer(weights, recipe)
     losses = _restore(student, optimizer, work, devices[0]) if resume else []
-    variance = target_variance(cache, digests) if recipe.scale_free else TargetVariance()
+    scale = target_scale(cache, digests, recipe)
     student.train()
     student.set_grad_checkpointing(grad_checkpointing)
     replicas = Replicas(student, devices)
-    trainer = _Trainer(replicas, weights, optimizer, preprocess, recipe, variance, autocast, micro_batch)
+    trainer = _Trainer(replicas, weights, optimizer, preprocess, recipe, scale, autocast, micro_batch)
     steps = max(1, math.ceil(len(digests) / recipe.batch))
     with progress.task("distilling", recipe.epochs * len(digests)) as advance:
         advance(len(losses) * len(digests))
@@ -151,7 +129,7 @@ class _Trainer:
     optimizer: torch.optim.Optimizer
     preprocess: Preprocess
     recipe: Recipe
-    variance: TargetVariance
+    scale: TargetScale
     autocast: bool
     micro_batch: int | None
 
@@ -187,7 +165,7 @@ class _Trainer:
             images = hooks.normalise(part.images.to(device), self.preprocess.mean, self.preprocess.std)
             with mixed_precision(device, self.autocast):
                 features = hooks.forward(model, images)
-            loss = objective(features, part, self.recipe, self.variance, device)
+            loss = objective(features, part, self.recipe, self.scale, device)
             loss.backward()
             return loss.item()
 
@@ -217,25 +195,6 @@ def split_batch(batch: Batch, recipe: Recipe, micro_batch: int | None, devices: 
     return parts
 
 
-def objective(
-    features: hooks.Features, part: MicroBatch, recipe: Recipe, variance: TargetVariance, device: str
-) -> torch.Tensor:
-    """Compute a part's share of its batch's loss: (1 - cos) + MSE on patch tokens (arXiv 2505.21501 section 3.2).
-
-    The same on the class token is added if the recipe gives it a weight.
-    """
-    loss = _distance(features.patches.float(), part.patches.to(device), part.weight.to(device), variance.patches)
-    if recipe.class_weight and features.cls is not None and part.cls is not None:
-        one = torch.ones(len(part.images), device=device)
-        loss = loss + recipe.class_weight * _distance(features.cls.float(), part.cls.to(device), one, variance.cls)
-    return loss * part.share
-
-
-def _distance(x: torch.Tensor, target: torch.Tensor, weight: torch.Tensor, variance: float) -> torch.Tensor:
-    cosine = 1 - F.cosine_similarity(x, target, dim=-1)
-    return (weight * cosine).mean() + (weight * (x - target).square().mean(-1)).mean() / variance
-
-
 def learning_rate(recipe: Recipe, done: float) -> float:
     """Return the learning rate after the share ``done`` (0-1) of all steps."""
     if recipe.lr_end is not None:
@@ -243,14 +202,6 @@ def learning_rate(recipe: Recipe, done: float) -> float:
     if done < WARM_UP:
         return recipe.lr * (0.04 + 0.96 * done / WARM_UP)
     return recipe.lr * max(1e-4, 0.5 + 0.5 * math.cos(math.pi * (done - WARM_UP) / (1 - WARM_UP)))
-
-
-def target_variance(cache: TargetCache, digests: list[str], most: int = 64) -> TargetVariance:
-    """Return the variance of a sample of targets over images and positions, averaged over channels."""
-    items = [cache.read(d) for d in digests[:: max(1, len(digests) // most)]]
-    patches = np.concatenate([item["patches"].astype(np.float32) for item in items])
-    cls = np.stack([item["cls"].astype(np.float32) for item in items])
-    return TargetVariance(float(patches.var(0).mean()) or 1.0, (float(cls.var(0).mean()) or 1.0) if cls.size else 1.0)
 
 
 def read_batches(cache: TargetCache, digests: list[str], recipe: Recipe, seed: int, epoch: int) -> Iterator[Batch]:
@@ -267,6 +218,29 @@ def read_batches(cache: TargetCache, digests: list[str], recipe: Recipe, seed: i
                 yield pending.popleft().result()
         while pending:
             yield pending.popleft().result()
+
+
+@torch.inference_mode()
+def loss_of(
+    model: ViT,
+    cache: TargetCache,
+    digests: list[str],
+    preprocess: Preprocess,
+    recipe: Recipe,
+    *,
+    device: str,
+    autocast: bool,
+) -> float:
+    """The loss of ``model`` on the images of ``digests``, all in the cache, without training."""
+    scale, total = target_scale(cache, digests, recipe), 0.0
+    for start in range(0, len(digests), recipe.batch):
+        part = digests[start : start + recipe.batch]
+        batch = load_batch(cache, part, np.zeros(len(part), bool))
+        (whole,) = split_batch(batch, recipe, None, 1)
+        with mixed_precision(device, autocast):
+            features = hooks.forward(model, hooks.normalise(batch.images.to(device), preprocess.mean, preprocess.std))
+        total += objective(features, whole, recipe, scale, device).item() * len(part) / len(digests)
+    return total
 
 
 def load_batch(cache: TargetCache, digests: list[str], flips: np.ndarray) -> Batch:

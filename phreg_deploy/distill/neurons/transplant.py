@@ -14,7 +14,7 @@ from itertools import groupby
 
 import torch
 
-from phreg_deploy.distill.record import RegisterNeuron
+from phreg_deploy.distill.neurons.neuron import RegisterNeuron
 from phreg_deploy.errors import PhregError
 from phreg_deploy.models import hooks
 from phreg_deploy.models.hooks import ViT

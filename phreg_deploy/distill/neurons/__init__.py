@@ -1,0 +1,1 @@
+"""Register neurons: the units that make outlier tokens. Finds them, and moves them to a register token."""
