@@ -1,4 +1,4 @@
-"""Which of timm's models are supported: every name is judged; small models of the kinds are distilled and run_both."""
+"""Which of timm's models are supported: every name is judged; small models of the kinds are distilled and served."""
 
 import re
 

@@ -148,18 +148,22 @@ def test_a_register_that_looks_like_another_token_takes_no_neuron():
 
 
 def test_the_share_is_measured_behind_an_inner_norm():
-    """The norm bounds the output of one unit: 40 times the column would be three times too much."""
+    """The norm bounds what one unit writes, so the share follows from the input of ``fc2``."""
     model = plant(small("normed"), block=1, unit=9)
     images = batches(model)
     (neuron,) = find_register_neurons(model, images).neurons
-    out = []
-    handle = model.blocks[1].mlp.register_forward_hook(lambda _m, _i, y: out.append(y))
-    totals = []
-    with torch.no_grad(), hooks.block_outputs(model, lambda i, y: totals.append(y.norm(dim=-1)) if i == 1 else None):
-        model.forward_features(images[0])
+    inputs, outputs = [], []
+    handle = model.blocks[1].mlp.fc2.register_forward_pre_hook(lambda _m, args: inputs.append(args[0][..., 9]))
+    with torch.no_grad(), hooks.block_outputs(model, lambda i, y: outputs.append(y) if i == 1 else None):
+        for batch in images:
+            hooks.forward(model, batch)
     handle.remove()
-    written = (out[0][:, 0] - out[0][:, 1:].mean(1)).norm(dim=-1).mean() / torch.cat(totals).median()
-    assert neuron.share == pytest.approx(float(written), rel=0.15)
+    inputs, outputs = torch.cat(inputs), torch.cat(outputs)
+    deviation = outputs[:, 0] - outputs[:, 1:].mean((0, 1))
+    written = (inputs[:, 0] - inputs[:, 1:].mean())[:, None] * model.blocks[1].mlp.fc2.weight[:, 9]
+    share = (written * deviation).sum(-1) / deviation.square().sum(-1)
+    assert neuron.share == pytest.approx(float(share.mean()), rel=0.01)
+    assert 0.5 < neuron.share < 1
 
 
 def test_statistics_stream_over_batches_and_sample_in_bounded_memory(monkeypatch):

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from phreg_deploy.distill.record import RegisterNeuron
+from phreg_deploy.distill.neurons.neuron import RegisterNeuron
 from phreg_deploy.spec import Stored, plain
 from phreg_deploy.verify.report import CheckReport
 

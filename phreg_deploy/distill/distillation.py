@@ -17,9 +17,8 @@ from phreg_deploy import __version__
 from phreg_deploy.arguments import check_model
 from phreg_deploy.distill.evaluation import score_student
 from phreg_deploy.distill.fake_quantisation import observe_grids, quantised_layers
-from phreg_deploy.distill.neurons.neuron import RegisterNeuron
 from phreg_deploy.distill.neurons.search import find_register_neurons
-from phreg_deploy.distill.neurons.start import start_student
+from phreg_deploy.distill.neurons.start import Start, choose_start, move_neurons
 from phreg_deploy.distill.neurons.transplant import STRENGTH
 from phreg_deploy.distill.recipes import Recipe, Request
 from phreg_deploy.distill.record import History, Seconds, StudentRecord, StudentScores, TrainingImages
@@ -109,14 +108,16 @@ def run_distillation(
     training, held_out = _read_photographs(run)
     student = _add_registers(run)
     work = work_folder(output, run.settings(training), resume, force)
-    targets, seconds = _compute_targets(run, training, cache or cache_folder())
     try:
-        neurons = _move_register_neurons(run, student, training, targets)
+        start = _move_register_neurons(run, student, training)
     except PhregError:
         # The work folder holds nothing yet that could be resumed.
         if not resume:
             shutil.rmtree(work, ignore_errors=True)
         raise
+    targets, seconds = _compute_targets(run, training, cache or cache_folder())
+    start = _choose_start(run, start, training, targets)
+    student = start.student
     range_images = run.batches(training, RANGE_IMAGES) if run.recipe.int8 else None
     history = _train(run, student, training, targets, range_images, work, resume)
     held_out_names = held_out.names if held_out else []
@@ -133,7 +134,7 @@ def run_distillation(
         autocast=run.autocast,
         devices=run.devices,
         images=TrainingImages(len(training), training.digest(), held_out_names, len(training.skipped)),
-        register_neurons=neurons,
+        register_neurons=start.neurons,
         history=history,
         seconds=replace(seconds, total=time.perf_counter() - started),
         versions=versions,
@@ -181,38 +182,36 @@ def _add_registers(run: Run) -> ViT:
     return student
 
 
-def _move_register_neurons(
-    run: Run, student: ViT, training: Photographs, targets: TargetCache
-) -> dict[RegisterNeuron, str | None]:
-    """Find the register neurons, and move them if that is the better start; silence them if there are no registers.
-
-    Returns the neurons, each with the reason why it was not moved, or None.
-    """
-    if not run.recipe.moves_neurons:
-        return {}
+def _move_register_neurons(run: Run, student: ViT, training: Photographs) -> Start:
+    """Find the register neurons, and move them in a copy of the student."""
+    if run.strength is None:
+        return Start(student, None, {})
     batches = run.batches(training, SEARCH_IMAGES)
     with run.progress.task("register neurons", 3 * len(batches.photographs)) as advance:
         search = find_register_neurons(run.base.to(run.device), batches, advance)
     run.progress.say(search.summary)
+    batches = run.batches(training, NEURON_IMAGES)
+    return move_neurons(
+        student.to(run.device),
+        search.neurons,
+        batches,
+        len(batches.photographs),
+        registers=run.recipe.registers,
+        strength=run.strength,
+        progress=run.progress,
+    )
+
+
+def _choose_start(run: Run, start: Start, training: Photographs, targets: TargetCache) -> Start:
+    """Choose between moved neurons and registers at random by the loss; a strength or no registers decides already."""
+    if start.moved is not None and (run.request.strength is not None or not run.recipe.registers):
+        return Start(start.moved, None, start.neurons)
     digests = spread(training, START_IMAGES).digests
 
     def loss(model: ViT) -> float:
         return loss_of(model, targets, digests, run.preprocess, run.recipe, device=run.device, autocast=run.autocast)
 
-    batches = run.batches(training, NEURON_IMAGES)
-    count = len(batches.photographs)
-    student.to(run.device)
-    strength = run.request.strength
-    return start_student(
-        student,
-        search,
-        batches,
-        count,
-        loss,
-        registers=run.recipe.registers,
-        strength=strength,
-        progress=run.progress,
-    )
+    return choose_start(start, loss, run.progress)
 
 
 def _compute_targets(run: Run, training: Photographs, folder: Path) -> tuple[TargetCache, Seconds]:

@@ -145,7 +145,7 @@ class Contributions:
 
     def heads(self) -> list[HeadShare]:
         """All attention heads, the largest share first."""
-        found = []
+        found: list[HeadShare] = []
         for i, (block, writer) in enumerate(zip(self.model.blocks, self.attentions)):
             shares = (writer.share / self.outliers).view(block.attn.num_heads, -1).sum(1)
             found.extend(HeadShare(i, head, share) for head, share in enumerate(shares.tolist()))
