@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from phreg_deploy.errors import PhregError
+from phreg_deploy.layers import Layers
 from phreg_deploy.spec import Batches, ModelSpec, Preprocess, Rotary, Sizes, plain
 
 FORMAT = 4
@@ -23,6 +24,7 @@ class Manifest:
     sha256. ``norm_median``: the base model's median pre-norm patch-token norm, to which live artifact rates are
     relative; None if it was not measured. ``float_parts``: the nodes in a higher precision than ``precision``.
     ``rotary``: how the input ``rotary`` is computed; None if the graph has none.
+    ``layers``: further layers that are served; None for the last alone, and then not stored.
     ``quantisation``: what ``calibrate`` did and measured; None if the bundle was not calibrated. ``files``: name ->
     sha256.
     """
@@ -42,10 +44,12 @@ class Manifest:
     random_weights: bool = False
     quantisation: dict[str, Any] | None = None
     rotary: Rotary | None = None
+    layers: Layers | None = None
     files: dict[str, str] = field(default_factory=dict)
 
     def to_json(self) -> dict[str, Any]:
-        return {"format": FORMAT, **plain(vars(self))}
+        fields = {key: value for key, value in vars(self).items() if key != "layers" or value is not None}
+        return {"format": FORMAT, **plain(fields)}
 
     @classmethod
     def from_json(cls, data: Any) -> Manifest:
@@ -65,6 +69,7 @@ class Manifest:
             fields.setdefault("quantisation", None)
         if version < 4:  # older than inputs for rotary embeddings
             fields.setdefault("rotary", None)
+        fields.setdefault("layers", None)
         missing = sorted(set(cls.__dataclass_fields__) - set(fields))
         unknown = sorted(set(fields) - set(cls.__dataclass_fields__))
         if missing or unknown:
@@ -75,6 +80,7 @@ class Manifest:
             sizes=Sizes.from_json(fields["sizes"]),
             batches=Batches.from_json(fields["batches"]),
             rotary=None if fields["rotary"] is None else Rotary.from_json(fields["rotary"]),
+            layers=None if fields["layers"] is None else Layers.from_json(fields["layers"]),
         )
         for key in ("inputs", "outputs", "source", "versions", "files"):
             if not isinstance(fields[key], dict):

@@ -11,6 +11,7 @@ import numpy as np
 from phreg_deploy.artifacts.parity import Parity as Parity
 from phreg_deploy.artifacts.parity import ParityAccumulator as ParityAccumulator
 from phreg_deploy.artifacts.parity import compare_runs as compare_runs
+from phreg_deploy.artifacts.parity import worst as worst
 from phreg_deploy.bundle.bundle import Bundle
 from phreg_deploy.bundle.gates import AT_LEAST, GATES, SENTENCES, exam_bars
 from phreg_deploy.bundle.manifest import Manifest
@@ -86,11 +87,15 @@ def writes_exams(manifest: Manifest, backend: str) -> bool:
 
 @dataclass(frozen=True)
 class ExamCase:
-    """One case of a bundle's exam: ``size`` (height, width), ``batch``, and the parity of the answers."""
+    """One case of a bundle's exam: ``size`` (height, width), ``batch``, and the parity of the answers.
+
+    ``parity`` is the worst of ``parts``, which are as of ``ParityAccumulator.parts``.
+    """
 
     size: tuple[int, int]
     batch: int
     parity: Parity
+    parts: dict[str, Parity]
 
 
 def run_exam(bundle: Bundle, answer: Answer, cases: list[dict[str, np.ndarray]] | None = None) -> list[ExamCase]:
@@ -102,8 +107,10 @@ def run_exam(bundle: Bundle, answer: Answer, cases: list[dict[str, np.ndarray]] 
     """
     compared = []
     for case in bundle.cases() if cases is None else cases:
-        parity = compare_runs(answer(case["image"]), case, bundle.manifest.norm_median)
-        compared.append(ExamCase(case["image"].shape[1:3], len(case["image"]), parity))
+        image = case["image"]
+        accumulator = ParityAccumulator(bundle.manifest.norm_median)
+        accumulator.add(answer(image), {name: value for name, value in case.items() if name != "image"})
+        compared.append(ExamCase(image.shape[1:3], len(image), accumulator.parity(), accumulator.parts()))
     return compared
 
 
@@ -119,13 +126,3 @@ def judge_exam(
     parity = worst([case.parity for case in run_exam(bundle, answer, cases)])
     again = writes_exams(bundle.manifest, backend)
     return parity, gates_of(parity, gate_precision(bundle.manifest, compute), exam=True, again=again)
-
-
-def worst(parities: list[Parity]) -> Parity:
-    """The worst value of each figure over several comparisons."""
-    pick = {
-        name: (min if name.startswith("cosine") or name in AT_LEAST else max)(values)
-        for name in Parity.__dataclass_fields__
-        if (values := [getattr(p, name) for p in parities if getattr(p, name) is not None])
-    }
-    return Parity(**{"cls_cosine": None, **pick})
