@@ -78,6 +78,8 @@ def intermediates(model, images, norm):
         output_fmt="NLC",
         intermediates_only=True,
     )
+    if not model.num_prefix_tokens:
+        return [(patches, None) for patches in found]
     return [(model.fc_norm(patches), model.fc_norm(prefix)) for patches, prefix in found] if pooled else found
 
 

@@ -25,9 +25,10 @@ TYPES = {
 LIMITS = {"fp16": 65504.0, "bf16": 3.3e38}
 # A tensor is too large for the format if this multiple of its largest value on the images is beyond the format's limit.
 ROOM = 4.0
-MOVES = {"Split", "Reshape", "Transpose", "Slice", "Gather", "Expand", "Concat"}
+# An Identity stands where two outputs are one tensor, such as those of the last layer.
+MOVES = {"Identity", "Split", "Reshape", "Transpose", "Slice", "Gather", "Expand", "Concat"}
 # The operators that compute ``token_norm``; squares overflow FP16.
-NORMS = {"Reshape", "Sqrt", "ReduceSum", "Pow", "Mul", "ReduceL2"}
+NORMS = {"Identity", "Reshape", "Sqrt", "ReduceSum", "Pow", "Mul", "ReduceL2"}
 
 
 @dataclass(frozen=True)
