@@ -8,9 +8,11 @@ import numpy as np
 
 from phreg_deploy.artifacts.measures import cosine, norm_outliers
 from phreg_deploy.errors import PhregError
-from phreg_deploy.layers import ATTENTION
+from phreg_deploy.layers import ATTENTION, kind_of
 from phreg_deploy.spec import Stored
 
+# The kinds of outputs that are compared.
+OUTPUTS = ("features", "cls", "token_norm", ATTENTION)
 # At most so many patch tokens of an image take part in the search for nearest neighbours.
 NEIGHBOURS = 1024
 
@@ -65,20 +67,16 @@ class ParityAccumulator:
 
         Raises ``PhregError`` if the shapes differ or an output is missing.
         """
+        lost = sorted(name for name in expected if kind_of(name) in OUTPUTS and name not in got)
+        if lost:
+            raise PhregError(f"parity: got no {' and no '.join(lost)}, which the reference has; re-export the bundle.")
         parts, wanted = _parts(got), _parts(expected)
-        for part in wanted:
-            if part and part not in parts:
-                name = part if part == ATTENTION else f"features.{part}"
-                raise PhregError(f"parity: got no {name}, which the reference has; re-export the bundle.")
-            if part:
-                self._parts.setdefault(part, ParityAccumulator()).add(parts[part], wanted[part])
-        got, expected = parts[""], wanted[""]
+        got, expected = parts.pop(""), wanted.pop("")
+        for part, reference in wanted.items():
+            self._parts.setdefault(part, ParityAccumulator()).add(parts[part], reference)
         a, b = got["features"].astype(np.float64), expected["features"].astype(np.float64)
         if a.shape != b.shape:
             raise PhregError(f"parity: got features of shape {a.shape}, expected {b.shape}.")
-        lost = sorted(set(expected) & {"cls", "token_norm"} - set(got))
-        if lost:
-            raise PhregError(f"parity: got no {' and no '.join(lost)}, which the reference has; re-export the bundle.")
         bad = int(sum((~np.isfinite(v)).sum() for v in got.values()))
         self._bad += bad
         if bad:
