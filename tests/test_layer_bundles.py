@@ -108,7 +108,8 @@ def test_a_bundle_with_one_wrong_output_of_a_layer_is_refused(layered, tmp_path,
     part = name.rpartition(".")[2] if name != "attention" else name
     wrong = [c["size"] for c in done.document["comparisons"] if missed_gates(_parity(c), "fp32")]
     assert wrong == [f"64x64, batch 2, {part if part == 'attention' else f'layer {part}'}"]
-    with pytest.raises(PhregError, match="fails the exam"):
+    where = part if part == "attention" else f"layer {part}"
+    with pytest.raises(PhregError, match=rf"fails the exam \({where}: "):
         FeatureExtractor.load(broken.folder)
 
 
@@ -209,7 +210,8 @@ def test_an_engine_with_one_wrong_layer_is_refused(layered, tmp_path, tensorrt, 
         assert list(extractor.dense(np.zeros((2, 64, 64, 3), np.uint8)).layers) == [2, 4, 6]
     shutil.rmtree(folder / "engines")
     tensorrt.answer = lambda output, values: np.roll(values, 1, axis=-1) if output == name else values
-    invoke("build", folder, "--json").refused(3, "parity:", "The engine was not kept")
+    where = "attention:" if name == "attention" else f"layer {name.rpartition('.')[2]}:"
+    invoke("build", folder, "--json").refused(3, "parity:", where, "The engine was not kept")
     assert not list((folder / "engines").glob("*.plan"))
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -22,15 +22,24 @@ Answer = Callable[[np.ndarray], dict[str, np.ndarray]]
 
 @dataclass(frozen=True)
 class Gate(Stored):
-    """One figure of a parity and its bar. ``name``: the field of ``Parity``."""
+    """One figure of a parity and its bar.
+
+    ``name``: the field of ``Parity``. ``where``: the output with the worst figure, such as "layer 6"; "" for the last
+    layer, or where it is not known.
+    """
 
     name: str
     bar: float
     figure: float
     passed: bool
+    where: str = ""
 
     def __str__(self) -> str:
-        return SENTENCES[self.name].format(figure=self.figure, bar=self.bar)
+        sentence = SENTENCES[self.name].format(figure=self.figure, bar=self.bar)
+        return f"{self.where}: {sentence}" if self.where else sentence
+
+    def to_json(self) -> dict[str, Any]:
+        return {name: value for name, value in super().to_json().items() if name != "where" or value}
 
 
 def gates_of(
@@ -123,6 +132,20 @@ def judge_exam(
         backend, compute: the name of the backend that answers, and the precision that it computes in.
         answer, cases: see ``run_exam``.
     """
-    parity = worst([case.parity for case in run_exam(bundle, answer, cases)])
+    compared = run_exam(bundle, answer, cases)
+    parity = worst([case.parity for case in compared])
     again = writes_exams(bundle.manifest, backend)
-    return parity, gates_of(parity, gate_precision(bundle.manifest, compute), exam=True, again=again)
+    gates = gates_of(parity, gate_precision(bundle.manifest, compute), exam=True, again=again)
+    parts = [item for case in compared for item in case.parts.items()]
+    return parity, [gate if gate.passed else _located(gate, parts) for gate in gates]
+
+
+def part_name(part: str) -> str:
+    """How people read a key of ``ParityAccumulator.parts``: "layer 6", "attention", and "" for the last layer."""
+    return f"layer {part}" if part.isdigit() else part
+
+
+def _located(gate: Gate, parts: list[tuple[str, Parity]]) -> Gate:
+    """Name the first output that has the gate's figure, which is the worst of all."""
+    found = next((part for part, parity in parts if getattr(parity, gate.name) == gate.figure), "")
+    return replace(gate, where=part_name(found))

@@ -17,7 +17,16 @@ from phreg_deploy.images.pictures import colours, components, heat
 from phreg_deploy.layers import ATTENTION
 from phreg_deploy.progress import SILENT, Progress
 from phreg_deploy.runtime.features import FeatureExtractor
-from phreg_deploy.runtime.parity import Gate, Parity, ParityAccumulator, gates_of, run_exam, worst, writes_exams
+from phreg_deploy.runtime.parity import (
+    Gate,
+    Parity,
+    ParityAccumulator,
+    gates_of,
+    part_name,
+    run_exam,
+    worst,
+    writes_exams,
+)
 from phreg_deploy.student_record import model_path, read_record, recorded
 from phreg_deploy.verify.report import ArtifactRates, CheckReport, Comparison, Pictures
 
@@ -107,7 +116,7 @@ class BundleRun:
 
 def _part_name(part: str) -> str:
     """How a comparison names a layer or the attention after the size; nothing for the last layer."""
-    return "" if not part else f", {part}" if part == ATTENTION else f", layer {part}"
+    return f", {part_name(part)}" if part else ""
 
 
 def _measure(extractor: FeatureExtractor, request: CheckRequest, progress: Progress) -> _OnImages:
