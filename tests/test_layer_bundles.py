@@ -106,15 +106,11 @@ def test_a_bundle_with_one_wrong_output_of_a_layer_is_refused(layered, tmp_path,
     done = invoke("check", broken.save(), "--backend", "onnxruntime-cpu", "--json")
     done.refused(3)
     part = name.rpartition(".")[2] if name != "attention" else name
-    wrong = [c["size"] for c in done.document["comparisons"] if missed_gates(_parity(c), "fp32")]
-    assert wrong == [f"64x64, batch 2, {part if part == 'attention' else f'layer {part}'}"]
     where = part if part == "attention" else f"layer {part}"
+    wrong = [c["size"] for c in done.document["comparisons"] if missed_gates(Parity.from_json(c["parity"]), "fp32")]
+    assert wrong == [f"64x64, batch 2, {where}"]
     with pytest.raises(PhregError, match=rf"fails the exam \({where}: "):
         FeatureExtractor.load(broken.folder)
-
-
-def _parity(comparison):
-    return Parity.from_json(comparison["parity"])
 
 
 def test_the_exam_misses_an_output_that_a_runtime_leaves_out(layered):
