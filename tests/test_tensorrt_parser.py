@@ -9,9 +9,10 @@ import pytest
 
 from phreg_deploy.errors import PhregError
 from phreg_deploy.export.engine.inspection import take_census
+from phreg_deploy.layers import Layers
 from tests import nvidia
 from tests.small_models import FAMILIES
-from tests.trt_graphs import DEPTH, PRECISIONS, SAME, build, graphs
+from tests.trt_graphs import DEPTH, HEADS, PRECISIONS, SAME, SIDE, WIDTH, Graphs, build, graphs
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -134,6 +135,23 @@ def test_attention_is_fused_for_the_supported_head_widths(head, fused, tmp_path)
 def test_attention_in_fp8_is_fused_from_32_tokens_on(precision, fused, tmp_path):
     here = graphs("augreg", side=5)  # 1 + 4 + 25 tokens
     assert nvidia.census(steps_of(here.write(precision), here, tmp_path)).fused_attention == fused
+
+
+@pytest.mark.parametrize("sizes", ["fixed", "range"])
+@pytest.mark.parametrize("precision", ["fp32", "fp16", "bf16", "int8", "fp8"])
+def test_further_outputs_leave_attention_fused_and_layers_in_8_bits(precision, sizes, tmp_path):
+    here = Graphs("dinov2", sizes, WIDTH, HEADS, SIDE, layers=Layers((1, DEPTH), True), attention=True)
+    graph = here.write(precision)
+    onnx.checker.check_model(graph)
+    assert {"features.1", "cls.1", "token_norm.1", "attention"} < {output.name for output in graph.graph.output}
+    steps = steps_of(graph, here, tmp_path)
+    assert not isinstance(steps, str), steps
+    census, times = nvidia.census(steps), len(here.profiles)
+    assert census.fused_attention == (0 if precision == "fp32" else times * DEPTH)
+    assert census.eight_bit_attention == (times * DEPTH if precision == "fp8" else 0)
+    if precision in ("int8", "fp8"):
+        assert census.eight_bit == int8_layers(graph)
+        assert not census.floats & {linear.name for linear in here.linears}
 
 
 def test_attention_on_fewer_tokens_is_left_in_fp16_and_fused(tmp_path):

@@ -2,6 +2,7 @@
 
 import functools
 from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import onnx
@@ -56,9 +57,14 @@ print(json.dumps(results))
 
 
 class Graphs:
-    """One small model, its FP32 graph, and what calibration observes in it on two photographs."""
+    """One small model, its FP32 graph, and what calibration observes in it on two photographs.
 
-    def __init__(self, family: str, sizes: str, width: int, heads: int, side: int, depth: int = DEPTH) -> None:
+    ``outputs``: ``layers`` and ``attention`` of ``DenseViT``.
+    """
+
+    def __init__(
+        self, family: str, sizes: str, width: int, heads: int, side: int, depth: int = DEPTH, **outputs: Any
+    ) -> None:
         model = add_registers(small(family, depth=depth, width=width, heads=heads, side=side), 4)
         (patch, _), native = model.patch_embed.patch_size, tuple(model.patch_embed.img_size)
         ranging = sizes == "range"
@@ -68,7 +74,7 @@ class Graphs:
             else Sizes("fixed", (native,))
         )
         batches = Batches.parse("1:2:8" if ranging else "1")
-        lean = DenseViT(model, model_preprocess(model), positions_as_input=ranging)
+        lean = DenseViT(model, model_preprocess(model), positions_as_input=ranging, **outputs)
         self.graph: onnx.ModelProto = trace(lean, served, batches).model
         inputs = [value.name for value in self.graph.graph.input]
         spec, rotary = model_spec(model), describe_rotary(model)

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
 from phreg_deploy.artifacts.measures import cosine, norm_outliers
 from phreg_deploy.errors import PhregError
+from phreg_deploy.layers import ATTENTION, kind_of
 from phreg_deploy.spec import Stored
 
+# The kinds of outputs that are compared.
+OUTPUTS = ("features", "cls", "token_norm", ATTENTION)
 # At most so many patch tokens of an image take part in the search for nearest neighbours.
 NEIGHBOURS = 1024
 
@@ -40,7 +43,10 @@ class Parity(Stored):
 class ParityAccumulator:
     """Add up parity batch by batch, with one figure per patch token in memory and no features.
 
-    ``median``: the base model's median norm; None for the median of all expected norms.
+    Further layers of the reference, and its attention, are compared apart; ``parity`` is the worst of all.
+
+    ``median``: the base model's median norm after the last block; None for the median of all expected norms, which is
+    what further layers take.
     """
 
     def __init__(self, median: float | None = None) -> None:
@@ -52,18 +58,25 @@ class ParityAccumulator:
         self._largest = 0.0
         self._cls: list[float] = []
         self._bad = 0
+        self._parts: dict[str, ParityAccumulator] = {}
 
     def add(self, got: dict[str, np.ndarray], expected: dict[str, np.ndarray]) -> None:
         """Add a batch of ``features``, ``token_norm`` and, if the model has it, ``cls``; float32 or float16.
 
+        The same of each layer (``features.6``), and ``attention``, are added where ``expected`` has them.
+
         Raises ``PhregError`` if the shapes differ or an output is missing.
         """
+        lost = sorted(name for name in expected if kind_of(name) in OUTPUTS and name not in got)
+        if lost:
+            raise PhregError(f"parity: got no {' and no '.join(lost)}, which the reference has; re-export the bundle.")
+        parts, wanted = _parts(got), _parts(expected)
+        got, expected = parts.pop(""), wanted.pop("")
+        for part, reference in wanted.items():
+            self._parts.setdefault(part, ParityAccumulator()).add(parts[part], reference)
         a, b = got["features"].astype(np.float64), expected["features"].astype(np.float64)
         if a.shape != b.shape:
             raise PhregError(f"parity: got features of shape {a.shape}, expected {b.shape}.")
-        lost = sorted(set(expected) & {"cls", "token_norm"} - set(got))
-        if lost:
-            raise PhregError(f"parity: got no {' and no '.join(lost)}, which the reference has; re-export the bundle.")
         bad = int(sum((~np.isfinite(v)).sum() for v in got.values()))
         self._bad += bad
         if bad:
@@ -79,7 +92,21 @@ class ParityAccumulator:
             self._cls.append(float(cosine(got["cls"], expected["cls"]).min()))
 
     def parity(self) -> Parity:
-        """Return the parity of all batches; its figures are the worst possible if a value is NaN or infinite."""
+        """Return the parity of all batches, the worst of each figure over the layers.
+
+        Its figures are the worst possible if a value is NaN or infinite.
+        """
+        return worst(list(self.parts().values()))
+
+    def parts(self) -> dict[str, Parity]:
+        """Return the parity of the last layer (""), of each further one ("6"), and of the attention ("attention")."""
+        parts = {"": self._own(), **{name: part._own() for name, part in self._parts.items()}}
+        if ATTENTION in parts:
+            # Heads have neither neighbours nor outliers.
+            parts[ATTENTION] = replace(parts[ATTENTION], neighbours=1.0, outlier_points=0.0)
+        return parts
+
+    def _own(self) -> Parity:
         if self._bad or not self._cosines:
             worst = float("inf")
             return Parity(0.0, 0.0, 0.0, worst, worst, 0.0, 100.0, worst, worst, None, self._bad)
@@ -108,6 +135,33 @@ def compare_runs(got: dict[str, np.ndarray], expected: dict[str, np.ndarray], me
     accumulator = ParityAccumulator(median)
     accumulator.add(got, expected)
     return accumulator.parity()
+
+
+def worst(parities: list[Parity]) -> Parity:
+    """Return the worst value of each figure over several comparisons."""
+    pick = {
+        name: (min if name.startswith("cosine") or name in ("cls_cosine", "neighbours") else max)(values)
+        for name in Parity.__dataclass_fields__
+        if (values := [getattr(p, name) for p in parities if getattr(p, name) is not None])
+    }
+    return Parity(**{"cls_cosine": None, **pick})
+
+
+def _parts(outputs: dict[str, np.ndarray]) -> dict[str, dict[str, np.ndarray]]:
+    """Group outputs by layer, "" for the last, under their names without it.
+
+    Attention ``(B, H, Hp, Wp)`` becomes one token per head, whose features are its shares of the patches and whose norm
+    is their sum.
+    """
+    parts: dict[str, dict[str, np.ndarray]] = {"": {}}
+    for name, value in outputs.items():
+        kind, _, layer = name.partition(".")
+        if kind == ATTENTION:
+            heads = value.astype(np.float64).reshape(*value.shape[:2], 1, -1)
+            parts[ATTENTION] = {"features": heads, "token_norm": heads.sum(-1)}
+        else:
+            parts.setdefault(layer, {})[kind] = value
+    return parts
 
 
 def _nearest(features: np.ndarray) -> np.ndarray:

@@ -11,6 +11,7 @@ import numpy as np
 
 from phreg_deploy.bundle.manifest import Manifest
 from phreg_deploy.errors import PhregError
+from phreg_deploy.layers import kind_of
 
 # Bytes of an exam's file beside its arrays, at most.
 SLACK = 1 << 20
@@ -34,12 +35,12 @@ def read_positions(path: Path, shape: tuple[int, ...]) -> np.ndarray:
 
 
 def read_cases(path: Path, manifest: Manifest) -> list[dict[str, np.ndarray]]:
-    """Read the cases of an exam: ``image``, ``features``, ``token_norm``, and ``cls`` if the manifest lists it.
+    """Read the cases of an exam: ``image``, and every output that the manifest lists.
 
     Raises ``ValueError`` or ``zipfile.BadZipFile`` if there are no cases, if a tensor is missing or unknown, or if the
     manifest does not allow its shape or type; ``OSError`` if the file cannot be read.
     """
-    tensors = ["image", *(name for name in ("features", "token_norm", "cls") if name in manifest.outputs)]
+    tensors = ["image", *manifest.outputs]
     most = len(manifest.sizes.sizes)
     size, allowed = path.stat().st_size, SLACK + sum(_case_bytes(manifest, size) for size in manifest.sizes.sizes)
     if size > allowed:
@@ -96,7 +97,12 @@ def answer_shape(manifest: Manifest, name: str, image: Sequence[int]) -> tuple[i
     """Return the shape of an output for images of shape ``(B, H, W, 3)``."""
     patch, width = manifest.model.patch, manifest.model.width
     grid = (image[1] // patch[0], image[2] // patch[1])
-    return {"features": (image[0], *grid, width), "token_norm": (image[0], *grid), "cls": (image[0], width)}[name]
+    return {
+        "features": (image[0], *grid, width),
+        "token_norm": (image[0], *grid),
+        "cls": (image[0], width),
+        "attention": (image[0], manifest.model.heads, *grid),
+    }[kind_of(name)]
 
 
 def check_shapes(manifest: Manifest, answers: Mapping[str, np.ndarray], image: Sequence[int]) -> None:

@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from phreg_deploy.errors import PhregError
+from phreg_deploy.layers import Layers
 from phreg_deploy.spec import Batches, ModelSpec, Preprocess, Rotary, Sizes, plain
 
 FORMAT = 4
@@ -24,6 +25,7 @@ class Manifest:
     relative; None if it was not measured. ``float_parts``: the nodes in a higher precision than ``precision``.
     ``rotary``: how the input ``rotary`` is computed; None if the graph has none. ``weights``: the file beside the
     graph that holds its weights; None if the graph holds them.
+    ``layers``: further layers that are served; None for the last alone, and then not stored.
     ``quantisation``: what ``calibrate`` did and measured; None if the bundle was not calibrated. ``files``: name ->
     sha256.
     """
@@ -44,10 +46,12 @@ class Manifest:
     quantisation: dict[str, Any] | None = None
     rotary: Rotary | None = None
     weights: str | None = None
+    layers: Layers | None = None
     files: dict[str, str] = field(default_factory=dict)
 
     def to_json(self) -> dict[str, Any]:
-        return {"format": FORMAT, **plain(vars(self))}
+        fields = {key: value for key, value in vars(self).items() if key != "layers" or value is not None}
+        return {"format": FORMAT, **plain(fields)}
 
     @classmethod
     def from_json(cls, data: Any) -> Manifest:
@@ -65,8 +69,10 @@ class Manifest:
         # Format 1 is older than calibration.
         if version == 1:
             fields.setdefault("quantisation", None)
-        if version < 4:  # older than inputs for rotary embeddings and than weights beside the graph
+        # Format 3 is older than inputs for rotary embeddings and than weights beside the graph.
+        if version < 4:
             fields = {"rotary": None, "weights": None, **fields}
+        fields.setdefault("layers", None)
         missing = sorted(set(cls.__dataclass_fields__) - set(fields))
         unknown = sorted(set(fields) - set(cls.__dataclass_fields__))
         if missing or unknown:
@@ -77,6 +83,7 @@ class Manifest:
             sizes=Sizes.from_json(fields["sizes"]),
             batches=Batches.from_json(fields["batches"]),
             rotary=None if fields["rotary"] is None else Rotary.from_json(fields["rotary"]),
+            layers=None if fields["layers"] is None else Layers.from_json(fields["layers"]),
         )
         for key in ("inputs", "outputs", "source", "versions", "files"):
             if not isinstance(fields[key], dict):

@@ -9,6 +9,7 @@ from typing import Any
 from phreg_deploy.bundle.gates import GATES
 from phreg_deploy.bundle.manifest import WEIGHTS, Manifest
 from phreg_deploy.errors import PhregError
+from phreg_deploy.layers import ATTENTION, kind_of, output_names
 from phreg_deploy.spec import Batches, Rotary, Sizes
 
 # The numbers that one side of a shape may be, and whether it may have a name instead.
@@ -21,7 +22,9 @@ LARGEST_INPUT = 1 << 30
 LARGEST_WIDTH, LARGEST_DEPTH, MOST_REGISTERS = 65536, 4096, 4096
 # With 0.01 an image would be resized to a hundred times the input size.
 LEAST_CROP = 0.1
-OUTPUTS = {"features": ("float16", "float32"), "token_norm": ("float32",), "cls": ("float16", "float32")}
+FLOATS = ("float16", "float32")
+# The types of each kind of output.
+OUTPUTS = {"features": FLOATS, "token_norm": ("float32",), "cls": FLOATS, "attention": FLOATS}
 
 
 def check_extent(sizes: Sizes, batches: Batches) -> None:
@@ -45,6 +48,7 @@ def read_manifest(data: Any) -> Manifest:
     _check_preprocess(manifest.preprocess)
     _check_sizes(manifest)
     _check_rotary(manifest)
+    _check_layers(manifest)
     known = isinstance(manifest.precision, str) and manifest.precision in GATES
     _expect(known, "precision", manifest.precision, f"one of {', '.join(GATES)}")
     _expect(_is_integer(manifest.opset, 1, 1000), "opset", manifest.opset, "a whole number")
@@ -137,6 +141,17 @@ def _check_rotary(manifest: Manifest) -> None:
     check_table(rotary, manifest.sizes, model.patch)
 
 
+def _check_layers(manifest: Manifest) -> None:
+    layers, depth = manifest.layers, manifest.model.depth
+    if layers is None:
+        return
+    fits = isinstance(layers.blocks, tuple) and bool(layers.blocks)
+    fits = fits and all(_is_integer(block, 1, depth) for block in layers.blocks)
+    fits = fits and list(layers.blocks) == sorted(set(layers.blocks))
+    _expect(fits, "layers.blocks", layers.blocks, f"whole numbers from 1 to {depth} in growing order")
+    _expect(isinstance(layers.norm, bool), "layers.norm", layers.norm, "true or false")
+
+
 def check_table(rotary: Rotary, sizes: Sizes, patch: tuple[int, int]) -> None:
     """Raise ``PhregError`` for a rotary embedding whose sines and cosines no device should hold at the largest size."""
     height, width = max(sizes.sizes, key=lambda size: size[0] * size[1])
@@ -163,6 +178,7 @@ def _check_tensors(manifest: Manifest) -> None:
         "features": [batch, rows, columns, channels],
         "token_norm": [batch, rows, columns],
         "cls": [batch, channels],
+        "attention": [batch, ({manifest.model.heads}, False), rows, columns],
     }
     types = {"image": ("uint8",), "pos_embed": ("float32",), "rotary": ("float32",), **OUTPUTS}
     inputs = {"image"} | ({"pos_embed"} if free and "pos_embed" in manifest.inputs else set())
@@ -171,13 +187,15 @@ def _check_tensors(manifest: Manifest) -> None:
         fixed = (2, manifest.rotary.layers, manifest.rotary.heads, manifest.rotary.pairs)
         two, layers, heads, pairs = (({n}, False) for n in fixed)
         shapes["rotary"] = [two, layers, heads, tokens, pairs]
-    outputs = {"features", "token_norm"} | ({"cls"} if manifest.model.class_token else set())
+    attention = manifest.model.class_token and ATTENTION in manifest.outputs
+    outputs = set(output_names(manifest.model.class_token, manifest.layers, attention))
     for key, described, names in (("inputs", manifest.inputs, inputs), ("outputs", manifest.outputs, outputs)):
         _expect(set(described) == names, key, sorted(described), ", ".join(sorted(names)))
         for name, tensor in described.items():
-            fits = isinstance(tensor, dict) and set(tensor) == {"dtype", "shape"} and tensor["dtype"] in types[name]
-            fits = fits and isinstance(tensor["shape"], list) and len(tensor["shape"]) == len(shapes[name])
-            fits = fits and all(_fits(side, *allowed) for side, allowed in zip(tensor["shape"], shapes[name]))
+            shape, dtypes = shapes[kind_of(name)], types[kind_of(name)]
+            fits = isinstance(tensor, dict) and set(tensor) == {"dtype", "shape"} and tensor["dtype"] in dtypes
+            fits = fits and isinstance(tensor["shape"], list) and len(tensor["shape"]) == len(shape)
+            fits = fits and all(_fits(side, *allowed) for side, allowed in zip(tensor["shape"], shape))
             _expect(fits, f"{key}.{name}", tensor, "the type and shape that follow from model, sizes and batches")
 
 

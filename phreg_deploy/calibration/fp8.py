@@ -131,7 +131,12 @@ class _Writer:
 
 def _is_attention(node: NodeProto, wiring: Wiring) -> bool:
     """Whether a node is one of attention's two products: before its softmax or after it."""
-    if node.op_type != "MatMul" or any(name in wiring.constants for name in node.input):
+    # The class token's attention, which is an output of its own, stands outside the blocks.
+    if (
+        node.op_type != "MatMul"
+        or not node.name.startswith("blocks.")
+        or any(name in wiring.constants for name in node.input)
+    ):
         return False
     before = wiring.producer.get(node.input[0])
     after = wiring.readers.get(node.output[0], [])

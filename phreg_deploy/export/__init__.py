@@ -30,6 +30,9 @@ def export(
     crop: str = "squash",
     images: Path | None = None,
     keep_fp32: Sequence[str] = (),
+    layers: str | None = None,
+    layer_norm: bool = True,
+    attention: bool = False,
     random_weights: bool = False,
     force: bool = False,
     progress: Progress = SILENT,
@@ -47,16 +50,22 @@ def export(
         crop: "squash" resizes the whole image, "center" is timm's centre crop.
         images: folder of photographs; values on them decide what stays in FP32 with "fp16".
         keep_fp32: regular expressions; nodes with matching names stay in FP32.
+        layers: further layers to serve, by numbers of blocks "3,6,9,12" (12: the last of 12), fractions "1/4,1/2,3/4,1"
+            or "all"; adds the outputs ``features.3``, ``token_norm.3`` and, with a class token, ``cls.3``.
+        layer_norm: apply the model's final norm to their features and class tokens, as DINOv2's heads expect.
+        attention: add the output ``attention`` ``(B, heads, Hp, Wp)``, the class token's in the last block.
         random_weights: do not load pretrained weights; for timing only.
         force: replace an output that exists.
 
     Raises:
         BackendMissing: the extra ``export`` is not installed.
-        PhregError: bad input, an output that exists, or a size that is not a multiple of the patch.
+        PhregError: bad input, an output that exists, a size that is not a multiple of the patch, a layer that the model
+            lacks, or ``attention`` of a model without class token.
     """
     from phreg_deploy.arguments import EIGHT_BITS, FLOATS, check_export, check_model
     from phreg_deploy.errors import PhregError
     from phreg_deploy.files.atomic import check_target
+    from phreg_deploy.layers import check_layers
     from phreg_deploy.student_record import model_path
 
     if precision in EIGHT_BITS:
@@ -65,12 +74,24 @@ def export(
             f"{', '.join(FLOATS)}."
         )
     check_export(precision, tuple(keep_fp32), images, image_size, batch)
+    check_layers(layers, layer_norm)
     check_model(model, checkpoint, random_weights)
     check_target(Path(output), force, [model_path(model), checkpoint, images])
     from phreg_deploy.export.exporter import ExportRequest, export_bundle
 
     request = ExportRequest(
-        model, checkpoint, precision, image_size, batch, crop, random_weights, images, tuple(keep_fp32)
+        model,
+        checkpoint,
+        precision,
+        image_size,
+        batch,
+        crop,
+        random_weights,
+        images,
+        tuple(keep_fp32),
+        layers,
+        layer_norm,
+        attention,
     )
     return export_bundle(request, Path(output), force=force, progress=progress)
 

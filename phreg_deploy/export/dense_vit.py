@@ -22,6 +22,7 @@ from phreg_deploy.export.folding import (
 )
 from phreg_deploy.export.rotary import is_half, rotary_tables
 from phreg_deploy.export.rotation import paired_halves, reorder_norm, rotate, wide_tables
+from phreg_deploy.layers import Layers, output_names
 from phreg_deploy.models.hooks import ViT, final_norm
 from phreg_deploy.spec import Preprocess
 
@@ -37,9 +38,19 @@ class DenseViT(nn.Module):
         preprocess: its mean and standard deviation are folded into the patch projection.
         positions_as_input: take the position embeddings that the model has as further inputs, for bundles with several
             sizes: ``pos_embed`` ``(1, N, C)``, ``rotary`` ``(2, L, H, N, D / 2)``.
+        layers: further layers to return.
+        attention: return the class token's attention in the last block too; the model must have a class token.
     """
 
-    def __init__(self, model: ViT, preprocess: Preprocess, *, positions_as_input: bool = False) -> None:
+    def __init__(
+        self,
+        model: ViT,
+        preprocess: Preprocess,
+        *,
+        positions_as_input: bool = False,
+        layers: Layers | None = None,
+        attention: bool = False,
+    ) -> None:
         super().__init__()
         self.patch = tuple(model.patch_embed.patch_size)
         self.class_token = model.cls_token is not None
@@ -69,6 +80,9 @@ class DenseViT(nn.Module):
         neighbours = rotary is not None and not is_half(model)
         self.blocks = nn.ModuleList(DenseBlock(block, neighbours) for block in model.blocks)
         self.norm = copy.deepcopy(final_norm(model))
+        self.layers, self.heads = layers, model.blocks[-1].attn.num_heads
+        self.class_attention = ClassAttention() if attention else None
+        self.outputs = output_names(self.class_token, layers, attention)
 
     def forward(self, image: torch.Tensor, *tables: torch.Tensor) -> tuple[torch.Tensor, ...]:
         """Compute dense features.
@@ -78,7 +92,8 @@ class DenseViT(nn.Module):
             tables: the inputs that ``self.tables`` has examples of, in its order.
 
         Returns:
-            features ``(B, Hp, Wp, C)``, cls ``(B, C)`` if the model has a class token, token_norm ``(B, Hp, Wp)``.
+            ``self.outputs`` in their order: features ``(B, Hp, Wp, C)``, cls ``(B, C)`` if the model has a class token,
+            token_norm ``(B, Hp, Wp)``; the same of each further layer; attention ``(B, H, Hp, Wp)``.
         """
         b, height, width, _ = image.shape
         hp, wp = height // self.patch[0], width // self.patch[1]
@@ -96,14 +111,25 @@ class DenseViT(nn.Module):
             x = torch.cat([self.prefix.expand(b, -1, -1), x], dim=1)  # (B, T, C)
         x = self.norm_pre(x)
         turns = self._turns(given.get("rotary"))
+        middle: list[torch.Tensor] = []
+        seen = None
         for i, block in enumerate(self.blocks):
-            x = block(x, turns[i % len(turns)])
+            if self.class_attention is not None and i + 1 == len(self.blocks):
+                x, seen = block(x, turns[i % len(turns)], self.class_attention)
+            else:
+                x = block(x, turns[i % len(turns)])
+            if self.layers is not None and i + 1 in self.layers.blocks:
+                middle.extend(self._read(x, (b, hp, wp), self.layers.norm))
+        attention = [] if seen is None else [seen[..., self.prefix_count :].reshape(b, -1, hp, wp)]
+        return (*self._read(x, (b, hp, wp), True), *middle, *attention)
+
+    def _read(self, x: torch.Tensor, grid: tuple[int, int, int], normed: bool) -> list[torch.Tensor]:
+        """Return features, class token if there is one, and token norms of the residual stream ``x`` ``(B, T, C)``."""
+        norm = self.norm if normed else nn.Identity()
         patches = x[:, self.prefix_count :]  # (B, N, C), without registers
-        token_norm = patches.square().sum(-1).sqrt().reshape(b, hp, wp)
-        features = self.norm(patches).reshape(b, hp, wp, -1)
-        if not self.class_token:
-            return features, token_norm
-        return features, self.norm(x[:, 0]), token_norm
+        token_norm = patches.square().sum(-1).sqrt().reshape(grid)
+        features = norm(patches).reshape(*grid, -1)
+        return [features, *([norm(x[:, 0])] if self.class_token else []), token_norm]
 
     def _turns(self, rotary: torch.Tensor | None) -> list[Any]:
         """The two tables that each layer's queries and keys are rotated by; one pair if all layers share it."""
@@ -111,6 +137,16 @@ class DenseViT(nn.Module):
             return list(zip(*(wide.unbind(0) for wide in wide_tables(rotary, self.prefix_count))))
         layers = len(self.turns) // 2
         return list(zip(self.turns[:layers], self.turns[layers:])) or [None]
+
+
+class ClassAttention(nn.Module):
+    """The class token's attention, of its query ``(B, H, 1, D)`` and all keys ``(B, H, T, D)``: ``(B, H, 1, T)``.
+
+    It stands beside the blocks, so that a runtime still recognises the attention inside the last one.
+    """
+
+    def forward(self, query: torch.Tensor, keys: torch.Tensor) -> torch.Tensor:
+        return (query @ keys.transpose(-2, -1)).softmax(-1)
 
 
 class DenseBlock(nn.Module):
@@ -126,9 +162,13 @@ class DenseBlock(nn.Module):
         fold_layer_scale(self.attn.proj, _layer_scale(block, 1))
         fold_layer_scale(self.mlp.fc2, _layer_scale(block, 2))
 
-    def forward(self, x: torch.Tensor, turn: Turn | None) -> torch.Tensor:
-        x = x + self.attn(self.norm1(x), turn)
-        return x + self.mlp(self.norm2(x))
+    def forward(self, x: torch.Tensor, turn: Turn | None, watch: nn.Module | None = None) -> Any:
+        if watch is None:
+            x = x + self.attn(self.norm1(x), turn)
+            return x + self.mlp(self.norm2(x))
+        y, seen = self.attn(self.norm1(x), turn, watch)
+        x = x + y
+        return x + self.mlp(self.norm2(x)), seen
 
 
 class DenseAttention(nn.Module):
@@ -158,7 +198,7 @@ class DenseAttention(nn.Module):
             self.qkv.bias = nn.Parameter(bias)
         self.norm, self.gate, self.proj = copy.deepcopy(attn.norm), copy.deepcopy(attn.gate), copy.deepcopy(attn.proj)
 
-    def forward(self, x: torch.Tensor, turn: Turn | None) -> torch.Tensor:
+    def forward(self, x: torch.Tensor, turn: Turn | None, watch: nn.Module | None = None) -> Any:
         b, t, _ = x.shape
         parts = self.qkv(x).chunk(3, dim=-1)
         # Each (B, H, T, D).
@@ -172,7 +212,7 @@ class DenseAttention(nn.Module):
         y = self.norm(y.transpose(1, 2).reshape(b, t, -1))
         if self.gate is not None:
             y = y * self.gate(x).sigmoid()
-        return self.proj(y)  # type: ignore[no-any-return]
+        return self.proj(y) if watch is None else (self.proj(y), watch(q[:, :, :1], k))
 
 
 def _layer_scale(block: ViT, which: int) -> torch.Tensor | None:

@@ -7,7 +7,8 @@ import copy
 import numpy as np
 import torch
 
-from phreg_deploy.models import hooks
+from phreg_deploy.layers import Layers
+from phreg_deploy.models.answers import model_answers
 from phreg_deploy.models.hooks import ViT
 from phreg_deploy.spec import Batches, Preprocess, Sizes
 
@@ -17,25 +18,28 @@ FIELDS = ((3, 70), (9, 40), (31, 25), (113, 12))
 
 
 @torch.inference_mode()
-def make_exam(model: ViT, preprocess: Preprocess, sizes: Sizes, batches: Batches) -> dict[str, np.ndarray]:
+def make_exam(
+    model: ViT,
+    preprocess: Preprocess,
+    sizes: Sizes,
+    batches: Batches,
+    layers: Layers | None = None,
+    attention: bool = False,
+) -> dict[str, np.ndarray]:
     """Compute what the unchanged PyTorch model answers, in float32, to seeded images of every listed size.
 
     Returns:
-        ``{case}/image`` uint8 ``(B, H, W, 3)``, ``{case}/features`` ``(B, Hp, Wp, C)``, ``{case}/token_norm``
-        ``(B, Hp, Wp)`` and, if the model has a class token, ``{case}/cls`` ``(B, C)``.
+        ``{case}/image`` uint8 ``(B, H, W, 3)``, and every output of ``models.answers.model_answers``, such as
+        ``{case}/features`` ``(B, Hp, Wp, C)``.
     """
     rng, exam = np.random.default_rng(SEED), {}
     batch = min(2, batches.highest) if batches.dynamic else batches.best
     for case, size in enumerate(dict.fromkeys(sizes.sizes)):
         sized = at_size(model, size)
         images = np.stack([_make_image(rng, size) for _ in range(batch)])
-        answers = hooks.forward(sized, hooks.normalise(images, preprocess.mean, preprocess.std))
-        grid = tuple(sized.patch_embed.grid_size)
+        answers = model_answers(sized, preprocess, layers=layers, attention=attention)(images)
         exam[f"{case}/image"] = images
-        exam[f"{case}/features"] = answers.patches.numpy().reshape(batch, *grid, -1)
-        exam[f"{case}/token_norm"] = answers.norms.numpy().reshape(batch, *grid)
-        if answers.cls is not None:
-            exam[f"{case}/cls"] = answers.cls.numpy()
+        exam.update({f"{case}/{name}": value for name, value in answers.items()})
     return exam
 
 

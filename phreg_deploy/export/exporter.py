@@ -22,6 +22,7 @@ from phreg_deploy.bundle.bundle import Bundle
 from phreg_deploy.bundle.manifest import GRAPH, POSITIONS, REFERENCE, ROTARY, WEIGHTS, Manifest
 from phreg_deploy.bundle.validity import check_extent, check_table
 from phreg_deploy.bundle.writing import write_manifest, write_npz, write_onnx_metadata
+from phreg_deploy.errors import PhregError
 from phreg_deploy.export.dense_vit import DenseViT
 from phreg_deploy.export.exam import at_size, make_exam
 from phreg_deploy.export.folding import patch_positions
@@ -29,6 +30,7 @@ from phreg_deploy.export.rotary import describe_rotary, rotary_tables
 from phreg_deploy.export.trace import OPSET, Traced, trace
 from phreg_deploy.files.atomic import atomic_folder
 from phreg_deploy.images.photographs import list_images, read_fitted
+from phreg_deploy.layers import Layers, parse_layers
 from phreg_deploy.models.hooks import ViT
 from phreg_deploy.models.loading import load_model, model_preprocess, model_spec
 from phreg_deploy.models.origin import find_origin, unknown_origin
@@ -56,6 +58,9 @@ class ExportRequest:
     random_weights: bool = False
     images: Path | None = None
     keep: tuple[str, ...] = ()
+    layers: str | None = None
+    layer_norm: bool = True
+    attention: bool = False
 
 
 @dataclass(frozen=True)
@@ -68,6 +73,8 @@ class _Source:
     batches: Batches
     recipe: str | None
     norm_median: float | None
+    layers: Layers | None
+    attention: bool
 
 
 def export_bundle(request: ExportRequest, output: Path, *, force: bool = False, progress: Progress = SILENT) -> Bundle:
@@ -77,11 +84,12 @@ def export_bundle(request: ExportRequest, output: Path, *, force: bool = False, 
         source = _load(request)
         advance(note="folding")
         sized = at_size(source.model, source.sizes.default)
-        module = DenseViT(sized, source.preprocess, positions_as_input=source.sizes.dynamic)
+        outputs: dict[str, Any] = {"layers": source.layers, "attention": source.attention}
+        module = DenseViT(sized, source.preprocess, positions_as_input=source.sizes.dynamic, **outputs)
         advance(note="tracing")
         traced = trace(module, source.sizes, source.batches)
         advance(note="reference")
-        exam = make_exam(source.model, source.preprocess, source.sizes, source.batches)
+        exam = make_exam(source.model, source.preprocess, source.sizes, source.batches, **outputs)
         float_parts = _narrow(traced, source, exam, photographs, request)
         _write(output, force, traced.model, exam, source, _manifest(request, source, traced.model, float_parts))
         advance(note="")
@@ -98,6 +106,11 @@ def _load(request: ExportRequest) -> _Source:
     rotary = describe_rotary(model) if sizes.dynamic else None
     if rotary is not None:
         check_table(rotary[0], sizes, tuple(model.patch_embed.patch_size))
+    layers = None
+    if request.layers is not None:
+        layers = Layers(parse_layers(request.layers, len(model.blocks)), request.layer_norm)
+    if request.attention:
+        _check_attention(request.model, model)
     folder = model_path(request.model)
     record = None if request.random_weights else read_record(folder)
     return _Source(
@@ -107,7 +120,20 @@ def _load(request: ExportRequest) -> _Source:
         batches=batches,
         recipe=None if record is None else recorded(record, folder, "recipe", "name"),
         norm_median=None if record is None else recorded_median(record, folder),
+        layers=layers,
+        attention=request.attention,
     )
+
+
+def _check_attention(name: str, model: ViT) -> None:
+    """Raise ``PhregError`` unless the model has a class token whose attention can be served."""
+    if model.cls_token is None:
+        pooled = getattr(model, "attn_pool", None) is not None
+        reason = "it pools its patches by an attention of its own" if pooled else "it averages its patches"
+        raise PhregError(
+            f"attention: {name} has no class token ({reason}), so there is no class token's attention to serve. Leave "
+            "out --attention, or choose a model with a class token, such as DINOv2 or CLIP."
+        )
 
 
 def _narrow(
@@ -162,6 +188,7 @@ def _manifest(request: ExportRequest, source: _Source, graph: onnx.ModelProto, f
         },
         norm_median=source.norm_median,
         rotary=None if rotary is None else rotary[0],
+        layers=source.layers,
         float_parts=float_parts,
         random_weights=request.random_weights,
     )

@@ -16,6 +16,7 @@ from onnx import AttributeProto, GraphProto, ModelProto
 
 from phreg_deploy.errors import PhregError
 from phreg_deploy.export.dense_vit import DenseViT
+from phreg_deploy.layers import kind_of
 from phreg_deploy.spec import Batches, Sizes
 
 # The newest opset that both TensorRT 10.0 and INT8 in ONNX Runtime take; it has LayerNormalization and Gelu.
@@ -31,8 +32,8 @@ class Traced:
     """A graph and the torch program that it came from.
 
     ``model``: inputs ``image`` and, for several sizes, ``pos_embed`` and ``rotary``; outputs ``features``, ``cls`` if
-    the model has a class token, ``token_norm``. ``program``: a ``torch.onnx.ONNXProgram``. ``largest``: tensor of the
-    graph -> the largest magnitude observed in it.
+    the model has a class token, ``token_norm``, and those of further layers. ``program``: a
+    ``torch.onnx.ONNXProgram``. ``largest``: tensor of the graph -> the largest magnitude observed in it.
     """
 
     model: ModelProto
@@ -69,13 +70,12 @@ def trace(module: DenseViT, sizes: Sizes, batches: Batches) -> Traced:
         PhregError: torch returns no program.
     """
     inputs, shapes = _examples(module, sizes, batches)
-    outputs = ["features", *(["cls"] if module.class_token else []), "token_norm"]
     with _silence():
         program = torch.onnx.export(
             module.eval(),
             inputs,
             input_names=["image", *module.tables],
-            output_names=outputs,
+            output_names=module.outputs,
             opset_version=OPSET,
             dynamo=True,
             dynamic_shapes=shapes,
@@ -125,11 +125,12 @@ def _clean(model: ModelProto, module: DenseViT, sizes: Sizes, batches: Batches) 
         "features": [batch, *grid, width],
         "cls": [batch, width],
         "token_norm": [batch, *grid],
+        "attention": [batch, module.heads, *grid],
     }
     for value in (*model.graph.input, *model.graph.output):
         shape = value.type.tensor_type.shape
         del shape.dim[:]
-        for side in shapes[value.name]:
+        for side in shapes[kind_of(value.name)]:
             dim = shape.dim.add()
             if isinstance(side, int):
                 dim.dim_value = side

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import ExitStack
 
 import numpy as np
 import torch
@@ -10,6 +11,7 @@ import torch
 from phreg_deploy.artifacts.measures import OUTLIER_FACTOR
 from phreg_deploy.artifacts.scores import Run
 from phreg_deploy.images.photographs import Photographs
+from phreg_deploy.layers import Layers
 from phreg_deploy.models import hooks
 from phreg_deploy.models.batches import Batches
 from phreg_deploy.models.hooks import ViT
@@ -18,24 +20,50 @@ from phreg_deploy.spec import Preprocess
 
 
 def model_answers(
-    model: ViT, preprocess: Preprocess, device: str = "cpu"
+    model: ViT,
+    preprocess: Preprocess,
+    device: str = "cpu",
+    *,
+    layers: Layers | None = None,
+    attention: bool = False,
 ) -> Callable[[np.ndarray], dict[str, np.ndarray]]:
     """Return a function from uint8 images ``(B, H, W, 3)`` to a bundle's outputs, float32.
 
-    ``features`` ``(B, Hp, Wp, C)``, ``token_norm`` ``(B, Hp, Wp)``; with a class token, ``cls`` ``(B, C)``.
+    ``features`` ``(B, Hp, Wp, C)``, ``token_norm`` ``(B, Hp, Wp)``; with a class token, ``cls`` ``(B, C)``; the same of
+    each of ``layers``, named ``features.3`` and so on; with ``attention``, ``attention`` ``(B, heads, Hp, Wp)``.
     """
     model = model.to(device).eval()
-    grid = tuple(model.patch_embed.grid_size)
+    grid, prefix, class_token = tuple(model.patch_embed.grid_size), model.num_prefix_tokens, model.cls_token is not None
+    blocks = () if layers is None else layers.blocks
+
+    def name(tokens: torch.Tensor, norms: torch.Tensor) -> dict[str, np.ndarray]:
+        """Return the outputs of one layer, of ``tokens`` ``(B, T, C)`` and the norms ``(B, N)`` of its patches."""
+        outputs = {
+            "features": tokens[:, prefix:].cpu().numpy().reshape(len(tokens), *grid, -1),
+            "token_norm": norms.cpu().numpy().reshape(len(tokens), *grid),
+        }
+        return {**outputs, "cls": tokens[:, 0].cpu().numpy()} if class_token else outputs
 
     @torch.inference_mode()
     def answer(images: np.ndarray) -> dict[str, np.ndarray]:
         batch = torch.from_numpy(np.ascontiguousarray(images)).to(device)
-        features = hooks.forward(model, hooks.normalise(batch, preprocess.mean, preprocess.std))
-        outputs = {
-            "features": features.patches.cpu().numpy().reshape(len(images), *grid, -1),
-            "token_norm": features.norms.cpu().numpy().reshape(len(images), *grid),
-        }
-        return outputs if features.cls is None else {**outputs, "cls": features.cls.cpu().numpy()}
+        streams: dict[int, torch.Tensor] = {}
+        rows: list[torch.Tensor] = []
+        with ExitStack() as stack:
+            if blocks:
+                stack.enter_context(hooks.block_outputs(model, lambda i, out: streams.update({i + 1: out})))
+            if attention:
+                stack.enter_context(hooks.class_attention(model, rows.append))
+            features = hooks.forward(model, hooks.normalise(batch, preprocess.mean, preprocess.std))
+        outputs = name(features.tokens, features.norms)
+        for block in blocks:
+            stream = streams[block]
+            tokens = hooks.final_norm(model)(stream) if layers is not None and layers.norm else stream
+            of_layer = name(tokens, stream[:, prefix:].float().norm(dim=-1))
+            outputs.update({f"{kind}.{block}": value for kind, value in of_layer.items()})
+        if attention:
+            outputs["attention"] = rows[0][..., prefix:].float().cpu().numpy().reshape(len(images), -1, *grid)
+        return outputs
 
     return answer
 

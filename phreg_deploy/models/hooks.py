@@ -78,6 +78,22 @@ def block_outputs(model: ViT, receive: Callable[[int, torch.Tensor], None]) -> I
 
 
 @contextmanager
+def class_attention(model: ViT, receive: Callable[[torch.Tensor], None]) -> Iterator[None]:
+    """While open, every forward calls ``receive`` with the class token's attention in the last block ``(B, heads, T)``.
+
+    timm then computes that block's attention step by step, and the softmax over all keys is what its dropout receives.
+    """
+    attn = model.blocks[-1].attn
+    fused, attn.fused_attn = attn.fused_attn, False
+    handle = attn.attn_drop.register_forward_pre_hook(lambda _module, inputs: receive(inputs[0][:, :, 0]))
+    try:
+        yield
+    finally:
+        handle.remove()
+        attn.fused_attn = fused
+
+
+@contextmanager
 def hidden_units(model: ViT, receive: Callable[[int, torch.Tensor], None]) -> Iterator[None]:
     """While open, every forward calls ``receive(block, hidden)`` with each MLP's activated units ``(B, T, H)``."""
 

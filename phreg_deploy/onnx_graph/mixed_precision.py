@@ -14,6 +14,7 @@ from onnx import ModelProto, NodeProto, TensorProto, helper, numpy_helper
 
 from phreg_deploy.arguments import check_pattern
 from phreg_deploy.errors import PhregError
+from phreg_deploy.layers import kind_of
 from phreg_deploy.onnx_graph.wiring import Wiring, replace_nodes
 
 FLOAT = TensorProto.FLOAT
@@ -24,9 +25,10 @@ TYPES = {
 LIMITS = {"fp16": 65504.0, "bf16": 3.3e38}
 # A tensor is too large for the format if this multiple of its largest value on the images is beyond the format's limit.
 ROOM = 4.0
-MOVES = {"Split", "Reshape", "Transpose", "Slice", "Gather", "Expand", "Concat"}
+# An Identity stands where two outputs are one tensor, such as those of the last layer.
+MOVES = {"Identity", "Split", "Reshape", "Transpose", "Slice", "Gather", "Expand", "Concat"}
 # The operators that compute ``token_norm``; squares overflow FP16.
-NORMS = {"Reshape", "Sqrt", "ReduceSum", "Pow", "Mul", "ReduceL2"}
+NORMS = {"Identity", "Reshape", "Sqrt", "ReduceSum", "Pow", "Mul", "ReduceL2"}
 
 
 @dataclass(frozen=True)
@@ -144,17 +146,19 @@ class _Narrowing:
 
     def _rules(self) -> set[str]:
         """Return the nodes that always stay in FP32: those of ``token_norm``, and with BF16 the final norm."""
-        producer, names = self.wiring.producer, set()
-        node = producer.get("token_norm")
-        while node is not None and node.op_type in NORMS:
-            names.add(node.name)
-            node = producer.get(node.input[0])
+        producer, names = self.wiring.producer, set[str]()
+        outputs = [value.name for value in self.model.graph.output]
+        for output in outputs:
+            node = producer.get(output) if kind_of(output) == "token_norm" else None
+            while node is not None and node.op_type in NORMS:
+                names.add(node.name)
+                node = producer.get(node.input[0])
         if self.precision == "bf16":
             # An RMS norm is several nodes.
             names |= {n.name for n in self.model.graph.node if n.name.startswith("norm/")}
-            for output in ("features", "cls"):
-                node = producer.get(output)
-                while node is not None and node.op_type in (MOVES | {"LayerNormalization"}):
+            for output in outputs:
+                node = producer.get(output) if kind_of(output) != "token_norm" else None
+                while node is not None and node.op_type in (MOVES | {"LayerNormalization", "Softmax"}):
                     names.add(node.name)
                     node = producer.get(node.input[0])
         return names

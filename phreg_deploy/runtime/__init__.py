@@ -1,6 +1,6 @@
 """A bundle and images -> dense features, parity and latency reports. Imports neither torch, timm nor onnx."""
 
-from phreg_deploy.runtime.dense_features import DenseFeatures
+from phreg_deploy.runtime.dense_features import DenseFeatures, LayerFeatures
 from phreg_deploy.runtime.features import FeatureExtractor
 
-__all__ = ["DenseFeatures", "FeatureExtractor"]
+__all__ = ["DenseFeatures", "FeatureExtractor", "LayerFeatures"]

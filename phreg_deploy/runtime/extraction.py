@@ -6,6 +6,7 @@ import contextlib
 import io
 import json
 import os
+import re
 import shutil
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -20,6 +21,7 @@ from phreg_deploy.errors import Interrupted, PhregError
 from phreg_deploy.files.atomic import atomic_folder
 from phreg_deploy.images.photographs import list_images
 from phreg_deploy.images.pictures import colours, components, heat, sheet
+from phreg_deploy.layers import ATTENTION, kind_of
 from phreg_deploy.progress import SILENT, Progress
 from phreg_deploy.runtime.dense_features import DenseFeatures
 from phreg_deploy.runtime.features import FeatureExtractor
@@ -59,19 +61,21 @@ class Extraction:
         return {**vars(self), "images": [image.to_json() for image in self.images]}
 
 
-def find_images(images: Iterable[Path]) -> dict[Path, str]:
+def find_images(images: Iterable[Path], outputs: tuple[str, ...] = ()) -> dict[Path, str]:
     """Every image file once, and the name of its features: its path in its folder, without suffix.
 
     A name that another file has, also in other case, gets a number.
 
     Args:
         images: files, or folders to search.
+        outputs: of ``parse_outputs``, whose files must not collide either.
 
     Raises:
         PhregError: a path does not exist, or a folder holds no image.
     """
     names: dict[Path, str] = {}
     visited, taken = set[str](), set[str]()
+    kinds = {*OUTPUTS, *outputs}
     for given in images:
         if not given.exists():
             refuse_url(str(given))
@@ -82,19 +86,24 @@ def find_images(images: Iterable[Path]) -> dict[Path, str]:
             visited.add(os.path.abspath(path))
             name = stem = (path.relative_to(given) if given.is_dir() else Path(path.name)).with_suffix("").as_posix()
             count = 1
-            while taken & {_file(name, output).lower() for output in OUTPUTS}:
+            while taken & {_file(name, output).lower() for output in kinds}:
                 count += 1
                 name = f"{stem}-{count}"
-            taken |= {_file(name, output).lower() for output in OUTPUTS}
+            taken |= {_file(name, output).lower() for output in kinds}
             names[path] = name
     return names
 
 
 def parse_outputs(text: str) -> tuple[str, ...]:
-    """Read names of ``OUTPUTS`` with commas between. Raises ``PhregError`` for anything else."""
+    """Read names of outputs with commas between, such as ``features,features.6``; a bundle may lack some.
+
+    Raises ``PhregError`` for anything else.
+    """
     names = tuple(dict.fromkeys(part.strip() for part in text.split(",")))
-    if not names or not set(names) <= set(OUTPUTS):
-        raise PhregError(f"outputs: got {text!r}, expected one or more of {', '.join(OUTPUTS)}, with commas between.")
+    layer = rf"({'|'.join(OUTPUTS)})\.[1-9]\d{{0,5}}"
+    if not names or not all(name in (*OUTPUTS, ATTENTION) or re.fullmatch(layer, name) for name in names):
+        expected = f"{', '.join(OUTPUTS)}, {ATTENTION}, or of a layer, such as features.6"
+        raise PhregError(f"outputs: got {text!r}, expected one or more of {expected}, with commas between.")
     return names
 
 
@@ -111,14 +120,14 @@ def extract_images(
     resume: bool = False,
     progress: Progress = SILENT,
 ) -> Extraction:
-    """Write ``NAME.npy`` (features ``(Hp, Wp, C)``), ``NAME.cls.npy`` and ``NAME.token_norm.npy`` for every image.
+    """Write ``NAME.npy`` (features ``(Hp, Wp, C)``), ``NAME.cls.npy`` and so on for every image.
 
     The index names each unreadable file. An interrupt keeps the finished images and an index that says so, unless they
     would replace an older output.
 
     Args:
         images: see ``find_images``.
-        outputs: of ``OUTPUTS``. dtype: of features and class tokens; token norms are always float32.
+        outputs: of the bundle's. dtype: of features, class tokens and attention; token norms are always float32.
         pictures: also write ``NAME.png``: the image, its features as colours, its norms as heat.
         resume: keep the images that ``output`` holds from the same bundle and settings, and extract the rest.
 
@@ -188,13 +197,14 @@ class _Writer:
         self.basis: np.ndarray | None = None
 
     def write(self, path: Path, files: dict[str, str], array: np.ndarray, dense: DenseFeatures) -> ExtractedImage:
+        arrays = dense.outputs()
         for kind, file in files.items():
             (self.folder / file).parent.mkdir(parents=True, exist_ok=True)
             if kind == "picture":
                 self.basis = components([dense.features[0]]) if self.basis is None else self.basis
                 _picture(array, dense, self.basis).save(self.folder / file)
             else:
-                values, dtype = getattr(dense, kind)[0], "float32" if kind == "token_norm" else self.dtype
+                values, dtype = arrays[kind][0], "float32" if kind_of(kind) == "token_norm" else self.dtype
                 _save(self.folder / file, values, dtype)
         shape, rate = list(dense.features.shape[1:]), float(dense.artifact_rate[0])
         return ExtractedImage(str(path), files, shape, rate, _stamp(path))

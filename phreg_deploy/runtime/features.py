@@ -170,7 +170,7 @@ class FeatureExtractor(AbstractContextManager["FeatureExtractor"]):
             parts.append({name: value[: len(part)] for name, value in outputs.items()})
         joined = parts[0] if len(parts) == 1 else {name: np.concatenate([p[name] for p in parts]) for name in parts[0]}
         floats = {name: value.astype(np.float32, copy=False) for name, value in joined.items()}
-        return DenseFeatures(floats["features"], floats.get("cls"), floats["token_norm"], self.manifest.norm_median)
+        return DenseFeatures.of(floats, self.manifest.norm_median)
 
     def run(self, batch: Any, *, out: Mapping[str, Any] | None = None, stream: int | None = None) -> dict[str, Any]:
         """Run the graph: uint8 ``(B, H, W, 3)`` at a served size and batch -> its outputs by name, in its own types.

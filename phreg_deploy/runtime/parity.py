@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -11,6 +11,7 @@ import numpy as np
 from phreg_deploy.artifacts.parity import Parity as Parity
 from phreg_deploy.artifacts.parity import ParityAccumulator as ParityAccumulator
 from phreg_deploy.artifacts.parity import compare_runs as compare_runs
+from phreg_deploy.artifacts.parity import worst as worst
 from phreg_deploy.bundle.bundle import Bundle
 from phreg_deploy.bundle.gates import AT_LEAST, GATES, SENTENCES, exam_bars
 from phreg_deploy.bundle.manifest import Manifest
@@ -21,15 +22,24 @@ Answer = Callable[[np.ndarray], dict[str, np.ndarray]]
 
 @dataclass(frozen=True)
 class Gate(Stored):
-    """One figure of a parity and its bar. ``name``: the field of ``Parity``."""
+    """One figure of a parity and its bar.
+
+    ``name``: the field of ``Parity``. ``where``: the output with the worst figure, such as "layer 6"; "" for the last
+    layer, or where it is not known.
+    """
 
     name: str
     bar: float
     figure: float
     passed: bool
+    where: str = ""
 
     def __str__(self) -> str:
-        return SENTENCES[self.name].format(figure=self.figure, bar=self.bar)
+        sentence = SENTENCES[self.name].format(figure=self.figure, bar=self.bar)
+        return f"{self.where}: {sentence}" if self.where else sentence
+
+    def to_json(self) -> dict[str, Any]:
+        return {name: value for name, value in super().to_json().items() if name != "where" or value}
 
 
 def gates_of(
@@ -86,11 +96,15 @@ def writes_exams(manifest: Manifest, backend: str) -> bool:
 
 @dataclass(frozen=True)
 class ExamCase:
-    """One case of a bundle's exam: ``size`` (height, width), ``batch``, and the parity of the answers."""
+    """One case of a bundle's exam: ``size`` (height, width), ``batch``, and the parity of the answers.
+
+    ``parity`` is the worst of ``parts``, which are as of ``ParityAccumulator.parts``.
+    """
 
     size: tuple[int, int]
     batch: int
     parity: Parity
+    parts: dict[str, Parity]
 
 
 def run_exam(bundle: Bundle, answer: Answer, cases: list[dict[str, np.ndarray]] | None = None) -> list[ExamCase]:
@@ -102,8 +116,10 @@ def run_exam(bundle: Bundle, answer: Answer, cases: list[dict[str, np.ndarray]] 
     """
     compared = []
     for case in bundle.cases() if cases is None else cases:
-        parity = compare_runs(answer(case["image"]), case, bundle.manifest.norm_median)
-        compared.append(ExamCase(case["image"].shape[1:3], len(case["image"]), parity))
+        image = case["image"]
+        accumulator = ParityAccumulator(bundle.manifest.norm_median)
+        accumulator.add(answer(image), {name: value for name, value in case.items() if name != "image"})
+        compared.append(ExamCase(image.shape[1:3], len(image), accumulator.parity(), accumulator.parts()))
     return compared
 
 
@@ -116,16 +132,20 @@ def judge_exam(
         backend, compute: the name of the backend that answers, and the precision that it computes in.
         answer, cases: see ``run_exam``.
     """
-    parity = worst([case.parity for case in run_exam(bundle, answer, cases)])
+    compared = run_exam(bundle, answer, cases)
+    parity = worst([case.parity for case in compared])
     again = writes_exams(bundle.manifest, backend)
-    return parity, gates_of(parity, gate_precision(bundle.manifest, compute), exam=True, again=again)
+    gates = gates_of(parity, gate_precision(bundle.manifest, compute), exam=True, again=again)
+    parts = [item for case in compared for item in case.parts.items()]
+    return parity, [gate if gate.passed else _located(gate, parts) for gate in gates]
 
 
-def worst(parities: list[Parity]) -> Parity:
-    """The worst value of each figure over several comparisons."""
-    pick = {
-        name: (min if name.startswith("cosine") or name in AT_LEAST else max)(values)
-        for name in Parity.__dataclass_fields__
-        if (values := [getattr(p, name) for p in parities if getattr(p, name) is not None])
-    }
-    return Parity(**{"cls_cosine": None, **pick})
+def part_name(part: str) -> str:
+    """How people read a key of ``ParityAccumulator.parts``: "layer 6", "attention", and "" for the last layer."""
+    return f"layer {part}" if part.isdigit() else part
+
+
+def _located(gate: Gate, parts: list[tuple[str, Parity]]) -> Gate:
+    """Name the first output that has the gate's figure, which is the worst of all."""
+    found = next((part for part, parity in parts if getattr(parity, gate.name) == gate.figure), "")
+    return replace(gate, where=part_name(found))

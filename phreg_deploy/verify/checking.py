@@ -10,13 +10,23 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from phreg_deploy.artifacts.measures import NormOutliers
+from phreg_deploy.artifacts.measures import NormOutliers, norm_outliers
 from phreg_deploy.artifacts.scores import Run, Scores, score
 from phreg_deploy.images.photographs import Photographs, read_photographs
 from phreg_deploy.images.pictures import colours, components, heat
+from phreg_deploy.layers import ATTENTION
 from phreg_deploy.progress import SILENT, Progress
 from phreg_deploy.runtime.features import FeatureExtractor
-from phreg_deploy.runtime.parity import Gate, Parity, ParityAccumulator, gates_of, run_exam, worst, writes_exams
+from phreg_deploy.runtime.parity import (
+    Gate,
+    Parity,
+    ParityAccumulator,
+    gates_of,
+    part_name,
+    run_exam,
+    worst,
+    writes_exams,
+)
 from phreg_deploy.student_record import model_path, read_record, recorded
 from phreg_deploy.verify.report import ArtifactRates, CheckReport, Comparison, Pictures
 
@@ -40,11 +50,12 @@ class CheckRequest:
 
 @dataclass(frozen=True)
 class _OnImages:
-    """What was measured on photographs."""
+    """What was measured on photographs. ``layers``: norm outliers of the bundle's further layers."""
 
     photographs: Photographs
     scores: dict[str, Scores]
-    parity: Parity | None
+    parity: dict[str, Parity]
+    layers: dict[str, NormOutliers]
 
 
 def check_extractor(extractor: FeatureExtractor, request: CheckRequest, progress: Progress = SILENT) -> CheckReport:
@@ -55,14 +66,16 @@ def check_extractor(extractor: FeatureExtractor, request: CheckRequest, progress
     """
     manifest = extractor.manifest
     comparisons = [
-        Comparison(EXAM, f"{case.size[0]}x{case.size[1]}, batch {case.batch}", case.parity)
+        Comparison(EXAM, f"{case.size[0]}x{case.size[1]}, batch {case.batch}{_part_name(part)}", parity)
         for case in run_exam(extractor.bundle, extractor.run)
+        for part, parity in case.parts.items()
     ]
     measured = _measure(extractor, request, progress) if request.images is not None else None
-    if measured is not None and measured.parity is not None:
+    if measured is not None:
         height, width = manifest.sizes.default
         size = f"{height}x{width}, {len(measured.photographs)} images"
-        comparisons.append(Comparison(f"PyTorch {request.reference}", size, measured.parity))
+        for part, parity in measured.parity.items():
+            comparisons.append(Comparison(f"PyTorch {request.reference}", f"{size}{_part_name(part)}", parity))
     quantisation = manifest.quantisation or {}
     return CheckReport(
         bundle=str(extractor.bundle.folder),
@@ -80,14 +93,30 @@ def check_extractor(extractor: FeatureExtractor, request: CheckRequest, progress
     )
 
 
-def bundle_run(extractor: FeatureExtractor) -> Run:
-    """A bundle as ``scores.score`` calls it: uint8 images -> features and pre-norm token norms."""
+class BundleRun:
+    """A bundle as ``scores.score`` calls it: uint8 images -> features and pre-norm token norms.
 
-    def run(images: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        dense = extractor.dense(np.ascontiguousarray(images))
+    It keeps the token norms of further layers for the first image of each call, which is the unshifted view.
+    """
+
+    def __init__(self, extractor: FeatureExtractor) -> None:
+        self.extractor = extractor
+        self._norms: dict[int, list[np.ndarray]] = {}
+
+    def __call__(self, images: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        dense = self.extractor.dense(np.ascontiguousarray(images))
+        for block, layer in dense.layers.items():
+            self._norms.setdefault(block, []).append(layer.token_norm[0])
         return dense.features, dense.token_norm
 
-    return run
+    def layers(self) -> dict[str, NormOutliers]:
+        """The norm outliers of each further layer, against its own median over the images; by number of blocks."""
+        return {str(block): norm_outliers(np.stack(norms)) for block, norms in self._norms.items()}
+
+
+def _part_name(part: str) -> str:
+    """How a comparison names a layer or the attention after the size; nothing for the last layer."""
+    return f", {part_name(part)}" if part else ""
 
 
 def _measure(extractor: FeatureExtractor, request: CheckRequest, progress: Progress) -> _OnImages:
@@ -106,17 +135,19 @@ def _measure(extractor: FeatureExtractor, request: CheckRequest, progress: Progr
     scores: dict[str, Scores] = {}
     median = manifest.norm_median
     runs = {name: _model_run(model, extractor) for name, model in models.items()}
-    for name, run in {**runs, "bundle": bundle_run(extractor)}.items():
+    own = BundleRun(extractor)
+    runs["bundle"] = own
+    for name, run in runs.items():
         scores[name] = score(
             run, photographs, manifest.model.patch, median=median, progress=progress, name=f"scoring {name}"
         )
         if name == "base":
             median = scores[name].norm_outliers.median
-    parity = None
+    parity = {}
     if "student" in models:
         answers = _answers(models["student"], extractor)
         parity = _parity_on_images(extractor, answers, photographs, median, progress)
-    return _OnImages(photographs, scores, parity)
+    return _OnImages(photographs, scores, parity, own.layers())
 
 
 def _load_model(source: str, checkpoint: Path | None, size: tuple[int, int]) -> Any:
@@ -134,22 +165,22 @@ def _model_run(model: Any, extractor: FeatureExtractor) -> Run:
 def _answers(model: Any, extractor: FeatureExtractor) -> Answers:
     from phreg_deploy.models.answers import model_answers
 
-    return model_answers(model, extractor.manifest.preprocess)
+    manifest = extractor.manifest
+    attention = ATTENTION in manifest.outputs
+    return model_answers(model, manifest.preprocess, layers=manifest.layers, attention=attention)
 
 
 def _parity_on_images(
     extractor: FeatureExtractor, answers: Answers, photographs: Photographs, median: float | None, progress: Progress
-) -> Parity:
+) -> dict[str, Parity]:
     """Compare the bundle with ``answers`` on every photograph, in the largest batches that the bundle serves."""
     step, accumulator = extractor.manifest.batches.highest, ParityAccumulator(median)
     with progress.task("parity on images", len(photographs)) as advance:
         for start in range(0, len(photographs), step):
             batch = photographs.batch(start, start + step)
-            dense = extractor.dense(batch)
-            outputs = {"features": dense.features, "token_norm": dense.token_norm, "cls": dense.cls}
-            accumulator.add({name: value for name, value in outputs.items() if value is not None}, answers(batch))
+            accumulator.add(extractor.dense(batch).outputs(), answers(batch))
             advance(len(batch))
-    return accumulator.parity()
+    return accumulator.parts()
 
 
 def _artifacts(measured: _OnImages, backend: str, reference: str | None) -> dict[str, ArtifactRates]:
@@ -157,7 +188,8 @@ def _artifacts(measured: _OnImages, backend: str, reference: str | None) -> dict
     rates = {} if "base" in measured.scores or not reference else _recorded_base(reference)
     for name, scores in measured.scores.items():
         note = f"{backend if name == 'bundle' else 'PyTorch'}, these images"
-        rates[name] = ArtifactRates(scores.norm_outliers, scores.shift_incoherence, scores.images, note)
+        layers = measured.layers if name == "bundle" else {}
+        rates[name] = ArtifactRates(scores.norm_outliers, scores.shift_incoherence, scores.images, note, layers)
     return rates
 
 

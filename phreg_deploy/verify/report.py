@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from PIL import Image
@@ -10,6 +10,7 @@ from PIL import Image
 from phreg_deploy.artifacts.measures import NormOutliers, ShiftIncoherence
 from phreg_deploy.artifacts.scores import Scores
 from phreg_deploy.runtime.parity import Gate, Parity
+from phreg_deploy.spec import plain
 
 Pictures = list[list[tuple[str, Image.Image]]]  # rows of captioned pictures
 
@@ -28,12 +29,16 @@ class Comparison:
 
 @dataclass(frozen=True)
 class ArtifactRates:
-    """Artifacts of one model. A base model that was only recorded has neither ``shift_incoherence`` nor ``images``."""
+    """Artifacts of one model. A base model that was only recorded has neither ``shift_incoherence`` nor ``images``.
+
+    ``layers``: norm outliers of a bundle's further layers, by number of blocks.
+    """
 
     norm_outliers: NormOutliers
     shift_incoherence: ShiftIncoherence | None
     images: int | None
     note: str
+    layers: dict[str, NormOutliers] = field(default_factory=dict)
 
     @property
     def incoherent(self) -> float | None:
@@ -43,7 +48,9 @@ class ArtifactRates:
     def to_json(self) -> dict[str, Any]:
         shift = asdict(self.shift_incoherence) if self.shift_incoherence else {"rate": None}
         images = {} if self.images is None else {"images": self.images}
-        return {"norm_outliers": asdict(self.norm_outliers), "shift_incoherence": shift, **images, "note": self.note}
+        layers = {"layers": plain(self.layers)} if self.layers else {}
+        outliers = asdict(self.norm_outliers)
+        return {"norm_outliers": outliers, "shift_incoherence": shift, **images, "note": self.note, **layers}
 
 
 @dataclass(frozen=True)
@@ -90,6 +97,7 @@ class ArtifactReport:
     """The result of ``score_artifacts``.
 
     ``backend`` of a bundle, ``device`` of a PyTorch model. ``blocks``: token norms after each block of a PyTorch model.
+    ``layers``: norm outliers of a bundle's further layers, by number of blocks.
     ``picture``: the first image, its features and its norms.
     """
 
@@ -99,8 +107,9 @@ class ArtifactReport:
     backend: str | None = None
     device: str | None = None
     blocks: list[dict[str, float]] | None = None
+    layers: dict[str, NormOutliers] | None = None
 
     def to_json(self) -> dict[str, Any]:
-        optional = {name: getattr(self, name) for name in ("backend", "device", "blocks")}
+        optional = {name: plain(getattr(self, name)) for name in ("backend", "device", "blocks", "layers")}
         given = {name: value for name, value in optional.items() if value is not None}
         return {"model": self.model, **self.scores.to_json(), **given}

@@ -13,7 +13,7 @@ from phreg_deploy.images.pictures import colours, components, heat, sheet
 from phreg_deploy.progress import Progress
 from phreg_deploy.runtime.features import FeatureExtractor
 from phreg_deploy.student_record import model_path, read_record, recorded_median
-from phreg_deploy.verify.checking import bundle_run
+from phreg_deploy.verify.checking import BundleRun
 from phreg_deploy.verify.report import ArtifactReport
 
 
@@ -44,8 +44,10 @@ def score_bundle(
         manifest.sizes.check(size, manifest.model.patch)
         photographs = read_photographs(images, size, manifest.preprocess, limit, say=progress.say)
         centre = median or manifest.norm_median
-        scores = score(bundle_run(extractor), photographs, manifest.model.patch, median=centre, progress=progress)
-        return ArtifactReport(path, scores, _sheet(photographs, scores), backend=extractor.backend)
+        run = BundleRun(extractor)
+        scores = score(run, photographs, manifest.model.patch, median=centre, progress=progress)
+        sheet = _sheet(photographs, scores)
+        return ArtifactReport(path, scores, sheet, backend=extractor.backend, layers=run.layers() or None)
 
 
 def score_model(

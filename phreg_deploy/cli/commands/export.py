@@ -19,6 +19,7 @@ from phreg_deploy.errors import BackendMissing, GateFailed, PhregError
 from phreg_deploy.extras import CALIBRATION, EXPORT, require
 from phreg_deploy.files.atomic import check_target
 from phreg_deploy.images.photographs import list_images
+from phreg_deploy.layers import check_layers
 from phreg_deploy.student_record import model_path
 
 
@@ -63,6 +64,20 @@ from phreg_deploy.student_record import model_path
     help="Resize the whole image, or use timm's centre crop.",
 )
 @click.option(
+    "--layers",
+    metavar="LIST",
+    help="Serve further layers: numbers of blocks 3,6,9,12 (12 is the last of 12), fractions 1/4,1/2,3/4,1, or all.",
+)
+@click.option(
+    "--layer-norm/--no-layer-norm",
+    default=True,
+    show_default=True,
+    help="Apply the model's final norm to the features of --layers.",
+)
+@click.option(
+    "--attention", is_flag=True, help="Serve the class token's attention over the patches in the last block too."
+)
+@click.option(
     "--random-weights", is_flag=True, help="Load no pretrained weights, for timing only; the manifest says so."
 )
 @click.option("--no-check", is_flag=True, help="Skip the parity check of the written bundle.")
@@ -90,6 +105,7 @@ def export(
     Examples:
       phreg-deploy export student -o student.bundle --format trt --precision fp16
       phreg-deploy export student -o student.bundle --format onnx --image-size 480x640 --batch 1:4:8
+      phreg-deploy export vit_base_patch14_dinov2.lvd142m -o dino.bundle --layers 1/4,1/2,3/4,1 --attention
       phreg-deploy export vit_base_patch14_dinov2.lvd142m -o dino.bundle --image-size 224:518:1036 --precision fp16
     """
     result = Result(as_json, quiet)
@@ -116,6 +132,7 @@ def _check(output: Path, target: str, options: dict[str, Any]) -> None:
     """Check the options before anything slow is imported."""
     precision, images, model, checkpoint = (options[name] for name in ("precision", "images", "model", "checkpoint"))
     check_export(precision, options["keep_fp32"], images, options["image_size"], options["batch"], target)
+    check_layers(options["layers"], options["layer_norm"])
     check_model(model, checkpoint, options["random_weights"])
     if images is not None:
         list_images(images)

@@ -24,14 +24,14 @@ from phreg_deploy.files.atomic import check_target
     "--outputs",
     default="features",
     show_default=True,
-    help="What to write: features, cls, token_norm; with commas between.",
+    help="What to write, with commas between: features, cls, token_norm, those of a layer (features.6), attention.",
 )
 @click.option(
     "--dtype",
     type=click.Choice(["float32", "float16"]),
     default="float32",
     show_default=True,
-    help="Of features and cls.",
+    help="Of all but token norms.",
 )
 @click.option(
     "--pictures/--no-pictures",
@@ -73,6 +73,7 @@ def extract(
     Examples:
       phreg-deploy extract student.bundle photo.jpg more-photos/ -o features/
       phreg-deploy extract student.bundle photos/ -o features/ --outputs features,cls,token_norm --dtype float16
+      phreg-deploy extract layers.bundle photos/ -o features/ --outputs features.6,features.12,attention
     """
     from phreg_deploy.runtime.extraction import extract_images, find_images, parse_outputs
     from phreg_deploy.runtime.features import FeatureExtractor
@@ -84,7 +85,8 @@ def extract(
     # Loading takes seconds, so the arguments are checked first.
     check_target(output, force or resume, [bundle, *images])
     size = parse_size(image_size) if image_size else None
-    names, paths = parse_outputs(outputs), find_images(images)
+    names = parse_outputs(outputs)
+    paths = find_images(images, names)
     files: dict[str, Any] = {"outputs": names, "dtype": dtype, "pictures": pictures, "force": force, "resume": resume}
     with FeatureExtractor.load(
         bundle, backend, threads=threads, compute=compute, mode=mode, device=device, exif=exif

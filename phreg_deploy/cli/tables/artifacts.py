@@ -10,6 +10,7 @@ if TYPE_CHECKING:
     from phreg_deploy.verify.report import ArtifactReport
 
 PERCENTILES = "    1 - cosine, percentiles 50 / 90 / 95 / 99"
+LAYERS = ["layer", "median norm", "largest / median", "norm-outlier rate"]
 BLOCKS = ["block", "median norm", "largest / median", "above 2x"]
 
 
@@ -25,6 +26,9 @@ def show_artifacts(report: ArtifactReport, result: Result) -> None:
         [PERCENTILES, " / ".join(f"{value:.3f}" for value in (shift.p50, shift.p90, shift.p95, shift.p99))],
     ]
     result.table(f"Artifacts of {report.model} on {report.scores.images} images", ["score", "value"], rows)
+    if report.layers:
+        rows = [[name, o.median, o.largest, percent(o.rate)] for name, o in report.layers.items()]
+        result.table("Further layers, over patch tokens", LAYERS, rows)
     if report.blocks:
         rows = [[str(i), b["median"], b["largest"], percent(b["rate"])] for i, b in enumerate(report.blocks)]
         result.table("Block by block, over patch tokens", BLOCKS, rows)

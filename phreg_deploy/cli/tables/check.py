@@ -34,7 +34,7 @@ def show_check(report: CheckReport, result: Result) -> None:
             f"1st percentile {fidelity['cosine_p1']:.5f}."
         )
     if report.artifacts:
-        rows = [_rates_row(name, rates) for name, rates in report.artifacts.items()]
+        rows = [row for name, rates in report.artifacts.items() for row in _rates_rows(name, rates)]
         result.table(f"Artifacts on {report.images} images", RATES, rows)
 
 
@@ -58,6 +58,9 @@ def _parity_row(comparison: Comparison) -> list[str]:
     ]
 
 
-def _rates_row(name: str, rates: ArtifactRates) -> list[str | float]:
+def _rates_rows(name: str, rates: ArtifactRates) -> list[list[str | float]]:
     outliers = rates.norm_outliers
-    return [name, percent(outliers.rate), outliers.largest, percent(rates.incoherent), rates.note]
+    layers: list[list[str | float]] = [
+        [f"{name}, layer {b}", percent(o.rate), o.largest, "", rates.note] for b, o in rates.layers.items()
+    ]
+    return [[name, percent(outliers.rate), outliers.largest, percent(rates.incoherent), rates.note], *layers]

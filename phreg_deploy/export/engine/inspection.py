@@ -16,6 +16,7 @@ EIGHT_BIT_TYPE = re.compile(r"int8|fp8|float8|e4m3", re.IGNORECASE)
 # A linear layer's node, or a part of one that was split (``attn.qkv.q``).
 LINEAR = re.compile(r"^(blocks\.\d+\..+?)(?:\.(?:[qkv]|\d))?/MatMul(?:_\d+)?$")
 ATTENTION = re.compile(r"^(blocks\.\d+\.attn)/MatMul(?:_\d+)?$")
+SOFTMAX = re.compile(r"^blocks\.\d+\.attn/Softmax$")
 # Head widths that TensorRT's fused attention takes: above the first, up to the second, in steps of 8.
 HEAD_WIDTHS = (8, 256)
 
@@ -97,7 +98,7 @@ def take_census(layers: list[dict[str, Any]]) -> Census:
     for layer in map(_Layer.read, layers):
         unread += not layer.nodes
         products = [match[1] for node in layer.nodes if (match := ATTENTION.match(node))]
-        softmaxes = {node.split("/")[0] for node in layer.nodes if node.endswith("/Softmax")}
+        softmaxes = {node.split("/")[0] for node in layer.nodes if SOFTMAX.match(node)}
         if layer.is_fused_attention(products, softmaxes):
             fused.update(dict.fromkeys(sorted({*products, *softmaxes})))
         elif layer.multiplies() or len(softmaxes) > 1:

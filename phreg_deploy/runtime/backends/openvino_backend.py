@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from queue import Empty, SimpleQueue
 from typing import Any
 
@@ -50,7 +51,7 @@ class OpenVinoBackend:
         if options.threads:
             properties["INFERENCE_NUM_THREADS"] = options.threads
         self._model = _compile(openvino, core, bundle, properties, emulated)
-        self._names = [_output_name(output.get_names(), set(bundle.manifest.outputs)) for output in self._model.outputs]
+        self._names = _output_names([output.get_names() for output in self._model.outputs], bundle.manifest.outputs)
         check_outputs(bundle, self._names)
         self._idle: SimpleQueue[Any] = SimpleQueue()
         self.integer_layers, float_layers = census(self._model)
@@ -112,9 +113,16 @@ def _compile(openvino: Any, core: Any, bundle: Bundle, properties: dict[str, Any
         raise PhregError(f"backend: OpenVINO {openvino.__version__} cannot load {bundle.graph}: {reason}") from None
 
 
-def _output_name(names: set[str], served: set[str]) -> str:
-    """The served name of an output; where OpenVINO merged it with another tensor, it has the names of both."""
-    return next((name for name in sorted(names) if name in served or name.startswith("probe/")), min(names))
+def _output_names(outputs: list[set[str]], served: Collection[str]) -> list[str]:
+    """The served name of each output, given all names of each.
+
+    OpenVINO merges equal tensors, such as the last layer's features, and gives each of them the names of all.
+    """
+    named: list[str] = []
+    for names in outputs:
+        known = [name for name in sorted(names) if name in served or name.startswith("probe/")]
+        named.append(next((name for name in known if name not in named), min(names)))
+    return named
 
 
 def _check_census(openvino: Any, bundle: Bundle, integer: set[str], floats: set[str]) -> None:
