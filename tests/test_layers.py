@@ -42,7 +42,18 @@ MAY = {
         "runtime/backends",
         "export/engine",
     },
-    "demo": {"files", "images", "artifacts", "models", "distill", "runtime", "calibration", "export", "verify"},
+    "demo": {
+        "files",
+        "images",
+        "artifacts",
+        "models",
+        "distill",
+        "distill/neurons",
+        "runtime",
+        "calibration",
+        "export",
+        "verify",
+    },
     "cli": {"cli/commands", "runtime/backends"},
 }
 MAY["cli/tables"] = set(MAY)

@@ -28,14 +28,14 @@ class Recipe(Stored):
     # The measurements behind these values are in docs/figures.md.
     unlock: str = "all"
     class_weight: float = 4.0
-    hard_weight: float = 2.0
+    hard_weight: float = 30.0
     norm_weight: float = 1.0
     scale_free: bool = True
     flips: bool = True
-    lr: float = 1e-4
+    lr: float = 5e-5
     lr_end: float | None = None
     weight_decay: float = 0.05
-    batch: int = 32
+    batch: int = 16
     clip: float = 1.0
     epochs: int = 16
     registers: int = 4
