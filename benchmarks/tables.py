@@ -181,7 +181,24 @@ def gates(_name: str) -> str:
     return table(["precision", "compared on", "figure", "worst measured", "bar"], rows)
 
 
+def present_recipe(name: str) -> str:
+    """The scores in ``phreg.json``, base and student of each model."""
+    models = load(name)
+    both = [(model["scores"], which) for model in models.values() for which in ("base", "student")]
+    rows = [
+        ["norm-outlier rate", *(percent(scores[which]["norm_outliers"]["rate"], 3) for scores, which in both)],
+        ["largest norm / median", *(f"{scores[which]['norm_outliers']['largest']:.2f}" for scores, which in both)],
+        ["cosine to the denoised target, mean", *(three(scores[which]["fidelity"]["mean"]) for scores, which in both)],
+        ["1st percentile", *(three(scores[which]["fidelity"]["p1"]) for scores, which in both)],
+        ["over the base's outlier tokens", *(three(scores[which]["fidelity"]["outliers"]) for scores, which in both)],
+    ]
+    for title, key in (("class token cosine", "class_cosine"), ("top-1 agreement", "top1_agreement")):
+        rows.append([title, *("1" if which == "base" else three(scores[key]) for scores, which in both)])
+    return table(["", *(f"{model}, {which}" for model in models for which in ("base", "student"))], rows)
+
+
 TABLES: dict[str, Callable[[str], str]] = {
+    "present-recipe": present_recipe,
     "students": quality,
     "students-deit": quality,
     "headline": headline,

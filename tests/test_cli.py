@@ -89,7 +89,11 @@ def test_the_commands_run_one_after_another(world, run_cli):
     record = document_of(run_cli("distill", world.base, "--images", world.photos, "-o", student, *QUICK, "--json"))
     assert record["output"] == str(student)
     assert record["images"] == {**record["images"], "trained": 21, "skipped": 0}
-    assert [(n["block"], n["unit"]) for n in record["register_neurons"]] == [(1, 17)]
+    # The place of the planted neuron has a longer position embedding, to which two units of block 0 add a little.
+    strongest = max(record["register_neurons"], key=lambda n: n["share"])
+    assert (strongest["block"], strongest["unit"]) == (1, 17)
+    assert strongest["share"] > 0.8, record["register_neurons"]
+    assert all(n["share"] < 0.05 for n in record["register_neurons"] if n is not strongest)
     assert record["scores"]["student"]["norm_outliers"]["rate"] < record["scores"]["base"]["norm_outliers"]["rate"]
     assert len(record["history"]["loss"]) == 1
     inspected = document_of(run_cli("inspect", student, "--json"))
