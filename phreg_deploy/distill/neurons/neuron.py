@@ -1,4 +1,4 @@
-"""A register neuron, as it is found, moved and recorded."""
+"""The type of a register neuron: what the search returns and ``phreg.json`` stores."""
 
 from __future__ import annotations
 
