@@ -3,10 +3,12 @@
 No fixture needs the network. Fixtures that need torch skip if it is not installed.
 """
 
+import functools
 import importlib
 import os
 import pickle
 import shutil
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -62,6 +64,21 @@ def made_once(tmp_path_factory):
         return folder
 
     return made
+
+
+@pytest.fixture(scope="session", autouse=True)
+def torchlib_parsed_once():
+    """Parse the functions of onnxscript's library once, not in every export: that is a quarter of an export's time."""
+    if "torch" not in sys.modules:
+        yield
+        return
+    try:
+        from onnxscript import TracedOnnxFunction as traced
+    except ImportError:  # the extra "export" is not installed
+        yield
+        return
+    with mock.patch.object(traced, "function_ir", property(functools.cache(traced.function_ir.fget))):
+        yield
 
 
 @pytest.fixture(scope="session")
