@@ -4,6 +4,7 @@ No fixture needs the network. Fixtures that need torch skip if it is not install
 """
 
 import functools
+import gc
 import importlib
 import os
 import pickle
@@ -27,6 +28,12 @@ pytest_plugins = ["tests.gpu_fixtures", "tests.real_gpu_fixtures"]
 
 SIDE, PATCH, WIDTH, DEPTH = 64, 8, 48, 3
 NEURON = (1, 17)  # block and hidden unit of the planted register neuron
+
+
+def pytest_collection_finish():
+    """Leave what is loaded by now out of every later garbage collection, which would walk through it in vain."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(scope="session")

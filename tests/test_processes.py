@@ -176,5 +176,5 @@ def test_workers_of_a_data_loader_extract(bundle, method):
     if method not in multiprocessing.get_all_start_methods():
         pytest.skip(f"this system does not {method}")
     asked = [sys.executable, "-c", LOADED, str(bundle), method]
-    done = subprocess.run(asked, capture_output=True, text=True, check=False, cwd=ROOT, timeout=120)
+    done = subprocess.run(asked, capture_output=True, text=True, check=False, cwd=ROOT, timeout=600)
     assert done.returncode == 0, done.stderr
