@@ -20,6 +20,7 @@ MAY = {
     "artifacts": {"images"},
     "bundle": {"files"},
     "models": {"files", "images", "artifacts"},
+    "heads": {"files", "models"},
     "distill/neurons": {"artifacts", "models"},
     "distill": {"files", "images", "artifacts", "models", "distill/neurons"},
     "runtime/gpu": {"bundle", "images"},
@@ -60,6 +61,7 @@ MAY["cli/tables"] = set(MAY)
 MAY["cli/commands"] = set(MAY)
 # Folder -> the folders that it imports inside functions only, so that their dependencies are optional.
 LATE = {
+    "heads": {"models"},
     "export": {"export/engine"},
     "verify": {"models", "onnx_graph", "export/engine"},
     "profiling": {"export/engine"},
@@ -71,6 +73,7 @@ HEAVY = {"torch", "timm", "onnx", "onnxscript", "safetensors", "torchvision"}
 # Folder -> the heavy modules that it may import.
 NEEDS = {
     "models": HEAVY,
+    "heads": {"safetensors"},
     "distill/neurons": HEAVY,
     "distill": HEAVY,
     "export": HEAVY,
