@@ -21,7 +21,8 @@ MAY = {
     "bundle": {"files"},
     "models": {"files", "images", "artifacts"},
     "distill/neurons": {"artifacts", "models"},
-    "distill": {"files", "images", "artifacts", "models", "distill/neurons"},
+    "distill/devices": {"models"},
+    "distill": {"files", "images", "artifacts", "models", "distill/devices", "distill/neurons"},
     "runtime/gpu": {"bundle", "images"},
     "runtime/backends": {"bundle", "runtime/gpu"},
     "runtime": {"files", "images", "artifacts", "bundle", "runtime/gpu", "runtime/backends"},
@@ -71,6 +72,7 @@ HEAVY = {"torch", "timm", "onnx", "onnxscript", "safetensors", "torchvision"}
 # Folder -> the heavy modules that it may import.
 NEEDS = {
     "models": HEAVY,
+    "distill/devices": HEAVY,
     "distill/neurons": HEAVY,
     "distill": HEAVY,
     "export": HEAVY,

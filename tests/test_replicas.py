@@ -11,8 +11,8 @@ import pytest
 import torch
 
 from phreg_deploy.distill import distill, distillation, teacher, training
+from phreg_deploy.distill.devices.replicas import AHEAD, Replicas
 from phreg_deploy.distill.recipes import RECIPES
-from phreg_deploy.distill.replicas import AHEAD, Replicas
 from phreg_deploy.distill.teacher import Teacher
 from phreg_deploy.errors import BackendMissing, PhregError
 from phreg_deploy.models import hardware

@@ -21,7 +21,8 @@ class Recipe(Stored):
     ``lr_end``: if None, one cycle with 10 % warm-up; otherwise exponential decay from ``lr`` to ``lr_end``. ``clip``:
     largest gradient norm, 0 for no limit. ``registers``: tokens to add. ``int8``: train through fake quantisation.
     ``moves_neurons``: move register neurons to a register token before training. ``decays_vectors``: apply weight
-    decay to biases and norms too. ``rate_by_width``: lower ``lr`` for wider models.
+    decay to biases and norms too. ``rate_by_width``: lower ``lr`` for wider models. ``average``: decay per step of an
+    exponential moving average of the weights, which becomes the student; 0 for none.
     """
 
     name: str
@@ -43,6 +44,7 @@ class Recipe(Stored):
     moves_neurons: bool = False
     decays_vectors: bool = False
     rate_by_width: bool = True
+    average: float = 0.0
 
     def default_rate(self, width: int) -> float:
         """Return the learning rate for a model's width: it falls with the square root of the width."""
@@ -104,6 +106,8 @@ class Request:
     seed: int
     device: str
     precision: str
+    average: float | None = None
+    workers: int | None = None
 
     def adjusted_recipe(self, width: int = WIDTH) -> Recipe:
         """Return the recipe with the requested values, and a learning rate for a model of this width.
@@ -125,4 +129,5 @@ class Request:
             unlock=self.unlock or recipe.unlock,
             lr=self.lr or recipe.default_rate(width),
             int8=self.int8_aware or recipe.int8,
+            average=recipe.average if self.average is None else self.average,
         )
