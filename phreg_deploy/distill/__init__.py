@@ -50,6 +50,8 @@ def distill(
     precision: str = "auto",
     average: float | None = None,
     workers: int | None = None,
+    readout: str | None = None,
+    project: bool | None = None,
     cache: Path | None = None,
     resume: bool = False,
     force: bool = False,
@@ -65,8 +67,9 @@ def distill(
         images: folder of photographs; no labels are needed.
         output: folder of the student to write.
         checkpoint: weights for a timm name, ``.safetensors`` or ``.pth``.
-        recipe: "transplant", "random-registers" or "ph-reg".
-        registers, epochs, lr, batch, unlock, average: None for the recipe's value. ``unlock`` is "all" or "paper".
+        recipe: "transplant", "random-registers", "ph-reg" or, for CLIP, "ph-reg-clip".
+        registers, epochs, lr, batch, unlock, average: None for the recipe's value. ``unlock`` is "all", "paper" or
+            "paper-clip".
         image_size: "518" or "480x640" (height x width); None for the model's own size.
         micro_batch: most images per forward and backward pass of a process; None for its whole part of a batch.
         grad_checkpointing: recompute each block in the backward pass, which needs less memory.
@@ -80,6 +83,9 @@ def distill(
         precision: "auto", "fp32" or "bf16" (autocast).
         average: decay per step of an exponential moving average of the weights, which becomes the student; 0 for none.
         workers: threads of a process that read targets; None for one per core, at most four.
+        readout: what is trained and served: "final", "value" or "neighbour" (``phreg_deploy.readout``); None for the
+            recipe's.
+        project: train and serve features in the space of text, of a CLIP; None for the recipe's.
         cache: folder of teacher targets; None for ``$XDG_CACHE_HOME/phreg-deploy``.
         resume: continue the interrupted run of the same settings in ``OUTPUT.partial``.
         force: replace an output or an interrupted run.
@@ -115,6 +121,8 @@ def distill(
             precision=precision,
             average=average,
             workers=workers,
+            readout=readout,
+            project=project,
         )
         check_distillation(vars(request))
         request.adjusted_recipe()

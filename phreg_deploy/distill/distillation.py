@@ -30,6 +30,7 @@ from phreg_deploy.models.batches import Batches, split, spread
 from phreg_deploy.models.checkpoint import write_record, write_student
 from phreg_deploy.models.hardware import select_attention
 from phreg_deploy.models.hooks import ViT
+from phreg_deploy.models.readouts import with_readout
 from phreg_deploy.models.registers import add_registers
 from phreg_deploy.progress import SILENT, Progress
 from phreg_deploy.quantisation import Smoothing
@@ -69,7 +70,7 @@ def run_distillation(
         raise
     targets, seconds = _compute_targets(run, training, cache or cache_folder())
     start = _choose_start(run, start, training, targets)
-    student = start.student
+    student = with_readout(start.student, run.recipe.student_readout)
     range_images = run.batches(training, RANGE_IMAGES) if run.recipe.int8 else None
     history = _train(run, student, training, targets, range_images, work, resume)
     if not processes.first:
@@ -153,6 +154,7 @@ def _choose_start(run: Run, start: Start, training: Photographs, targets: Target
     digests = spread(training, START_IMAGES).digests
 
     def loss(model: ViT) -> float:
+        model = with_readout(model, run.recipe.student_readout)
         return loss_of(model, targets, digests, run.preprocess, run.recipe, device=run.device, autocast=run.autocast)
 
     return choose_start(start, loss, run.progress)
@@ -162,7 +164,7 @@ def _compute_targets(run: Run, training: Photographs, folder: Path) -> tuple[Tar
     """Fill the cache with the teacher's targets. ``Seconds.total`` of the result is 0."""
     started = time.perf_counter()
     teacher = Teacher(
-        run.base,
+        with_readout(run.base, run.recipe.teacher_readout),
         run.preprocess,
         views=run.request.views,
         seed=run.request.seed,
@@ -223,7 +225,14 @@ def _score(
     try:
         grids = observe_grids(student.to(device), range_images, Smoothing()) if range_images is not None else None
         scores = score_student(
-            run.base, student, photographs, run.preprocess, device=device, progress=progress, grids=grids
+            run.base,
+            student,
+            photographs,
+            run.preprocess,
+            device=device,
+            progress=progress,
+            grids=grids,
+            teacher=run.recipe.teacher_readout,
         )
     # PyTorch reports a lack of GPU memory as a RuntimeError.
     except (PhregError, OSError, RuntimeError, MemoryError) as error:

@@ -11,15 +11,15 @@ from phreg_deploy.distill.devices.processes import Processes
 from phreg_deploy.distill.neurons.transplant import STRENGTH
 from phreg_deploy.distill.recipes import Recipe, Request
 from phreg_deploy.images.photographs import Photographs
+from phreg_deploy.images.views import check_views
 from phreg_deploy.models.batches import Batches, spread
 from phreg_deploy.models.hardware import find_autocast
 from phreg_deploy.models.hooks import ViT
-from phreg_deploy.models.identity import ModelIdentity, model_identity
 from phreg_deploy.models.loading import load_model, model_preprocess
-from phreg_deploy.models.origin import find_origin
+from phreg_deploy.models.origin import ModelIdentity, find_origin, model_identity
+from phreg_deploy.models.readouts import with_readout
 from phreg_deploy.progress import Progress
 from phreg_deploy.spec import Preprocess
-from phreg_deploy.views import check_views
 
 
 @dataclass(frozen=True)
@@ -81,4 +81,6 @@ def load_run(request: Request, progress: Progress, processes: Processes) -> Run:
     origin = find_origin(request.model, check_model(request.model, request.checkpoint), request.checkpoint)
     check_views(request.views, tuple(base.patch_embed.grid_size))
     recipe = request.adjusted_recipe(base.embed_dim)
+    # Refuses a model without projection.
+    with_readout(base, recipe.student_readout)
     return Run(request, recipe, base, model_preprocess(base, "center"), origin, devices, autocast, progress, processes)

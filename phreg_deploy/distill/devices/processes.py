@@ -15,6 +15,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 from torch.distributed import distributed_c10d as c10d
+from torch.distributed.rendezvous import rendezvous
 
 from phreg_deploy.errors import BackendMissing, PhregError
 from phreg_deploy.models.hardware import find_device, find_devices
@@ -139,7 +140,7 @@ def joined(launch: Launch) -> Iterator[Processes]:
 def _connect(launch: Launch) -> c10d.Store:
     backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() and dist.is_nccl_available() else "gloo"
     try:
-        store, rank, count = next(c10d.rendezvous("env://", timeout=PATIENCE))
+        store, rank, count = next(rendezvous("env://", timeout=PATIENCE))
         # torchrun keeps its store over a restart of the processes.
         store = c10d.PrefixStore(f"phreg-deploy/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
         dist.init_process_group(backend, store=store, rank=rank, world_size=count, timeout=PATIENCE)
