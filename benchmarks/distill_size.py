@@ -29,10 +29,10 @@ import timm
 import torch
 from safetensors.numpy import save
 
-from phreg_deploy.distill.batches import Batch, read_batches, split_batch
 from phreg_deploy.distill.objective import TargetScale, objective
 from phreg_deploy.distill.recipes import RECIPES
 from phreg_deploy.distill.teacher import ARRAYS, TargetCache, _checksum
+from phreg_deploy.distill.training_batches import Batch, read_batches, split_batch
 from phreg_deploy.models import hooks
 from phreg_deploy.models.registers import add_registers
 from phreg_deploy.models.weights import unlock_weights

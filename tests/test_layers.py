@@ -55,7 +55,7 @@ MAY = {
         "export",
         "verify",
     },
-    "cli": {"cli/commands", "runtime/backends"},
+    "cli": {"cli/commands", "runtime/backends", "distill/devices"},
 }
 MAY["cli/tables"] = set(MAY)
 MAY["cli/commands"] = set(MAY)
@@ -66,7 +66,7 @@ LATE = {
     "profiling": {"export/engine"},
     "cli/commands": set(MAY) - {"", "files", "images", "bundle", "cli", "cli/commands", "cli/tables"},
     "cli/tables": set(MAY) - {"", "files", "images", "bundle", "cli"},
-    "cli": {"runtime/backends"},
+    "cli": {"runtime/backends", "distill/devices"},
 }
 HEAVY = {"torch", "timm", "onnx", "onnxscript", "safetensors", "torchvision"}
 # Folder -> the heavy modules that it may import.

@@ -3,6 +3,7 @@
 import functools
 import json
 import os
+import signal
 import subprocess
 import sys
 from dataclasses import replace
@@ -14,13 +15,13 @@ import torch
 
 from phreg_deploy.cli import main
 from phreg_deploy.distill import distill, training
-from phreg_deploy.distill.batches import read_batches
+from phreg_deploy.distill.devices.launch import Launch, find_launch
 from phreg_deploy.distill.devices.processes import Processes, joined
 from phreg_deploy.distill.recipes import RECIPES
+from phreg_deploy.distill.training_batches import read_batches
 from phreg_deploy.errors import BackendMissing, PhregError
 from phreg_deploy.models.loading import load_model
 from phreg_deploy.student_record import read_record
-from phreg_deploy.torchrun import Launch, find_launch
 from tests.cli_helpers import ROOT, interrupted, leftovers
 from tests.process_helpers import run_processes
 from tests.training_helpers import SmallDataset, use_gradient_descent
@@ -203,8 +204,13 @@ def test_wrong_words_are_refused_once(base, photos, tmp_path, words, fragments):
 
 def test_processes_that_see_other_things_are_refused(tmp_path):
     def work(rank):
-        with joined(find_launch()) as processes:
-            processes.check_same({"seed": 0, "images": 7, "autocast": rank == 1}, "give each the same.")
+        try:
+            with joined(find_launch()) as processes:
+                processes.check_same({"seed": 0, "images": 7, "autocast": rank == 1}, "give each the same.")
+        except PhregError:
+            # What torchrun sends when another process has ended.
+            os.kill(os.getpid(), signal.SIGTERM)
+            raise
 
     ends = run_processes(work, tmp_path)
     assert all(end.code != 0 for end in ends)

@@ -21,7 +21,6 @@ from phreg_deploy.arguments import refuse_url
 from phreg_deploy.cli.commands import VERBS
 from phreg_deploy.cli.console import echo, output, plain
 from phreg_deploy.errors import PhregError
-from phreg_deploy.torchrun import find_launch
 
 
 class Group(click.Group):
@@ -51,6 +50,8 @@ class Group(click.Group):
             echo(f"Error: {error}", err=True)
             _fail(str(error), error.exit_code, error.report)
         except click.ClickException as error:
+            from phreg_deploy.distill.devices.launch import find_launch
+
             # torchrun's processes all have the same words.
             if not find_launch().first:
                 sys.exit(error.exit_code)

@@ -11,13 +11,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from phreg_deploy.arguments import check_distillation, check_model, check_resume
+from phreg_deploy.distill.devices.launch import find_launch
 from phreg_deploy.distill.recipes import Request
 from phreg_deploy.files.atomic import check_target
 from phreg_deploy.images.photographs import list_images
 from phreg_deploy.progress import SILENT, Progress
 from phreg_deploy.spec import parse_size
 from phreg_deploy.student_record import model_path
-from phreg_deploy.torchrun import find_launch
 
 if TYPE_CHECKING:
     from phreg_deploy.distill.devices.processes import Processes

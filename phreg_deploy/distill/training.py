@@ -13,7 +13,6 @@ import torch
 from torch import nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
-from phreg_deploy.distill.batches import Batch, load_batch, read_batches, split_batch
 from phreg_deploy.distill.devices.processes import ALONE, Processes
 from phreg_deploy.distill.devices.replicas import Replicas
 from phreg_deploy.distill.fake_quantisation import observe_grids, quantised
@@ -21,6 +20,7 @@ from phreg_deploy.distill.objective import MicroBatch, TargetScale, objective, t
 from phreg_deploy.distill.recipes import Recipe
 from phreg_deploy.distill.record import History
 from phreg_deploy.distill.teacher import TargetCache, mixed_precision
+from phreg_deploy.distill.training_batches import Batch, load_batch, read_batches, split_batch
 from phreg_deploy.distill.work_folder import read_state, write_state
 from phreg_deploy.errors import PhregError
 from phreg_deploy.models import hooks

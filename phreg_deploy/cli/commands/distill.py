@@ -17,7 +17,6 @@ from phreg_deploy.cli.options import (
     readout_options,
 )
 from phreg_deploy.cli.tables.distill import show_record
-from phreg_deploy.torchrun import find_launch
 
 
 @click.command()
@@ -85,6 +84,7 @@ def distill(output: Path, images: Path, as_json: bool, quiet: bool, **settings: 
         --images photos/ -o clip-student
     """
     from phreg_deploy.distill import distill as run
+    from phreg_deploy.distill.devices.launch import find_launch
 
     result = Result(as_json, quiet)
     record = run(images=images, output=output, progress=result.progress, **settings)

@@ -6,8 +6,9 @@ Tensors on a CPU travel over gloo, those on GPUs over NCCL. Tested with two proc
 from __future__ import annotations
 
 import os
+import signal
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from datetime import timedelta
 from typing import Any, TypeVar
 
@@ -17,9 +18,9 @@ from torch import nn
 from torch.distributed import distributed_c10d as c10d
 from torch.distributed.rendezvous import rendezvous
 
+from phreg_deploy.distill.devices.launch import Launch
 from phreg_deploy.errors import BackendMissing, PhregError
 from phreg_deploy.models.hardware import find_device, find_devices
-from phreg_deploy.torchrun import Launch
 
 T = TypeVar("T")
 # A lost process ends the others at once; this bounds how long one may work while the others wait for it.
@@ -132,6 +133,9 @@ def joined(launch: Launch) -> Iterator[Processes]:
     except BaseException as error:
         if _is_reported(store, launch.rank):
             raise SystemExit(getattr(error, "exit_code", 130 if isinstance(error, KeyboardInterrupt) else 1)) from None
+        # torchrun sends SIGTERM as soon as another process has ended, maybe before this one has said why.
+        with suppress(ValueError):
+            signal.signal(signal.SIGTERM, signal.SIG_IGN)
         raise
     finally:
         dist.destroy_process_group()
