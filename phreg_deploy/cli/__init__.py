@@ -18,7 +18,7 @@ import click
 
 from phreg_deploy import __version__
 from phreg_deploy.arguments import refuse_url
-from phreg_deploy.cli.commands import VERBS
+from phreg_deploy.cli.commands import FOLDERS, VERBS
 from phreg_deploy.cli.console import echo, output, plain
 from phreg_deploy.errors import PhregError
 
@@ -105,4 +105,4 @@ def main() -> None:
 
 
 for verb in VERBS:
-    main.add_command(getattr(import_module(f"phreg_deploy.cli.commands.{verb}"), verb))
+    main.add_command(getattr(import_module(f"phreg_deploy.cli.{FOLDERS.get(verb, 'commands')}.{verb}"), verb))
