@@ -22,7 +22,8 @@ MAY = {
     "models": {"files", "images", "artifacts"},
     "heads": {"files", "models", "bundle", "onnx_graph"},
     "distill/neurons": {"artifacts", "models"},
-    "distill": {"files", "images", "artifacts", "models", "distill/neurons"},
+    "distill/devices": {"models"},
+    "distill": {"files", "images", "artifacts", "models", "distill/devices", "distill/neurons"},
     "runtime/gpu": {"bundle", "images"},
     "runtime/backends": {"bundle", "runtime/gpu"},
     "runtime": {"files", "images", "artifacts", "bundle", "runtime/gpu", "runtime/backends"},
@@ -55,7 +56,7 @@ MAY = {
         "export",
         "verify",
     },
-    "cli": {"cli/commands", "cli/probing", "runtime/backends"},
+    "cli": {"cli/commands", "cli/probing", "runtime/backends", "distill/devices"},
 }
 MAY["cli/tables"] = set(MAY)
 MAY["cli/probing"] = set(MAY) | {"cli/commands"}
@@ -69,12 +70,13 @@ LATE = {
     "cli/commands": set(MAY) - {"", "files", "images", "bundle", "cli", "cli/commands", "cli/tables"},
     "cli/probing": set(MAY) - {"", "files", "images", "bundle", "cli", "cli/commands", "cli/probing", "cli/tables"},
     "cli/tables": set(MAY) - {"", "files", "images", "bundle", "cli"},
-    "cli": {"runtime/backends"},
+    "cli": {"runtime/backends", "distill/devices"},
 }
 HEAVY = {"torch", "timm", "onnx", "onnxscript", "safetensors", "torchvision"}
 # Folder -> the heavy modules that it may import.
 NEEDS = {
     "models": HEAVY,
+    "distill/devices": HEAVY,
     "heads": {"safetensors", "onnx"},
     "distill/neurons": HEAVY,
     "distill": HEAVY,
