@@ -88,7 +88,7 @@ def climb(folder: Path, photographs: str, student: str) -> dict[str, Any]:
     without = equalise(wiring, linears, ranges, replace(Smoothing(), registers=False))
     score("the same, hidden ranges without registers", write_int8(model, linears, without, set(), "cpu"))
     equalised = equalise(wiring, linears, ranges, Smoothing())
-    round_all(model, linears, equalised, tokens, ranged, lambda _n=1: None)
+    round_all(wiring, linears, equalised, tokens, ranged, lambda _n=1: None)
     score("+ GPTQ rounding", write_int8(model, linears, equalised, set(), "cpu"))
     search = Search(wiring, linears, ranges, "cpu", manifest.norm_median, chosen)
     search.round_weights(Smoothing(), tokens, ranged, lambda _n=1: None)

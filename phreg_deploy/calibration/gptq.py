@@ -15,16 +15,17 @@ from onnx import ModelProto, TensorProto, helper, numpy_helper
 
 from phreg_deploy.calibration.images import Feeds
 from phreg_deploy.calibration.smoothing import Equalised
+from phreg_deploy.onnx_graph.external import Arrays
 from phreg_deploy.onnx_graph.linears import Linear, by_source
 from phreg_deploy.onnx_graph.session import open_session
-from phreg_deploy.onnx_graph.wiring import copy_without_outputs
+from phreg_deploy.onnx_graph.wiring import Wiring, copy_without_outputs
 from phreg_deploy.progress import Advance
 from phreg_deploy.quantisation import WEIGHT_STEPS, Grid, quantise_weight
 
 # Token rows that moments are taken over: ten per channel of a hidden layer of 3072.
 ROWS = 32768
 # Bytes of moments per pass over the images; large models take several passes.
-TOGETHER = 128 * 2**20
+TOGETHER = 512 * 2**20
 # Share of the mean second moment that is added to the diagonal, as in the paper.
 DAMPING = 0.01
 BLOCK = 128
@@ -55,13 +56,14 @@ def observe_moments(
     feeds: Feeds,
     advance: Advance,
     done: Callable[[str, Moments], None],
+    arrays: Arrays | None = None,
 ) -> None:
     """Compute second moments of inputs and pass them to ``done``, input by input.
 
     At most ``TOGETHER`` bytes of moments are in memory.
 
     Args:
-        sources: input tensor -> C. tokens: rows per image.
+        sources: input tensor -> C. tokens: rows per image. arrays: the constants that are not in the graph.
     """
     used = feeds[: max(1, -(-ROWS // (tokens * max(1, feeds[0][1]))))]
     waiting = list(sources)
@@ -69,7 +71,7 @@ def observe_moments(
         now = [waiting.pop(0)]
         while waiting and 4 * sum(sources[s] ** 2 for s in (*now, waiting[0])) <= TOGETHER:
             now.append(waiting.pop(0))
-        session = open_session(_instrumented(model, now, sources))
+        session = open_session(_instrumented(model, now, sources), arrays=arrays)
         wanted = [f"{kind}/{source}" for source in now for kind in ("square", "total")]
         moments = {s: Moments(np.zeros((sources[s], sources[s]), np.float32), np.zeros(sources[s]), 0) for s in now}
         for feed, _ in used:
@@ -78,6 +80,8 @@ def observe_moments(
                 moments[source].square += values[f"square/{source}"]
                 moments[source].total += values[f"total/{source}"]
                 moments[source].rows += tokens * len(feed["image"])
+            # Before the next image's moments are computed.
+            del values
         del session
         for source in now:
             done(source, moments.pop(source))
@@ -144,7 +148,7 @@ def round_weight(weight: np.ndarray, moments: np.ndarray, form: Format = INT8) -
 
 
 def round_all(
-    model: ModelProto,
+    wiring: Wiring,
     linears: list[Linear],
     equalised: Equalised,
     tokens: int,
@@ -154,11 +158,11 @@ def round_all(
 ) -> None:
     """Round the 8-bit weights of ``equalised`` on the calibration images, in place."""
     groups = by_source(linears)
-    sources = {source: equalised.weights[group[0].name].shape[0] for source, group in groups.items()}
+    sources = {source: wiring.constants[group[0].weight].dims[0] for source, group in groups.items()}
 
     def done(source: str, moments: Moments) -> None:
         centred = moments.centred(equalised.grids[groups[source][0].name])
         for linear in groups[source]:
             equalised.eight_bits[linear.name] = round_weight(equalised.weights[linear.name], centred, form)
 
-    observe_moments(model, sources, tokens, feeds, advance, done)
+    observe_moments(wiring.model, sources, tokens, feeds, advance, done, wiring.arrays)

@@ -99,16 +99,21 @@ class Search:
             self._equalised = smoothing, equalise(self.wiring, self.linears, self.ranges, smoothing)
         return self._equalised[1]
 
-    def graph(self, smoothing: Smoothing, keep: set[str], share: bool = False) -> ModelProto:
-        """Write all layers but ``keep`` in 8 bits, and floats in FP32; ``share``: see ``write_int8``."""
-        model, equalised = self.wiring.model, self.equalised(smoothing)
+    def graph(
+        self, smoothing: Smoothing, keep: set[str], share: bool = False
+    ) -> tuple[ModelProto, dict[str, np.ndarray]]:
+        """Write all layers but ``keep`` in 8 bits, and floats in FP32; ``share``: see ``write_int8``.
+
+        Returns the graph, and its large constants by name: a graph without them is quickly serialised.
+        """
+        model, equalised, arrays = self.wiring.model, self.equalised(smoothing), dict(self.wiring.arrays)
         if self.mode == "int8":
-            return write_int8(model, self.linears, equalised, keep, self.target, share)
+            return write_int8(model, self.linears, equalised, keep, self.target, share, arrays), arrays
         # Equalise the graph and leave every layer in float; then write FP8 into it.
-        centred = write_int8(model, self.linears, equalised, {n.name for n in self.linears}, self.target)
+        centred = write_int8(model, self.linears, equalised, {n.name for n in self.linears}, self.target, False, arrays)
         weights = {name: value for name, value in equalised.eight_bits.items() if value[0].dtype == E4M3}
         magnitudes, attention = self._magnitudes(equalised), self.tokens >= FUSED_FROM
-        return write_fp8(centred, find_linears(centred), magnitudes, keep, weights, attention)
+        return write_fp8(centred, find_linears(centred), magnitudes, keep, weights, attention, arrays), arrays
 
     def _magnitudes(self, equalised: Equalised) -> dict[str, float]:
         """Return the largest magnitudes in the equalised graph; those of layer norms are after centring."""
@@ -118,15 +123,17 @@ class Search:
     def round_weights(self, smoothing: Smoothing, tokens: int, feeds: Feeds, advance: Advance) -> None:
         """Round the weights on images by GPTQ, for this smoothing; ``tokens``: per image."""
         form = INT8 if self.mode == "int8" else FP8
-        round_all(self.wiring.model, self.linears, self.equalised(smoothing), tokens, feeds, advance, form)
+        round_all(self.wiring, self.linears, self.equalised(smoothing), tokens, feeds, advance, form)
 
-    def score(self, smoothing: Smoothing, keep: set[str], images: EvalSet | None = None) -> Parity:
-        """Write the graph, count its integer kernels (INT8), and compare its features with the float graph's."""
-        graph = self.graph(smoothing, keep)
-        if self.mode == "fp8":
-            session = open_session(graph, literal=True)
+    def score(
+        self, smoothing: Smoothing, keep: set[str], images: EvalSet | None = None, counted: bool = True
+    ) -> Parity:
+        """Write the graph and compare its features with the float graph's; ``counted``: count its kernels (INT8)."""
+        graph, arrays = self.graph(smoothing, keep)
+        if self.mode == "int8" and counted:
+            session, _ = open_counted(graph, [n.name for n in self.linears if n.name not in keep], arrays)
         else:
-            session, _ = open_counted(graph, [n.name for n in self.linears if n.name not in keep])
+            session = open_session(graph, literal=self.mode == "fp8", arrays=arrays)
         return compare(session, images or self.images, self.median)
 
     def choose_smoothing(self, start: Smoothing, advance: Advance) -> tuple[Smoothing, list[Trial]]:
@@ -150,7 +157,8 @@ class Search:
         whole = self.score(smoothing, set(), images)
         gains = {}
         for linear in self.linears:
-            alone = self.score(smoothing, {linear.name}, images)
+            # The whole graph was counted, and the one that is written will be.
+            alone = self.score(smoothing, {linear.name}, images, counted=False)
             mean, p1 = alone.cosine_mean - whole.cosine_mean, alone.cosine_p1 - whole.cosine_p1
             gains[linear.name] = Sensitivity(mean, p1, len(images))
             advance(1)
