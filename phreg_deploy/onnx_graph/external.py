@@ -20,6 +20,8 @@ from phreg_deploy.onnx_graph.wiring import copy_without
 MOST_BYTES = 2**31 - 2**24
 # Smaller constants stay in the graph; larger ones start at multiples of a page, so that runtimes can map them.
 LEAST, PAGE = 1024, 4096
+# The place that a graph names for constants in memory: the format wants one, and none is read.
+MEMORY = "memory"
 # Constants that are not in their graph, by name.
 Arrays = Mapping[str, np.ndarray]
 
@@ -95,7 +97,12 @@ def take_apart(model: ModelProto) -> tuple[ModelProto, dict[str, np.ndarray]]:
             apart.graph.initializer.append(tensor)
         else:
             arrays[tensor.name] = _view(tensor, np.frombuffer(raw, np.uint8))
-            apart.graph.initializer.append(absent(tensor.name, tensor.data_type, tensor.dims))
+            # A message of its own: a graph would keep the memory of the bytes that are removed from it.
+            place = TensorProto()
+            place.CopyFrom(tensor)
+            place.ClearField("raw_data")
+            _move(place, MEMORY, 0, len(raw))
+            apart.graph.initializer.append(place)
     return apart, arrays
 
 
@@ -112,8 +119,7 @@ def put_together(model: ModelProto, arrays: Arrays) -> ModelProto:
 def absent(name: str, kind: int, shape: tuple[int, ...]) -> TensorProto:
     """Describe a constant of an ONNX type whose values are not in the graph; a session takes them from memory."""
     tensor = TensorProto(name=name, data_type=kind, dims=shape)
-    # The format wants a place; none is read.
-    _move(tensor, "memory", 0, _size(tensor))
+    _move(tensor, MEMORY, 0, _size(tensor))
     return tensor
 
 

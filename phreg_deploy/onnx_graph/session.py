@@ -52,7 +52,8 @@ def open_session(
             "session.optimized_model_external_initializers_file_name", f"{optimized.name}.weights"
         )
     if not fits(model):
-        model, arrays = take_apart(model)
+        model, more = take_apart(model)
+        arrays = {**(arrays or {}), **more}
     outside = [t for t in model.graph.initializer if t.data_location == TensorProto.EXTERNAL]
     values = [_value((arrays or {})[tensor.name], tensor.data_type) for tensor in outside]
     if outside:
