@@ -157,4 +157,5 @@ def test_constants_are_put_back_as_they_were(source, tmp_path):
     whole, (apart, arrays) = onnx.load(bundle.graph), external.load_apart(bundle.graph)
     assert arrays
     assert external.weight_bytes(apart) < external.weight_bytes(whole) / 10
-    assert external.put_together(apart, arrays).graph.SerializeToString() == whole.graph.SerializeToString()
+    again = external.put_together(apart, arrays).graph.initializer
+    assert [t.SerializeToString() for t in again] == [t.SerializeToString() for t in whole.graph.initializer]
