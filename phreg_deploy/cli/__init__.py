@@ -18,7 +18,7 @@ import click
 
 from phreg_deploy import __version__
 from phreg_deploy.arguments import refuse_url
-from phreg_deploy.cli.commands import VERBS
+from phreg_deploy.cli.commands import FOLDERS, VERBS
 from phreg_deploy.cli.console import echo, output, plain
 from phreg_deploy.errors import PhregError
 
@@ -50,6 +50,11 @@ class Group(click.Group):
             echo(f"Error: {error}", err=True)
             _fail(str(error), error.exit_code, error.report)
         except click.ClickException as error:
+            from phreg_deploy.distill.devices.launch import find_launch
+
+            # torchrun's processes all have the same words.
+            if not find_launch().first:
+                sys.exit(error.exit_code)
             error.show()
             _fail(error.format_message(), error.exit_code)
         except (KeyboardInterrupt, click.Abort):
@@ -100,4 +105,4 @@ def main() -> None:
 
 
 for verb in VERBS:
-    main.add_command(getattr(import_module(f"phreg_deploy.cli.commands.{verb}"), verb))
+    main.add_command(getattr(import_module(f"phreg_deploy.cli.{FOLDERS.get(verb, 'commands')}.{verb}"), verb))

@@ -17,6 +17,7 @@ import numpy as np
 from PIL import Image
 
 from phreg_deploy.arguments import refuse_url
+from phreg_deploy.bundle.heads import KINDS, LABELS, NAME, SEGMENTATION
 from phreg_deploy.errors import Interrupted, PhregError
 from phreg_deploy.files.atomic import atomic_folder
 from phreg_deploy.images.photographs import list_images
@@ -101,8 +102,10 @@ def parse_outputs(text: str) -> tuple[str, ...]:
     """
     names = tuple(dict.fromkeys(part.strip() for part in text.split(",")))
     layer = rf"({'|'.join(OUTPUTS)})\.[1-9]\d{{0,5}}"
-    if not names or not all(name in (*OUTPUTS, ATTENTION) or re.fullmatch(layer, name) for name in names):
-        expected = f"{', '.join(OUTPUTS)}, {ATTENTION}, or of a layer, such as features.6"
+    head = rf"({'|'.join(KINDS)})(\.{NAME.pattern})?"
+    known = [name for name in names if name in (*OUTPUTS, ATTENTION) or re.fullmatch(f"{layer}|{head}", name)]
+    if len(known) < len(names):
+        expected = f"{', '.join(OUTPUTS)}, {ATTENTION}, of a layer (features.6), or of a head ({', '.join(KINDS)})"
         raise PhregError(f"outputs: got {text!r}, expected one or more of {expected}, with commas between.")
     return names
 
@@ -135,7 +138,8 @@ def extract_images(
         PhregError: no readable image, an output that the bundle lacks, values beyond float16, other settings to resume.
         Interrupted: by Ctrl-C; its report is the index of the finished images.
     """
-    if missing := [name for name in outputs if name not in extractor.manifest.outputs]:
+    served = {*extractor.manifest.outputs, *([LABELS] if SEGMENTATION in extractor.manifest.outputs else [])}
+    if missing := [name for name in outputs if name not in served]:
         raise PhregError(f"outputs: this bundle has no {missing[0]}; it has {', '.join(extractor.manifest.outputs)}.")
     size = size or extractor.manifest.sizes.default
     extractor.manifest.sizes.check(size, extractor.spec.patch)
@@ -198,13 +202,16 @@ class _Writer:
 
     def write(self, path: Path, files: dict[str, str], array: np.ndarray, dense: DenseFeatures) -> ExtractedImage:
         arrays = dense.outputs()
+        if dense.labels is not None:
+            arrays[LABELS] = dense.labels
         for kind, file in files.items():
             (self.folder / file).parent.mkdir(parents=True, exist_ok=True)
             if kind == "picture":
                 self.basis = components([dense.features[0]]) if self.basis is None else self.basis
                 _picture(array, dense, self.basis).save(self.folder / file)
             else:
-                values, dtype = arrays[kind][0], "float32" if kind_of(kind) == "token_norm" else self.dtype
+                values = arrays[kind][0]
+                dtype = {"token_norm": "float32", LABELS: "uint8"}.get(kind_of(kind), self.dtype)
                 _save(self.folder / file, values, dtype)
         shape, rate = list(dense.features.shape[1:]), float(dense.artifact_rate[0])
         return ExtractedImage(str(path), files, shape, rate, _stamp(path))

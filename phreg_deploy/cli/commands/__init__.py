@@ -1,6 +1,7 @@
 """The verbs of the command line, one file each, and what an interruption of each leaves.
 
-To add a verb: write ``commands/<verb>.py`` with a click command of that name, and add the verb to ``VERBS``.
+To add a verb: write ``commands/<verb>.py`` with a click command of that name, and add the verb to ``VERBS``. A verb in
+another folder of ``cli/`` is in ``FOLDERS`` too.
 """
 
 _NOTHING = "Nothing was written."
@@ -17,7 +18,11 @@ VERBS = {
     "profile": _NOTHING,
     "extract": "Nothing was written to OUTPUT; run the command again.",
     "artifacts": _NOTHING,
+    "attach": _ATOMIC,
     "inspect": _NOTHING,
     "doctor": _NOTHING,
     "demo": _ATOMIC,
 }
+
+# Verbs that stand in another folder of ``cli/``.
+FOLDERS = {"attach": "probing"}

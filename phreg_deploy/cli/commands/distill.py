@@ -14,6 +14,7 @@ from phreg_deploy.cli.options import (
     force_option,
     images_option,
     output_options,
+    readout_options,
 )
 from phreg_deploy.cli.tables.distill import show_record
 
@@ -28,7 +29,7 @@ from phreg_deploy.cli.tables.distill import show_record
     default="transplant",
     show_default=True,
     help="transplant (moves register neurons, then trains all weights), random-registers (the same without the move, "
-    "as a control) or ph-reg (the paper).",
+    "as a control), ph-reg (the paper) or ph-reg-clip (the paper for CLIP).",
 )
 @click.option(
     "--registers", type=int, help="Register tokens to add: by default 4, in ph-reg 16; 0 adds none, as a control."
@@ -39,7 +40,11 @@ from phreg_deploy.cli.tables.distill import show_record
 @click.option("--micro-batch", type=int, help="Images per forward and backward pass, for less memory; by default all.")
 @click.option("--grad-checkpointing", is_flag=True, help="Recompute each block in the backward pass, for less memory.")
 @click.option("--lr", type=float, help="Peak learning rate; by default the recipe's.")
-@click.option("--unlock", type=click.Choice(["all", "paper"]), help="Weights that train; by default the recipe's.")
+@click.option("--average", type=float, help="Decay of a moving average of the weights, e.g. 0.99; by default none.")
+@readout_options("the recipe's")
+@click.option(
+    "--unlock", type=click.Choice(["all", "paper", "paper-clip"]), help="Weights that train; by default the recipe's."
+)
 @click.option(
     "--strength", type=float, help="Activation of a transplanted neuron, as a share of that on outlier tokens."
 )
@@ -52,6 +57,7 @@ from phreg_deploy.cli.tables.distill import show_record
 @click.option(
     "--cache", type=click.Path(path_type=Path), help="Folder of teacher targets; by default ~/.cache/phreg-deploy."
 )
+@click.option("--workers", type=int, help="Threads that read targets; by default one per core, at most four.")
 @click.option("--resume", is_flag=True, help="Continue an interrupted run.")
 @force_option
 @output_options
@@ -65,13 +71,23 @@ def distill(output: Path, images: Path, as_json: bool, quiet: bool, **settings: 
     epochs of your images, where the paper reports epoch 30 of 100 on far more. It also uses the paper's learning rate
     and batch for CLIP with every model, draws each image's views once instead of in each epoch, and crops the centre.
 
+    --recipe ph-reg-clip is the same for CLIP: targets are read out as in NACLIP, the student as in MaskCLIP
+    (--readout value), both in the space of text, and the last two blocks train. Train at 448 px, as the paper does.
+
+    torchrun starts several processes that share the work: one per GPU, or several on a CPU.
+
     \b
-    Example:
+    Examples:
       phreg-deploy distill vit_tiny_patch16_224 --checkpoint vit.safetensors --images photos/ -o student
+      torchrun --nproc-per-node 4 -m phreg_deploy distill vit_tiny_patch16_224 --images photos/ -o student
+      phreg-deploy distill vit_base_patch16_clip_quickgelu_224.openai --recipe ph-reg-clip --image-size 448 \\
+        --images photos/ -o clip-student
     """
     from phreg_deploy.distill import distill as run
+    from phreg_deploy.distill.devices.launch import find_launch
 
     result = Result(as_json, quiet)
     record = run(images=images, output=output, progress=result.progress, **settings)
-    show_record(record, output, images, result)
-    result.json({"output": output, **record.to_json()})
+    if find_launch().first:
+        show_record(record, output, images, result)
+        result.json({"output": output, **record.to_json()})

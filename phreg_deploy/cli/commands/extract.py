@@ -24,7 +24,8 @@ from phreg_deploy.files.atomic import check_target
     "--outputs",
     default="features",
     show_default=True,
-    help="What to write, with commas between: features, cls, token_norm, those of a layer (features.6), attention.",
+    help="What to write, with commas between: features, cls, token_norm, those of a layer (features.6), attention, "
+    "and of heads: segmentation, labels, depth.",
 )
 @click.option(
     "--dtype",
