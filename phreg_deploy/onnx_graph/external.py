@@ -36,10 +36,11 @@ def fits(model: ModelProto) -> bool:
     return weight_bytes(model) <= MOST_BYTES
 
 
-def write_graph(model: ModelProto, path: Path, beside: str | None) -> None:
+def write_graph(model: ModelProto, path: Path, beside: str | None, check: bool = True) -> None:
     """Write a graph, with its large constants in a file of the name ``beside`` in the same folder, if one is given.
 
-    ``model`` loses the constants that go to that file: they should not be in memory twice.
+    ``model`` loses the constants that go to that file: they should not be in memory twice. ``check``: outputs without
+    a shape are malformed too.
 
     Raises:
         onnx.checker.ValidationError: the graph is malformed.
@@ -53,8 +54,9 @@ def write_graph(model: ModelProto, path: Path, beside: str | None) -> None:
                     file.write(tensor.raw_data)
                     tensor.ClearField("raw_data")
     path.write_bytes(model.SerializeToString(deterministic=True))
-    # By its path, because the checker serialises a graph in memory.
-    onnx.checker.check_model(str(path))
+    if check:
+        # By its path, because the checker serialises a graph in memory.
+        onnx.checker.check_model(str(path))
 
 
 def load_apart(path: Path) -> tuple[ModelProto, dict[str, np.ndarray]]:

@@ -91,7 +91,7 @@ def bisect(
     steps: dict[str, list[Step]] = {place: [] for place in places}
     with tempfile.TemporaryDirectory() as folder:
         weights = None if fits(model) else WEIGHTS
-        write_graph(model, Path(folder) / GRAPH, weights)
+        write_graph(model, Path(folder) / GRAPH, weights, check=False)
         copy = Bundle(Path(folder), replace(bundle.manifest, files={}, weights=weights))
         with _opened(copy, backend, options, settings or BuildSettings(), workspace) as run:
             for case in bundle.cases():
