@@ -33,6 +33,8 @@ MAY = {
     "calibration": {"files", "images", "bundle", "onnx_graph", "runtime", "runtime/backends"},
     "export": {"files", "images", "bundle", "models", "onnx_graph", "export/engine"},
     "export/engine": {"files", "bundle", "runtime", "runtime/gpu", "runtime/backends"},
+    "evaluation/data": {"files", "images", "bundle", "heads", "models", "runtime"},
+    "evaluation": {"files", "images", "artifacts", "bundle", "heads", "evaluation/data"},
     "verify": {
         "images",
         "artifacts",
@@ -64,6 +66,7 @@ MAY["cli/commands"] = set(MAY)
 # Folder -> the folders that it imports inside functions only, so that their dependencies are optional.
 LATE = {
     "heads": {"models", "onnx_graph"},
+    "evaluation/data": {"models", "runtime"},
     "export": {"export/engine"},
     "verify": {"models", "onnx_graph", "export/engine"},
     "profiling": {"export/engine"},
