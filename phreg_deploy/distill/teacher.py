@@ -9,7 +9,6 @@ from __future__ import annotations
 import functools
 import hashlib
 import json
-import os
 import zlib
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
@@ -258,8 +257,3 @@ def _checksum(item: dict[str, np.ndarray]) -> np.ndarray:
 def mixed_precision(device: str, enabled: bool) -> AbstractContextManager:
     """Return bfloat16 autocast for the device, or a context that does nothing."""
     return torch.autocast(torch.device(device).type, dtype=torch.bfloat16) if enabled else nullcontext()
-
-
-def cache_folder() -> Path:
-    """Return ``$XDG_CACHE_HOME/phreg-deploy``, or ``~/.cache/phreg-deploy``."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "phreg-deploy"
