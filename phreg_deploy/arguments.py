@@ -11,10 +11,11 @@ from typing import Any
 
 from phreg_deploy.errors import PhregError, write_error
 from phreg_deploy.json_files import read_json
+from phreg_deploy.readout import FINAL, Readout
 from phreg_deploy.spec import Batches, Sizes
 from phreg_deploy.student_record import model_path
 
-RECIPES = ("transplant", "random-registers", "ph-reg")
+RECIPES = ("transplant", "random-registers", "ph-reg", "ph-reg-clip")
 FLOATS, EIGHT_BITS = ("fp32", "fp16", "bf16"), ("int8", "fp8")
 WEIGHTS = (".safetensors", ".pth", ".pt", ".bin")
 LEAST = {"epochs": 0, "batch": 1, "micro_batch": 1, "views": 2, "seed": 0}
@@ -82,6 +83,7 @@ def check_distillation(settings: Mapping[str, Any]) -> None:
         raise PhregError(f"strength: got {given['strength']}, expected a share above 0 and up to 4, e.g. 0.07.")
     if not 0 <= given.get("holdout", 0) < 1:
         raise PhregError(f"holdout: got {given['holdout']}, expected a share from 0 to below 1.")
+    Readout(given.get("readout", FINAL))
     if given.get("precision", "auto") not in ("auto", "fp32", "bf16"):
         raise PhregError(f"precision: got {given['precision']!r}, expected auto, fp32 or bf16.")
     check_devices(given.get("device", "auto"))

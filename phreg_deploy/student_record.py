@@ -8,6 +8,7 @@ from typing import Any
 
 from phreg_deploy.errors import PhregError
 from phreg_deploy.json_files import read_json
+from phreg_deploy.readout import PLAIN, Readout
 
 RECORD = "phreg.json"
 # The format of the record.
@@ -45,6 +46,28 @@ def recorded(record: dict[str, Any], folder: Path, *keys: str) -> Any:
             raise PhregError(f"student: {folder / RECORD} is damaged (no {key}); copy or distil the student again.")
         value = value[key]
     return value
+
+
+def recorded_readout(record: dict[str, Any] | None, folder: Path) -> Readout:
+    """Return what is read out of a student; the final tokens if there is no record or it is older than readouts."""
+    if record is None or "readout" not in record:
+        return PLAIN
+    try:
+        return Readout.from_json(record["readout"])
+    except PhregError as error:
+        raise PhregError(
+            f"student: {folder / RECORD} is damaged ({error}); copy or distil the student again."
+        ) from None
+
+
+def read_readout(model: str, name: str | None, project: bool | None, random_weights: bool = False) -> Readout:
+    """Return the readout that a user asks for; what is None comes from a student's record, else the final tokens.
+
+    Raises ``PhregError`` for another name than those of ``phreg_deploy.readout``, or for a damaged record.
+    """
+    folder = model_path(model)
+    stored = recorded_readout(None if random_weights else read_record(folder), folder)
+    return Readout(stored.name if name is None else name, stored.project if project is None else project)
 
 
 def recorded_median(record: dict[str, Any], folder: Path) -> float | None:

@@ -20,11 +20,13 @@ MAY = {
     "artifacts": {"images"},
     "bundle": {"files"},
     "models": {"files", "images", "artifacts"},
+    "heads": {"files", "models"},
     "distill/neurons": {"artifacts", "models"},
     "distill": {"files", "images", "artifacts", "models", "distill/neurons"},
     "runtime/gpu": {"bundle", "images"},
     "runtime/backends": {"bundle", "runtime/gpu"},
     "runtime": {"files", "images", "artifacts", "bundle", "runtime/gpu", "runtime/backends"},
+    "stream": {"images", "runtime"},
     "profiling": {"images", "bundle", "runtime", "runtime/gpu", "runtime/backends", "export/engine"},
     "doctor": {"runtime/gpu", "runtime/backends"},
     "onnx_graph": {"runtime/backends"},
@@ -60,6 +62,7 @@ MAY["cli/tables"] = set(MAY)
 MAY["cli/commands"] = set(MAY)
 # Folder -> the folders that it imports inside functions only, so that their dependencies are optional.
 LATE = {
+    "heads": {"models"},
     "export": {"export/engine"},
     "verify": {"models", "onnx_graph", "export/engine"},
     "profiling": {"export/engine"},
@@ -71,6 +74,7 @@ HEAVY = {"torch", "timm", "onnx", "onnxscript", "safetensors", "torchvision"}
 # Folder -> the heavy modules that it may import.
 NEEDS = {
     "models": HEAVY,
+    "heads": {"safetensors"},
     "distill/neurons": HEAVY,
     "distill": HEAVY,
     "export": HEAVY,
@@ -79,7 +83,16 @@ NEEDS = {
     "calibration": {"onnx"},
     "verify": {"onnx"},
 }
-WITHOUT_TORCH = {"runtime", "runtime/gpu", "runtime/backends", "calibration", "export/engine", "profiling", "doctor"}
+WITHOUT_TORCH = {
+    "runtime",
+    "runtime/gpu",
+    "runtime/backends",
+    "calibration",
+    "export/engine",
+    "profiling",
+    "doctor",
+    "stream",
+}
 TORCH_FOLDERS = {"models", "distill", "export", "demo"}
 # Largest share of the code's lines in one folder of the package, with its subfolders.
 LARGEST_SHARE = 0.18

@@ -7,8 +7,8 @@ import pytest
 
 from phreg_deploy.artifacts.measures import agreement, cosine, norm_outliers, outlier_mask
 from phreg_deploy.images.photographs import read_photographs
+from phreg_deploy.images.views import most_views
 from phreg_deploy.progress import SILENT
-from phreg_deploy.views import most_views
 
 pytestmark = pytest.mark.usefixtures("torch")
 

@@ -8,9 +8,9 @@ from PIL import Image
 from phreg_deploy.artifacts.measures import agreement, outlier_mask
 from phreg_deploy.distill.teacher import TargetCache, Teacher, mean_of_views
 from phreg_deploy.images.photographs import read_photographs
+from phreg_deploy.images.views import View, draw_views, gather, most_views, realign, seed_of, show
 from phreg_deploy.models import hooks
 from phreg_deploy.models.loading import model_preprocess
-from phreg_deploy.views import View, draw_views, gather, most_views, realign, seed_of, show
 from tests.small_models import plant, small
 
 

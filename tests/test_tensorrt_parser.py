@@ -10,6 +10,7 @@ import pytest
 from phreg_deploy.errors import PhregError
 from phreg_deploy.export.engine.inspection import take_census
 from phreg_deploy.layers import Layers
+from phreg_deploy.readout import Readout
 from tests import nvidia
 from tests.small_models import FAMILIES
 from tests.trt_graphs import DEPTH, HEADS, PRECISIONS, SAME, SIDE, WIDTH, Graphs, build, graphs
@@ -152,6 +153,30 @@ def test_further_outputs_leave_attention_fused_and_layers_in_8_bits(precision, s
     if precision in ("int8", "fp8"):
         assert census.eight_bit == int8_layers(graph)
         assert not census.floats & {linear.name for linear in here.linears}
+
+
+@pytest.mark.parametrize(
+    ("name", "precision", "sizes"),
+    [
+        ("value", "int8", "fixed"),
+        ("value", "fp16", "range"),
+        ("neighbour", "int8", "range"),
+        ("neighbour", "bf16", "fixed"),
+    ],
+)
+def test_readouts_of_clip_are_built(name, precision, sizes, tmp_path):
+    here = Graphs("clip-quickgelu", sizes, WIDTH, HEADS, SIDE, readout=Readout(name, project=True))
+    graph = here.write(precision)
+    onnx.checker.check_model(graph)
+    steps = steps_of(graph, here, tmp_path)
+    assert not isinstance(steps, str), steps
+    census = nvidia.census(steps)
+    # The last block of "value" has no attention.
+    times = len(here.profiles)
+    assert census.fused_attention >= times * (DEPTH - 1)
+    if precision in ("int8", "fp8"):
+        assert census.eight_bit == int8_layers(graph)
+        assert {"blocks.1.attn.value", "blocks.1.attn.proj"} <= census.eight_bit
 
 
 def test_attention_on_fewer_tokens_is_left_in_fp16_and_fused(tmp_path):

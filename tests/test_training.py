@@ -14,7 +14,7 @@ from phreg_deploy.distill import distill, distillation, training
 from phreg_deploy.distill.recipes import RECIPES
 from phreg_deploy.errors import PhregError
 from phreg_deploy.images.photographs import read_photographs
-from phreg_deploy.models import identity
+from phreg_deploy.models import origin
 from phreg_deploy.models.batches import split
 from phreg_deploy.models.checkpoint import write_student
 from phreg_deploy.models.loading import load_model, model_preprocess
@@ -133,8 +133,8 @@ def test_a_run_of_the_same_weights_computed_otherwise_is_not_resumed(inputs, tmp
 
 
 def test_the_weights_are_hashed_once(inputs, tmp_path, monkeypatch):
-    calls, real = [], identity.weights_digest
-    monkeypatch.setattr(identity, "weights_digest", lambda model: calls.append(1) or real(model))
+    calls, real = [], origin.weights_digest
+    monkeypatch.setattr(origin, "weights_digest", lambda model: calls.append(1) or real(model))
     record = distil(inputs, tmp_path / "student", epochs=0)
     assert len(calls) == 1
     assert record.source["weights_sha256"] == digest(inputs / "model")

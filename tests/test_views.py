@@ -2,7 +2,7 @@ import numpy as np
 import pytest
 
 from phreg_deploy.errors import PhregError
-from phreg_deploy.views import View, draw_views, gather, most_views, realign, seed_of, show
+from phreg_deploy.images.views import View, draw_views, gather, most_views, realign, seed_of, show
 
 
 def coordinates(grid):

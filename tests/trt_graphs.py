@@ -17,12 +17,14 @@ from phreg_deploy.export.folding import patch_positions
 from phreg_deploy.export.rotary import describe_rotary, rotary_tables
 from phreg_deploy.export.trace import trace
 from phreg_deploy.models.loading import model_preprocess, model_spec
+from phreg_deploy.models.readouts import with_readout
 from phreg_deploy.models.registers import add_registers
 from phreg_deploy.onnx_graph.linears import Linear, find_linears
 from phreg_deploy.onnx_graph.mixed_precision import narrow
 from phreg_deploy.onnx_graph.split_qkv import split_projections
 from phreg_deploy.onnx_graph.wiring import Wiring
 from phreg_deploy.quantisation import Smoothing
+from phreg_deploy.readout import PLAIN, Readout
 from phreg_deploy.spec import Batches, Sizes
 from tests import nvidia
 from tests.cli_helpers import photograph
@@ -63,9 +65,18 @@ class Graphs:
     """
 
     def __init__(
-        self, family: str, sizes: str, width: int, heads: int, side: int, depth: int = DEPTH, **outputs: Any
+        self,
+        family: str,
+        sizes: str,
+        width: int,
+        heads: int,
+        side: int,
+        depth: int = DEPTH,
+        readout: Readout = PLAIN,
+        **outputs: Any,
     ) -> None:
         model = add_registers(small(family, depth=depth, width=width, heads=heads, side=side), 4)
+        model = with_readout(model, readout)
         (patch, _), native = model.patch_embed.patch_size, tuple(model.patch_embed.img_size)
         ranging = sizes == "range"
         served = (

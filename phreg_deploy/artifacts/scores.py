@@ -10,9 +10,9 @@ import numpy as np
 
 from phreg_deploy.artifacts.measures import NormOutliers, ShiftIncoherence, norm_outliers, shift_incoherence
 from phreg_deploy.images.photographs import Photographs
+from phreg_deploy.images.views import draw_views, gather, seed_of, show
 from phreg_deploy.progress import Progress
 from phreg_deploy.spec import plain
-from phreg_deploy.views import draw_views, gather, seed_of, show
 
 # images uint8 (B, H, W, 3) -> features (B, Hp, Wp, C) after the final norm, pre-norm token norms (B, Hp, Wp)
 Run = Callable[[np.ndarray], tuple[np.ndarray, np.ndarray]]

@@ -95,12 +95,12 @@ def _check_image(name: str, shape: tuple[int, ...], dtype: str, manifest: Manife
 
 def answer_shape(manifest: Manifest, name: str, image: Sequence[int]) -> tuple[int, ...]:
     """Return the shape of an output for images of shape ``(B, H, W, 3)``."""
-    patch, width = manifest.model.patch, manifest.model.width
+    patch, channels = manifest.model.patch, manifest.channels(name)
     grid = (image[1] // patch[0], image[2] // patch[1])
     return {
-        "features": (image[0], *grid, width),
+        "features": (image[0], *grid, channels),
         "token_norm": (image[0], *grid),
-        "cls": (image[0], width),
+        "cls": (image[0], channels),
         "attention": (image[0], manifest.model.heads, *grid),
     }[kind_of(name)]
 

@@ -6,7 +6,8 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from phreg_deploy.errors import PhregError
-from phreg_deploy.layers import Layers
+from phreg_deploy.layers import Layers, kind_of
+from phreg_deploy.readout import PLAIN, Readout
 from phreg_deploy.spec import Batches, ModelSpec, Preprocess, Rotary, Sizes, plain
 
 FORMAT = 4
@@ -26,6 +27,7 @@ class Manifest:
     ``rotary``: how the input ``rotary`` is computed; None if the graph has none. ``weights``: the file beside the
     graph that holds its weights; None if the graph holds them.
     ``layers``: further layers that are served; None for the last alone, and then not stored.
+    ``readout``: what the features of the last layer are; not stored if they are the model's final tokens.
     ``quantisation``: what ``calibrate`` did and measured; None if the bundle was not calibrated. ``files``: name ->
     sha256.
     """
@@ -47,11 +49,21 @@ class Manifest:
     rotary: Rotary | None = None
     weights: str | None = None
     layers: Layers | None = None
+    readout: Readout = PLAIN
     files: dict[str, str] = field(default_factory=dict)
 
     def to_json(self) -> dict[str, Any]:
-        fields = {key: value for key, value in vars(self).items() if key != "layers" or value is not None}
+        unused = {key for key, default in (("layers", None), ("readout", PLAIN)) if getattr(self, key) == default}
+        fields = {key: value for key, value in vars(self).items() if key not in unused}
         return {"format": FORMAT, **plain(fields)}
+
+    def channels(self, output: str) -> int:
+        """Return the channels of ``features``, ``cls`` or those of a further layer; a projection changes the first two.
+
+        ``validity.read_manifest`` has checked the shape that a projected width is taken from.
+        """
+        projected = self.readout.project and output == kind_of(output)
+        return int(self.outputs["features"]["shape"][-1]) if projected else self.model.width
 
     @classmethod
     def from_json(cls, data: Any) -> Manifest:
@@ -72,7 +84,7 @@ class Manifest:
         # Format 3 is older than inputs for rotary embeddings and than weights beside the graph.
         if version < 4:
             fields = {"rotary": None, "weights": None, **fields}
-        fields.setdefault("layers", None)
+        fields = {"layers": None, "readout": PLAIN.to_json(), **fields}
         missing = sorted(set(cls.__dataclass_fields__) - set(fields))
         unknown = sorted(set(fields) - set(cls.__dataclass_fields__))
         if missing or unknown:
@@ -84,6 +96,7 @@ class Manifest:
             batches=Batches.from_json(fields["batches"]),
             rotary=None if fields["rotary"] is None else Rotary.from_json(fields["rotary"]),
             layers=None if fields["layers"] is None else Layers.from_json(fields["layers"]),
+            readout=Readout.from_json(fields["readout"]),
         )
         for key in ("inputs", "outputs", "source", "versions", "files"):
             if not isinstance(fields[key], dict):

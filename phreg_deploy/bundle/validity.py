@@ -10,6 +10,7 @@ from phreg_deploy.bundle.gates import GATES
 from phreg_deploy.bundle.manifest import WEIGHTS, Manifest
 from phreg_deploy.errors import PhregError
 from phreg_deploy.layers import ATTENTION, kind_of, output_names
+from phreg_deploy.readout import FINAL
 from phreg_deploy.spec import Batches, Rotary, Sizes
 
 # The numbers that one side of a shape may be, and whether it may have a name instead.
@@ -150,6 +151,9 @@ def _check_layers(manifest: Manifest) -> None:
     fits = fits and list(layers.blocks) == sorted(set(layers.blocks))
     _expect(fits, "layers.blocks", layers.blocks, f"whole numbers from 1 to {depth} in growing order")
     _expect(isinstance(layers.norm, bool), "layers.norm", layers.norm, "true or false")
+    readout = manifest.readout.name
+    fits = readout == FINAL or depth not in layers.blocks
+    _expect(fits, "layers.blocks", layers.blocks, f"none with the last block and the readout {readout}")
 
 
 def check_table(rotary: Rotary, sizes: Sizes, patch: tuple[int, int]) -> None:
@@ -166,18 +170,19 @@ def check_table(rotary: Rotary, sizes: Sizes, patch: tuple[int, int]) -> None:
 def _check_tensors(manifest: Manifest) -> None:
     """Check names, types and shapes of inputs and outputs against model, sizes and batches."""
     sizes, patch, width = manifest.sizes, manifest.model.patch, manifest.model.width
+    projected = _projected_width(manifest)
     free = sizes.dynamic
     batch: Side = ({manifest.batches.lowest, manifest.batches.highest}, manifest.batches.dynamic)
     height, breadth = (({size[axis] for size in sizes.sizes}, free) for axis in (0, 1))
     rows, columns = (({side // step for side in sides}, free) for (sides, _), step in zip((height, breadth), patch))
     tokens: Side = ({(h // patch[0]) * (w // patch[1]) for h, w in sizes.sizes}, free)
-    one, colours, channels = (({n}, False) for n in (1, 3, width))
+    one, colours, channels, joint = (({n}, False) for n in (1, 3, width, projected))
     shapes: dict[str, list[Side]] = {
         "image": [batch, height, breadth, colours],
         "pos_embed": [one, tokens, channels],
-        "features": [batch, rows, columns, channels],
+        "features": [batch, rows, columns, joint],
         "token_norm": [batch, rows, columns],
-        "cls": [batch, channels],
+        "cls": [batch, joint],
         "attention": [batch, ({manifest.model.heads}, False), rows, columns],
     }
     types = {"image": ("uint8",), "pos_embed": ("float32",), "rotary": ("float32",), **OUTPUTS}
@@ -187,16 +192,29 @@ def _check_tensors(manifest: Manifest) -> None:
         fixed = (2, manifest.rotary.layers, manifest.rotary.heads, manifest.rotary.pairs)
         two, layers, heads, pairs = (({n}, False) for n in fixed)
         shapes["rotary"] = [two, layers, heads, tokens, pairs]
-    attention = manifest.model.class_token and ATTENTION in manifest.outputs
+    attention = manifest.model.class_token and manifest.readout.name == FINAL and ATTENTION in manifest.outputs
     outputs = set(output_names(manifest.model.class_token, manifest.layers, attention))
     for key, described, names in (("inputs", manifest.inputs, inputs), ("outputs", manifest.outputs, outputs)):
         _expect(set(described) == names, key, sorted(described), ", ".join(sorted(names)))
         for name, tensor in described.items():
             shape, dtypes = shapes[kind_of(name)], types[kind_of(name)]
+            if name != kind_of(name):
+                # A further layer is not projected.
+                shape = [channels if side is joint else side for side in shape]
             fits = isinstance(tensor, dict) and set(tensor) == {"dtype", "shape"} and tensor["dtype"] in dtypes
             fits = fits and isinstance(tensor["shape"], list) and len(tensor["shape"]) == len(shape)
             fits = fits and all(_fits(side, *allowed) for side, allowed in zip(tensor["shape"], shape))
             _expect(fits, f"{key}.{name}", tensor, "the type and shape that follow from model, sizes and batches")
+
+
+def _projected_width(manifest: Manifest) -> int:
+    """Return the channels of the features: the model's width, or what the projection that is stored has."""
+    features = manifest.outputs.get("features")
+    shape = features.get("shape") if isinstance(features, dict) else None
+    if not manifest.readout.project or not isinstance(shape, list) or not shape:
+        return manifest.model.width
+    _expect(_is_integer(shape[-1], 1, LARGEST_WIDTH), "outputs.features", features, "a projected width above 0")
+    return int(shape[-1])
 
 
 def _fits(side: Any, allowed: set[int], free: bool) -> bool:

@@ -79,6 +79,29 @@ def tuning_options(command: Callable[..., Any]) -> Callable[..., Any]:
     return command
 
 
+def readout_options(default: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    """Add the options of the readout; ``default`` says whose it is if they are not given."""
+
+    def add(command: Callable[..., Any]) -> Callable[..., Any]:
+        for option in (
+            click.option(
+                "--project/--no-project",
+                default=None,
+                help=f"Project features into the space of text, of a CLIP; by default {default}.",
+            ),
+            click.option(
+                "--readout",
+                metavar="NAME",
+                help="final (tokens of the last block), value (as in MaskCLIP) or neighbour (as in NACLIP); "
+                f"by default {default}.",
+            ),
+        ):
+            command = option(command)
+        return command
+
+    return add
+
+
 force_option = click.option("--force", is_flag=True, help="Replace an output that exists.")
 checkpoint_option = click.option(
     "--checkpoint",

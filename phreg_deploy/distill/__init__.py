@@ -44,6 +44,8 @@ def distill(
     seed: int = 0,
     device: str = "auto",
     precision: str = "auto",
+    readout: str | None = None,
+    project: bool | None = None,
     cache: Path | None = None,
     resume: bool = False,
     force: bool = False,
@@ -58,8 +60,8 @@ def distill(
         images: folder of photographs; no labels are needed.
         output: folder of the student to write.
         checkpoint: weights for a timm name, ``.safetensors`` or ``.pth``.
-        recipe: "transplant", "random-registers" or "ph-reg".
-        registers, epochs, lr, batch, unlock: None for the recipe's value. ``unlock`` is "all" or "paper".
+        recipe: "transplant", "random-registers", "ph-reg" or, for CLIP, "ph-reg-clip".
+        registers, epochs, lr, batch, unlock: None for the recipe's value. ``unlock`` is "all", "paper" or "paper-clip".
         image_size: "518" or "480x640" (height x width); None for the model's own size.
         micro_batch: most images per forward and backward pass; None for the whole batch.
         grad_checkpointing: recompute each block in the backward pass, which needs less memory.
@@ -70,6 +72,9 @@ def distill(
         seed: of registers, views and the order of images.
         device: "auto", "cpu", "cuda", "cuda:N", or several GPUs, "cuda:0,cuda:1".
         precision: "auto", "fp32" or "bf16" (autocast).
+        readout: what is trained and served: "final", "value" or "neighbour" (``phreg_deploy.readout``); None for the
+            recipe's.
+        project: train and serve features in the space of text, of a CLIP; None for the recipe's.
         cache: folder of teacher targets; None for ``$XDG_CACHE_HOME/phreg-deploy``.
         resume: continue the interrupted run of the same settings in ``OUTPUT.partial``.
         force: replace an output or an interrupted run.
@@ -101,6 +106,8 @@ def distill(
         seed=seed,
         device=device,
         precision=precision,
+        readout=readout,
+        project=project,
     )
     check_distillation(vars(request))
     request.adjusted_recipe()

@@ -28,18 +28,18 @@ from phreg_deploy.distill.work_folder import work_folder
 from phreg_deploy.errors import PhregError, write_error
 from phreg_deploy.files.atomic import atomic_folder
 from phreg_deploy.images.photographs import Photographs, read_photographs
+from phreg_deploy.images.views import check_views
 from phreg_deploy.models.batches import Batches, split, spread
 from phreg_deploy.models.checkpoint import write_record, write_student
 from phreg_deploy.models.hardware import find_autocast, find_devices, select_attention
 from phreg_deploy.models.hooks import ViT
-from phreg_deploy.models.identity import ModelIdentity, model_identity
 from phreg_deploy.models.loading import load_model, model_preprocess
-from phreg_deploy.models.origin import find_origin
+from phreg_deploy.models.origin import ModelIdentity, find_origin, model_identity
+from phreg_deploy.models.readouts import with_readout
 from phreg_deploy.models.registers import add_registers
 from phreg_deploy.progress import Progress
 from phreg_deploy.quantisation import Smoothing
 from phreg_deploy.spec import Preprocess
-from phreg_deploy.views import check_views
 
 # Images on which register neurons are searched, and on which they are transplanted.
 SEARCH_IMAGES, NEURON_IMAGES = 96, 256
@@ -117,7 +117,7 @@ def run_distillation(
         raise
     targets, seconds = _compute_targets(run, training, cache or cache_folder())
     start = _choose_start(run, start, training, targets)
-    student = start.student
+    student = with_readout(start.student, run.recipe.student_readout)
     range_images = run.batches(training, RANGE_IMAGES) if run.recipe.int8 else None
     history = _train(run, student, training, targets, range_images, work, resume)
     held_out_names = held_out.names if held_out else []
@@ -157,6 +157,8 @@ def _load(request: Request, progress: Progress) -> Run:
     origin = find_origin(request.model, check_model(request.model, request.checkpoint), request.checkpoint)
     check_views(request.views, tuple(base.patch_embed.grid_size))
     recipe = request.adjusted_recipe(base.embed_dim)
+    # Refuses a model without projection.
+    with_readout(base, recipe.student_readout)
     return Run(request, recipe, base, model_preprocess(base, "center"), origin, devices, autocast, progress)
 
 
@@ -209,6 +211,7 @@ def _choose_start(run: Run, start: Start, training: Photographs, targets: Target
     digests = spread(training, START_IMAGES).digests
 
     def loss(model: ViT) -> float:
+        model = with_readout(model, run.recipe.student_readout)
         return loss_of(model, targets, digests, run.preprocess, run.recipe, device=run.device, autocast=run.autocast)
 
     return choose_start(start, loss, run.progress)
@@ -218,7 +221,7 @@ def _compute_targets(run: Run, training: Photographs, folder: Path) -> tuple[Tar
     """Fill the cache with the teacher's targets. ``Seconds.total`` of the result is 0."""
     started = time.perf_counter()
     teacher = Teacher(
-        run.base,
+        with_readout(run.base, run.recipe.teacher_readout),
         run.preprocess,
         views=run.request.views,
         seed=run.request.seed,
@@ -273,7 +276,14 @@ def _score(
     try:
         grids = observe_grids(student.to(device), range_images, Smoothing()) if range_images is not None else None
         scores = score_student(
-            run.base, student, photographs, run.preprocess, device=device, progress=progress, grids=grids
+            run.base,
+            student,
+            photographs,
+            run.preprocess,
+            device=device,
+            progress=progress,
+            grids=grids,
+            teacher=run.recipe.teacher_readout,
         )
     # PyTorch reports a lack of GPU memory as a RuntimeError.
     except (PhregError, OSError, RuntimeError, MemoryError) as error:

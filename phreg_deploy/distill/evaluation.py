@@ -15,8 +15,10 @@ from phreg_deploy.images.photographs import Photographs
 from phreg_deploy.models.answers import block_norms, read_features
 from phreg_deploy.models.batches import STEP, spread
 from phreg_deploy.models.hooks import ViT
+from phreg_deploy.models.readouts import readout_of, with_readout
 from phreg_deploy.progress import Progress
 from phreg_deploy.quantisation import Grid
+from phreg_deploy.readout import Readout
 from phreg_deploy.spec import Preprocess
 
 # Of the denoised target that fidelity is measured against.
@@ -35,20 +37,25 @@ def score_student(
     device: str,
     progress: Progress,
     grids: dict[str, Grid] | None = None,
+    teacher: Readout | None = None,
 ) -> StudentScores:
     """Compare base and student on photographs that the student was not trained on.
 
     At most ``SCORED`` photographs are used, evenly spaced. Features are in memory for ``STEP`` images at a time.
+    Both are read out as the student is.
 
     Args:
+        teacher: readout of the denoised targets; None for that of the student.
         grids: grids of fake quantisation; the student is then scored in fake INT8 too.
     """
+    base = with_readout(base, readout_of(student))
+    denoised = with_readout(base, teacher or readout_of(student))
     # In float32.
-    teacher = Teacher(base, preprocess, views=REFERENCE_VIEWS, seed=REFERENCE_SEED, devices=[device])
+    denoiser = Teacher(denoised, preprocess, views=REFERENCE_VIEWS, seed=REFERENCE_SEED, devices=[device])
     scored = spread(photographs, SCORED)
     measured = _Measurements()
     with progress.task("scoring", len(scored)) as advance:
-        targets = teacher.targets(scored, advance)
+        targets = denoiser.targets(scored, advance)
         for start in range(0, len(scored), STEP):
             part = scored.subset(range(start, min(start + STEP, len(scored))))
             target = np.stack([t.patches.astype(np.float32) for t in itertools.islice(targets, len(part))])
@@ -65,7 +72,7 @@ def score_student(
         images=len(scored),
         out_of=len(photographs),
         most=SCORED,
-        views=teacher.views,
+        views=denoiser.views,
         seed=REFERENCE_SEED,
         median_norm=median,
         base=measured.scores("base", median, block_norms(base, scored, preprocess, device)),

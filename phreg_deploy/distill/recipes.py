@@ -6,6 +6,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from phreg_deploy.errors import PhregError
+from phreg_deploy.readout import FINAL, NEIGHBOUR, VALUE, Readout
 from phreg_deploy.spec import Stored
 
 
@@ -20,6 +21,8 @@ class Recipe(Stored):
     ``scale_free``: divide squared errors by the targets' variance. ``flips``: mirror image and target at random.
     ``lr_end``: if None, one cycle with 10 % warm-up; otherwise exponential decay from ``lr`` to ``lr_end``. ``clip``:
     largest gradient norm, 0 for no limit. ``registers``: tokens to add. ``int8``: train through fake quantisation.
+    ``readout``: what is trained and served, see ``phreg_deploy.readout``; ``teacher``: the readout of the targets, None
+    for the same; ``project``: targets and features are projected into the space of text.
     ``moves_neurons``: move register neurons to a register token before training. ``decays_vectors``: apply weight
     decay to biases and norms too. ``rate_by_width``: lower ``lr`` for wider models.
     """
@@ -43,6 +46,17 @@ class Recipe(Stored):
     moves_neurons: bool = False
     decays_vectors: bool = False
     rate_by_width: bool = True
+    readout: str = FINAL
+    teacher: str | None = None
+    project: bool = False
+
+    @property
+    def student_readout(self) -> Readout:
+        return Readout(self.readout, self.project)
+
+    @property
+    def teacher_readout(self) -> Readout:
+        return Readout(self.teacher or self.readout, self.project)
 
     def default_rate(self, width: int) -> float:
         """Return the learning rate for a model's width: it falls with the square root of the width."""
@@ -76,6 +90,11 @@ RECIPES = {
     # The control for the transplant: the same loss, schedule and weights, with registers that start at random.
     "random-registers": Recipe("random-registers"),
     "ph-reg": _PH_REG,
+    # The paper for CLIP (``CLIP/`` of its code): targets by NACLIP, a student read out as MaskCLIP, both projected, and
+    # the last two blocks unlocked, since a value-only last block has no attention to train.
+    "ph-reg-clip": replace(
+        _PH_REG, name="ph-reg-clip", unlock="paper-clip", readout=VALUE, teacher=NEIGHBOUR, project=True
+    ),
 }
 # The width at which the learning rate of "transplant" was chosen.
 WIDTH = 192
@@ -104,11 +123,14 @@ class Request:
     seed: int
     device: str
     precision: str
+    readout: str | None = None
+    project: bool | None = None
 
     def adjusted_recipe(self, width: int = WIDTH) -> Recipe:
         """Return the recipe with the requested values, and a learning rate for a model of this width.
 
-        Raises ``PhregError`` if a strength was given, but the recipe moves no neurons.
+        Raises ``PhregError`` if a strength was given, but the recipe moves no neurons, or for a readout that cannot be
+        distilled through fake quantisation.
         """
         recipe = RECIPES[self.recipe]
         if self.strength is not None and not recipe.moves_neurons:
@@ -117,7 +139,7 @@ class Request:
                 f"strength: got {self.strength} with the recipe {self.recipe}, which moves no neurons; leave it out, "
                 f"or use --recipe {moving}."
             )
-        return replace(
+        adjusted = replace(
             recipe,
             registers=recipe.registers if self.registers is None else self.registers,
             epochs=recipe.epochs if self.epochs is None else self.epochs,
@@ -125,4 +147,12 @@ class Request:
             unlock=self.unlock or recipe.unlock,
             lr=self.lr or recipe.default_rate(width),
             int8=self.int8_aware or recipe.int8,
+            readout=self.readout or recipe.readout,
+            project=recipe.project if self.project is None else self.project,
         )
+        if adjusted.int8 and adjusted.student_readout.name != FINAL:
+            raise PhregError(
+                f"int8-aware: got the readout {adjusted.readout}, which leaves layers of the last block unused; "
+                "expected --readout final. Distil without --int8-aware, and calibrate the bundle."
+            )
+        return adjusted

@@ -128,6 +128,7 @@ class StudentRecord:
         return {
             **plain(fields),
             "registers": self.registers,
+            "readout": self.recipe.student_readout.to_json(),
             "device": ",".join(self.devices),
             "register_neurons": [{**n.to_json(), "left": reason} for n, reason in self.register_neurons.items()],
             "scores": self.scores.to_json() if self.scores else {"missing": self.missing_scores},

@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -27,11 +28,12 @@ from phreg_deploy.errors import PhregError
 from phreg_deploy.files.atomic import write_atomic
 from phreg_deploy.files.temporary import remove_dead
 from phreg_deploy.images.photographs import Photographs
+from phreg_deploy.images.views import View, draw_views, most_views, seed_of, show, way_back
 from phreg_deploy.models import hooks
 from phreg_deploy.models.hooks import ViT
-from phreg_deploy.models.identity import ModelIdentity, model_identity
+from phreg_deploy.models.origin import ModelIdentity, model_identity
+from phreg_deploy.models.readouts import readout_of
 from phreg_deploy.spec import Preprocess
-from phreg_deploy.views import View, draw_views, most_views, seed_of, show, way_back
 
 # Format of the cached files; each format has its own folders.
 CACHE_FORMAT = 3
@@ -60,7 +62,7 @@ class Teacher:
     """A frozen base model that denoises its own features.
 
     Args:
-        model: the base model, in evaluation mode.
+        model: the base model, in evaluation mode; its features are those of its readout.
         views: views per image, the first one unshifted; 10 in the paper. At most as many as differ on the model's grid.
         seed: each image's views are drawn from this seed and the image's digest, whatever the order of images.
         devices: the first one holds ``model``; ``targets`` distributes photographs over all of them.
@@ -89,7 +91,7 @@ class Teacher:
     @functools.cached_property
     def digest(self) -> str:
         """The sha256 of every setting that decides a target."""
-        settings = {
+        settings: dict[str, Any] = {
             "model": (self._identity or model_identity(self.model)).to_json(),
             "preprocess": self.preprocess.to_json(),
             "views": self.views,
@@ -97,6 +99,9 @@ class Teacher:
             "autocast": self.autocast,
             "format": CACHE_FORMAT,
         }
+        readout = readout_of(self.model)
+        if not readout.is_plain:
+            settings["readout"] = readout.to_json()
         return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()
 
     @torch.inference_mode()

@@ -33,6 +33,8 @@ def export(
     layers: str | None = None,
     layer_norm: bool = True,
     attention: bool = False,
+    readout: str | None = None,
+    project: bool | None = None,
     random_weights: bool = False,
     force: bool = False,
     progress: Progress = SILENT,
@@ -54,19 +56,22 @@ def export(
             or "all"; adds the outputs ``features.3``, ``token_norm.3`` and, with a class token, ``cls.3``.
         layer_norm: apply the model's final norm to their features and class tokens, as DINOv2's heads expect.
         attention: add the output ``attention`` ``(B, heads, Hp, Wp)``, the class token's in the last block.
+        readout: "final", "value" or "neighbour" (``phreg_deploy.readout``); None for what a student was distilled for,
+            else "final".
+        project: serve features in the space of text, of a CLIP; None as for ``readout``.
         random_weights: do not load pretrained weights; for timing only.
         force: replace an output that exists.
 
     Raises:
         BackendMissing: the extra ``export`` is not installed.
         PhregError: bad input, an output that exists, a size that is not a multiple of the patch, a layer that the model
-            lacks, or ``attention`` of a model without class token.
+            lacks, ``attention`` of a model without class token, or ``project`` of a model without projection.
     """
     from phreg_deploy.arguments import EIGHT_BITS, FLOATS, check_export, check_model
     from phreg_deploy.errors import PhregError
     from phreg_deploy.files.atomic import check_target
     from phreg_deploy.layers import check_layers
-    from phreg_deploy.student_record import model_path
+    from phreg_deploy.student_record import model_path, read_readout
 
     if precision in EIGHT_BITS:
         raise PhregError(
@@ -76,6 +81,8 @@ def export(
     check_export(precision, tuple(keep_fp32), images, image_size, batch)
     check_layers(layers, layer_norm)
     check_model(model, checkpoint, random_weights)
+    asked = read_readout(model, readout, project, random_weights)
+    asked.check_outputs((), 0, attention)
     check_target(Path(output), force, [model_path(model), checkpoint, images])
     from phreg_deploy.export.exporter import ExportRequest, export_bundle
 
@@ -92,6 +99,7 @@ def export(
         layers,
         layer_norm,
         attention,
+        asked,
     )
     return export_bundle(request, Path(output), force=force, progress=progress)
 

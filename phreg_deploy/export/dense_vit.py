@@ -11,23 +11,24 @@ from typing import Any
 import torch
 from torch import nn
 
+from phreg_deploy.export.dense_readout import DenseReadout
 from phreg_deploy.export.folding import (
     CENTRE,
     fold_attention_scale,
     fold_layer_scale,
     fold_normalisation,
     fused_qkv,
+    layer_scale,
     patch_positions,
     prefix_tokens,
 )
 from phreg_deploy.export.rotary import is_half, rotary_tables
-from phreg_deploy.export.rotation import paired_halves, reorder_norm, rotate, wide_tables
+from phreg_deploy.export.rotation import Turn, paired_halves, reorder_norm, rotate, wide_tables
 from phreg_deploy.layers import Layers, output_names
 from phreg_deploy.models.hooks import ViT, final_norm
+from phreg_deploy.models.readouts import readout_of
+from phreg_deploy.readout import FINAL
 from phreg_deploy.spec import Preprocess
-
-# The two tables that a layer's queries and keys are rotated by (``rotation.rotate``).
-Turn = tuple[torch.Tensor, torch.Tensor]
 
 
 class DenseViT(nn.Module):
@@ -40,6 +41,8 @@ class DenseViT(nn.Module):
             sizes: ``pos_embed`` ``(1, N, C)``, ``rotary`` ``(2, L, H, N, D / 2)``.
         layers: further layers to return.
         attention: return the class token's attention in the last block too; the model must have a class token.
+
+    The last block and the projection follow the model's readout (``models.readouts``).
     """
 
     def __init__(
@@ -78,8 +81,16 @@ class DenseViT(nn.Module):
         if rotary is not None and not positions_as_input:
             self.turns.extend(part for wide in wide_tables(rotary, self.prefix_count) for part in wide)
         neighbours = rotary is not None and not is_half(model)
-        self.blocks = nn.ModuleList(DenseBlock(block, neighbours) for block in model.blocks)
+        readout = readout_of(model)
+        self.blocks = nn.ModuleList(DenseBlock(block, neighbours) for block in model.blocks[:-1])
+        if readout.name == FINAL:
+            self.blocks.append(DenseBlock(model.blocks[-1], neighbours))
+        else:
+            grid = None if positions_as_input else tuple(model.patch_embed.grid_size)
+            self.blocks.append(DenseReadout(model.blocks[-1], readout, self.prefix_count, neighbours, grid))
         self.norm = copy.deepcopy(final_norm(model))
+        self.project = Projection(model.head) if readout.project else None
+        self.channels = model.head.out_features if readout.project else model.embed_dim
         self.layers, self.heads = layers, model.blocks[-1].attn.num_heads
         self.class_attention = ClassAttention() if attention else None
         self.outputs = output_names(self.class_token, layers, attention)
@@ -114,22 +125,27 @@ class DenseViT(nn.Module):
         middle: list[torch.Tensor] = []
         seen = None
         for i, block in enumerate(self.blocks):
-            if self.class_attention is not None and i + 1 == len(self.blocks):
+            if isinstance(block, DenseReadout):
+                x = block(x, turns[i % len(turns)], (hp, wp))
+            elif self.class_attention is not None and i + 1 == len(self.blocks):
                 x, seen = block(x, turns[i % len(turns)], self.class_attention)
             else:
                 x = block(x, turns[i % len(turns)])
             if self.layers is not None and i + 1 in self.layers.blocks:
                 middle.extend(self._read(x, (b, hp, wp), self.layers.norm))
         attention = [] if seen is None else [seen[..., self.prefix_count :].reshape(b, -1, hp, wp)]
-        return (*self._read(x, (b, hp, wp), True), *middle, *attention)
+        return (*self._read(x, (b, hp, wp), True, self.project), *middle, *attention)
 
-    def _read(self, x: torch.Tensor, grid: tuple[int, int, int], normed: bool) -> list[torch.Tensor]:
+    def _read(
+        self, x: torch.Tensor, grid: tuple[int, int, int], normed: bool, project: nn.Module | None = None
+    ) -> list[torch.Tensor]:
         """Return features, class token if there is one, and token norms of the residual stream ``x`` ``(B, T, C)``."""
         norm = self.norm if normed else nn.Identity()
+        project = nn.Identity() if project is None else project
         patches = x[:, self.prefix_count :]  # (B, N, C), without registers
         token_norm = patches.square().sum(-1).sqrt().reshape(grid)
-        features = norm(patches).reshape(*grid, -1)
-        return [features, *([norm(x[:, 0])] if self.class_token else []), token_norm]
+        features = project(norm(patches)).reshape(*grid, -1)
+        return [features, *([project(norm(x[:, 0]))] if self.class_token else []), token_norm]
 
     def _turns(self, rotary: torch.Tensor | None) -> list[Any]:
         """The two tables that each layer's queries and keys are rotated by; one pair if all layers share it."""
@@ -137,6 +153,19 @@ class DenseViT(nn.Module):
             return list(zip(*(wide.unbind(0) for wide in wide_tables(rotary, self.prefix_count))))
         layers = len(self.turns) // 2
         return list(zip(self.turns[:layers], self.turns[layers:])) or [None]
+
+
+class Projection(nn.Module):
+    """A CLIP's projection into the space of text, of one weight ``(C, P)`` for patch tokens and class token."""
+
+    def __init__(self, head: ViT) -> None:
+        super().__init__()
+        self.into_text = nn.Parameter(head.weight.detach().T.contiguous())
+        self.bias = None if head.bias is None else nn.Parameter(head.bias.detach().clone())
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        y = x @ self.into_text
+        return y if self.bias is None else y + self.bias
 
 
 class ClassAttention(nn.Module):
@@ -159,8 +188,8 @@ class DenseBlock(nn.Module):
         # Only the last layer changes; the others are shared with the model, which saves a third of its memory.
         shared = {id(value): value for name, value in block.mlp.named_parameters() if not name.startswith("fc2.")}
         self.mlp = copy.deepcopy(block.mlp, shared)
-        fold_layer_scale(self.attn.proj, _layer_scale(block, 1))
-        fold_layer_scale(self.mlp.fc2, _layer_scale(block, 2))
+        fold_layer_scale(self.attn.proj, layer_scale(block, 1))
+        fold_layer_scale(self.mlp.fc2, layer_scale(block, 2))
 
     def forward(self, x: torch.Tensor, turn: Turn | None, watch: nn.Module | None = None) -> Any:
         if watch is None:
@@ -213,8 +242,3 @@ class DenseAttention(nn.Module):
         if self.gate is not None:
             y = y * self.gate(x).sigmoid()
         return self.proj(y) if watch is None else (self.proj(y), watch(q[:, :, :1], k))
-
-
-def _layer_scale(block: ViT, which: int) -> torch.Tensor | None:
-    gamma = getattr(getattr(block, f"ls{which}", None), "gamma", None)
-    return getattr(block, f"gamma_{which}", None) if gamma is None else gamma

@@ -34,12 +34,14 @@ from phreg_deploy.layers import Layers, parse_layers
 from phreg_deploy.models.hooks import ViT
 from phreg_deploy.models.loading import load_model, model_preprocess, model_spec
 from phreg_deploy.models.origin import find_origin, unknown_origin
+from phreg_deploy.models.readouts import with_readout
 from phreg_deploy.models.weights import weights_digest
 from phreg_deploy.onnx_graph.external import fits, write_graph
 from phreg_deploy.onnx_graph.mixed_precision import islands, narrow
 from phreg_deploy.progress import SILENT, Progress
+from phreg_deploy.readout import PLAIN, Readout
 from phreg_deploy.spec import Batches, Preprocess, Sizes
-from phreg_deploy.student_record import model_path, read_record, recorded, recorded_median
+from phreg_deploy.student_record import model_path, read_record, recorded, recorded_median, recorded_readout
 
 # Photographs, beside the exam's images, that the ranges for FP16 are measured on, at most.
 MOST_PHOTOGRAPHS = 16
@@ -61,6 +63,7 @@ class ExportRequest:
     layers: str | None = None
     layer_norm: bool = True
     attention: bool = False
+    readout: Readout = PLAIN
 
 
 @dataclass(frozen=True)
@@ -99,6 +102,7 @@ def export_bundle(request: ExportRequest, output: Path, *, force: bool = False, 
 def _load(request: ExportRequest) -> _Source:
     """Load the model, and check its sizes and its record before minutes of tracing."""
     model = load_model(request.model, checkpoint=request.checkpoint, random_weights=request.random_weights)
+    model = with_readout(model, request.readout)
     height, width = model.patch_embed.img_size
     sizes = Sizes.parse(request.image_size or f"{height}x{width}", tuple(model.patch_embed.patch_size))
     batches = Batches.parse(request.batch)
@@ -109,17 +113,20 @@ def _load(request: ExportRequest) -> _Source:
     layers = None
     if request.layers is not None:
         layers = Layers(parse_layers(request.layers, len(model.blocks)), request.layer_norm)
+    request.readout.check_outputs(() if layers is None else layers.blocks, len(model.blocks), request.attention)
     if request.attention:
         _check_attention(request.model, model)
     folder = model_path(request.model)
     record = None if request.random_weights else read_record(folder)
+    # Norms of another readout are not comparable.
+    known = recorded_readout(record, folder) == request.readout
     return _Source(
         model=model,
         preprocess=model_preprocess(model, request.crop),
         sizes=sizes,
         batches=batches,
         recipe=None if record is None else recorded(record, folder, "recipe", "name"),
-        norm_median=None if record is None else recorded_median(record, folder),
+        norm_median=recorded_median(record, folder) if record is not None and known else None,
         layers=layers,
         attention=request.attention,
     )
@@ -189,6 +196,7 @@ def _manifest(request: ExportRequest, source: _Source, graph: onnx.ModelProto, f
         norm_median=source.norm_median,
         rotary=None if rotary is None else rotary[0],
         layers=source.layers,
+        readout=request.readout,
         float_parts=float_parts,
         random_weights=request.random_weights,
     )

@@ -44,6 +44,12 @@ def fold_layer_scale(linear: ViT, gamma: torch.Tensor | None) -> None:
             linear.bias.copy_(linear.bias.double() * scale)
 
 
+def layer_scale(block: ViT, which: int) -> torch.Tensor | None:
+    """Return the LayerScale after a block's attention (1) or MLP (2), ``(C,)``; None if there is none."""
+    gamma = getattr(getattr(block, f"ls{which}", None), "gamma", None)
+    return getattr(block, f"gamma_{which}", None) if gamma is None else gamma
+
+
 def fold_attention_scale(weight: torch.Tensor, bias: torch.Tensor | None, width: int, scale: float) -> None:
     """Fold the factor 1 / sqrt(D) into the query rows of a qkv projection, in place.
 

@@ -11,6 +11,9 @@ import torch
 
 from phreg_deploy.models.hooks import ViT
 
+# The two tables that a layer's queries and keys are rotated by, see ``rotate``.
+Turn = tuple[torch.Tensor, torch.Tensor]
+
 
 def paired_halves(weight: torch.Tensor, heads: int) -> torch.Tensor:
     """Reorder the rows ``(H * D, ...)`` of queries or keys so that neighbours come to be ``D / 2`` apart."""
@@ -39,7 +42,7 @@ def wide_tables(table: torch.Tensor, prefix: int) -> tuple[torch.Tensor, torch.T
     return torch.cat([cosines, cosines], dim=-1), torch.cat([-sines, sines], dim=-1)
 
 
-def rotate(x: torch.Tensor, by: tuple[torch.Tensor, torch.Tensor]) -> torch.Tensor:
+def rotate(x: torch.Tensor, by: Turn) -> torch.Tensor:
     """Rotate ``x`` ``(B, H, T, D)`` by one layer's two tables ``(H, T, D)``."""
     first, second = x.chunk(2, dim=-1)
     return x * by[0] + torch.cat([second, first], dim=-1) * by[1]

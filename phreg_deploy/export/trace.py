@@ -118,7 +118,7 @@ def _clean(model: ModelProto, module: DenseViT, sizes: Sizes, batches: Batches) 
     grid: list[Any] = ["Hp", "Wp"] if sizes.dynamic else [s // p for s, p in zip(sizes.default, module.patch)]
     pixels: list[Any] = ["H", "W"] if sizes.dynamic else list(sizes.default)
     batch: Any = "B" if batches.dynamic else batches.best
-    width = module.projection.shape[1]
+    width, layer_width = module.channels, module.projection.shape[1]
     shapes = {
         "image": [batch, *pixels, 3],
         **{name: [*table.shape[:-2], "N", table.shape[-1]] for name, table in module.tables.items()},
@@ -130,7 +130,12 @@ def _clean(model: ModelProto, module: DenseViT, sizes: Sizes, batches: Batches) 
     for value in (*model.graph.input, *model.graph.output):
         shape = value.type.tensor_type.shape
         del shape.dim[:]
-        for side in shapes[kind_of(value.name)]:
+        kind = kind_of(value.name)
+        sides = shapes[kind]
+        if kind != value.name and kind != "token_norm":
+            # A further layer is not projected.
+            sides = [*sides[:-1], layer_width]
+        for side in sides:
             dim = shape.dim.add()
             if isinstance(side, int):
                 dim.dim_value = side

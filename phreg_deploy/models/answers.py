@@ -16,6 +16,7 @@ from phreg_deploy.models import hooks
 from phreg_deploy.models.batches import Batches
 from phreg_deploy.models.hooks import ViT
 from phreg_deploy.models.loading import classifies
+from phreg_deploy.models.readouts import readout_of
 from phreg_deploy.spec import Preprocess
 
 
@@ -92,7 +93,8 @@ def read_features(
         parts["norms"].append(features.norms.cpu().numpy())
         if features.cls is not None:
             parts["cls"].append(features.cls.cpu().numpy())
-        if classifies(model):
+        # The head reads the plain final tokens.
+        if classifies(model) and readout_of(model).is_plain:
             parts["logits"].append(model.forward_head(features.head_input).cpu().numpy())
     return {name: np.concatenate(part) for name, part in parts.items() if part}
 

@@ -15,6 +15,8 @@ import numpy as np
 import torch
 from torch import nn
 
+from phreg_deploy.models.readouts import last_block, project, readout_of
+
 # A timm VisionTransformer or Eva, or a part of one. timm has no types, and PyTorch types every attribute as
 # Tensor | Module.
 ViT = Any
@@ -24,6 +26,7 @@ ViT = Any
 class Features:
     """``tokens`` ``(B, T, C)`` after the final norm; ``norms`` ``(B, N)``, L2 norms of patch tokens before it.
 
+    If the model's readout projects, ``tokens`` are ``(B, T, P)`` in the projected space.
     ``head_input``: the result of timm's ``forward_features``; not ``tokens`` if the final norm is ``fc_norm``.
     """
 
@@ -43,15 +46,19 @@ class Features:
 
 
 def forward(model: ViT, images: torch.Tensor) -> Features:
-    """Compute the features of normalised ``images`` ``(B, 3, H, W)``."""
+    """Compute the features of normalised ``images`` ``(B, 3, H, W)`` by the model's readout."""
     residuals: list[torch.Tensor] = []
+    readout = readout_of(model)
     handle = model.norm.register_forward_pre_hook(lambda _module, inputs: residuals.append(inputs[0]))
     try:
-        head_input = model.forward_features(images)
+        with last_block(model, readout):
+            head_input = model.forward_features(images)
     finally:
         handle.remove()
     prefix, norm = model.num_prefix_tokens, final_norm(model)
     tokens = head_input if norm is model.norm else norm(head_input)
+    if readout.project:
+        tokens = project(model, tokens)
     norms = residuals[0][:, prefix:].float().norm(dim=-1)
     return Features(tokens, head_input, norms, prefix, model.cls_token is not None)
 

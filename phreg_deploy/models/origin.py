@@ -1,13 +1,19 @@
-"""Find the pretrained weights that a model was made from, and the licence that timm states for them."""
+"""Find what a model was made from, with the licence that timm states, and identify what it computes."""
 
 from __future__ import annotations
 
+import hashlib
 import json
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import timm
 
+from phreg_deploy.models.hooks import ViT
+from phreg_deploy.models.loading import model_arguments
+from phreg_deploy.models.weights import weights_digest
+from phreg_deploy.spec import Stored
 from phreg_deploy.student_record import read_record
 
 KEYS = ("model", "license", "url", "hf_hub_id")
@@ -61,3 +67,31 @@ def _stated(name: str) -> dict[str, str | None]:
     url = config.url if isinstance(config.url, str) else None
     full = f"{config.architecture}.{config.tag}" if config.tag else name
     return {"model": full, "license": config.license, "url": url or None, "hf_hub_id": config.hf_hub_id or None}
+
+
+@dataclass(frozen=True)
+class ModelIdentity(Stored):
+    """Everything that decides a model's features for given pixels.
+
+    The weights alone do not decide them: another activation or number of heads gives other features. ``modules``:
+    digest of the module tree with its settings, such as activations and epsilons. ``image_size``: (height, width).
+    """
+
+    architecture: str
+    arguments: dict[str, str]
+    heads: list[int]
+    modules: str
+    image_size: list[int]
+    weights: str
+
+
+def model_identity(model: ViT) -> ModelIdentity:
+    """Identify a model. Reads every weight."""
+    return ModelIdentity(
+        architecture=str(model.pretrained_cfg.get("architecture")),
+        arguments={k: getattr(v, "__qualname__", repr(v)) for k, v in sorted(model_arguments(model).items())},
+        heads=[block.attn.num_heads for block in model.blocks],
+        modules=hashlib.sha256(repr(model).encode()).hexdigest(),
+        image_size=list(model.patch_embed.img_size),
+        weights=weights_digest(model),
+    )

@@ -59,13 +59,15 @@ def read_weights(path: Path) -> dict[str, torch.Tensor]:
 
 
 def unlock_weights(model: ViT, unlock: str) -> list[nn.Parameter]:
-    """Freeze every weight but those of ``unlock``, "all" or "paper", and return these.
+    """Freeze every weight but those of ``unlock``, "all", "paper" or "paper-clip", and return these.
 
     The classifier head and the pooling are never trained. "paper": the set for DINOv2 (``distill_main.py`` of arXiv
     2505.21501), which is registers, position embedding, patch projection and last block; and the class token, since
-    ``add_registers`` moves its position embedding into it.
+    ``add_registers`` moves its position embedding into it. "paper-clip": its set for CLIP, with the last two blocks.
     """
-    paper = ("reg_token", "pos_embed", "cls_token", "patch_embed.", f"blocks.{len(model.blocks) - 1}.")
+    last = 2 if unlock == "paper-clip" else 1
+    blocks = tuple(f"blocks.{i}." for i in range(len(model.blocks))[-last:])
+    paper = ("reg_token", "pos_embed", "cls_token", "patch_embed.", *blocks)
     frozen = ("head.", "fc_norm.", "attn_pool.")
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(not name.startswith(frozen) and (unlock == "all" or name.startswith(paper)))

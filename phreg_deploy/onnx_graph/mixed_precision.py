@@ -27,6 +27,8 @@ LIMITS = {"fp16": 65504.0, "bf16": 3.3e38}
 ROOM = 4.0
 # An Identity stands where two outputs are one tensor, such as those of the last layer.
 MOVES = {"Identity", "Split", "Reshape", "Transpose", "Slice", "Gather", "Expand", "Concat"}
+# The modules that write the outputs: the final norm, and a CLIP's projection.
+LAST = ("norm/", "project/")
 # The operators that compute ``token_norm``; squares overflow FP16.
 NORMS = {"Identity", "Reshape", "Sqrt", "ReduceSum", "Pow", "Mul", "ReduceL2"}
 
@@ -48,9 +50,10 @@ def narrow(
 ) -> Narrowed:
     """Write a graph's floats in ``precision``, in place.
 
-    These stay in FP32: ``token_norm``; with BF16 the final norm, because numpy has no bfloat16; nodes that touch a
-    tensor beyond the format's range; nodes that ``keep`` names. A QuantizeLinear has the type of its input and a
-    DequantizeLinear that of its readers, so no Cast stands between Q/DQ and a product.
+    These stay in FP32: ``token_norm``; values that follow from sizes alone; with BF16 the final norm and a projection,
+    because numpy has no bfloat16; nodes that touch a tensor beyond the format's range; nodes that ``keep`` names. A
+    QuantizeLinear has the type of its input and a DequantizeLinear that of its readers, so no Cast stands between Q/DQ
+    and a product.
 
     Args:
         precision: "fp16" or "bf16".
@@ -145,8 +148,11 @@ class _Narrowing:
         return reaches
 
     def _rules(self) -> set[str]:
-        """Return the nodes that always stay in FP32: those of ``token_norm``, and with BF16 the final norm."""
-        producer, names = self.wiring.producer, set[str]()
+        """Return the nodes that always stay in FP32.
+
+        They are those of ``token_norm``, those that compute with sizes, and with BF16 the final norm and a projection.
+        """
+        producer, names = self.wiring.producer, self._of_sizes()
         outputs = [value.name for value in self.model.graph.output]
         for output in outputs:
             node = producer.get(output) if kind_of(output) == "token_norm" else None
@@ -155,12 +161,29 @@ class _Narrowing:
                 node = producer.get(node.input[0])
         if self.precision == "bf16":
             # An RMS norm is several nodes.
-            names |= {n.name for n in self.model.graph.node if n.name.startswith("norm/")}
+            names |= {n.name for n in self.model.graph.node if n.name.startswith(LAST)}
             for output in outputs:
                 node = producer.get(output) if kind_of(output) != "token_norm" else None
-                while node is not None and node.op_type in (MOVES | {"LayerNormalization", "Softmax"}):
+                while node is not None and (
+                    node.op_type in (MOVES | {"LayerNormalization", "Softmax"}) or node.name.startswith(LAST)
+                ):
                     names.add(node.name)
                     node = producer.get(node.input[0])
+        return names
+
+    def _of_sizes(self) -> set[str]:
+        """Return the nodes whose floats follow from the sizes of the image alone, such as a window over the patches.
+
+        A Range takes no 16-bit floats, and such values are exact in FP32 only.
+        """
+        sizes, floats, names = set[str](), set[str](), set[str]()
+        for node in self.model.graph.node:
+            inputs = {name for name in node.input if name and name not in self.constants}
+            if node.op_type == "Shape" or (inputs and inputs <= sizes and not self.floats & set(node.output)):
+                sizes.update(node.output)
+            elif inputs and inputs <= sizes | floats and (node.op_type == "Cast" or inputs & floats):
+                floats.update(node.output)
+                names.add(node.name)
         return names
 
     def _kind(self, node: NodeProto, wide: set[str]) -> int:

@@ -14,6 +14,7 @@ from phreg_deploy.arguments import check_cosine, check_device, check_model
 from phreg_deploy.errors import PhregError
 from phreg_deploy.extras import DISTILL, require
 from phreg_deploy.progress import SILENT, Progress
+from phreg_deploy.student_record import read_readout
 
 if TYPE_CHECKING:
     from phreg_deploy.runtime.backends.options import BackendOptions
@@ -90,6 +91,8 @@ def score_artifacts(
     image_size: str | None = None,
     limit: int = 64,
     median: float | None = None,
+    readout: str | None = None,
+    project: bool | None = None,
     device: str = "auto",
     backend: str = "auto",
     progress: Progress = SILENT,
@@ -102,6 +105,8 @@ def score_artifacts(
         checkpoint: weights for a timm name.
         image_size: "518" or "480x640" (height x width); None for the model's own size.
         median: the base model's median norm; None for the recorded one, else the model's own on these images.
+        readout, project: what is read out of a PyTorch model (``phreg_deploy.readout``); None for what a student's
+            record says, else the final tokens. A bundle has a readout of its own, and refuses them.
         device: where PyTorch computes; a bundle takes ``backend`` instead, and refuses ``device``.
         backend: what serves a bundle; a PyTorch model refuses it.
 
@@ -120,18 +125,21 @@ def score_artifacts(
             raise PhregError(f"artifacts: --checkpoint goes with a timm name, but {model} is a bundle.")
         if device != "auto":
             raise PhregError("artifacts: --device goes with a PyTorch model; a bundle runs where --backend says.")
+        if readout is not None or project is not None:
+            raise PhregError("artifacts: --readout and --project go with a PyTorch model; a bundle has its own.")
         list_images(images)
         from phreg_deploy.verify.scoring import score_bundle
 
         return score_bundle(model, images, size=size, limit=limit, median=median, backend=backend, progress=progress)
     check_model(model, checkpoint)
+    asked = read_readout(model, readout, project)
     if backend != "auto":
         raise PhregError(f"artifacts: --backend goes with a bundle, but {model} is none; it runs in PyTorch.")
     list_images(images)
     require("`phreg-deploy artifacts` of a PyTorch model", distill=DISTILL)
     from phreg_deploy.verify.scoring import ModelRequest, score_model
 
-    return score_model(ModelRequest(model, checkpoint, size, device), images, limit, median, progress)
+    return score_model(ModelRequest(model, checkpoint, size, device, asked), images, limit, median, progress)
 
 
 def _runtime_extra(backend: str) -> dict[str, tuple[str, ...]]:

@@ -16,6 +16,7 @@ from phreg_deploy.images.photographs import Photographs, read_photographs
 from phreg_deploy.images.pictures import colours, components, heat
 from phreg_deploy.layers import ATTENTION
 from phreg_deploy.progress import SILENT, Progress
+from phreg_deploy.readout import Readout
 from phreg_deploy.runtime.features import FeatureExtractor
 from phreg_deploy.runtime.parity import (
     Gate,
@@ -125,7 +126,7 @@ def _measure(extractor: FeatureExtractor, request: CheckRequest, progress: Progr
     assert request.images is not None
     photographs = read_photographs(request.images, size, manifest.preprocess, request.limit, say=progress.say)
     models = {
-        name: _load_model(source, checkpoint, size)
+        name: _load_model(source, checkpoint, size, manifest.readout)
         for name, source, checkpoint in (
             ("base", request.base, request.base_checkpoint),
             ("student", request.reference, request.reference_checkpoint),
@@ -150,10 +151,11 @@ def _measure(extractor: FeatureExtractor, request: CheckRequest, progress: Progr
     return _OnImages(photographs, scores, parity, own.layers())
 
 
-def _load_model(source: str, checkpoint: Path | None, size: tuple[int, int]) -> Any:
+def _load_model(source: str, checkpoint: Path | None, size: tuple[int, int], readout: Readout) -> Any:
     from phreg_deploy.models.loading import load_model
+    from phreg_deploy.models.readouts import with_readout
 
-    return load_model(source, checkpoint=checkpoint, image_size=size)
+    return with_readout(load_model(source, checkpoint=checkpoint, image_size=size), readout)
 
 
 def _model_run(model: Any, extractor: FeatureExtractor) -> Run:

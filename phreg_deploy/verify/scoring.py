@@ -11,20 +11,22 @@ from phreg_deploy.artifacts.scores import Scores, score
 from phreg_deploy.images.photographs import Photographs, read_photographs
 from phreg_deploy.images.pictures import colours, components, heat, sheet
 from phreg_deploy.progress import Progress
+from phreg_deploy.readout import Readout
 from phreg_deploy.runtime.features import FeatureExtractor
-from phreg_deploy.student_record import model_path, read_record, recorded_median
+from phreg_deploy.student_record import model_path, read_record, recorded_median, recorded_readout
 from phreg_deploy.verify.checking import BundleRun
 from phreg_deploy.verify.report import ArtifactReport
 
 
 @dataclass(frozen=True)
 class ModelRequest:
-    """A PyTorch model: a timm name or a student's folder, weights for a timm name, (height, width), and the device."""
+    """A PyTorch model: a timm name or a student's folder, weights for a timm name, (height, width), device, readout."""
 
     name: str
     checkpoint: Path | None
     size: tuple[int, int] | None
     device: str
+    readout: Readout
 
 
 def score_bundle(
@@ -57,14 +59,18 @@ def score_model(
     from phreg_deploy.models.answers import block_norms, model_run
     from phreg_deploy.models.hardware import find_device
     from phreg_deploy.models.loading import load_model, model_preprocess
+    from phreg_deploy.models.readouts import with_readout
 
     device = find_device(request.device)
     model = load_model(request.name, checkpoint=request.checkpoint, image_size=request.size)
+    model = with_readout(model, request.readout)
     folder = model_path(request.name)
     record = read_record(folder)
     preprocess, patch = model_preprocess(model), tuple(model.patch_embed.patch_size)
     photographs = read_photographs(images, tuple(model.patch_embed.img_size), preprocess, limit, say=progress.say)
-    centre = median or (recorded_median(record, folder) if record else None)
+    # Norms of another readout are not comparable.
+    known = record is not None and recorded_readout(record, folder) == request.readout
+    centre = median or (recorded_median(record, folder) if record is not None and known else None)
     scores = score(model_run(model, preprocess, device), photographs, patch, median=centre, progress=progress)
     blocks = block_norms(model, photographs, preprocess, device)
     return ArtifactReport(request.name, scores, _sheet(photographs, scores), device=device, blocks=blocks)

@@ -17,6 +17,7 @@ from phreg_deploy.cli.options import (
     device_option,
     images_option,
     output_options,
+    readout_options,
 )
 from phreg_deploy.cli.tables.artifacts import show_artifacts
 from phreg_deploy.files.atomic import write_atomic
@@ -40,6 +41,7 @@ from phreg_deploy.files.atomic import write_atomic
     help="The base model's median norm; by default a student's or bundle's record, else the model's own.",
 )
 @click.option("--picture", type=click.Path(path_type=Path), help="Write a PNG of the first image's features and norms.")
+@readout_options("the student's")
 @device_option
 @backend_option
 @output_options
@@ -50,6 +52,7 @@ def artifacts(model: str, images: Path, picture: Path | None, as_json: bool, qui
     Examples:
       phreg-deploy artifacts vit_small_patch14_dinov2.lvd142m --images photos/ --picture before.png
       phreg-deploy artifacts student --images photos/
+      phreg-deploy artifacts vit_base_patch16_clip_quickgelu_224.openai --images photos/ --readout value --project
       phreg-deploy artifacts student.bundle --images photos/
     """
     from phreg_deploy.verify import score_artifacts

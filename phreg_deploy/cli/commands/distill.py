@@ -14,6 +14,7 @@ from phreg_deploy.cli.options import (
     force_option,
     images_option,
     output_options,
+    readout_options,
 )
 from phreg_deploy.cli.tables.distill import show_record
 
@@ -28,7 +29,7 @@ from phreg_deploy.cli.tables.distill import show_record
     default="transplant",
     show_default=True,
     help="transplant (moves register neurons, then trains all weights), random-registers (the same without the move, "
-    "as a control) or ph-reg (the paper).",
+    "as a control), ph-reg (the paper) or ph-reg-clip (the paper for CLIP).",
 )
 @click.option(
     "--registers", type=int, help="Register tokens to add: by default 4, in ph-reg 16; 0 adds none, as a control."
@@ -39,7 +40,10 @@ from phreg_deploy.cli.tables.distill import show_record
 @click.option("--micro-batch", type=int, help="Images per forward and backward pass, for less memory; by default all.")
 @click.option("--grad-checkpointing", is_flag=True, help="Recompute each block in the backward pass, for less memory.")
 @click.option("--lr", type=float, help="Peak learning rate; by default the recipe's.")
-@click.option("--unlock", type=click.Choice(["all", "paper"]), help="Weights that train; by default the recipe's.")
+@readout_options("the recipe's")
+@click.option(
+    "--unlock", type=click.Choice(["all", "paper", "paper-clip"]), help="Weights that train; by default the recipe's."
+)
 @click.option(
     "--strength", type=float, help="Activation of a transplanted neuron, as a share of that on outlier tokens."
 )
@@ -65,9 +69,14 @@ def distill(output: Path, images: Path, as_json: bool, quiet: bool, **settings: 
     epochs of your images, where the paper reports epoch 30 of 100 on far more. It also uses the paper's learning rate
     and batch for CLIP with every model, draws each image's views once instead of in each epoch, and crops the centre.
 
+    --recipe ph-reg-clip is the same for CLIP: targets are read out as in NACLIP, the student as in MaskCLIP
+    (--readout value), both in the space of text, and the last two blocks train. Train at 448 px, as the paper does.
+
     \b
-    Example:
+    Examples:
       phreg-deploy distill vit_tiny_patch16_224 --checkpoint vit.safetensors --images photos/ -o student
+      phreg-deploy distill vit_base_patch16_clip_quickgelu_224.openai --recipe ph-reg-clip --image-size 448 \\
+        --images photos/ -o clip-student
     """
     from phreg_deploy.distill import distill as run
 

@@ -12,7 +12,14 @@ from phreg_deploy.arguments import EIGHT_BITS, check_export, check_model
 from phreg_deploy.bundle.bundle import Bundle
 from phreg_deploy.cli.commands.build import run_build
 from phreg_deploy.cli.console import Result
-from phreg_deploy.cli.options import checkpoint_option, device_number, force_option, images_option, output_options
+from phreg_deploy.cli.options import (
+    checkpoint_option,
+    device_number,
+    force_option,
+    images_option,
+    output_options,
+    readout_options,
+)
 from phreg_deploy.cli.tables.calibrate import show_calibration
 from phreg_deploy.cli.tables.export import show_bundle, show_parity
 from phreg_deploy.errors import BackendMissing, GateFailed, PhregError
@@ -20,7 +27,7 @@ from phreg_deploy.extras import CALIBRATION, EXPORT, require
 from phreg_deploy.files.atomic import check_target
 from phreg_deploy.images.photographs import list_images
 from phreg_deploy.layers import check_layers
-from phreg_deploy.student_record import model_path
+from phreg_deploy.student_record import model_path, read_readout
 
 
 @click.command()
@@ -77,6 +84,7 @@ from phreg_deploy.student_record import model_path
 @click.option(
     "--attention", is_flag=True, help="Serve the class token's attention over the patches in the last block too."
 )
+@readout_options("the student's")
 @click.option(
     "--random-weights", is_flag=True, help="Load no pretrained weights, for timing only; the manifest says so."
 )
@@ -107,6 +115,7 @@ def export(
       phreg-deploy export student -o student.bundle --format onnx --image-size 480x640 --batch 1:4:8
       phreg-deploy export vit_base_patch14_dinov2.lvd142m -o dino.bundle --layers 1/4,1/2,3/4,1 --attention
       phreg-deploy export vit_base_patch14_dinov2.lvd142m -o dino.bundle --image-size 224:518:1036 --precision fp16
+      phreg-deploy export vit_base_patch16_clip_quickgelu_224.openai -o clip.bundle --readout value --project
     """
     result = Result(as_json, quiet)
     _check(output, target, options)
@@ -134,6 +143,7 @@ def _check(output: Path, target: str, options: dict[str, Any]) -> None:
     check_export(precision, options["keep_fp32"], images, options["image_size"], options["batch"], target)
     check_layers(options["layers"], options["layer_norm"])
     check_model(model, checkpoint, options["random_weights"])
+    read_readout(model, options["readout"], options["project"], options["random_weights"])
     if images is not None:
         list_images(images)
     check_target(output, options["force"], [model_path(model), checkpoint, images])

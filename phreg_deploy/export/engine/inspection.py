@@ -9,6 +9,7 @@ from typing import Any
 
 from phreg_deploy.bundle.manifest import Manifest
 from phreg_deploy.errors import PhregError
+from phreg_deploy.readout import FINAL
 from phreg_deploy.spec import Stored
 
 ONNX = re.compile(r"\[ONNX Layer: ([^\]\x1e]+)\]")
@@ -125,7 +126,9 @@ def shortfalls(census: Census, manifest: Manifest, eight_bit: list[str]) -> list
     width = manifest.model.width // manifest.model.heads
     fusible = manifest.precision != "fp32" and HEAD_WIDTHS[0] < width <= HEAD_WIDTHS[1] and width % 8 == 0
     in_float = {part.split("/")[0] for part in manifest.float_parts if ".attn/" in part}
-    expected = manifest.model.depth - len(in_float) if fusible else 0
+    # The last block of a readout has no attention of queries to keys.
+    attentions = manifest.model.depth - (manifest.readout.name != FINAL)
+    expected = attentions - len(in_float) if fusible else 0
     if len(census.fused_attention) < expected:
         missing.append(f"{len(census.fused_attention)} of {expected} attentions are fused")
     not_eight = [name for name in eight_bit if name not in census.eight_bit]
