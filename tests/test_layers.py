@@ -26,7 +26,8 @@ MAY = {
     "runtime/gpu": {"bundle", "images"},
     "runtime/backends": {"bundle", "runtime/gpu"},
     "runtime": {"files", "images", "artifacts", "bundle", "runtime/gpu", "runtime/backends"},
-    "stream": {"images", "runtime"},
+    "stream/sources": {"images"},
+    "stream": {"images", "runtime", "runtime/backends", "stream/sources"},
     "profiling": {"images", "bundle", "runtime", "runtime/gpu", "runtime/backends", "export/engine"},
     "doctor": {"runtime/gpu", "runtime/backends"},
     "onnx_graph": {"runtime/backends"},
@@ -56,9 +57,10 @@ MAY = {
         "export",
         "verify",
     },
-    "cli": {"cli/commands", "runtime/backends"},
+    "cli": {"cli/commands", "cli/streaming", "runtime/backends"},
 }
 MAY["cli/tables"] = set(MAY)
+MAY["cli/streaming"] = set(MAY)
 MAY["cli/commands"] = set(MAY)
 # Folder -> the folders that it imports inside functions only, so that their dependencies are optional.
 LATE = {
@@ -67,6 +69,7 @@ LATE = {
     "verify": {"models", "onnx_graph", "export/engine"},
     "profiling": {"export/engine"},
     "cli/commands": set(MAY) - {"", "files", "images", "bundle", "cli", "cli/commands", "cli/tables"},
+    "cli/streaming": set(MAY) - {"", "files", "images", "bundle", "cli", "cli/streaming"},
     "cli/tables": set(MAY) - {"", "files", "images", "bundle", "cli"},
     "cli": {"runtime/backends"},
 }
@@ -92,6 +95,7 @@ WITHOUT_TORCH = {
     "profiling",
     "doctor",
     "stream",
+    "stream/sources",
 }
 TORCH_FOLDERS = {"models", "distill", "export", "demo"}
 # Largest share of the code's lines in one folder of the package, with its subfolders.

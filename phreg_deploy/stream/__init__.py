@@ -6,7 +6,7 @@ Imports neither torch nor OpenCV; OpenCV or PyAV is imported when a video or cam
 from phreg_deploy.stream.alarms import Alarm
 from phreg_deploy.stream.frames import CameraFigures, Frame, StreamResult
 from phreg_deploy.stream.limits import Limits
-from phreg_deploy.stream.sources import Source
+from phreg_deploy.stream.sources.source import Source
 from phreg_deploy.stream.stream import Stream
 
 __all__ = ["Alarm", "CameraFigures", "Frame", "Limits", "Source", "Stream", "StreamResult"]

@@ -9,7 +9,7 @@ import numpy as np
 
 from phreg_deploy.stream.frames import CameraFigures, Frame, StreamResult
 from phreg_deploy.stream.limits import Limits
-from phreg_deploy.stream.sources import Source
+from phreg_deploy.stream.sources.source import Source
 
 
 class Camera:

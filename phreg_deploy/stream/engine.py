@@ -6,6 +6,7 @@ from collections.abc import Callable
 
 from phreg_deploy.errors import PhregError
 from phreg_deploy.images.fitting import Fitted
+from phreg_deploy.runtime.backends.registry import check_name
 from phreg_deploy.runtime.dense_features import DenseFeatures
 from phreg_deploy.runtime.features import FeatureExtractor
 from phreg_deploy.stream.frames import Frame
@@ -20,6 +21,9 @@ class Engine:
         fallback: the name of a backend to open the same bundle with, or a function that returns an extractor.
         size, fit: as in a call of the extractor.
         said: is called with a message when the fall-back takes over.
+
+    Raises:
+        PhregError: a name that is no backend's.
     """
 
     def __init__(
@@ -30,6 +34,8 @@ class Engine:
         fit: str | None,
         said: Callable[[str], None],
     ) -> None:
+        if isinstance(fallback, str) and fallback != "auto":
+            check_name(fallback)
         self._extractor, self._fallback, self._said = extractor, fallback, said
         self._size, self._fit = size, fit
         self._opened: FeatureExtractor | None = None

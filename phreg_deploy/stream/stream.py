@@ -17,7 +17,7 @@ from phreg_deploy.stream.capture import Capture
 from phreg_deploy.stream.engine import Engine, Fallback
 from phreg_deploy.stream.frames import CameraFigures, Frame, StreamResult
 from phreg_deploy.stream.limits import Limits
-from phreg_deploy.stream.sources import open_source
+from phreg_deploy.stream.sources.opening import open_source
 from phreg_deploy.stream.watchdog import Watchdog
 
 # Seconds that ``stop`` waits for the threads.

@@ -1,6 +1,7 @@
 """The verbs of the command line, one file each, and what an interruption of each leaves.
 
-To add a verb: write ``commands/<verb>.py`` with a click command of that name, and add the verb to ``VERBS``.
+To add a verb: write ``commands/<verb>.py`` with a click command of that name, and add the verb to ``VERBS``. A verb in
+another folder of ``cli/`` is in ``FOLDERS`` too.
 """
 
 _NOTHING = "Nothing was written."
@@ -16,8 +17,14 @@ VERBS = {
     "check": _NOTHING,
     "profile": _NOTHING,
     "extract": "Nothing was written to OUTPUT; run the command again.",
+    "watch": _NOTHING,
     "artifacts": _NOTHING,
     "inspect": _NOTHING,
     "doctor": _NOTHING,
     "demo": _ATOMIC,
 }
+
+# Verbs that stand in another folder of ``cli/``.
+FOLDERS = {"watch": "streaming"}
+# Verbs that take addresses; all others read files of this machine.
+ADDRESSES = ("watch",)

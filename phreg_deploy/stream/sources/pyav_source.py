@@ -8,6 +8,7 @@ import av
 import numpy as np
 
 from phreg_deploy.errors import PhregError
+from phreg_deploy.stream.sources.addresses import public_name
 
 # Seconds after which a network stream that does not answer is given up: (open, read).
 TIMEOUTS = (10.0, 5.0)
@@ -30,10 +31,12 @@ class PyAVSource:
         try:
             self._container: Any = av.open(place, timeout=TIMEOUTS if live else None)
         except (av.FFmpegError, OSError) as error:
-            raise PhregError(f"source: PyAV cannot open {place} ({error}). Is it a video, and whole?") from None
+            raise PhregError(
+                f"source: PyAV cannot open {public_name(place)} ({error.strerror}). Is it a video, and whole?"
+            ) from None
         if not self._container.streams.video:
             self._container.close()
-            raise PhregError(f"source: {place} holds no video; expected a video file or stream.")
+            raise PhregError(f"source: {public_name(place)} holds no video; expected a video file or stream.")
         video = self._container.streams.video[0]
         video.thread_type = "AUTO"
         self.fps: float | None = float(video.average_rate) if video.average_rate else None

@@ -1,40 +1,21 @@
-"""Where frames come from: video files, cameras, network streams, folders of photographs, and iterators."""
+"""Open video files, cameras, network streams, folders of photographs and iterators as sources."""
 
 from __future__ import annotations
 
 import os
-import re
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import Any, Protocol, runtime_checkable
+from typing import Any
 
 import numpy as np
 
 from phreg_deploy.errors import PhregError
 from phreg_deploy.extras import is_importable, require
 from phreg_deploy.images.photographs import list_images
+from phreg_deploy.stream.sources.addresses import NETWORK
+from phreg_deploy.stream.sources.source import Source
 
-NETWORK = re.compile(r"(rtsps?|rtmps?|https?|udp|tcp|srt)://", re.IGNORECASE)
 EXPECTED = "a video file, a folder of images, a camera's number, an rtsp:// address, or an iterable of images"
-
-
-@runtime_checkable
-class Source(Protocol):
-    """A source of frames, read by one thread.
-
-    ``live``: it does not wait for its reader, as a camera. ``fps``: frames per second, or None if unknown. ``color``:
-    the channel order of its arrays, or None for the extractor's.
-    """
-
-    live: bool
-    fps: float | None
-    color: str | None
-
-    def read(self) -> Any:
-        """The next frame, as an extractor takes images; None at the end, or when a camera is lost."""
-
-    def close(self) -> None:
-        """Free the device or file."""
 
 
 class IterableSource:
@@ -95,11 +76,11 @@ def _from_path(path: Path) -> Source:
 def _video(place: str | int, live: bool) -> Source:
     if is_importable("cv2") or not is_importable("av"):
         require("a video or camera", video=("cv2",))
-        from phreg_deploy.stream.opencv_source import OpenCVSource
+        from phreg_deploy.stream.sources.opencv_source import OpenCVSource
 
         return OpenCVSource(place, live)
     if isinstance(place, int):
         require("a camera", video=("cv2",))
-    from phreg_deploy.stream.pyav_source import PyAVSource
+    from phreg_deploy.stream.sources.pyav_source import PyAVSource
 
     return PyAVSource(str(place), live)

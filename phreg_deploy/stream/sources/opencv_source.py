@@ -8,6 +8,7 @@ import cv2
 import numpy as np
 
 from phreg_deploy.errors import PhregError
+from phreg_deploy.stream.sources.addresses import public_name
 
 # Milliseconds after which a network stream that does not answer is given up.
 OPEN_TIMEOUT, READ_TIMEOUT = 10_000, 5_000
@@ -34,9 +35,10 @@ class OpenCVSource:
             self._capture = cv2.VideoCapture(place)
         if not self._capture.isOpened():
             self._capture.release()
+            name = public_name(str(place))
             kind = "camera" if isinstance(place, int) else "stream" if live else "file"
             hint = "Is it connected, and not used by another program?" if live else "Is it a video, and whole?"
-            raise PhregError(f"source: OpenCV cannot open the {kind} {place}. {hint}")
+            raise PhregError(f"source: OpenCV cannot open the {kind} {name}. {hint}")
         self._capture.set(cv2.CAP_PROP_ORIENTATION_AUTO, 1)
         rate = float(self._capture.get(cv2.CAP_PROP_FPS))
         self.fps: float | None = rate if math.isfinite(rate) and rate > 0 else None
