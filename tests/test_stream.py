@@ -189,7 +189,8 @@ def test_the_watchdog_sees_a_source_that_hangs(extractor):
 
 def test_a_source_that_does_not_end_is_named_by_stop(extractor):
     source = HeldSource()
-    stream = Stream(extractor, {"rear": source}, on_result=lambda _result: None).__enter__()
+    stream = Stream(extractor, {"rear": source}, on_result=lambda _result: None)
+    stream.start()
     with pytest.raises(PhregError, match="phreg-stream rear did not end within 0 s"):
         stream.stop(timeout=0.05)
     source.release.set()
@@ -265,7 +266,7 @@ def broken_frames():
 )
 def test_errors_of_callbacks_and_iterators_are_raised_by_stop(extractor, source, options):
     stream = Stream(extractor, source, every_frame=True, **{"on_result": lambda _result: None, **options})
-    stream.__enter__()
+    stream.start()
     assert stream.wait(5)
     # An alarm that says that the source ended comes after its last frame.
     wait_for(lambda: stream._error is not None)
@@ -337,3 +338,16 @@ def test_results_go_one_way(extractor):
         assert stream.wait(5)
     with Stream(extractor, FRAMES, every_frame=True) as stream, pytest.raises(PhregError, match="nobody takes"):
         stream.wait()
+
+
+def test_a_stream_starts_once(extractor):
+    with Stream(extractor, FRAMES, every_frame=True) as stream:
+        list(stream)
+    with pytest.raises(PhregError, match="it was started already"):
+        stream.start()
+
+
+def test_a_stream_that_never_started_closes_its_sources(extractor):
+    source = HeldSource()
+    Stream(extractor, source).stop()
+    assert source.closed

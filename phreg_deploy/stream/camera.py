@@ -7,6 +7,7 @@ from collections import Counter, deque
 
 import numpy as np
 
+from phreg_deploy.stream.alarms import Alarms
 from phreg_deploy.stream.frames import CameraFigures, Frame, StreamResult
 from phreg_deploy.stream.limits import Limits
 from phreg_deploy.stream.sources.source import Source
@@ -16,7 +17,7 @@ class Camera:
     """The slot and the counts of one source. All methods take the stream's condition, which they notify."""
 
     def __init__(self, name: str, source: Source, condition: threading.Condition, limits: Limits) -> None:
-        self.name, self.source, self._changed = name, source, condition
+        self.name, self.source, self._changed, self._limits = name, source, condition, limits
         self.slot: Frame | None = None
         self.ended = False
         # Seconds of ``time.monotonic``: the start, then the last capture.
@@ -98,6 +99,15 @@ class Camera:
         figures = (fps, p50, p99, float(missed.mean()), float(rate.mean()))
         return CameraFigures(self.name, *counts, pending, late, *figures, ended)
 
-    def results(self) -> int:
-        """How many results the shares and rates of ``figures`` are over."""
-        return len(self._recent)
+    def judge(self, alarms: Alarms) -> None:
+        """Raise the alarms of the shares and rates of the last results, once there are enough."""
+        limits = self._limits
+        if len(self._recent) < limits.least:
+            return
+        figures = self.figures()
+        if limits.deadline is not None and figures.late_share is not None:
+            text = f"{100 * figures.late_share:.0f} % of frames missed the deadline of {1e3 * limits.deadline:.0f} ms"
+            alarms.judge("late", self.name, figures.late_share > limits.late_share, text)
+        if limits.artifact_rate is not None and figures.artifact_rate is not None:
+            text = f"the artifact rate is {100 * figures.artifact_rate:.2f} %, above {100 * limits.artifact_rate:.2f} %"
+            alarms.judge("artifacts", self.name, figures.artifact_rate > limits.artifact_rate, text)

@@ -47,21 +47,25 @@ class Capture:
         self.thread = threading.Thread(target=self._run, name=f"phreg-stream {camera.name}", daemon=True)
 
     def _run(self) -> None:
-        camera, count = self._camera, 0
         try:
-            count = self._read_all()
-        except Exception as error:  # an iterator may raise anything
+            self._read_and_say()
+        except BaseException as error:  # an iterator or a callback may raise anything
             self._failed(error)
         finally:
+            # Last, since the stream may end with its last camera.
+            self._camera.end()
+
+    def _read_and_say(self) -> None:
+        """Read to the end, and raise the alarm of it, unless the stream stops first."""
+        camera = self._camera
+        try:
+            count = self._read_all()
+        finally:
             camera.source.close()
-            camera.end()
         if not self._stopping.is_set():
             kind = "failed" if camera.source.live or not count else "ended"
             what = "the camera gives no more frames" if camera.source.live else "the source ended"
-            try:
-                self._alarms.raise_now(kind, camera.name, f"{what}, after {count} frames")
-            except BaseException as error:  # a callback may raise anything
-                self._failed(error)
+            self._alarms.raise_now(kind, camera.name, f"{what}, after {count} frames")
 
     def _read_all(self) -> int:
         """Read frames at their times; return how many."""

@@ -93,12 +93,18 @@ class Stream(AbstractContextManager["Stream"]):
         self._threads = [*(capture.thread for capture in self._captures), work, watch]
 
     def __enter__(self) -> Stream:
+        self.start()
+        return self
+
+    def start(self) -> None:
+        """Start the threads; ``with`` does it. Raises ``PhregError`` the second time."""
+        if any(thread.ident is not None for thread in self._threads):
+            raise PhregError("stream: it was started already; make another one, since its sources were read.")
         now = time.monotonic()
         for camera in self.cameras.values():
             camera.heard = now
         for thread in self._threads:
             thread.start()
-        return self
 
     def __exit__(self, kind: Any, *_error: object) -> None:
         self.stop(quietly=kind is not None)
@@ -116,7 +122,7 @@ class Stream(AbstractContextManager["Stream"]):
                     break
                 self.cameras[result.frame.camera].serve(result)
                 self._changed.notify_all()
-            self._judge(result.frame.camera)
+            self.cameras[result.frame.camera].judge(self.alarms)
             yield result
         self._raise()
 
@@ -251,7 +257,7 @@ class Stream(AbstractContextManager["Stream"]):
     def _deliver(self, result: StreamResult, camera: Camera) -> None:
         if self._on_result is not None:
             camera.serve(result)
-            self._judge(camera.name)
+            camera.judge(self.alarms)
             self._on_result(result)
             return
         with self._changed:
@@ -262,18 +268,6 @@ class Stream(AbstractContextManager["Stream"]):
                 return
             self._result = result
             self._changed.notify_all()
-
-    def _judge(self, name: str) -> None:
-        """Raise the alarms of a camera's shares and rates."""
-        if self.cameras[name].results() < self.limits.least:
-            return
-        figures, limits = self.cameras[name].figures(), self.limits
-        if limits.deadline is not None and figures.late_share is not None:
-            text = f"{100 * figures.late_share:.0f} % of frames missed the deadline of {1e3 * limits.deadline:.0f} ms"
-            self.alarms.judge("late", name, figures.late_share > limits.late_share, text)
-        if limits.artifact_rate is not None and figures.artifact_rate is not None:
-            text = f"the artifact rate is {100 * figures.artifact_rate:.2f} %, above {100 * limits.artifact_rate:.2f} %"
-            self.alarms.judge("artifacts", name, figures.artifact_rate > limits.artifact_rate, text)
 
 
 def _named(source: Any) -> dict[str, Any]:
