@@ -74,7 +74,7 @@ def test_the_display_follows_the_stream(world, video, monkeypatch):
 
     monkeypatch.setattr(display, "REFRESH", 0.0)
     result, screen = Result(False, False), StringIO()
-    result.progress.console = Console(file=screen, force_terminal=True, width=140)
+    result.progress.console = Console(file=screen, force_terminal=True, width=140, highlight=False)
     with FeatureExtractor.load(world.bundle, "onnxruntime-cpu", threads=1) as extractor:
         with display.Display(result) as shown:
             watch(extractor, str(video), every_frame=True, show=shown.update, on_alarm=shown.alarm)
