@@ -18,7 +18,7 @@ from phreg_deploy.student_record import model_path
 RECIPES = ("transplant", "random-registers", "ph-reg", "ph-reg-clip")
 FLOATS, EIGHT_BITS = ("fp32", "fp16", "bf16"), ("int8", "fp8")
 WEIGHTS = (".safetensors", ".pth", ".pt", ".bin")
-LEAST = {"epochs": 0, "batch": 1, "micro_batch": 1, "views": 2, "seed": 0}
+LEAST = {"epochs": 0, "batch": 1, "micro_batch": 1, "workers": 1, "views": 2, "seed": 0}
 MOST_REGISTERS = 64
 GPU = r"cuda:(?:0|[1-9][0-9]*)"
 # An architecture, and the tag of its weights.
@@ -83,6 +83,10 @@ def check_distillation(settings: Mapping[str, Any]) -> None:
         raise PhregError(f"strength: got {given['strength']}, expected a share above 0 and up to 4, e.g. 0.07.")
     if not 0 <= given.get("holdout", 0) < 1:
         raise PhregError(f"holdout: got {given['holdout']}, expected a share from 0 to below 1.")
+    if not 0 <= given.get("average", 0) < 1:
+        raise PhregError(
+            f"average: got {given['average']}, expected a decay from 0 (no average) to below 1, e.g. 0.99."
+        )
     Readout(given.get("readout", FINAL))
     if given.get("precision", "auto") not in ("auto", "fp32", "bf16"):
         raise PhregError(f"precision: got {given['precision']!r}, expected auto, fp32 or bf16.")

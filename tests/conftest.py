@@ -3,15 +3,21 @@
 No fixture needs the network. Fixtures that need torch skip if it is not installed.
 """
 
+import functools
+import gc
 import importlib
 import os
+import pickle
 import shutil
+import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 from unittest import mock
 
 import numpy as np
 import pytest
+from filelock import FileLock
 from PIL import Image
 
 from tests.cli_helpers import invoke, photograph
@@ -22,6 +28,12 @@ pytest_plugins = ["tests.gpu_fixtures", "tests.real_gpu_fixtures"]
 
 SIDE, PATCH, WIDTH, DEPTH = 64, 8, 48, 3
 NEURON = (1, 17)  # block and hidden unit of the planted register neuron
+
+
+def pytest_collection_finish():
+    """Leave what is loaded by now out of every later garbage collection, which would walk through it in vain."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(scope="session")
@@ -38,6 +50,45 @@ def home(tmp_path_factory):
 
 
 @pytest.fixture(scope="session")
+def made_once(tmp_path_factory):
+    """``made_once(name, make)`` returns the folder ``name``, which ``make(folder)`` writes once in a test session.
+
+    The workers of pytest-xdist share it: the first that asks makes it, and the others wait. Tests only read it.
+    """
+    root = tmp_path_factory.getbasetemp()
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        root = root.parent
+    root = root / "made-once"
+    root.mkdir(exist_ok=True)
+
+    def made(name: str, make: Callable[[Path], object]) -> Path:
+        folder, done = root / name, root / f"{name}.done"
+        with FileLock(root / f"{name}.lock"):
+            if not done.exists():
+                shutil.rmtree(folder, ignore_errors=True)
+                make(folder)
+                done.touch()
+        return folder
+
+    return made
+
+
+@pytest.fixture(scope="session", autouse=True)
+def torchlib_parsed_once():
+    """Parse the functions of onnxscript's library once, not in every export: that is a quarter of an export's time."""
+    if "torch" not in sys.modules:
+        yield
+        return
+    try:
+        from onnxscript import TracedOnnxFunction as traced
+    except ImportError:  # the extra "export" is not installed
+        yield
+        return
+    with mock.patch.object(traced, "function_ir", property(functools.cache(traced.function_ir.fget))):
+        yield
+
+
+@pytest.fixture(scope="session")
 def torch():
     torch = pytest.importorskip("torch")
     pytest.importorskip("timm")
@@ -46,13 +97,16 @@ def torch():
 
 
 @pytest.fixture(scope="session")
-def photos(tmp_path_factory) -> Path:
+def photos(made_once) -> Path:
     """24 photographs, JPEG and PNG, of many sizes."""
-    folder = tmp_path_factory.mktemp("photos")
-    for i in range(24):
-        picture = photograph(i, 70 + 7 * (i % 5), 66 + 11 * (i % 4))
-        picture.save(folder / f"frame-{i:02d}.{'jpg' if i % 2 else 'png'}")
-    return folder
+
+    def make(folder: Path) -> None:
+        folder.mkdir()
+        for i in range(24):
+            picture = photograph(i, 70 + 7 * (i % 5), 66 + 11 * (i % 4))
+            picture.save(folder / f"frame-{i:02d}.{'jpg' if i % 2 else 'png'}")
+
+    return made_once("photos", make)
 
 
 @pytest.fixture(scope="session")
@@ -102,17 +156,18 @@ def plant(model: Any, torch: Any) -> None:
 
 
 @pytest.fixture(scope="session")
-def base(tmp_path_factory, torch) -> Path:
+def base(made_once, torch) -> Path:
     """A folder that stock timm loads: a ViT of 64 px, patch 8, width 48, 3 blocks, 5 classes."""
     import timm
     from timm.models import save_for_hf
 
-    shape = {"img_size": SIDE, "patch_size": PATCH, "embed_dim": WIDTH, "depth": DEPTH, "num_heads": 3}
-    model = timm.create_model("vit_tiny_patch16_224", num_classes=5, **shape)
-    plant(model, torch)
-    folder = tmp_path_factory.mktemp("models") / "base"
-    save_for_hf(model, str(folder), model_args=shape, safe_serialization=True)
-    return folder
+    def make(folder: Path) -> None:
+        shape = {"img_size": SIDE, "patch_size": PATCH, "embed_dim": WIDTH, "depth": DEPTH, "num_heads": 3}
+        model = timm.create_model("vit_tiny_patch16_224", num_classes=5, **shape)
+        plant(model, torch)
+        save_for_hf(model, str(folder), model_args=shape, safe_serialization=True)
+
+    return made_once("base", make)
 
 
 @pytest.fixture(scope="session")
@@ -128,12 +183,16 @@ def checkpoint(tmp_path_factory, torch) -> Path:
 
 
 @pytest.fixture(scope="session")
-def distilled(tmp_path_factory, base, photos) -> tuple[Path, Any]:
+def distilled(made_once, base, photos) -> tuple[Path, Any]:
     """A student of one epoch, and its record."""
     from phreg_deploy.distill import distill
 
-    folder = tmp_path_factory.mktemp("students") / "student"
-    return folder, distill(str(base), photos, folder, epochs=1, batch=8, views=6, device="cpu", precision="fp32")
+    def make(folder: Path) -> None:
+        record = distill(str(base), photos, folder, epochs=1, batch=8, views=6, device="cpu", precision="fp32")
+        folder.with_name("record.pickle").write_bytes(pickle.dumps(record))
+
+    folder = made_once("student", make)
+    return folder, pickle.loads(folder.with_name("record.pickle").read_bytes())
 
 
 @pytest.fixture(scope="session")
@@ -142,44 +201,37 @@ def student(distilled) -> Path:
 
 
 @pytest.fixture(scope="session")
-def bundle(tmp_path_factory, student) -> Path:
+def bundle(made_once, student) -> Path:
     """The student at 64 x 64, one image at a time."""
     from phreg_deploy.export.exporter import ExportRequest, export_bundle
 
-    folder = tmp_path_factory.mktemp("bundles") / "fixed"
-    export_bundle(ExportRequest(str(student)), folder)
-    return folder
+    return made_once("fixed", lambda folder: export_bundle(ExportRequest(str(student)), folder))
 
 
 @pytest.fixture(scope="session")
-def wide_bundle(tmp_path_factory, student) -> Path:
+def wide_bundle(made_once, student) -> Path:
     """The student from 48 to 96 pixels a side, one to four images."""
     from phreg_deploy.export.exporter import ExportRequest, export_bundle
 
-    folder = tmp_path_factory.mktemp("bundles") / "wide"
-    export_bundle(ExportRequest(str(student), image_size="48:64:96", batch="1:2:4"), folder)
-    return folder
+    request = ExportRequest(str(student), image_size="48:64:96", batch="1:2:4")
+    return made_once("wide", lambda folder: export_bundle(request, folder))
 
 
 @pytest.fixture(scope="session")
-def int8_bundle(tmp_path_factory, bundle, photos) -> Path:
+def int8_bundle(made_once, bundle, photos) -> Path:
     """The fixed bundle in INT8, as ``calibrate`` writes it by default."""
     from phreg_deploy.calibration import calibrate
 
-    folder = tmp_path_factory.mktemp("bundles") / "int8"
-    calibrate(bundle, photos, folder)
-    return folder
+    return made_once("int8", lambda folder: calibrate(bundle, photos, folder))
 
 
 @pytest.fixture(scope="session")
-def wide_int8_bundle(tmp_path_factory, wide_bundle, photos) -> Path:
+def wide_int8_bundle(made_once, wide_bundle, photos) -> Path:
     """The bundle of many sizes and batches in INT8, with a given smoothing instead of a search."""
     from phreg_deploy.calibration import calibrate
     from phreg_deploy.quantisation import Smoothing
 
-    folder = tmp_path_factory.mktemp("bundles") / "wide-int8"
-    calibrate(wide_bundle, photos, folder, smoothing=Smoothing())
-    return folder
+    return made_once("wide-int8", lambda folder: calibrate(wide_bundle, photos, folder, smoothing=Smoothing()))
 
 
 @pytest.fixture(scope="session")

@@ -45,33 +45,28 @@ def onnxruntime_gpu(device, monkeypatch):
 
 
 @pytest.fixture(scope="session")
-def fp16_bundle(tmp_path_factory, student) -> Path:
+def fp16_bundle(made_once, student) -> Path:
     """The student in FP16, in which attention is fused."""
     from phreg_deploy.export import export
 
-    folder = tmp_path_factory.mktemp("bundles") / "fp16"
-    assert export(str(student), folder, precision="fp16").folder == folder
-    return folder
+    return made_once("fp16", lambda folder: export(str(student), folder, precision="fp16"))
 
 
 @pytest.fixture(scope="session")
-def int8_trt_bundle(tmp_path_factory, bundle, photos) -> Path:
+def int8_trt_bundle(made_once, bundle, photos) -> Path:
     """The student in INT8 for TensorRT."""
     from phreg_deploy.calibration import calibrate
 
-    folder = tmp_path_factory.mktemp("bundles") / "int8-trt"
-    calibrate(bundle, photos, folder, target="trt")
-    return folder
+    return made_once("int8-trt", lambda folder: calibrate(bundle, photos, folder, target="trt"))
 
 
 @pytest.fixture(scope="session")
-def listed_bundle(tmp_path_factory, student) -> Path:
+def listed_bundle(made_once, student) -> Path:
     """The student at two sizes, one or two images, in FP16."""
     from phreg_deploy.export.exporter import ExportRequest, export_bundle
 
-    folder = tmp_path_factory.mktemp("bundles") / "listed"
-    export_bundle(ExportRequest(str(student), image_size="64,48x96", batch="1:1:2", precision="fp16"), folder)
-    return folder
+    request = ExportRequest(str(student), image_size="64,48x96", batch="1:1:2", precision="fp16")
+    return made_once("listed", lambda folder: export_bundle(request, folder))
 
 
 @pytest.fixture

@@ -42,7 +42,7 @@ def mistakes(w):
         ([*distill, "--image-size", "480by640"], ["'480by640'", "HEIGHTxWIDTH"]),
         ([*distill, "--resume"], ["no interrupted run"]),
         ([*distill[:-1], nowhere], ["there is no folder", "create it first"]),
-        ([*distill[:-1], w.photos, "--force"], ["photos0", "holds files that phreg-deploy did not write"]),
+        ([*distill[:-1], w.photos, "--force"], ["/photos holds files that phreg-deploy did not write"]),
         (["distill", w.base, "--images", w.tmp / "none", "-o", w.out], ["images: got", "there is nothing"]),
         (["distill", w.base, "--images", empty(w), "-o", w.out], ["holds no image"]),
         (["distill", w.tmp / "gone", *distill[2:]], ["model: got", "where there is nothing"]),

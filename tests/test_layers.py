@@ -20,9 +20,10 @@ MAY = {
     "artifacts": {"images"},
     "bundle": {"files"},
     "models": {"files", "images", "artifacts"},
-    "heads": {"files", "models"},
+    "heads": {"files", "models", "bundle", "onnx_graph"},
     "distill/neurons": {"artifacts", "models"},
-    "distill": {"files", "images", "artifacts", "models", "distill/neurons"},
+    "distill/devices": {"models"},
+    "distill": {"files", "images", "artifacts", "models", "distill/devices", "distill/neurons"},
     "runtime/gpu": {"bundle", "images"},
     "runtime/backends": {"bundle", "runtime/gpu"},
     "runtime": {"files", "images", "artifacts", "bundle", "runtime/gpu", "runtime/backends"},
@@ -30,7 +31,7 @@ MAY = {
     "stream": {"images", "runtime", "runtime/backends", "stream/sources"},
     "profiling": {"images", "bundle", "runtime", "runtime/gpu", "runtime/backends", "export/engine"},
     "doctor": {"runtime/gpu", "runtime/backends"},
-    "onnx_graph": {"runtime/backends"},
+    "onnx_graph": {"bundle", "runtime/backends"},
     "calibration": {"files", "images", "bundle", "onnx_graph", "runtime", "runtime/backends"},
     "export": {"files", "images", "bundle", "models", "onnx_graph", "export/engine"},
     "export/engine": {"files", "bundle", "runtime", "runtime/gpu", "runtime/backends"},
@@ -57,27 +58,30 @@ MAY = {
         "export",
         "verify",
     },
-    "cli": {"cli/commands", "cli/streaming", "runtime/backends"},
+    "cli": {"cli/commands", "cli/probing", "cli/streaming", "runtime/backends", "distill/devices"},
 }
 MAY["cli/tables"] = set(MAY)
 MAY["cli/streaming"] = set(MAY)
+MAY["cli/probing"] = set(MAY) | {"cli/commands"}
 MAY["cli/commands"] = set(MAY)
 # Folder -> the folders that it imports inside functions only, so that their dependencies are optional.
 LATE = {
-    "heads": {"models"},
+    "heads": {"models", "onnx_graph"},
     "export": {"export/engine"},
     "verify": {"models", "onnx_graph", "export/engine"},
     "profiling": {"export/engine"},
     "cli/commands": set(MAY) - {"", "files", "images", "bundle", "cli", "cli/commands", "cli/tables"},
     "cli/streaming": set(MAY) - {"", "files", "images", "bundle", "cli", "cli/streaming"},
+    "cli/probing": set(MAY) - {"", "files", "images", "bundle", "cli", "cli/commands", "cli/probing", "cli/tables"},
     "cli/tables": set(MAY) - {"", "files", "images", "bundle", "cli"},
-    "cli": {"runtime/backends"},
+    "cli": {"runtime/backends", "distill/devices"},
 }
 HEAVY = {"torch", "timm", "onnx", "onnxscript", "safetensors", "torchvision"}
 # Folder -> the heavy modules that it may import.
 NEEDS = {
     "models": HEAVY,
-    "heads": {"safetensors"},
+    "distill/devices": HEAVY,
+    "heads": {"safetensors", "onnx"},
     "distill/neurons": HEAVY,
     "distill": HEAVY,
     "export": HEAVY,

@@ -51,12 +51,13 @@ def test_configurations_are_measured_in_turn_until_they_agree():
 
 
 def test_streams_run_at_once_and_count_what_ended_together():
-    one = load.sweep(lambda: time.sleep(0.01), 1, 0.2, SILENT, batch=4)
-    four = load.sweep(lambda: time.sleep(0.01), 4, 0.2, SILENT, batch=4)
-    assert 100 < one["images_per_second"] <= 400
+    # Calls this long, so that a busy machine adds little to them.
+    one = load.sweep(lambda: time.sleep(0.04), 1, 0.4, SILENT, batch=4)
+    four = load.sweep(lambda: time.sleep(0.04), 4, 0.4, SILENT, batch=4)
+    assert 20 < one["images_per_second"] <= 100
     assert one["images_per_second"] == pytest.approx(4 * one["calls"] / one["seconds"])
     assert four["images_per_second"] > 1.5 * one["images_per_second"]
-    assert four["latency"]["min"] >= 10
+    assert four["latency"]["min"] >= 40
     entries = [{"images_per_second": r, "latency": {"p50": took}} for r, took in ((1, 1), (3, 4), (2, 2), (3, 3))]
     load.mark_pareto(entries)
     assert [entry["pareto"] for entry in entries] == [True, False, True, True]

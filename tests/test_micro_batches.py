@@ -44,7 +44,7 @@ def test_gradients_of_parts_add_up(dataset_of, name):
     """Use the loss of random features without a model; its weights are normalised over the whole batch."""
     recipe = RECIPES[name]
     drift = torch.rand(5, 9) ** 3
-    batch = training.Batch(torch.zeros(5, 4, 4, 3), torch.randn(5, 9, 8), torch.randn(5, 8), drift)
+    batch = training.Batch(torch.zeros(5, 4, 4, 3), torch.randn(5, 9, 8), torch.randn(5, 8), drift, 5)
     tokens, results = torch.randn(5, 10, 8), []
     scale = training.TargetScale(1.3, 0.7, NormBand(1.5, 0.1))
     for micro_batch in (None, 1, 3):
@@ -52,7 +52,7 @@ def test_gradients_of_parts_add_up(dataset_of, name):
         for part in training.split_batch(batch, recipe, micro_batch, 1):
             rows = slice(start, start := start + len(part.images))
             features = training.hooks.Features(leaf[rows], leaf[rows], leaf[rows, 1:].norm(dim=-1), 1, True)
-            part_loss = training.objective(features, part, recipe, scale, "cpu")
+            part_loss = training.objective(features, part, recipe, scale)
             part_loss.backward()
             loss += part_loss.item()
         results.append((loss, leaf.grad))

@@ -1,5 +1,6 @@
 """The wheel contains every file of the package."""
 
+import shutil
 import subprocess
 import sys
 import zipfile
@@ -11,9 +12,21 @@ ROOT = Path(__file__).parents[1]
 
 
 @pytest.fixture(scope="module")
-def wheel(tmp_path_factory):
+def wheel(made_once):
     pytest.importorskip("build")
-    out = tmp_path_factory.mktemp("wheel")
+    return next(made_once("wheel", make_wheel).glob("*.whl"))
+
+
+def make_wheel(out):
+    """Build from a copy: pip writes build folders beside the sources, and other tests read those at the same time."""
+    source = out.with_name("sources")
+    shutil.copytree(ROOT / "phreg_deploy", source / "phreg_deploy", ignore=shutil.ignore_patterns("__pycache__"))
+    for name in ("pyproject.toml", "README.md", "LICENSE"):
+        shutil.copy(ROOT / name, source)
+    for name in ("tests", "benchmarks"):
+        shutil.copytree(ROOT / name, source / name, ignore=shutil.ignore_patterns("__pycache__"))
+    for name in ("export", "runtime", "calibration"):
+        (source / name).symlink_to(source / "phreg_deploy" / name)
     command = [
         sys.executable,
         "-m",
@@ -24,13 +37,12 @@ def wheel(tmp_path_factory):
         "--no-build-isolation",
         "-w",
         str(out),
-        str(ROOT),
+        str(source),
     ]
     process = subprocess.run(command, capture_output=True, text=True, check=False)
     if process.returncode and "setuptools" in process.stderr:
         pytest.skip("setuptools is not in this environment")
     assert process.returncode == 0, process.stderr
-    return next(out.glob("*.whl"))
 
 
 def test_the_wheel_holds_every_module_and_the_embedded_model(wheel):

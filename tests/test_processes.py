@@ -19,6 +19,17 @@ from phreg_deploy.runtime.forking import ForkSafeBackend
 from tests.cli_helpers import ROOT
 
 FRAME = np.random.default_rng(0).integers(0, 256, (64, 64, 3), dtype=np.uint8)
+# How the child of a fork ended, for the exit code of its parent: a word is printed and gives 1.
+DESCRIBE = """
+OTHER_FEATURES = 3
+
+def describe(status):
+    if os.WIFSIGNALED(status):
+        name = signal.Signals(os.WTERMSIG(status)).name
+        return "the child hung until its alarm" if name == "SIGALRM" else f"the child died of {name}"
+    code = os.waitstatus_to_exitcode(status)
+    return "the child gave other features" if code == OTHER_FEATURES else f"the child ended with {code}" if code else 0
+"""
 FORKED = """
 import os, signal, sys, threading
 import numpy as np
@@ -29,18 +40,21 @@ expected = extractor.dense(frame).features
 extractor._fork_safe.lock.acquire()  # as another thread may have done
 child = os.fork()
 if child == 0:
-    signal.alarm(20)
+    signal.alarm(120)
     found = []
     threads = [threading.Thread(target=lambda: found.append(extractor.dense(frame).features)) for _ in range(3)]
     [thread.start() for thread in threads]
     [thread.join() for thread in threads]
+    errors = [float(np.abs(features - expected).max()) for features in found]
     same = len(found) == 3 and all(np.allclose(features, expected, atol=1e-5) for features in found)
+    if not same:
+        print(f"{len(found)} of 3 threads gave features, which differ by at most {errors}", file=sys.stderr, flush=True)
     extractor.close()
-    os._exit(0 if same else 1)
+    os._exit(0 if same else OTHER_FEATURES)
 extractor._fork_safe.lock.release()
 _, status = os.waitpid(child, 0)
-assert np.array_equal(extractor.dense(frame).features, expected)
-sys.exit(0 if status == 0 else 1)
+assert np.array_equal(extractor.dense(frame).features, expected), "the parent's features changed"
+sys.exit(describe(status))
 """
 
 
@@ -51,13 +65,13 @@ sys.exit(0 if status == 0 else 1)
 def test_a_forked_child_opens_the_backend_again(bundle, backend, mode):
     pytest.importorskip({"onnxruntime-cpu": "onnxruntime"}.get(backend, backend))
     done = subprocess.run(
-        [sys.executable, "-c", FORKED, str(bundle), backend, mode],
+        [sys.executable, "-c", DESCRIBE + FORKED, str(bundle), backend, mode],
         capture_output=True,
         text=True,
         check=False,
         cwd=ROOT,
     )
-    assert done.returncode == 0, done.stderr or "the child hung or gave other features"
+    assert done.returncode == 0, done.stderr
 
 
 EXITS = """
@@ -66,10 +80,10 @@ from phreg_deploy.runtime import FeatureExtractor
 extractor = FeatureExtractor.load(sys.argv[1], "openvino", threads=2)
 child = os.fork()
 if child == 0:
-    signal.alarm(10)
+    signal.alarm(120)
     sys.exit(0)
 _, status = os.waitpid(child, 0)
-sys.exit(0 if status == 0 else 1)
+sys.exit(describe(status))
 """
 
 
@@ -77,9 +91,9 @@ sys.exit(0 if status == 0 else 1)
 def test_a_forked_child_ends_without_freeing_the_parents_backend(bundle):
     pytest.importorskip("openvino")
     done = subprocess.run(
-        [sys.executable, "-c", EXITS, str(bundle)], capture_output=True, text=True, check=False, cwd=ROOT
+        [sys.executable, "-c", DESCRIBE + EXITS, str(bundle)], capture_output=True, text=True, check=False, cwd=ROOT
     )
-    assert done.returncode == 0, done.stderr or "the child waited for threads of its parent"
+    assert done.returncode == 0, done.stderr
 
 
 class OnGpu:
@@ -162,5 +176,5 @@ def test_workers_of_a_data_loader_extract(bundle, method):
     if method not in multiprocessing.get_all_start_methods():
         pytest.skip(f"this system does not {method}")
     asked = [sys.executable, "-c", LOADED, str(bundle), method]
-    done = subprocess.run(asked, capture_output=True, text=True, check=False, cwd=ROOT, timeout=120)
+    done = subprocess.run(asked, capture_output=True, text=True, check=False, cwd=ROOT, timeout=600)
     assert done.returncode == 0, done.stderr

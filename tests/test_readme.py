@@ -69,6 +69,8 @@ def check_script(script: Path, words: list[str]) -> None:
 @pytest.mark.parametrize("words", commands())
 def test_every_command_line_parses(words):
     program, *rest = words
+    if program == "torchrun":
+        program, *rest = "python", *rest[rest.index("-m") :]
     if "phreg_deploy" in rest[:3] and rest[:2] == ["-m", "phreg_deploy"]:
         check_phreg(rest[2:])
     elif program == "phreg-deploy":

@@ -10,9 +10,10 @@ import numpy as np
 import pytest
 import torch
 
-from phreg_deploy.distill import distill, distillation, teacher, training
+from phreg_deploy.distill import distill, teacher, training
+from phreg_deploy.distill.devices import processes
+from phreg_deploy.distill.devices.replicas import AHEAD, Replicas
 from phreg_deploy.distill.recipes import RECIPES
-from phreg_deploy.distill.replicas import AHEAD, Replicas
 from phreg_deploy.distill.teacher import Teacher
 from phreg_deploy.errors import BackendMissing, PhregError
 from phreg_deploy.models import hardware
@@ -140,7 +141,7 @@ def test_a_run_repeated_on_two_devices_gives_the_same_bits(dataset):
 def test_a_distillation_over_two_devices(base, photos, tmp_path, monkeypatch):
     settings = {"epochs": 1, "batch": 8, "views": 3, "device": "cpu", "precision": "fp32", "lr": 1e-6}
     run = functools.partial(distill, str(base), photos, cache=tmp_path / "cache", **settings)
-    monkeypatch.setattr(distillation, "find_devices", lambda device: TWO)
+    monkeypatch.setattr(processes, "find_devices", lambda device: TWO)
     several = run(tmp_path / "two")
     monkeypatch.undo()
     alone = run(tmp_path / "one")

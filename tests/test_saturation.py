@@ -65,7 +65,7 @@ def run_largest(folder, *option, prefix=()):
     onnx.save(largest_products(), folder / "largest.onnx")
     optimized = folder / "optimized.onnx"
     command = [*prefix, sys.executable, "-c", RUN, str(folder / "largest.onnx"), str(optimized), *option]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=True)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=600, check=True)
     return float(done.stdout), onnx.load(optimized)
 
 
@@ -114,7 +114,7 @@ def openvino(bundle, **environment):
     pytest.importorskip("openvino")
     command = [sys.executable, "-c", OPENVINO, str(bundle), "auto"]
     done = subprocess.run(
-        command, capture_output=True, text=True, timeout=120, check=False, env={**os.environ, **environment}
+        command, capture_output=True, text=True, timeout=600, check=False, env={**os.environ, **environment}
     )
     assert done.returncode == 0, done.stderr[-2000:]
     return json.loads(done.stdout.splitlines()[-1])

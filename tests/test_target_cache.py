@@ -200,7 +200,7 @@ def test_two_threads_read_targets_at_once(case, monkeypatch):
     meeting, real = threading.Barrier(2), cache.read
 
     def read(digest):
-        meeting.wait(timeout=30)
+        meeting.wait(timeout=120)
         return real(digest)
 
     def parse(text):

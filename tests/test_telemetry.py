@@ -67,9 +67,9 @@ def test_samples_are_summarised_by_mean_extremes_and_energy():
 def test_the_sampler_runs_between_start_and_stop_and_may_start_again(tmp_path):
     fake = FakeNvml()
     sampler = Telemetry(root=tmp_path, nvml=fake, period=0.02)
-    assert sampler.measure_idle(0.1) is not None
+    assert sampler.measure_idle(0.4) is not None
     first = sampler.samples
-    assert 3 <= len(first) <= 8
+    assert 3 <= len(first) <= 23, "at most one a period, and fewer on a busy machine"
     assert all(b.at > a.at for a, b in itertools.pairwise(first))
     count = len(first)
     time.sleep(0.06)

@@ -1,14 +1,18 @@
 """``FeatureExtractor.tiled``: images of any size from windows, and the seams between windows."""
 
 import tracemalloc
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 from PIL import Image
 
 from phreg_deploy.artifacts.measures import cosine
+from phreg_deploy.bundle.heads import ServedHead
 from phreg_deploy.errors import PhregError
 from phreg_deploy.runtime import DenseFeatures, FeatureExtractor
+from phreg_deploy.runtime.tiling import tile
+from phreg_deploy.spec import Preprocess
 from tests.cli_helpers import photograph
 
 PATCH = 8
@@ -168,3 +172,31 @@ def test_memory_holds_the_result_and_one_batch(fixed):
     tracemalloc.stop()
     assert len(tiled.windows) == 15 * 15
     assert peak < 1.3 * tiled.features.nbytes, "all windows together are four times the result"
+
+
+@pytest.mark.parametrize("pixels", [(100, 130), (40, 52)])
+def test_heads_on_pixels_and_patches_are_those_of_the_whole_image(pixels):
+    """The heads of this model answer with the image itself, so windows must give it back."""
+    image = np.asarray(photograph(8, pixels[1], pixels[0]))
+    heads = (
+        ServedHead("", "depth", True, None, (), None, None),
+        ServedHead("", "labels", True, None, ("a",), None, None),
+        ServedHead("coarse", "segmentation", False, None, ("a", "b", "c"), None, None),
+    )
+
+    def dense(batch):
+        patches = batch.reshape(len(batch), 6, 8, 6, 8, 3).mean((2, 4), dtype=np.float32)
+        outputs = {"features": patches, "token_norm": patches[..., 0] + 1, "attention": patches.transpose(0, 3, 1, 2)}
+        outputs |= {"depth": batch[..., 0].astype(np.float32), "labels": batch[..., 1]}
+        return DenseFeatures.of({**outputs, "segmentation.coarse": patches}, None, heads)
+
+    model, batches = SimpleNamespace(patch=(8, 8)), SimpleNamespace(highest=4)
+    manifest = SimpleNamespace(model=model, batches=batches, heads=heads, norm_median=None)
+    steps = Preprocess((0.5,) * 3, (0.5,) * 3, "bicubic", "center", 0.9)
+    tiled = tile(image, dense, manifest, steps, (48, 48), (24, 24))
+    np.testing.assert_allclose(tiled.depth[0], image[..., 0], atol=1e-3)
+    assert np.array_equal(tiled.labels[0], image[..., 1])
+    np.testing.assert_allclose(tiled.attention[0].transpose(1, 2, 0), tiled.features[0], rtol=1e-6)
+    np.testing.assert_allclose(tiled.heads["segmentation.coarse"], tiled.features, rtol=1e-6)
+    whole = image[: pixels[0] // 8 * 8, : pixels[1] // 8 * 8].reshape(pixels[0] // 8, 8, pixels[1] // 8, 8, 3)
+    np.testing.assert_allclose(tiled.features[0, : pixels[0] // 8, : pixels[1] // 8], whole.mean((1, 3)), atol=1e-3)

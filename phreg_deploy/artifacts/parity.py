@@ -13,6 +13,8 @@ from phreg_deploy.spec import Stored
 
 # The kinds of outputs that are compared.
 OUTPUTS = ("features", "cls", "token_norm", ATTENTION)
+# The kinds of heads' outputs: logits, classes, depth.
+HEADS = ("segmentation", "labels", "depth")
 # At most so many patch tokens of an image take part in the search for nearest neighbours.
 NEIGHBOURS = 1024
 
@@ -24,7 +26,8 @@ class Parity(Stored):
     ``cosine_*`` per patch token; ``relative_l2`` and ``largest_difference`` over all values; ``neighbours``: share of
     patches whose nearest other patch is the same; ``outlier_points``: change of the norm-outlier rate in percentage
     points; ``norm_difference``: largest relative difference of pre-norm norms; ``norm_bias``: how far the median of
-    their ratios is from 1; ``cls_cosine``: of the worst image; ``bad_values``: NaN or infinite.
+    their ratios is from 1; ``cls_cosine``: of the worst image; ``bad_values``: NaN or infinite. ``head_change``: of the
+    worst head, the share of places with another class or, for depth, the mean relative difference; None without heads.
     """
 
     cosine_mean: float
@@ -38,6 +41,7 @@ class Parity(Stored):
     norm_bias: float
     cls_cosine: float | None
     bad_values: int
+    head_change: float | None = None
 
 
 class ParityAccumulator:
@@ -58,6 +62,7 @@ class ParityAccumulator:
         self._largest = 0.0
         self._cls: list[float] = []
         self._bad = 0
+        self._heads: dict[str, list[np.ndarray]] = {}
         self._parts: dict[str, ParityAccumulator] = {}
 
     def add(self, got: dict[str, np.ndarray], expected: dict[str, np.ndarray]) -> None:
@@ -67,9 +72,13 @@ class ParityAccumulator:
 
         Raises ``PhregError`` if the shapes differ or an output is missing.
         """
-        lost = sorted(name for name in expected if kind_of(name) in OUTPUTS and name not in got)
+        lost = sorted(name for name in expected if kind_of(name) in (*OUTPUTS, *HEADS) and name not in got)
         if lost:
             raise PhregError(f"parity: got no {' and no '.join(lost)}, which the reference has; re-export the bundle.")
+        for name in expected:
+            if kind_of(name) in HEADS:
+                self._heads.setdefault(name, []).append(_changes(kind_of(name), got[name], expected[name]))
+                self._bad += int((~np.isfinite(got[name])).sum())
         parts, wanted = _parts(got), _parts(expected)
         got, expected = parts.pop(""), wanted.pop("")
         for part, reference in wanted.items():
@@ -127,6 +136,7 @@ class ParityAccumulator:
             norm_bias=float(abs(np.median(ratios) - 1)),
             cls_cosine=min(self._cls, default=None),
             bad_values=0,
+            head_change=max((float(np.mean(np.concatenate(parts))) for parts in self._heads.values()), default=None),
         )
 
 
@@ -147,6 +157,17 @@ def worst(parities: list[Parity]) -> Parity:
     return Parity(**{"cls_cosine": None, **pick})
 
 
+def _changes(kind: str, got: np.ndarray, expected: np.ndarray) -> np.ndarray:
+    """Return for each place 1 where the class differs, else 0; for depth the relative difference; float64, flat."""
+    if got.shape != expected.shape:
+        raise PhregError(f"parity: got {kind} of shape {got.shape}, expected {expected.shape}.")
+    if kind == "depth":
+        wanted = expected.astype(np.float64)
+        return (np.abs(got - wanted) / np.maximum(np.abs(wanted), 1e-12)).reshape(-1)  # type: ignore[no-any-return]
+    classes = [value.argmax(-1) if kind == "segmentation" else value for value in (got, expected)]
+    return (classes[0] != classes[1]).astype(np.float64).reshape(-1)  # type: ignore[no-any-return]
+
+
 def _parts(outputs: dict[str, np.ndarray]) -> dict[str, dict[str, np.ndarray]]:
     """Group outputs by layer, "" for the last, under their names without it.
 
@@ -156,6 +177,8 @@ def _parts(outputs: dict[str, np.ndarray]) -> dict[str, dict[str, np.ndarray]]:
     parts: dict[str, dict[str, np.ndarray]] = {"": {}}
     for name, value in outputs.items():
         kind, _, layer = name.partition(".")
+        if kind in HEADS:
+            continue
         if kind == ATTENTION:
             heads = value.astype(np.float64).reshape(*value.shape[:2], 1, -1)
             parts[ATTENTION] = {"features": heads, "token_norm": heads.sum(-1)}

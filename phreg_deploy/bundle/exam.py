@@ -73,8 +73,10 @@ def _case(
                 _check_image(f"{case}/{name}", shape, dtype, manifest)
                 return
             expected = answer_shape(manifest, name, arrays["image"].shape)
-            if shape != expected or dtype not in ("float16", "float32"):
-                raise ValueError(f"{case}/{name} is {dtype} {shape}, expected float32 {expected}")
+            whole = any(head.output == name and head.dtype == "uint8" for head in manifest.heads)
+            if shape != expected or dtype not in (("uint8",) if whole else ("float16", "float32")):
+                wanted = "uint8" if whole else "float32"
+                raise ValueError(f"{case}/{name} is {dtype} {shape}, expected {wanted} {expected}")
 
         with archive.open(member) as file:
             arrays[name] = _read(file, check)
@@ -97,6 +99,9 @@ def answer_shape(manifest: Manifest, name: str, image: Sequence[int]) -> tuple[i
     """Return the shape of an output for images of shape ``(B, H, W, 3)``."""
     patch, channels = manifest.model.patch, manifest.channels(name)
     grid = (image[1] // patch[0], image[2] // patch[1])
+    head = next((head for head in manifest.heads if head.output == name), None)
+    if head is not None:
+        return head.shape(image[0], grid, image[1:3])
     return {
         "features": (image[0], *grid, channels),
         "token_norm": (image[0], *grid),

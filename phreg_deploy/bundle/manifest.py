@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
+from phreg_deploy.bundle.heads import ServedHead
 from phreg_deploy.errors import PhregError
 from phreg_deploy.layers import Layers, kind_of
 from phreg_deploy.readout import PLAIN, Readout
@@ -13,6 +14,8 @@ from phreg_deploy.spec import Batches, ModelSpec, Preprocess, Rotary, Sizes, pla
 FORMAT = 4
 MANIFEST, GRAPH, REFERENCE, POSITIONS = "manifest.json", "model.onnx", "reference.npz", "pos_embed.npy"
 ROTARY, CALIBRATION, WEIGHTS = "rotary.npy", "calibration.json", "weights.bin"
+# Keys that are stored only where they have another value.
+UNUSED: dict[str, Any] = {"layers": None, "readout": PLAIN, "heads": ()}
 # Inputs of the graph beside the images, and the file that each is computed from.
 TABLES = {"pos_embed": POSITIONS, "rotary": ROTARY}
 
@@ -28,6 +31,7 @@ class Manifest:
     graph that holds its weights; None if the graph holds them.
     ``layers``: further layers that are served; None for the last alone, and then not stored.
     ``readout``: what the features of the last layer are; not stored if they are the model's final tokens.
+    ``heads``: whose answers are served too; not stored if there are none.
     ``quantisation``: what ``calibrate`` did and measured; None if the bundle was not calibrated. ``files``: name ->
     sha256.
     """
@@ -50,10 +54,11 @@ class Manifest:
     weights: str | None = None
     layers: Layers | None = None
     readout: Readout = PLAIN
+    heads: tuple[ServedHead, ...] = ()
     files: dict[str, str] = field(default_factory=dict)
 
     def to_json(self) -> dict[str, Any]:
-        unused = {key for key, default in (("layers", None), ("readout", PLAIN)) if getattr(self, key) == default}
+        unused = {key for key, default in UNUSED.items() if getattr(self, key) == default}
         fields = {key: value for key, value in vars(self).items() if key not in unused}
         return {"format": FORMAT, **plain(fields)}
 
@@ -84,7 +89,7 @@ class Manifest:
         # Format 3 is older than inputs for rotary embeddings and than weights beside the graph.
         if version < 4:
             fields = {"rotary": None, "weights": None, **fields}
-        fields = {"layers": None, "readout": PLAIN.to_json(), **fields}
+        fields = {"layers": None, "readout": PLAIN.to_json(), "heads": [], **fields}
         missing = sorted(set(cls.__dataclass_fields__) - set(fields))
         unknown = sorted(set(fields) - set(cls.__dataclass_fields__))
         if missing or unknown:
@@ -98,6 +103,9 @@ class Manifest:
             layers=None if fields["layers"] is None else Layers.from_json(fields["layers"]),
             readout=Readout.from_json(fields["readout"]),
         )
+        if not isinstance(fields["heads"], list):
+            raise PhregError("manifest: heads is no list; it is damaged. Export the bundle again.")
+        fields["heads"] = tuple(ServedHead.from_json(head) for head in fields["heads"])
         for key in ("inputs", "outputs", "source", "versions", "files"):
             if not isinstance(fields[key], dict):
                 raise PhregError(f"manifest: {key} is no object; it is damaged. Export the bundle again.")

@@ -21,6 +21,7 @@ MOST_LOWEST, MOST_HIGHEST = 1024, 65536
 # Bytes of the smallest batch at the largest size.
 LARGEST_INPUT = 1 << 30
 LARGEST_WIDTH, LARGEST_DEPTH, MOST_REGISTERS = 65536, 4096, 4096
+MOST_HEADS = 64
 # With 0.01 an image would be resized to a hundred times the input size.
 LEAST_CROP = 0.1
 FLOATS = ("float16", "float32")
@@ -194,17 +195,34 @@ def _check_tensors(manifest: Manifest) -> None:
         shapes["rotary"] = [two, layers, heads, tokens, pairs]
     attention = manifest.model.class_token and manifest.readout.name == FINAL and ATTENTION in manifest.outputs
     outputs = set(output_names(manifest.model.class_token, manifest.layers, attention))
+    served = {head.output: head for head in manifest.heads}
+    _check_heads(manifest)
+    outputs |= set(served)
     for key, described, names in (("inputs", manifest.inputs, inputs), ("outputs", manifest.outputs, outputs)):
         _expect(set(described) == names, key, sorted(described), ", ".join(sorted(names)))
         for name, tensor in described.items():
-            shape, dtypes = shapes[kind_of(name)], types[kind_of(name)]
-            if name != kind_of(name):
-                # A further layer is not projected.
-                shape = [channels if side is joint else side for side in shape]
+            dtypes: tuple[str, ...]
+            if name in served:
+                known = served[name].shape(batch, (rows, columns), (height, breadth))
+                shape, dtypes = [({s}, False) if isinstance(s, int) else s for s in known], (served[name].dtype,)
+            else:
+                shape, dtypes = shapes[kind_of(name)], types[kind_of(name)]
+                if name != kind_of(name):
+                    # A further layer is not projected.
+                    shape = [channels if side is joint else side for side in shape]
             fits = isinstance(tensor, dict) and set(tensor) == {"dtype", "shape"} and tensor["dtype"] in dtypes
             fits = fits and isinstance(tensor["shape"], list) and len(tensor["shape"]) == len(shape)
             fits = fits and all(_fits(side, *allowed) for side, allowed in zip(tensor["shape"], shape))
             _expect(fits, f"{key}.{name}", tensor, "the type and shape that follow from model, sizes and batches")
+
+
+def _check_heads(manifest: Manifest) -> None:
+    names = [head.output for head in manifest.heads]
+    _expect(len(set(names)) == len(names) <= MOST_HEADS, "heads", names, f"at most {MOST_HEADS} with different outputs")
+    served = () if manifest.layers is None else manifest.layers.blocks
+    for head in manifest.heads:
+        fits = head.layers is None or set(head.layers) <= set(served)
+        _expect(fits, "heads", f"one that reads the layers {head.layers}", f"layers that are served, {served}")
 
 
 def _projected_width(manifest: Manifest) -> int:

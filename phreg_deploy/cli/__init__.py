@@ -50,6 +50,11 @@ class Group(click.Group):
             echo(f"Error: {error}", err=True)
             _fail(str(error), error.exit_code, error.report)
         except click.ClickException as error:
+            from phreg_deploy.distill.devices.launch import find_launch
+
+            # torchrun's processes all have the same words.
+            if not find_launch().first:
+                sys.exit(error.exit_code)
             error.show()
             _fail(error.format_message(), error.exit_code)
         except (KeyboardInterrupt, click.Abort):

@@ -2,44 +2,38 @@
 
 from __future__ import annotations
 
-import functools
 import platform
 import shutil
 import time
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import timm
 import torch
 
 from phreg_deploy import __version__
-from phreg_deploy.arguments import check_model
+from phreg_deploy.distill.devices.processes import ALONE, Processes
 from phreg_deploy.distill.evaluation import score_student
 from phreg_deploy.distill.fake_quantisation import observe_grids, quantised_layers
 from phreg_deploy.distill.neurons.search import find_register_neurons
 from phreg_deploy.distill.neurons.start import Start, choose_start, move_neurons
-from phreg_deploy.distill.neurons.transplant import STRENGTH
-from phreg_deploy.distill.recipes import Recipe, Request
+from phreg_deploy.distill.recipes import Request
 from phreg_deploy.distill.record import History, Seconds, StudentRecord, StudentScores, TrainingImages
+from phreg_deploy.distill.run import Run, load_run
 from phreg_deploy.distill.teacher import TargetCache, Teacher, cache_folder
 from phreg_deploy.distill.training import loss_of, train
 from phreg_deploy.distill.work_folder import work_folder
 from phreg_deploy.errors import PhregError, write_error
 from phreg_deploy.files.atomic import atomic_folder
 from phreg_deploy.images.photographs import Photographs, read_photographs
-from phreg_deploy.images.views import check_views
 from phreg_deploy.models.batches import Batches, split, spread
 from phreg_deploy.models.checkpoint import write_record, write_student
-from phreg_deploy.models.hardware import find_autocast, find_devices, select_attention
+from phreg_deploy.models.hardware import select_attention
 from phreg_deploy.models.hooks import ViT
-from phreg_deploy.models.loading import load_model, model_preprocess
-from phreg_deploy.models.origin import ModelIdentity, find_origin, model_identity
 from phreg_deploy.models.readouts import with_readout
 from phreg_deploy.models.registers import add_registers
-from phreg_deploy.progress import Progress
+from phreg_deploy.progress import SILENT, Progress
 from phreg_deploy.quantisation import Smoothing
-from phreg_deploy.spec import Preprocess
 
 # Images on which register neurons are searched, and on which they are transplanted.
 SEARCH_IMAGES, NEURON_IMAGES = 96, 256
@@ -49,65 +43,24 @@ START_IMAGES = 64
 RANGE_IMAGES = 128
 
 
-@dataclass(frozen=True)
-class Run:
-    """The loaded base model, and how this run computes. ``recipe`` has the requested values."""
-
-    request: Request
-    recipe: Recipe
-    base: ViT
-    preprocess: Preprocess
-    origin: dict[str, str | None]
-    devices: tuple[str, ...]
-    autocast: bool
-    progress: Progress
-
-    @property
-    def device(self) -> str:
-        return self.devices[0]
-
-    @property
-    def strength(self) -> float | None:
-        """Activation of a transplanted neuron, as a share of that on outlier tokens; None if the recipe moves none."""
-        return self.request.strength or STRENGTH if self.recipe.moves_neurons else None
-
-    @property
-    def checkpoint(self) -> str | None:
-        """Name of the file of weights, if one was given."""
-        return self.request.checkpoint.name if self.request.checkpoint else None
-
-    @functools.cached_property
-    def identity(self) -> ModelIdentity:
-        return model_identity(self.base)
-
-    def batches(self, photographs: Photographs, most: int) -> Batches:
-        """Return at most ``most`` photographs as normalised batches on the first device."""
-        return Batches(spread(photographs, most), self.preprocess, self.device)
-
-    def settings(self, training: Photographs) -> dict[str, Any]:
-        """Return what must be equal for a run to be resumed, as JSON."""
-        return {
-            **self.identity.to_json(),
-            "preprocess": self.preprocess.to_json(),
-            "images": training.digest(),
-            "recipe": self.recipe.to_json(),
-            "registers": self.recipe.registers,
-            "views": self.request.views,
-            "strength": self.strength,
-            "seed": self.request.seed,
-            "autocast": self.autocast,
-        }
-
-
 def run_distillation(
-    request: Request, output: Path, *, cache: Path | None, resume: bool, force: bool, progress: Progress
+    request: Request,
+    output: Path,
+    *,
+    cache: Path | None,
+    resume: bool,
+    force: bool,
+    progress: Progress,
+    processes: Processes | None = None,
 ) -> StudentRecord:
     """Distil and write the student; arguments, result and errors as of ``phreg_deploy.distill.distill``."""
-    started = time.perf_counter()
-    run = _load(request, progress)
+    started, processes = time.perf_counter(), processes or ALONE
+    run = load_run(request, progress if processes.first else SILENT, processes)
     training, held_out = _read_photographs(run)
     student = _add_registers(run)
-    work = work_folder(output, run.settings(training), resume, force)
+    settings = run.settings(training)
+    processes.check_same(settings, "give each of them the same options, files and kind of device.")
+    work = work_folder(output, settings, resume, force, writes=processes.first)
     try:
         start = _move_register_neurons(run, student, training)
     except PhregError:
@@ -120,6 +73,8 @@ def run_distillation(
     student = with_readout(start.student, run.recipe.student_readout)
     range_images = run.batches(training, RANGE_IMAGES) if run.recipe.int8 else None
     history = _train(run, student, training, targets, range_images, work, resume)
+    if not processes.first:
+        return processes.first_of(None)
     held_out_names = held_out.names if held_out else []
     python = platform.python_version()
     versions = {"phreg_deploy": __version__, "torch": torch.__version__, "timm": timm.__version__, "python": python}
@@ -138,6 +93,7 @@ def run_distillation(
         history=history,
         seconds=replace(seconds, total=time.perf_counter() - started),
         versions=versions,
+        processes=processes.count,
     )
     with atomic_folder(output, force) as folder:
         write_student(student, record.to_json(), folder)
@@ -146,20 +102,7 @@ def run_distillation(
     seconds = replace(seconds, total=time.perf_counter() - started)
     record = replace(record, scores=scores, missing_scores=reason, seconds=seconds)
     write_record(record.to_json(), output)
-    return record
-
-
-def _load(request: Request, progress: Progress) -> Run:
-    """Load the base model, and choose devices, precision and recipe."""
-    devices = find_devices(request.device)
-    autocast = all(find_autocast(request.precision, device) for device in devices)
-    base = load_model(request.model, checkpoint=request.checkpoint, image_size=request.image_size)
-    origin = find_origin(request.model, check_model(request.model, request.checkpoint), request.checkpoint)
-    check_views(request.views, tuple(base.patch_embed.grid_size))
-    recipe = request.adjusted_recipe(base.embed_dim)
-    # Refuses a model without projection.
-    with_readout(base, recipe.student_readout)
-    return Run(request, recipe, base, model_preprocess(base, "center"), origin, devices, autocast, progress)
+    return processes.first_of(record)
 
 
 def _read_photographs(run: Run) -> tuple[Photographs, Photographs | None]:
@@ -185,8 +128,8 @@ def _add_registers(run: Run) -> ViT:
 
 
 def _move_register_neurons(run: Run, student: ViT, training: Photographs) -> Start:
-    """Find the register neurons, and move them in a copy of the student."""
-    if run.strength is None:
+    """Find the register neurons, and move them in a copy of the student; the first process alone does."""
+    if run.strength is None or not run.processes.first:
         return Start(student, None, {})
     batches = run.batches(training, SEARCH_IMAGES)
     with run.progress.task("register neurons", 3 * len(batches.photographs)) as advance:
@@ -229,13 +172,17 @@ def _compute_targets(run: Run, training: Photographs, folder: Path) -> tuple[Tar
         autocast=run.autocast,
         identity=run.identity,
     )
-    targets = TargetCache(teacher, folder)
+    targets, processes = TargetCache(teacher, folder), run.processes
+    share = training.subset(range(processes.rank, len(training), processes.count))
     try:
-        with run.progress.task("teacher targets", len(training)) as advance:
-            computed = targets.fill(training, advance)
+        with run.progress.task("teacher targets", len(share)) as advance:
+            computed = targets.fill(share, advance)
     except OSError as error:
         raise write_error(error, targets.folder) from error
-    return targets, Seconds(0.0, time.perf_counter() - started, computed)
+    (computed_in_all,) = processes.sum([computed])
+    if processes.count > 1:
+        targets.check_shared(training.digests)
+    return targets, Seconds(0.0, time.perf_counter() - started, int(computed_in_all))
 
 
 def _train(
@@ -265,6 +212,8 @@ def _train(
         range_images=() if range_images is None else range_images,
         micro_batch=run.request.micro_batch,
         grad_checkpointing=run.request.grad_checkpointing,
+        workers=run.request.workers,
+        processes=run.processes,
     )
 
 

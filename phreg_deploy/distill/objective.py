@@ -31,6 +31,12 @@ class MicroBatch:
     weight: torch.Tensor
     share: float
 
+    def to(self, device: str) -> MicroBatch:
+        """Move to ``device`` at once, with targets in float32; from page-locked memory, the host does not wait."""
+        images, patches, weight = (x.to(device, non_blocking=True) for x in (self.images, self.patches, self.weight))
+        cls = None if self.cls is None else self.cls.to(device, non_blocking=True).float()
+        return MicroBatch(images, patches.float(), cls, weight, self.share)
+
 
 @dataclass
 class TargetScale:
@@ -41,17 +47,16 @@ class TargetScale:
     norms: NormBand | None = None
 
 
-def objective(
-    features: hooks.Features, part: MicroBatch, recipe: Recipe, scale: TargetScale, device: str
-) -> torch.Tensor:
+def objective(features: hooks.Features, part: MicroBatch, recipe: Recipe, scale: TargetScale) -> torch.Tensor:
     """What a part adds to its batch's loss: (1 - cos) + MSE on patch tokens (arXiv 2505.21501 section 3.2).
 
-    The same on the class token, and a term on token norms, are added if the recipe gives them a weight.
+    The same on the class token, and a term on token norms, are added if the recipe gives them a weight. ``part`` is on
+    the device of ``features``.
     """
-    loss = _distance(features.patches.float(), part.patches.to(device), part.weight.to(device), scale.patches)
+    loss = _distance(features.patches.float(), part.patches, part.weight, scale.patches)
     if recipe.class_weight and features.cls is not None and part.cls is not None:
-        one = torch.ones(len(part.images), device=device)
-        loss = loss + recipe.class_weight * _distance(features.cls.float(), part.cls.to(device), one, scale.cls)
+        one = torch.ones(len(part.images), device=part.images.device)
+        loss = loss + recipe.class_weight * _distance(features.cls.float(), part.cls, one, scale.cls)
     if recipe.norm_weight and scale.norms is not None:
         loss = loss + recipe.norm_weight * norm_excess(features.norms, scale.norms)
     return loss * part.share

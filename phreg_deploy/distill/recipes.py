@@ -24,7 +24,8 @@ class Recipe(Stored):
     ``readout``: what is trained and served, see ``phreg_deploy.readout``; ``teacher``: the readout of the targets, None
     for the same; ``project``: targets and features are projected into the space of text.
     ``moves_neurons``: move register neurons to a register token before training. ``decays_vectors``: apply weight
-    decay to biases and norms too. ``rate_by_width``: lower ``lr`` for wider models.
+    decay to biases and norms too. ``rate_by_width``: lower ``lr`` for wider models. ``average``: decay per step of an
+    exponential moving average of the weights, which becomes the student; 0 for none.
     """
 
     name: str
@@ -46,6 +47,7 @@ class Recipe(Stored):
     moves_neurons: bool = False
     decays_vectors: bool = False
     rate_by_width: bool = True
+    average: float = 0.0
     readout: str = FINAL
     teacher: str | None = None
     project: bool = False
@@ -123,6 +125,8 @@ class Request:
     seed: int
     device: str
     precision: str
+    average: float | None = None
+    workers: int | None = None
     readout: str | None = None
     project: bool | None = None
 
@@ -147,6 +151,7 @@ class Request:
             unlock=self.unlock or recipe.unlock,
             lr=self.lr or recipe.default_rate(width),
             int8=self.int8_aware or recipe.int8,
+            average=recipe.average if self.average is None else self.average,
             readout=self.readout or recipe.readout,
             project=recipe.project if self.project is None else self.project,
         )

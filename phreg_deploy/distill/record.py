@@ -98,7 +98,8 @@ class StudentRecord:
 
     ``source``: the base model, its licence, and the digest of its weights. ``strength``: of transplanted neurons, None
     if the recipe moves none. ``image_size``: (height, width). ``register_neurons``: each with the reason why it was not
-    moved, or None. ``scores``: None if the student could not be scored; ``missing_scores`` then holds the reason.
+    moved, or None. ``processes``: those that trained together; each had a device like ``devices`` of the first one.
+    ``scores``: None if the student could not be scored; ``missing_scores`` then holds the reason.
     """
 
     source: dict[str, str | None]
@@ -115,6 +116,7 @@ class StudentRecord:
     history: History
     seconds: Seconds
     versions: dict[str, str]
+    processes: int = 1
     scores: StudentScores | None = None
     missing_scores: str = "the run ended before scoring did"
 

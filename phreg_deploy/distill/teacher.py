@@ -23,7 +23,7 @@ from safetensors import SafetensorError
 from safetensors.numpy import load, save
 
 from phreg_deploy.artifacts.measures import cosine
-from phreg_deploy.distill.replicas import Replicas
+from phreg_deploy.distill.devices.replicas import Replicas
 from phreg_deploy.errors import PhregError
 from phreg_deploy.files.atomic import write_atomic
 from phreg_deploy.files.temporary import remove_dead
@@ -185,6 +185,15 @@ class TargetCache:
             item = {name: np.ascontiguousarray(item[name]) for name in ARRAYS}
             write_atomic(self.path(todo.digests[i]), save({**item, "crc32": _checksum(item)}))
         return len(missing)
+
+    def check_shared(self, digests: Sequence[str]) -> None:
+        """Raise ``PhregError`` if this process does not see a target that another one has written."""
+        unseen = next((digest for digest in digests if not self.path(digest).is_file()), None)
+        if unseen is not None:
+            raise PhregError(
+                f"targets: another process wrote {self.path(unseen)}, but it is not here; give --cache a folder that "
+                "every machine of the run shares."
+            )
 
     def read(self, digest: str) -> dict[str, np.ndarray]:
         """Read the arrays of one image's target, without ``crc32``; they may be read-only.

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections import deque
-from collections.abc import Iterable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Iterable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,13 +11,16 @@ from pathlib import Path
 import numpy as np
 import torch
 from torch import nn
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
+from phreg_deploy.distill.devices.processes import ALONE, Processes
+from phreg_deploy.distill.devices.replicas import Replicas
 from phreg_deploy.distill.fake_quantisation import observe_grids, quantised
 from phreg_deploy.distill.objective import MicroBatch, TargetScale, objective, target_scale
 from phreg_deploy.distill.recipes import Recipe
 from phreg_deploy.distill.record import History
-from phreg_deploy.distill.replicas import Replicas
 from phreg_deploy.distill.teacher import TargetCache, mixed_precision
+from phreg_deploy.distill.training_batches import Batch, load_batch, read_batches, split_batch
 from phreg_deploy.distill.work_folder import read_state, write_state
 from phreg_deploy.errors import PhregError
 from phreg_deploy.models import hooks
@@ -31,18 +32,6 @@ from phreg_deploy.spec import Preprocess
 
 # Share of the steps in which the learning rate rises.
 WARM_UP = 0.1
-# Batches that are read ahead.
-AHEAD = 4
-
-
-@dataclass
-class Batch:
-    """Images uint8 ``(B, H, W, 3)`` and their targets ``(B, N, C)``, ``(B, C)`` or None, and ``(B, N)``."""
-
-    images: torch.Tensor
-    patches: torch.Tensor
-    cls: torch.Tensor | None
-    drift: torch.Tensor
 
 
 def train(
@@ -61,6 +50,8 @@ def train(
     range_images: Iterable[torch.Tensor] = (),
     micro_batch: int | None = None,
     grad_checkpointing: bool = False,
+    workers: int | None = None,
+    processes: Processes = ALONE,
 ) -> History:
     """Train ``student`` in place, and keep the state after every epoch in ``work``.
 
@@ -73,43 +64,67 @@ def train(
             each epoch.
         micro_batch: most images per forward and backward pass; None for a device's share of the batch.
         grad_checkpointing: recompute each block in the backward pass (arXiv 1604.06174).
+        workers: threads that read targets; see ``read_batches``.
+        processes: each trains on its part of every batch. The first one's student counts, in the end too.
 
-    ``devices``, ``micro_batch`` and ``grad_checkpointing`` change the student by rounding only.
+    ``devices``, ``processes``, ``micro_batch`` and ``grad_checkpointing`` change the student by rounding only.
 
     Raises:
         PhregError: a loss that is not finite; ``work`` then still holds the last good epoch.
     """
     student.to(devices[0])
+    processes.share_weights(student)
     weights = unlock_weights(student, recipe.unlock)
     optimizer = _make_optimizer(weights, recipe)
-    losses = _restore(student, optimizer, work, devices[0]) if resume else []
+    average = _make_average(student, recipe) if processes.first else None
+    losses = _restore(student, optimizer, average, work, devices[0]) if resume else []
+    processes.check_same({"finished epochs": len(losses)}, f"let each of them see {work}, with the same files in it.")
     scale = target_scale(cache, digests, recipe)
     student.train()
     student.set_grad_checkpointing(grad_checkpointing)
     replicas = Replicas(student, devices)
-    trainer = _Trainer(replicas, weights, optimizer, preprocess, recipe, scale, autocast, micro_batch)
+    trainer = _Trainer(
+        replicas, processes, weights, optimizer, average, preprocess, recipe, scale, autocast, micro_batch
+    )
+    pin = devices[0].startswith("cuda")
     steps = max(1, math.ceil(len(digests) / recipe.batch))
     with progress.task("distilling", recipe.epochs * len(digests)) as advance:
         advance(len(losses) * len(digests))
         for epoch in range(len(losses), recipe.epochs):
             grids = observe_grids(student, range_images, Smoothing()) if recipe.int8 else {}
-            batches = read_batches(cache, digests, recipe, seed, epoch)
+            batches = read_batches(cache, digests, recipe, seed, epoch, workers=workers, pin=pin, processes=processes)
             losses.append(trainer.run_epoch(epoch, batches, steps, grids, work, advance))
             state = {"student": student.state_dict(), "optimizer": optimizer.state_dict(), "history": losses}
-            write_state(work, state)
+            if average is not None:
+                state["average"] = average.state_dict()
+            if processes.first:
+                write_state(work, state)
+    if average is not None:
+        student.load_state_dict(average.module.state_dict())
     student.eval().cpu()
     student.set_grad_checkpointing(False)
     student.requires_grad_(True)
     return History(losses, steps)
 
 
-def _restore(student: ViT, optimizer: torch.optim.Optimizer, work: Path, device: str) -> list[float]:
+def _make_average(student: ViT, recipe: Recipe) -> AveragedModel | None:
+    """Copy the student to hold the moving average of its weights; the first update sets it to the student's."""
+    if not recipe.average:
+        return None
+    return AveragedModel(student, multi_avg_fn=get_ema_multi_avg_fn(recipe.average))
+
+
+def _restore(
+    student: ViT, optimizer: torch.optim.Optimizer, average: AveragedModel | None, work: Path, device: str
+) -> list[float]:
     """Load the state after the last finished epoch; returns the losses until then."""
     state = read_state(work, device)
     if state is None:
         return []
     student.load_state_dict(state["student"])
     optimizer.load_state_dict(state["optimizer"])
+    if average is not None:
+        average.load_state_dict(state["average"])
     return list(state["history"])
 
 
@@ -122,11 +137,13 @@ def _make_optimizer(weights: list[nn.Parameter], recipe: Recipe) -> torch.optim.
 
 @dataclass
 class _Trainer:
-    """What a training step needs; ``weights`` are those that train."""
+    """What a training step needs; ``weights`` are those that train, ``average`` follows them if it is not None."""
 
     replicas: Replicas
+    processes: Processes
     weights: list[nn.Parameter]
     optimizer: torch.optim.Optimizer
+    average: AveragedModel | None
     preprocess: Preprocess
     recipe: Recipe
     scale: TargetScale
@@ -144,55 +161,41 @@ class _Trainer:
                 group["lr"] = lr
             self.optimizer.zero_grad(set_to_none=True)
             loss = self._backward(batch, grids)
+            self.replicas.sum_gradients()
+            loss = self.processes.sum_gradients(self.weights, loss)
             if not math.isfinite(loss):
                 raise PhregError(
                     f"distill: the loss became {loss} in epoch {epoch + 1}, step {step + 1}. The state after epoch "
                     f"{epoch} is kept in {work}; try a smaller --lr, or --precision fp32."
                 )
-            self.replicas.sum_gradients()
             if self.recipe.clip:
                 nn.utils.clip_grad_norm_(self.weights, self.recipe.clip)
             self.optimizer.step()
             self.replicas.share_weights()
+            if self.average is not None:
+                self.average.update_parameters(self.replicas.models[0])
             losses.append(loss)
-            advance(len(batch.images), note=f"loss {np.mean(losses[-20:]):.4f}")
+            advance(batch.whole, note=f"loss {np.mean(losses[-20:]):.4f}")
         return float(np.mean(losses))
 
     def _backward(self, batch: Batch, grids: dict[str, Grid]) -> float:
-        """Compute the gradients of a batch on all devices; returns its loss."""
+        """Compute the gradients of this process's images on all its devices; returns their share of the loss."""
 
         def backward(model: ViT, device: str, part: MicroBatch) -> float:
-            images = hooks.normalise(part.images.to(device), self.preprocess.mean, self.preprocess.std)
+            part = part.to(device)
+            images = hooks.normalise(part.images, self.preprocess.mean, self.preprocess.std)
             with mixed_precision(device, self.autocast):
                 features = hooks.forward(model, images)
-            loss = objective(features, part, self.recipe, self.scale, device)
+            loss = objective(features, part, self.recipe, self.scale)
             loss.backward()
             return loss.item()
 
-        parts = split_batch(batch, self.recipe, self.micro_batch, len(self.replicas.devices))
+        parts = split_batch(batch, self.recipe, self.micro_batch, len(self.replicas.devices), self.processes)
         # Open in the backward pass too, since that may compute blocks again.
         with ExitStack() as stack:
             for model in self.replicas.models:
                 stack.enter_context(quantised(model, grids))
             return sum(self.replicas.map(backward, parts))
-
-
-def split_batch(batch: Batch, recipe: Recipe, micro_batch: int | None, devices: int) -> list[MicroBatch]:
-    """Split a batch into parts of at most ``micro_batch`` images, with one for every device if it has the images.
-
-    The losses and gradients of the parts add up to those of the whole batch: patch weights are normalised over the
-    whole batch, and each part counts by its share of the images.
-    """
-    count = len(batch.images)
-    size = min(micro_batch or count, math.ceil(count / devices))
-    weight = 1 + recipe.hard_weight * batch.drift
-    weight = weight / weight.mean()
-    parts = []
-    for start in range(0, count, size):
-        rows = slice(start, start + size)
-        images, cls = batch.images[rows], None if batch.cls is None else batch.cls[rows]
-        parts.append(MicroBatch(images, batch.patches[rows], cls, weight[rows], len(images) / count))
-    return parts
 
 
 def learning_rate(recipe: Recipe, done: float) -> float:
@@ -202,22 +205,6 @@ def learning_rate(recipe: Recipe, done: float) -> float:
     if done < WARM_UP:
         return recipe.lr * (0.04 + 0.96 * done / WARM_UP)
     return recipe.lr * max(1e-4, 0.5 + 0.5 * math.cos(math.pi * (done - WARM_UP) / (1 - WARM_UP)))
-
-
-def read_batches(cache: TargetCache, digests: list[str], recipe: Recipe, seed: int, epoch: int) -> Iterator[Batch]:
-    """Read one epoch in its own order; two threads read the next batches ahead."""
-    rng = np.random.default_rng([seed, epoch])
-    order = rng.permutation(len(digests))
-    parts = [order[i : i + recipe.batch] for i in range(0, len(order), recipe.batch)]
-    flips = [rng.random(len(part)) < 0.5 if recipe.flips else np.zeros(len(part), bool) for part in parts]
-    pending: deque[Future[Batch]] = deque()
-    with ThreadPoolExecutor(2) as pool:
-        for part, flip in zip(parts, flips):
-            pending.append(pool.submit(load_batch, cache, [digests[i] for i in part], flip))
-            if len(pending) > AHEAD:
-                yield pending.popleft().result()
-        while pending:
-            yield pending.popleft().result()
 
 
 @torch.inference_mode()
@@ -236,26 +223,8 @@ def loss_of(
     for start in range(0, len(digests), recipe.batch):
         part = digests[start : start + recipe.batch]
         batch = load_batch(cache, part, np.zeros(len(part), bool))
-        (whole,) = split_batch(batch, recipe, None, 1)
+        whole = split_batch(batch, recipe, None, 1)[0].to(device)
         with mixed_precision(device, autocast):
-            features = hooks.forward(model, hooks.normalise(batch.images.to(device), preprocess.mean, preprocess.std))
-        total += objective(features, whole, recipe, scale, device).item() * len(part) / len(digests)
+            features = hooks.forward(model, hooks.normalise(whole.images, preprocess.mean, preprocess.std))
+        total += objective(features, whole, recipe, scale).item() * len(part) / len(digests)
     return total
-
-
-def load_batch(cache: TargetCache, digests: list[str], flips: np.ndarray) -> Batch:
-    """Read the targets of some images; those with a true value in ``flips`` ``(B,)`` are mirrored."""
-    items = [cache.read(digest) for digest in digests]
-    grid = cache.teacher.grid
-    for item, flip in zip(items, flips):
-        for name in ("patches", "drift"):
-            item[name] = item[name].astype(np.float32).reshape(*grid, -1)
-        if item["cls"].size:
-            item["cls"] = item["cls"][int(flip)].astype(np.float32)
-        if flip:
-            for name in ("image", "patches", "drift"):
-                item[name] = item[name][:, ::-1]
-    images, patches, cls, drift = (
-        torch.from_numpy(np.stack([item[name] for item in items])) for name in ("image", "patches", "cls", "drift")
-    )
-    return Batch(images, patches.flatten(1, 2), cls if cls.numel() else None, drift.flatten(1))

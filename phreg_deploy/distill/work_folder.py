@@ -14,12 +14,14 @@ from phreg_deploy.errors import PhregError, write_error
 from phreg_deploy.json_files import read_json
 
 
-def work_folder(output: Path, settings: dict[str, Any], resume: bool, force: bool) -> Path:
-    """Return ``OUTPUT.partial`` with this run's settings in it.
+def work_folder(output: Path, settings: dict[str, Any], resume: bool, force: bool, writes: bool = True) -> Path:
+    """Return ``OUTPUT.partial`` with this run's settings in it; only its path unless this process ``writes`` it.
 
     Raises ``PhregError`` if it holds a run of other settings, or one that neither ``resume`` nor ``force`` allows for.
     """
     work = output.with_name(output.name + ".partial")
+    if not writes:
+        return work
     path = work / "settings.json"
     check_resume(work, resume, force)
     if path.is_file():

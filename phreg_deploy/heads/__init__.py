@@ -1,5 +1,58 @@
 """Linear heads on dense features: class scores or depth per patch. Reading and computing need numpy, not PyTorch."""
 
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING
+
 from phreg_deploy.heads.head import Head
 
-__all__ = ["Head"]
+if TYPE_CHECKING:
+    from phreg_deploy.bundle.bundle import Bundle
+
+__all__ = ["Head", "attach"]
+
+
+def attach(
+    bundle: Path | str,
+    heads: Mapping[str, Path | str | Head],
+    output: Path | str,
+    *,
+    upsample: bool = False,
+    labels: bool = False,
+    force: bool = False,
+) -> Bundle:
+    """Write a bundle that serves the answers of heads beside its features.
+
+    The heads compute in float32, and the features stay as they are; so an INT8 bundle takes a head as an FP32 one does.
+    The exam gets their answers to its features, computed by numpy.
+
+    Args:
+        bundle: of any precision. heads: name -> head, or the path of one; the name "" is for the only head of a kind,
+            whose output is ``segmentation``, ``labels`` or ``depth``; others are e.g. ``labels.street``.
+        output: the folder to write. It holds no engines.
+        upsample: enlarge the logits to the pixels of the input, bilinearly.
+        labels: serve the class of each place, uint8, in place of the logits.
+        force: replace an output that exists.
+
+    Raises:
+        BackendMissing: onnx is not installed.
+        PhregError: a damaged bundle or head, a head of another width, a layer that the bundle does not serve, or an
+            output that exists.
+    """
+    from phreg_deploy.bundle.bundle import Bundle
+    from phreg_deploy.errors import PhregError
+    from phreg_deploy.extras import require
+    from phreg_deploy.files.atomic import check_target
+
+    if not heads:
+        raise PhregError("attach: got no head, expected at least one.")
+    paths = [Path(head) for head in heads.values() if not isinstance(head, Head)]
+    check_target(Path(output), force, [Path(bundle), *paths])
+    opened = Bundle.read(bundle)
+    require("`phreg-deploy attach`", calibration=("onnx",))
+    read = {name: head if isinstance(head, Head) else Head.read(head) for name, head in heads.items()}
+    from phreg_deploy.heads.attachment import attach_heads
+
+    return attach_heads(opened, read, Path(output), upsample=upsample, labels=labels, force=force)

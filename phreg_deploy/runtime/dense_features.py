@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TypeVar
 
 import numpy as np
 
 from phreg_deploy.artifacts.measures import OUTLIER_FACTOR
+from phreg_deploy.bundle.heads import DEPTH, LABELS, SEGMENTATION, ServedHead
 
 # The outputs of a layer, in the order of the fields.
 KINDS = ("features", "cls", "token_norm")
@@ -53,21 +54,47 @@ class DenseFeatures(LayerFeatures):
     ``token_norm`` float32 ``(B, Hp, Wp)``: L2 norms of the last block's output before the final norm.
     ``norm_median``: the base model's median norm, where the bundle holds it. ``layers``: of ``export --layers``, by the
     number of blocks that their tokens have passed. ``attention`` float32 ``(B, H, Hp, Wp)``: the class token's in the
-    last block, of ``export --attention``; softmax over all tokens, so a head's patches sum to less than 1. ``mask``
-    bool ``(B, Hp, Wp)``: False for patches that are padding, not image, whose features mean nothing; None where there
-    is no padding.
+    last block, of ``export --attention``; softmax over all tokens, so a head's patches sum to less than 1. ``heads``:
+    answers of the bundle's heads by output (``bundle.heads.ServedHead``), such as ``labels`` or ``depth.indoor``.
+    ``mask`` bool ``(B, Hp, Wp)``: False for patches that are padding, not image, whose features mean nothing; None
+    where there is no padding.
     """
 
     layers: Mapping[int, LayerFeatures] = field(default_factory=dict)
     attention: np.ndarray | None = None
+    heads: Mapping[str, np.ndarray] = field(default_factory=dict)
+
+    @property
+    def segmentation(self) -> np.ndarray | None:
+        """Logits of the head without name, float32 ``(B, Hp, Wp, K)`` or ``(B, H, W, K)``; None if there are none."""
+        return self.heads.get(SEGMENTATION)
+
+    @property
+    def labels(self) -> np.ndarray | None:
+        """Classes by the head without name, uint8 ``(B, Hp, Wp)`` or ``(B, H, W)``; None if there are none."""
+        if self.segmentation is not None and LABELS not in self.heads:
+            return self.segmentation.argmax(-1).astype(np.uint8)
+        return self.heads.get(LABELS)
+
+    @property
+    def depth(self) -> np.ndarray | None:
+        """Depth by the head without name, float32 ``(B, Hp, Wp)`` or ``(B, H, W)``; None if there is none."""
+        return self.heads.get(DEPTH)
 
     @classmethod
-    def of(cls: type[D], outputs: Mapping[str, np.ndarray], norm_median: float | None) -> D:
-        """Build it from a graph's outputs by name, float32."""
+    def of(
+        cls: type[D], outputs: Mapping[str, np.ndarray], norm_median: float | None, heads: Sequence[ServedHead] = ()
+    ) -> D:
+        """Build it from a graph's outputs by name; all but classes become float32."""
+        outputs = {
+            name: value if value.dtype == np.uint8 else value.astype(np.float32, copy=False)
+            for name, value in outputs.items()
+        }
         blocks = sorted(int(name.partition(".")[2]) for name in outputs if name.startswith("features."))
         layers = {b: LayerFeatures(*(outputs.get(f"{kind}.{b}") for kind in KINDS)) for b in blocks}  # type: ignore[arg-type]
         own = (outputs["features"], outputs.get("cls"), outputs["token_norm"])
-        return cls(*own, norm_median, layers=layers, attention=outputs.get("attention"))
+        answers = {head.output: outputs[head.output] for head in heads}
+        return cls(*own, norm_median, layers=layers, attention=outputs.get("attention"), heads=answers)
 
     def masked(self: D, mask: np.ndarray | None) -> D:
         """Return the same features with a mask ``(B, Hp, Wp)``, for all layers."""
@@ -79,7 +106,8 @@ class DenseFeatures(LayerFeatures):
         named = {kind: getattr(self, kind) for kind in KINDS}
         for block, layer in self.layers.items():
             named.update({f"{kind}.{block}": getattr(layer, kind) for kind in KINDS})
-        return {name: value for name, value in {**named, "attention": self.attention}.items() if value is not None}
+        named.update({"attention": self.attention, **self.heads})
+        return {name: value for name, value in named.items() if value is not None}
 
 
 def _outlier_share(norms: np.ndarray, median: float | None) -> np.ndarray:

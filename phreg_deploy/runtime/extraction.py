@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from phreg_deploy.arguments import refuse_url
+from phreg_deploy.bundle.heads import KINDS, LABELS, NAME, SEGMENTATION
 from phreg_deploy.errors import Interrupted, PhregError
 from phreg_deploy.files.atomic import atomic_folder
 from phreg_deploy.images.fitting import check_fit
@@ -84,8 +85,12 @@ def parse_outputs(text: str) -> tuple[str, ...]:
     """
     names = tuple(dict.fromkeys(part.strip() for part in text.split(",")))
     layer = rf"({'|'.join(OUTPUTS)})\.[1-9]\d{{0,5}}"
-    if not names or not all(name in (*OUTPUTS, ATTENTION, MASK) or re.fullmatch(layer, name) for name in names):
-        expected = f"{', '.join(OUTPUTS)}, {ATTENTION}, {MASK}, or of a layer, such as features.6"
+    head = rf"({'|'.join(KINDS)})(\.{NAME.pattern})?"
+    known = [name for name in names if name in (*OUTPUTS, ATTENTION, MASK) or re.fullmatch(f"{layer}|{head}", name)]
+    if len(known) < len(names):
+        expected = (
+            f"{', '.join(OUTPUTS)}, {ATTENTION}, {MASK}, of a layer (features.6), or of a head ({', '.join(KINDS)})"
+        )
         raise PhregError(f"outputs: got {text!r}, expected one or more of {expected}, with commas between.")
     return names
 
@@ -127,7 +132,8 @@ def extract_images(
     """
     check_fit_and_window(size, fit, window, stride)
     outputs = _with_mask(outputs, masked=fit == "pad" or window is not None)
-    if missing := [name for name in outputs if name not in (*extractor.manifest.outputs, MASK)]:
+    served = {MASK, *extractor.manifest.outputs, *([LABELS] if SEGMENTATION in extractor.manifest.outputs else [])}
+    if missing := [name for name in outputs if name not in served]:
         raise PhregError(f"outputs: this bundle has no {missing[0]}; it has {', '.join(extractor.manifest.outputs)}.")
     size = size or window or extractor.manifest.sizes.default
     extractor.manifest.sizes.check(size, extractor.spec.patch)

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
+from phreg_deploy.bundle.heads import LABELS
 from phreg_deploy.errors import PhregError
 from phreg_deploy.images.pictures import colours, components, heat, sheet
 from phreg_deploy.layers import kind_of
@@ -19,7 +20,7 @@ from phreg_deploy.runtime.dense_features import DenseFeatures
 # The name of the mask among the outputs; it is none of the graph's.
 MASK = "mask"
 # Types that ``--dtype`` does not change.
-FIXED_DTYPES = {"token_norm": "float32", MASK: "bool"}
+FIXED_DTYPES = {"token_norm": "float32", MASK: "bool", LABELS: "uint8"}
 
 
 @dataclass(frozen=True)
@@ -55,7 +56,8 @@ class FeatureWriter:
         Raises:
             PhregError: values beyond float16.
         """
-        arrays = dense.outputs() | ({MASK: dense.mask} if dense.mask is not None else {})
+        others = {MASK: dense.mask, LABELS: dense.labels}
+        arrays = dense.outputs() | {name: value for name, value in others.items() if value is not None}
         for kind, file in files.items():
             (self.folder / file).parent.mkdir(parents=True, exist_ok=True)
             if kind == "picture":

@@ -223,8 +223,7 @@ class FeatureExtractor(AbstractContextManager["FeatureExtractor"]):
             check_shapes(self.manifest, outputs, padded.shape)
             parts.append({name: value[: len(part)] for name, value in outputs.items()})
         joined = parts[0] if len(parts) == 1 else {name: np.concatenate([p[name] for p in parts]) for name in parts[0]}
-        floats = {name: value.astype(np.float32, copy=False) for name, value in joined.items()}
-        return DenseFeatures.of(floats, self.manifest.norm_median)
+        return DenseFeatures.of(joined, self.manifest.norm_median, self.manifest.heads)
 
     def run(self, batch: Any, *, out: Mapping[str, Any] | None = None, stream: int | None = None) -> dict[str, Any]:
         """Run the graph: uint8 ``(B, H, W, 3)`` at a served size and batch -> its outputs by name, in its own types.

@@ -102,7 +102,8 @@ class Camera:
     def judge(self, alarms: Alarms) -> None:
         """Raise the alarms of the shares and rates of the last results, once there are enough."""
         limits = self._limits
-        if len(self._recent) < limits.least:
+        bounded = limits.deadline is not None or limits.artifact_rate is not None
+        if not bounded or len(self._recent) < limits.least:
             return
         figures = self.figures()
         if limits.deadline is not None and figures.late_share is not None:

@@ -19,12 +19,13 @@ VERBS = {
     "extract": "Nothing was written to OUTPUT; run the command again.",
     "watch": _NOTHING,
     "artifacts": _NOTHING,
+    "attach": _ATOMIC,
     "inspect": _NOTHING,
     "doctor": _NOTHING,
     "demo": _ATOMIC,
 }
 
 # Verbs that stand in another folder of ``cli/``.
-FOLDERS = {"watch": "streaming"}
+FOLDERS = {"attach": "probing", "watch": "streaming"}
 # Verbs that take addresses; all others read files of this machine.
 ADDRESSES = ("watch",)

@@ -40,6 +40,7 @@ from phreg_deploy.cli.tables.distill import show_record
 @click.option("--micro-batch", type=int, help="Images per forward and backward pass, for less memory; by default all.")
 @click.option("--grad-checkpointing", is_flag=True, help="Recompute each block in the backward pass, for less memory.")
 @click.option("--lr", type=float, help="Peak learning rate; by default the recipe's.")
+@click.option("--average", type=float, help="Decay of a moving average of the weights, e.g. 0.99; by default none.")
 @readout_options("the recipe's")
 @click.option(
     "--unlock", type=click.Choice(["all", "paper", "paper-clip"]), help="Weights that train; by default the recipe's."
@@ -56,6 +57,7 @@ from phreg_deploy.cli.tables.distill import show_record
 @click.option(
     "--cache", type=click.Path(path_type=Path), help="Folder of teacher targets; by default ~/.cache/phreg-deploy."
 )
+@click.option("--workers", type=int, help="Threads that read targets; by default one per core, at most four.")
 @click.option("--resume", is_flag=True, help="Continue an interrupted run.")
 @force_option
 @output_options
@@ -72,15 +74,20 @@ def distill(output: Path, images: Path, as_json: bool, quiet: bool, **settings: 
     --recipe ph-reg-clip is the same for CLIP: targets are read out as in NACLIP, the student as in MaskCLIP
     (--readout value), both in the space of text, and the last two blocks train. Train at 448 px, as the paper does.
 
+    torchrun starts several processes that share the work: one per GPU, or several on a CPU.
+
     \b
     Examples:
       phreg-deploy distill vit_tiny_patch16_224 --checkpoint vit.safetensors --images photos/ -o student
+      torchrun --nproc-per-node 4 -m phreg_deploy distill vit_tiny_patch16_224 --images photos/ -o student
       phreg-deploy distill vit_base_patch16_clip_quickgelu_224.openai --recipe ph-reg-clip --image-size 448 \\
         --images photos/ -o clip-student
     """
     from phreg_deploy.distill import distill as run
+    from phreg_deploy.distill.devices.launch import find_launch
 
     result = Result(as_json, quiet)
     record = run(images=images, output=output, progress=result.progress, **settings)
-    show_record(record, output, images, result)
-    result.json({"output": output, **record.to_json()})
+    if find_launch().first:
+        show_record(record, output, images, result)
+        result.json({"output": output, **record.to_json()})

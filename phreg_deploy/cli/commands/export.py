@@ -129,7 +129,7 @@ def export(
     show_bundle(bundle, result)
     document["manifest"] = bundle.manifest.to_json()
     if not no_check:
-        document["check"] = _examine(output, result)
+        document["check"] = examine(output, result)
         if document["check"].get("missed"):
             raise GateFailed(f"parity: {output}: {'; '.join(document['check']['missed'])}.", document)
     if "trt" in formats:
@@ -184,7 +184,7 @@ def _build(output: Path, result: Result, **options: Any) -> dict[str, Any]:
         ) from None
 
 
-def _examine(output: Path, result: Result) -> dict[str, Any]:
+def examine(output: Path, result: Result) -> dict[str, Any]:
     """Compare the written bundle's answers with its exam, if a runtime is installed."""
     from phreg_deploy.runtime.features import FeatureExtractor
     from phreg_deploy.runtime.parity import judge_exam, verdict

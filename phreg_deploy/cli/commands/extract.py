@@ -31,7 +31,8 @@ from phreg_deploy.files.atomic import check_target
     "--outputs",
     default="features",
     show_default=True,
-    help="What to write, with commas between: features, cls, token_norm, of a layer (features.6), attention, mask.",
+    help="What to write, with commas between: features, cls, token_norm, those of a layer (features.6), attention, "
+    "mask, and of heads: segmentation, labels, depth.",
 )
 @click.option(
     "--dtype",

@@ -1,0 +1,91 @@
+"""``ServedHead``: a head in a bundle's graph. B batch, (Hp, Wp) patch grid, (H, W) image, K classes."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from phreg_deploy.errors import PhregError
+from phreg_deploy.spec import Stored
+
+SEGMENTATION, LABELS, DEPTH = "segmentation", "labels", "depth"
+KINDS = (SEGMENTATION, LABELS, DEPTH)
+MOST_CLASSES = 256
+# A number names a layer.
+NAME = re.compile(r"[a-z][a-z0-9_-]{0,31}")
+
+
+@dataclass(frozen=True)
+class ServedHead(Stored):
+    """A linear head whose result is an output of the graph.
+
+    ``kind``: "segmentation" (logits float32 ``(B, Hp, Wp, K)``), "labels" (uint8 ``(B, Hp, Wp)``) or "depth" (float32
+    ``(B, Hp, Wp)``); with ``upsampled``, on the pixels (H, W) of the input. ``name``: "" for the only head of a kind.
+    ``layers``: that it reads, None for the last. ``classes``, ``colours`` (8-bit RGB), ``ignore``: as of
+    ``heads.Head``; without classes for depth.
+    """
+
+    name: str
+    kind: str
+    upsampled: bool
+    layers: tuple[int, ...] | None
+    classes: tuple[str, ...]
+    colours: tuple[tuple[int, int, int], ...] | None
+    ignore: int | None
+
+    def __post_init__(self) -> None:
+        if self.kind not in KINDS:
+            raise PhregError(f"head: got the kind {self.kind!r}, expected {', '.join(KINDS[:-1])} or {KINDS[-1]}.")
+        if not isinstance(self.name, str) or (self.name and not NAME.fullmatch(self.name)):
+            raise PhregError(
+                f"head: got the name {str(self.name)[:60]!r}, expected small letters, digits, _ and -, "
+                "and a letter first."
+            )
+        count = len(self.classes)
+        if (count == 0) != (self.kind == DEPTH) or count > MOST_CLASSES:
+            raise PhregError(
+                f"head: got {count} classes for {self.kind}, expected 1 to {MOST_CLASSES}, and none for depth."
+            )
+        if self.colours is not None and len(self.colours) != count:
+            raise PhregError(f"head: got {len(self.colours)} colours, expected one for each of {count} classes.")
+
+    @property
+    def output(self) -> str:
+        """The name of the graph's output: ``segmentation``, or ``segmentation.street``."""
+        return f"{self.kind}.{self.name}" if self.name else self.kind
+
+    @property
+    def dtype(self) -> str:
+        return "uint8" if self.kind == LABELS else "float32"
+
+    def shape(self, batch: Any, grid: Sequence[Any], pixels: Sequence[Any]) -> tuple[Any, ...]:
+        """Return the output's shape for a batch of images of ``pixels`` (H, W) with a patch ``grid`` (Hp, Wp)."""
+        channels = (len(self.classes),) if self.kind == SEGMENTATION else ()
+        return (batch, *(pixels if self.upsampled else grid), *channels)
+
+    @classmethod
+    def from_json(cls, data: dict[str, Any]) -> ServedHead:
+        """Build it from JSON. Raises ``PhregError`` for unknown keys, wrong types and impossible values."""
+        raw = dict(data) if isinstance(data, dict) else data
+        if isinstance(raw, dict):
+            colours, layers, classes = raw.get("colours"), raw.get("layers"), raw.get("classes")
+            fits = isinstance(classes, (list, tuple)) and all(isinstance(name, str) for name in classes)
+            fits = fits and (layers is None or _numbers(layers, 1, 1 << 20))
+            fits = fits and (colours is None or (isinstance(colours, (list, tuple)) and all(map(_colour, colours))))
+            fits = fits and isinstance(raw.get("upsampled"), bool) and isinstance(raw.get("kind"), str)
+            fits = fits and (raw.get("ignore") is None or _numbers([raw["ignore"]], 0, 255))
+            if not fits:
+                raise PhregError(f"manifest: got the head {str(data)[:80]}, expected another one; it is damaged.")
+            raw["colours"] = None if colours is None else tuple(tuple(colour) for colour in colours)
+        return super().from_json(raw)
+
+
+def _numbers(values: Any, least: int, most: int) -> bool:
+    fits = isinstance(values, (list, tuple)) and len(values) > 0
+    return fits and all(type(value) is int and least <= value <= most for value in values)
+
+
+def _colour(value: Any) -> bool:
+    return _numbers(value, 0, 255) and len(value) == 3

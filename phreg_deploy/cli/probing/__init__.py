@@ -1,0 +1,1 @@
+"""The verbs that train or read linear heads: ``evaluate`` and ``probe``."""

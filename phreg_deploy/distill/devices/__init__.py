@@ -1,0 +1,1 @@
+"""Share a distillation's work over several devices of one process, or over several processes."""

@@ -1,0 +1,109 @@
+"""Fold heads into a bundle's graph: the new bundle serves label maps, logits or depth beside the features."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import onnx
+
+from phreg_deploy.bundle.bundle import Bundle
+from phreg_deploy.bundle.heads import DEPTH, LABELS, SEGMENTATION, ServedHead
+from phreg_deploy.bundle.manifest import GRAPH, REFERENCE, Manifest
+from phreg_deploy.bundle.writing import write_manifest, write_npz, write_onnx_metadata
+from phreg_deploy.errors import PhregError
+from phreg_deploy.files.atomic import atomic_folder
+from phreg_deploy.heads.head import Head
+from phreg_deploy.heads.upsampling import upsample
+from phreg_deploy.onnx_graph.heads import append_head
+
+
+def attach_heads(
+    bundle: Bundle, heads: Mapping[str, Head], output: Path, *, upsample: bool, labels: bool, force: bool
+) -> Bundle:
+    """Write the bundle with heads; arguments and errors as of ``phreg_deploy.heads.attach``."""
+    bundle.verify()
+    manifest = bundle.manifest
+    served = [_serve(name, head, upsample, labels) for name, head in heads.items()]
+    for spec, head in zip(served, heads.values()):
+        _check(manifest, spec, head)
+    taken = [spec.output for spec in (*manifest.heads, *served)]
+    twice = next((name for name in taken if taken.count(name) > 1), None)
+    if twice is not None:
+        raise PhregError(f"attach: the output {twice} would be there twice; name each head: --head NAME=HEAD.")
+    # Weights beside the graph stay where they are.
+    graph = onnx.load(bundle.graph, load_external_data=False)
+    for spec, head in zip(served, heads.values()):
+        append_head(
+            graph,
+            spec,
+            head.weight,
+            head.bias,
+            inputs=head.inputs,
+            patch=manifest.model.patch,
+            bins=head.bins,
+            depth_range=head.depth_range,
+        )
+    outputs = {value.name: value for value in graph.graph.output}
+    shapes = {
+        spec.output: {
+            "dtype": spec.dtype,
+            "shape": [side.dim_value or side.dim_param for side in outputs[spec.output].type.tensor_type.shape.dim],
+        }
+        for spec in served
+    }
+    manifest = replace(
+        manifest,
+        heads=(*manifest.heads, *served),
+        outputs={**manifest.outputs, **shapes},
+        versions={**manifest.versions, "onnx": onnx.__version__},
+    )
+    write_onnx_metadata(graph, manifest)
+    with atomic_folder(output, force, [bundle.folder]) as folder:
+        for name in manifest.required():
+            if name not in (GRAPH, REFERENCE):
+                shutil.copyfile(bundle.folder / name, folder / name)
+        (folder / GRAPH).write_bytes(graph.SerializeToString(deterministic=True))
+        # By its path: weights beside the graph are looked for there.
+        onnx.checker.check_model(str(folder / GRAPH))
+        write_npz(folder / REFERENCE, _exam(bundle, list(zip(served, heads.values()))))
+        write_manifest(folder, manifest)
+    return Bundle.read(output)
+
+
+def _serve(name: str, head: Head, enlarge: bool, labels: bool) -> ServedHead:
+    kind = DEPTH if head.task == DEPTH else LABELS if labels else SEGMENTATION
+    return ServedHead(name, kind, enlarge, head.layers, head.classes, head.colours, head.ignore)
+
+
+def _check(manifest: Manifest, served: ServedHead, head: Head) -> None:
+    """Raise ``PhregError`` unless the bundle serves what the head reads."""
+    missing = [name for name in head.inputs if name not in manifest.outputs]
+    if missing:
+        layers = ",".join(str(layer) for layer in head.layers or ())
+        raise PhregError(
+            f"attach: the head reads {missing[0]}, which the bundle does not serve. Export it with --layers {layers}."
+        )
+    width = sum(manifest.channels(name) for name in head.inputs)
+    if width != head.width:
+        raise PhregError(
+            f"attach: the head reads {head.width} channels, but {' and '.join(head.inputs)} of the bundle have "
+            f"{width}; expected a head that was trained on this model's features."
+        )
+
+
+def _exam(bundle: Bundle, heads: list[tuple[ServedHead, Head]]) -> dict[str, np.ndarray]:
+    """Return the bundle's exam with the heads' answers to its features, computed by numpy."""
+    exam: dict[str, np.ndarray] = {}
+    for case, arrays in enumerate(bundle.cases()):
+        floats = {name: value.astype(np.float32) for name, value in arrays.items() if name != "image"}
+        for spec, head in heads:
+            logits = head.logits(head.select(floats))
+            if spec.upsampled:
+                logits = upsample(logits, arrays["image"].shape[1:3])
+            arrays[spec.output] = logits if spec.kind == SEGMENTATION else head.decide(logits)
+        exam.update({f"{case}/{name}": value for name, value in arrays.items()})
+    return exam
