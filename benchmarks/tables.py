@@ -207,7 +207,44 @@ def sinder_direction(name: str) -> str:
     return table([column.replace("|", "\\|") for column in columns], rows)
 
 
+def tiling(_name: str) -> str:
+    """``tiling.json``: the errors of blended windows beside those of windows apart."""
+    report = load("tiling")
+    rows = {
+        "windows": ("windows", "{:.0f}"),
+        "error of a shift by half a patch": ("shift", "{:.3f}"),
+        "error beside borders, windows placed elsewhere": ("placement_near", "{:.3f}"),
+        "the same over all other patches": ("placement_elsewhere", "{:.3f}"),
+        "beside borders over a shift; the bar is 2": ("near_over_shift", "{:.2f}"),
+        "error to the image in one piece, beside borders over elsewhere": ("whole_near_over_elsewhere", "{:.2f}"),
+    }
+    lines = [[name, *(text.format(row[key]) for row in report["seams"].values())] for name, (key, text) in rows.items()]
+    for name, key in (("artifact rate within windows", "window_artifact_rate"), ("after blending", "artifact_rate")):
+        lines.append([name, *(percent(row[key], 2) for row in report["seams"].values())])
+    times = report["milliseconds"]
+    alone = times["graph alone, a window"]
+    title = f"seconds per megapixel, busy machine (the graph alone: {alone:.0f} ms a window)"
+    lines.append([title, *(f"{times[name] / 1e3:.1f}" for name in report["seams"])])
+    return table(["overlap", *report["seams"]], lines)
+
+
+def stream(_name: str) -> str:
+    """``stream.json``: counts, latency and memory of each kind of stream."""
+    rows = load("stream")["rows"]
+    read: dict[str, Callable[[Row], str]] = {
+        "received": lambda row: f"{row['received']}",
+        "served / dropped": lambda row: f"{row['served']} / {row['dropped']}",
+        "moments at which the counts did not balance": lambda row: f"{row['unbalanced']}",
+        "results per second": lambda row: f"{row['served'] / row['seconds']:.1f}",
+        "latency p50 / p99, ms": lambda row: f"{row['latency_p50']:.1f} / {row['latency_p99']:.1f}",
+        "memory at first / at the end, MiB": lambda row: f"{row['rss']['first']:.0f} / {row['rss']['end']:.0f}",
+    }
+    return table(["", *rows], [[name, *(one(row) for row in rows.values())] for name, one in read.items()])
+
+
 TABLES: dict[str, Callable[[str], str]] = {
+    "tiling": tiling,
+    "stream": stream,
     "present-recipe": present_recipe,
     "sinder-direction": sinder_direction,
     "students": quality,

@@ -27,6 +27,8 @@ MAY = {
     "runtime/gpu": {"bundle", "images"},
     "runtime/backends": {"bundle", "runtime/gpu"},
     "runtime": {"files", "images", "artifacts", "bundle", "runtime/gpu", "runtime/backends"},
+    "stream/sources": {"images"},
+    "stream": {"images", "runtime", "runtime/backends", "stream/sources"},
     "profiling": {"images", "bundle", "runtime", "runtime/gpu", "runtime/backends", "export/engine"},
     "doctor": {"runtime/gpu", "runtime/backends"},
     "onnx_graph": {"bundle", "runtime/backends"},
@@ -58,9 +60,10 @@ MAY = {
         "export",
         "verify",
     },
-    "cli": {"cli/commands", "cli/probing", "runtime/backends", "distill/devices"},
+    "cli": {"cli/commands", "cli/probing", "cli/streaming", "runtime/backends", "distill/devices"},
 }
 MAY["cli/tables"] = set(MAY)
+MAY["cli/streaming"] = set(MAY)
 MAY["cli/probing"] = set(MAY) | {"cli/commands"}
 MAY["cli/commands"] = set(MAY) - {"cli/probing"}
 # Folder -> the folders that it imports inside functions only, so that their dependencies are optional.
@@ -71,6 +74,7 @@ LATE = {
     "verify": {"models", "onnx_graph", "export/engine"},
     "profiling": {"export/engine"},
     "cli/commands": set(MAY) - {"", "files", "images", "bundle", "cli", "cli/commands", "cli/tables"},
+    "cli/streaming": set(MAY) - {"", "files", "images", "bundle", "cli", "cli/streaming"},
     "cli/probing": set(MAY) - {"", "files", "images", "bundle", "cli", "cli/commands", "cli/probing", "cli/tables"},
     "cli/tables": set(MAY) - {"", "files", "images", "bundle", "cli"},
     "cli": {"runtime/backends", "distill/devices"},
@@ -89,7 +93,17 @@ NEEDS = {
     "calibration": {"onnx"},
     "verify": {"onnx"},
 }
-WITHOUT_TORCH = {"runtime", "runtime/gpu", "runtime/backends", "calibration", "export/engine", "profiling", "doctor"}
+WITHOUT_TORCH = {
+    "runtime",
+    "runtime/gpu",
+    "runtime/backends",
+    "calibration",
+    "export/engine",
+    "profiling",
+    "doctor",
+    "stream",
+    "stream/sources",
+}
 TORCH_FOLDERS = {"models", "distill", "export", "demo"}
 # Largest share of the code's lines in one folder of the package, with its subfolders.
 LARGEST_SHARE = 0.18

@@ -18,7 +18,7 @@ import click
 
 from phreg_deploy import __version__
 from phreg_deploy.arguments import refuse_url
-from phreg_deploy.cli.commands import FOLDERS, VERBS
+from phreg_deploy.cli.commands import ADDRESSES, FOLDERS, VERBS
 from phreg_deploy.cli.console import echo, output, plain
 from phreg_deploy.errors import PhregError
 
@@ -31,7 +31,7 @@ class Group(click.Group):
             close = difflib.get_close_matches(args[0], self.commands, n=1)
             hint = f" Did you mean {close[0]!r}?" if close else f" The commands are {', '.join(self.commands)}."
             raise click.UsageError(f"There is no command {args[0]!r}.{hint}", ctx)
-        for argument in args[1:]:
+        for argument in args[1:] if args[:1] != [] and args[0] not in ADDRESSES else ():
             refuse_url(argument)
         return super().resolve_command(ctx, args)
 

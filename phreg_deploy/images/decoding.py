@@ -44,13 +44,16 @@ def upright(image: Image.Image) -> Image.Image:
     return image
 
 
-def read_image(source: Path | str | IO[bytes], exif: bool = False, name: str | None = None) -> Image.Image:
+def read_image(
+    source: Path | str | IO[bytes], exif: bool = False, name: str | None = None, whole: bool = False
+) -> Image.Image:
     """Read an image file as RGB.
 
     Args:
         source: a path, or a binary file that Pillow can seek in.
         exif: turn the image upright by its EXIF orientation.
         name: the name in messages; by default the path.
+        whole: decode giant JPEGs with all their pixels too.
 
     Raises ``PhregError`` if the file is missing, a folder, empty, truncated, too large, or no image.
     """
@@ -59,7 +62,7 @@ def read_image(source: Path | str | IO[bytes], exif: bool = False, name: str | N
         raise PhregError(f"image: {name} is a folder; expected an image file.")
     try:
         with Image.open(source) as image:
-            _bound(image, name)
+            _bound(image, name, whole)
             image.load()
             return to_rgb(upright(image) if exif else image)
     except FileNotFoundError:
@@ -76,10 +79,10 @@ def read_image(source: Path | str | IO[bytes], exif: bool = False, name: str | N
         raise PhregError(f"image: {name} cannot be read ({error}); it is truncated or damaged. Replace it.") from None
 
 
-def _bound(image: Image.Image, name: str) -> None:
-    """Let Pillow decode a giant JPEG at a smaller scale; refuse an image that is still above Pillow's limit."""
+def _bound(image: Image.Image, name: str, whole: bool) -> None:
+    """Decode a giant JPEG at a smaller scale unless ``whole``; refuse an image that is still above Pillow's limit."""
     width, height = image.size
-    if image.format == "JPEG":
+    if image.format == "JPEG" and not whole:
         divisor = next((d for d in (1, 2, 4, 8) if width * height <= GIANT * d * d), 8)
         if divisor > 1:
             image.draft(None, (width // divisor, height // divisor))

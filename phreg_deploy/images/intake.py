@@ -51,11 +51,20 @@ def single_pictures(images: Any) -> list[Any]:
     return _pictures(images, "image")
 
 
-def rgb(picture: Any, exif: bool) -> Image.Image | np.ndarray:
+def single_picture(image: Any, what: str) -> Any:
+    """Return the only picture of a value of ``single_pictures``. Raises ``PhregError`` for several."""
+    pictures = single_pictures(image)
+    if len(pictures) != 1:
+        raise PhregError(f"{what}: got {len(pictures)} images, expected one. Call the extractor with several.")
+    return pictures[0]
+
+
+def rgb(picture: Any, exif: bool, whole: bool = False) -> Image.Image | np.ndarray:
     """Convert an entry of ``single_pictures`` to an RGB image, or uint8 ``(H, W, 3)`` in its own channel order.
 
     Args:
         exif: turn files and Pillow images upright by their EXIF orientation.
+        whole: see ``read_image``.
     """
     if isinstance(picture, np.ndarray):
         return to_rgb(Image.fromarray(picture)) if picture.ndim == 2 else picture
@@ -67,8 +76,8 @@ def rgb(picture: Any, exif: bool) -> Image.Image | np.ndarray:
             raise PhregError(f"image: the PIL image cannot be decoded ({error}); expected a whole one.") from None
         return to_rgb(upright(picture) if exif else picture)
     if isinstance(picture, bytes):
-        return read_image(io.BytesIO(picture), exif, "the encoded image")
-    return read_image(picture, exif)
+        return read_image(io.BytesIO(picture), exif, "the encoded image", whole)
+    return read_image(picture, exif, whole=whole)
 
 
 def host_array(value: Any, what: str = "image") -> np.ndarray | None:

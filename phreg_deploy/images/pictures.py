@@ -43,7 +43,7 @@ def heat(token_norm: np.ndarray, top: float, side: int = SIDE) -> Image.Image:
 
 
 def sheet(rows: list[list[tuple[str, Image.Image]]], side: int = SIDE) -> Image.Image:
-    """Draw images with captions on a light ground, row by row."""
+    """Draw images with captions on a light ground, row by row; each keeps its aspect within ``side`` pixels."""
     gap, caption = 12, 20
     width = max(len(row) for row in rows) * (side + gap) + gap
     page = Image.new("RGB", (width, len(rows) * (side + caption + gap) + gap), (250, 250, 248))
@@ -52,7 +52,7 @@ def sheet(rows: list[list[tuple[str, Image.Image]]], side: int = SIDE) -> Image.
         for x, (text, picture) in enumerate(row):
             left, top = gap + x * (side + gap), gap + y * (side + caption + gap)
             draw.text((left, top), text, fill=(40, 40, 40))
-            page.paste(picture.resize((side, side), Image.Resampling.NEAREST), (left, top + caption))
+            page.paste(_scale(picture, side), (left, top + caption))
     return page
 
 
@@ -68,3 +68,10 @@ def _enlarge(pixels: np.ndarray, side: int) -> Image.Image:
     scale = side / max(height, width)
     small = Image.fromarray(np.rint(pixels).astype(np.uint8))
     return small.resize((round(width * scale), round(height * scale)), Image.Resampling.NEAREST)
+
+
+def _scale(picture: Image.Image, side: int) -> Image.Image:
+    """Scale the long side to ``side`` pixels: by whole pixels to enlarge, by means to shrink."""
+    longest = max(picture.size)
+    size = max(1, round(side * picture.width / longest)), max(1, round(side * picture.height / longest))
+    return picture.resize(size, Image.Resampling.BOX if longest > side else Image.Resampling.NEAREST)

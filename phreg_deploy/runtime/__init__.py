@@ -2,5 +2,6 @@
 
 from phreg_deploy.runtime.dense_features import DenseFeatures, LayerFeatures
 from phreg_deploy.runtime.features import FeatureExtractor
+from phreg_deploy.runtime.tiling import TiledFeatures
 
-__all__ = ["DenseFeatures", "FeatureExtractor", "LayerFeatures"]
+__all__ = ["DenseFeatures", "FeatureExtractor", "LayerFeatures", "TiledFeatures"]

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from typing import TypeVar
 
 import numpy as np
 
@@ -12,6 +13,7 @@ from phreg_deploy.bundle.heads import DEPTH, LABELS, SEGMENTATION, ServedHead
 
 # The outputs of a layer, in the order of the fields.
 KINDS = ("features", "cls", "token_norm")
+D = TypeVar("D", bound="DenseFeatures")
 
 
 @dataclass(frozen=True)
@@ -21,23 +23,27 @@ class LayerFeatures:
     ``features`` float32 ``(B, Hp, Wp, C)``, registers dropped, after the model's final norm unless the bundle was
     exported with ``--no-layer-norm``; ``cls`` float32 ``(B, C)`` or None; ``token_norm`` float32 ``(B, Hp, Wp)``: L2
     norms of the layer's patch tokens before the final norm. ``norm_median``: always None, since a layer's norms are
-    compared with each image's own median.
+    compared with each image's own median. ``mask``: as of ``DenseFeatures``.
     """
 
     features: np.ndarray
     cls: np.ndarray | None
     token_norm: np.ndarray
     norm_median: float | None = None
+    mask: np.ndarray | None = None
 
     @property
     def artifact_rate(self) -> np.ndarray:
         """Share (0-1) of high-norm or low-norm patch tokens per image, ``(B,)``; needs no extra forward pass.
 
-        Norms are compared with ``norm_median``, or with each image's own median where it is None.
+        Norms are compared with ``norm_median``, or with each image's own median where it is None. Patches outside the
+        ``mask`` are left out.
         """
         flat = self.token_norm.reshape(len(self.token_norm), -1)
-        median = np.median(flat, axis=1, keepdims=True) if self.norm_median is None else self.norm_median
-        return ((flat > OUTLIER_FACTOR * median) | (flat < median / OUTLIER_FACTOR)).mean(axis=1)  # type: ignore[no-any-return]
+        if self.mask is None:
+            return _outlier_share(flat, self.norm_median)
+        chosen = zip(flat, self.mask.reshape(len(flat), -1))
+        return np.concatenate([_outlier_share(norms[None, mask], self.norm_median) for norms, mask in chosen])
 
 
 @dataclass(frozen=True)
@@ -50,6 +56,8 @@ class DenseFeatures(LayerFeatures):
     number of blocks that their tokens have passed. ``attention`` float32 ``(B, H, Hp, Wp)``: the class token's in the
     last block, of ``export --attention``; softmax over all tokens, so a head's patches sum to less than 1. ``heads``:
     answers of the bundle's heads by output (``bundle.heads.ServedHead``), such as ``labels`` or ``depth.indoor``.
+    ``mask`` bool ``(B, Hp, Wp)``: False for patches that are padding, not image, whose features mean nothing; None
+    where there is no padding.
     """
 
     layers: Mapping[int, LayerFeatures] = field(default_factory=dict)
@@ -75,8 +83,8 @@ class DenseFeatures(LayerFeatures):
 
     @classmethod
     def of(
-        cls, outputs: Mapping[str, np.ndarray], norm_median: float | None, heads: Sequence[ServedHead] = ()
-    ) -> DenseFeatures:
+        cls: type[D], outputs: Mapping[str, np.ndarray], norm_median: float | None, heads: Sequence[ServedHead] = ()
+    ) -> D:
         """Build it from a graph's outputs by name; all but classes become float32."""
         outputs = {
             name: value if value.dtype == np.uint8 else value.astype(np.float32, copy=False)
@@ -86,7 +94,12 @@ class DenseFeatures(LayerFeatures):
         layers = {b: LayerFeatures(*(outputs.get(f"{kind}.{b}") for kind in KINDS)) for b in blocks}  # type: ignore[arg-type]
         own = (outputs["features"], outputs.get("cls"), outputs["token_norm"])
         answers = {head.output: outputs[head.output] for head in heads}
-        return cls(*own, norm_median, layers, outputs.get("attention"), answers)
+        return cls(*own, norm_median, layers=layers, attention=outputs.get("attention"), heads=answers)
+
+    def masked(self: D, mask: np.ndarray | None) -> D:
+        """Return the same features with a mask ``(B, Hp, Wp)``, for all layers."""
+        layers = {block: replace(layer, mask=mask) for block, layer in self.layers.items()}
+        return replace(self, mask=mask, layers=layers)
 
     def outputs(self) -> dict[str, np.ndarray]:
         """Return every array by the name of its output in the graph, such as ``features.3``."""
@@ -95,3 +108,9 @@ class DenseFeatures(LayerFeatures):
             named.update({f"{kind}.{block}": getattr(layer, kind) for kind in KINDS})
         named.update({"attention": self.attention, **self.heads})
         return {name: value for name, value in named.items() if value is not None}
+
+
+def _outlier_share(norms: np.ndarray, median: float | None) -> np.ndarray:
+    """Share of outliers in each row of ``(B, N)``."""
+    centre = np.median(norms, axis=1, keepdims=True) if median is None else median
+    return ((norms > OUTLIER_FACTOR * centre) | (norms < centre / OUTLIER_FACTOR)).mean(axis=1)  # type: ignore[no-any-return]

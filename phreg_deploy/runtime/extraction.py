@@ -2,49 +2,32 @@
 
 from __future__ import annotations
 
-import contextlib
-import io
 import json
 import os
 import re
 import shutil
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
-
-import numpy as np
-from PIL import Image
 
 from phreg_deploy.arguments import refuse_url
 from phreg_deploy.bundle.heads import KINDS, LABELS, NAME, SEGMENTATION
 from phreg_deploy.errors import Interrupted, PhregError
 from phreg_deploy.files.atomic import atomic_folder
+from phreg_deploy.images.fitting import check_fit
+from phreg_deploy.images.intake import rgb
 from phreg_deploy.images.photographs import list_images
-from phreg_deploy.images.pictures import colours, components, heat, sheet
-from phreg_deploy.layers import ATTENTION, kind_of
+from phreg_deploy.layers import ATTENTION
 from phreg_deploy.progress import SILENT, Progress
 from phreg_deploy.runtime.dense_features import DenseFeatures
+from phreg_deploy.runtime.feature_files import MASK, ExtractedImage, FeatureWriter, file_name, file_names, stamp_of
 from phreg_deploy.runtime.features import FeatureExtractor
+from phreg_deploy.runtime.tiling import window_sizes
 
 INDEX = "features.json"
 OUTPUTS = ("features", "cls", "token_norm")
 DTYPES = ("float32", "float16")
-
-
-@dataclass(frozen=True)
-class ExtractedImage:
-    """One image and its ``files`` by output; ``shape`` of its features; ``stamp``: see ``_stamp``."""
-
-    image: str
-    files: dict[str, str]
-    shape: list[int]
-    artifact_rate: float
-    stamp: list[int]
-
-    def to_json(self) -> dict[str, Any]:
-        facts = dict(vars(self))
-        return {"image": facts.pop("image"), **facts.pop("files"), **facts}
 
 
 @dataclass(frozen=True)
@@ -76,7 +59,7 @@ def find_images(images: Iterable[Path], outputs: tuple[str, ...] = ()) -> dict[P
     """
     names: dict[Path, str] = {}
     visited, taken = set[str](), set[str]()
-    kinds = {*OUTPUTS, *outputs}
+    kinds = {*OUTPUTS, MASK, *outputs}
     for given in images:
         if not given.exists():
             refuse_url(str(given))
@@ -87,10 +70,10 @@ def find_images(images: Iterable[Path], outputs: tuple[str, ...] = ()) -> dict[P
             visited.add(os.path.abspath(path))
             name = stem = (path.relative_to(given) if given.is_dir() else Path(path.name)).with_suffix("").as_posix()
             count = 1
-            while taken & {_file(name, output).lower() for output in kinds}:
+            while taken & {file_name(name, output).lower() for output in kinds}:
                 count += 1
                 name = f"{stem}-{count}"
-            taken |= {_file(name, output).lower() for output in kinds}
+            taken |= {file_name(name, output).lower() for output in kinds}
             names[path] = name
     return names
 
@@ -103,9 +86,11 @@ def parse_outputs(text: str) -> tuple[str, ...]:
     names = tuple(dict.fromkeys(part.strip() for part in text.split(",")))
     layer = rf"({'|'.join(OUTPUTS)})\.[1-9]\d{{0,5}}"
     head = rf"({'|'.join(KINDS)})(\.{NAME.pattern})?"
-    known = [name for name in names if name in (*OUTPUTS, ATTENTION) or re.fullmatch(f"{layer}|{head}", name)]
+    known = [name for name in names if name in (*OUTPUTS, ATTENTION, MASK) or re.fullmatch(f"{layer}|{head}", name)]
     if len(known) < len(names):
-        expected = f"{', '.join(OUTPUTS)}, {ATTENTION}, of a layer (features.6), or of a head ({', '.join(KINDS)})"
+        expected = (
+            f"{', '.join(OUTPUTS)}, {ATTENTION}, {MASK}, of a layer (features.6), or of a head ({', '.join(KINDS)})"
+        )
         raise PhregError(f"outputs: got {text!r}, expected one or more of {expected}, with commas between.")
     return names
 
@@ -116,6 +101,9 @@ def extract_images(
     output: Path,
     *,
     size: tuple[int, int] | None = None,
+    fit: str | None = None,
+    window: tuple[int, int] | None = None,
+    stride: tuple[int, int] | None = None,
     outputs: tuple[str, ...] = ("features",),
     dtype: str = "float32",
     pictures: bool = False,
@@ -130,45 +118,58 @@ def extract_images(
 
     Args:
         images: see ``find_images``.
-        outputs: of the bundle's. dtype: of features, class tokens and attention; token norms are always float32.
+        fit: as in a call of the extractor. window, stride: of ``FeatureExtractor.tiled``; without a window, images are
+            resized to ``size``.
+        outputs: of the bundle's, and "mask", which "pad" and a window always write. dtype: of features, class tokens
+            and attention; token norms are always float32.
         pictures: also write ``NAME.png``: the image, its features as colours, its norms as heat.
         resume: keep the images that ``output`` holds from the same bundle and settings, and extract the rest.
 
     Raises:
-        PhregError: no readable image, an output that the bundle lacks, values beyond float16, other settings to resume.
+        PhregError: no readable image, an output that the bundle lacks, values beyond float16, other settings to resume,
+            or options that exclude each other.
         Interrupted: by Ctrl-C; its report is the index of the finished images.
     """
-    served = {*extractor.manifest.outputs, *([LABELS] if SEGMENTATION in extractor.manifest.outputs else [])}
+    check_fit_and_window(size, fit, window, stride)
+    outputs = _with_mask(outputs, masked=fit == "pad" or window is not None)
+    served = {MASK, *extractor.manifest.outputs, *([LABELS] if SEGMENTATION in extractor.manifest.outputs else [])}
     if missing := [name for name in outputs if name not in served]:
         raise PhregError(f"outputs: this bundle has no {missing[0]}; it has {', '.join(extractor.manifest.outputs)}.")
-    size = size or extractor.manifest.sizes.default
+    size = size or window or extractor.manifest.sizes.default
     extractor.manifest.sizes.check(size, extractor.spec.patch)
+    tiles = None if window is None else window_sizes(extractor.manifest, window, stride)
     settings = {
         "graph_sha256": extractor.manifest.files.get("model.onnx"),
         "size": list(size),
+        "fit": fit,
+        "stride": None if tiles is None else list(tiles[1]),
         "outputs": list(outputs),
         "dtype": dtype,
         "pictures": pictures,
         "preprocess": json.loads(json.dumps(extractor.preprocess.to_json())),
     }
-    files = {path: _files(name, outputs, pictures) for path, name in images.items()}
+    files = {path: file_names(name, outputs, pictures) for path, name in images.items()}
     replaces, complete, path = output.exists() and not resume, True, None
     done: dict[Path, ExtractedImage] = {}
     skipped: dict[str, str] = {}
     reads = [extractor.bundle.folder, *sorted({path.parent for path in images})]
     with atomic_folder(output, force or resume, reads) as folder, progress.task("extracting", len(images)) as advance:
-        writer = _Writer(folder, dtype)
+        writer = FeatureWriter(folder, dtype)
         try:
             if resume:
                 done = _resumed(output, folder, settings, files)
                 advance(len(done))
             for path in [path for path in images if path not in done]:
                 try:
-                    array = extractor.prepare(path, size)
+                    image = (
+                        rgb(path, extractor.preprocess.exif, whole=True)
+                        if tiles
+                        else extractor.fitted(path, size, fit=fit)
+                    )
                 except PhregError as error:
                     skipped[str(path)] = str(error)
                 else:
-                    done[path] = writer.write(path, files[path], array, extractor.dense(array[None]))
+                    done[path] = writer.write(path, files[path], *_dense(extractor, image, tiles, advance))
                 advance()
         except KeyboardInterrupt:
             if replaces or not done:
@@ -193,28 +194,37 @@ def extract_images(
     return index
 
 
-class _Writer:
-    """Writes the files of one image after another; all pictures share the colours of the first."""
+def check_fit_and_window(size: Any, fit: str | None, window: Any, stride: Any) -> None:
+    """Raise ``PhregError`` for an unknown fit, or one of these options with another that leaves it without effect."""
+    check_fit(fit)
+    if stride is not None and window is None:
+        raise PhregError("stride: got a stride without a window; expected both: --window 518 --stride 259.")
+    for name, value in (("fit", fit), ("image-size", size)):
+        if window is not None and value is not None:
+            raise PhregError(f"window: got --window and --{name}; expected one of them. Windows are not resized.")
 
-    def __init__(self, folder: Path, dtype: str) -> None:
-        self.folder, self.dtype = folder, dtype
-        self.basis: np.ndarray | None = None
 
-    def write(self, path: Path, files: dict[str, str], array: np.ndarray, dense: DenseFeatures) -> ExtractedImage:
-        arrays = dense.outputs()
-        if dense.labels is not None:
-            arrays[LABELS] = dense.labels
-        for kind, file in files.items():
-            (self.folder / file).parent.mkdir(parents=True, exist_ok=True)
-            if kind == "picture":
-                self.basis = components([dense.features[0]]) if self.basis is None else self.basis
-                _picture(array, dense, self.basis).save(self.folder / file)
-            else:
-                values = arrays[kind][0]
-                dtype = {"token_norm": "float32", LABELS: "uint8"}.get(kind_of(kind), self.dtype)
-                _save(self.folder / file, values, dtype)
-        shape, rate = list(dense.features.shape[1:]), float(dense.artifact_rate[0])
-        return ExtractedImage(str(path), files, shape, rate, _stamp(path))
+def _with_mask(outputs: tuple[str, ...], masked: bool) -> tuple[str, ...]:
+    """Add the mask where there is one."""
+    if MASK in outputs and not masked:
+        raise PhregError("outputs: got mask without padding; expected --fit pad or --window with it.")
+    return (*outputs, MASK) if masked and MASK not in outputs else outputs
+
+
+def _read(extractor: FeatureExtractor, path: Path, size: tuple[int, int], fit: str | None, whole: bool) -> Any:
+    """The whole image, upright, or the image of the model's size with its mask."""
+    return rgb(path, extractor.preprocess.exif, whole=True) if whole else extractor.fitted(path, size, fit=fit)
+
+
+def _dense(
+    extractor: FeatureExtractor, image: Any, tiles: tuple[Any, Any] | None, advance: Callable[..., None]
+) -> tuple[Any, DenseFeatures]:
+    """The pixels and the features of an image of ``_read``."""
+    if tiles is not None:
+        report = lambda done, of: advance(0, note=f"window {done} of {of}")  # noqa: E731
+        return image, extractor.tiled(image, *tiles, exif=False, report=report)
+    mask = None if image.mask is None else image.mask[None]
+    return image.image, extractor.dense(image.image[None]).masked(mask)
 
 
 def _resumed(
@@ -242,7 +252,7 @@ def _resumed(
     done = {}
     for path, names in files.items():
         entry = earlier.get(str(path))
-        unchanged = entry is not None and {**entry, **names, "stamp": _stamp(path)} == entry
+        unchanged = entry is not None and {**entry, **names, "stamp": stamp_of(path)} == entry
         if entry is None or not unchanged or not all((output / name).is_file() for name in names.values()):
             continue
         for name in names.values():
@@ -253,35 +263,3 @@ def _resumed(
                 shutil.copyfile(output / name, folder / name)
         done[path] = ExtractedImage(str(path), names, entry["shape"], entry["artifact_rate"], entry["stamp"])
     return done
-
-
-def _stamp(path: Path) -> list[int]:
-    """A file's size in bytes and the time of its last change in nanoseconds; they change when it is replaced."""
-    with contextlib.suppress(OSError):
-        return [path.stat().st_size, path.stat().st_mtime_ns]
-    return []
-
-
-def _file(name: str, kind: str) -> str:
-    return f"{name}.npy" if kind == "features" else f"{name}.{kind}.npy"
-
-
-def _files(name: str, outputs: tuple[str, ...], pictures: bool) -> dict[str, str]:
-    return {kind: _file(name, kind) for kind in outputs} | ({"picture": f"{name}.png"} if pictures else {})
-
-
-def _save(path: Path, array: np.ndarray, dtype: str) -> None:
-    """Write one ``.npy`` at once: ``np.save`` to a file does not report a full disk as such."""
-    with np.errstate(over="ignore"):
-        narrow = array.astype(dtype)
-    if not np.isfinite(narrow).all() and np.isfinite(array).all():
-        raise PhregError(f"dtype: features reach {np.abs(array).max():.0f}, beyond float16; use --dtype float32.")
-    data = io.BytesIO()
-    np.save(data, narrow, allow_pickle=False)
-    path.write_bytes(data.getbuffer())
-
-
-def _picture(array: np.ndarray, dense: DenseFeatures, basis: np.ndarray) -> Image.Image:
-    top = 3 * (dense.norm_median or float(np.median(dense.token_norm)))
-    features, norms = colours(dense.features[0], basis), heat(dense.token_norm[0], top)
-    return sheet([[("image", Image.fromarray(array)), ("features (PCA)", features), ("token norms", norms)]])

@@ -14,8 +14,8 @@ import numpy as np
 from phreg_deploy.bundle.bundle import Bundle
 from phreg_deploy.bundle.exam import check_shapes
 from phreg_deploy.errors import PhregError
-from phreg_deploy.images.intake import check_color, on_gpu, rgb, single_pictures
-from phreg_deploy.images.photographs import fit
+from phreg_deploy.images.fitting import Fitted, fit_as
+from phreg_deploy.images.intake import check_color, on_gpu, rgb, single_picture, single_pictures
 from phreg_deploy.runtime.auto import choose
 from phreg_deploy.runtime.backends.instructions import advice
 from phreg_deploy.runtime.backends.interface import Backend, DeviceBackend
@@ -25,6 +25,7 @@ from phreg_deploy.runtime.dense_features import DenseFeatures
 from phreg_deploy.runtime.feed import InputFeed, check_batch, pad_batch
 from phreg_deploy.runtime.forking import ForkSafeBackend
 from phreg_deploy.runtime.parity import gate_precision
+from phreg_deploy.runtime.tiling import Report, TiledFeatures, tile, window_sizes
 
 
 class FeatureExtractor(AbstractContextManager["FeatureExtractor"]):
@@ -125,7 +126,13 @@ class FeatureExtractor(AbstractContextManager["FeatureExtractor"]):
         return gate_precision(self.manifest, self.compute)
 
     def __call__(
-        self, images: Any, size: tuple[int, int] | None = None, *, color: str | None = None, exif: bool | None = None
+        self,
+        images: Any,
+        size: tuple[int, int] | None = None,
+        *,
+        color: str | None = None,
+        exif: bool | None = None,
+        fit: str | None = None,
     ) -> DenseFeatures:
         """Features of one image, of an array of several, or of a list of these; a large batch is run in parts.
 
@@ -134,28 +141,75 @@ class FeatureExtractor(AbstractContextManager["FeatureExtractor"]):
                 ``(B, H, W, 3)`` of any size: from numpy, PyTorch's CPU, or another library that numpy can read.
             size: (height, width) of the model's input; None takes the bundle's own or preferred size.
             color, exif: as in ``load``, for this call.
+            fit: "pad" keeps each image's aspect and fills the rest, which ``mask`` of the result marks; "crop" keeps
+                the aspect and cuts out the centre; "squash" resizes the whole image; None does as the bundle says.
 
         Raises:
             PhregError: an input that is no image, an array without pixels or of another type, or an unreadable file.
         """
-        size = size or self.manifest.sizes.default
-        return self.dense(np.stack([self._fit(picture, size, color, exif) for picture in single_pictures(images)]))
+        fitted = [self._fit(picture, size, color, exif, fit) for picture in single_pictures(images)]
+        masks = [one.mask for one in fitted if one.mask is not None]
+        return self.dense(np.stack([one.image for one in fitted])).masked(np.stack(masks) if masks else None)
 
     def prepare(
-        self, picture: Any, size: tuple[int, int] | None = None, *, color: str | None = None, exif: bool | None = None
+        self,
+        picture: Any,
+        size: tuple[int, int] | None = None,
+        *,
+        color: str | None = None,
+        exif: bool | None = None,
+        fit: str | None = None,
     ) -> np.ndarray:
         """Preprocess one image as the bundle says: uint8 RGB ``(H, W, 3)`` at the input size; arguments of a call."""
-        pictures = single_pictures(picture)
-        if len(pictures) != 1:
-            raise PhregError(f"prepare: got {len(pictures)} images, expected one. Call the extractor with several.")
-        return self._fit(pictures[0], size or self.manifest.sizes.default, color, exif)
+        return self.fitted(picture, size, color=color, exif=exif, fit=fit).image
 
-    def _fit(self, picture: Any, size: tuple[int, int], color: str | None, exif: bool | None) -> np.ndarray:
+    def fitted(
+        self,
+        picture: Any,
+        size: tuple[int, int] | None = None,
+        *,
+        color: str | None = None,
+        exif: bool | None = None,
+        fit: str | None = None,
+    ) -> Fitted:
+        """``prepare`` with the mask of the patches that are image; arguments of a call."""
+        return self._fit(single_picture(picture, "prepare"), size, color, exif, fit)
+
+    def tiled(
+        self,
+        image: Any,
+        window: int | tuple[int, int] | None = None,
+        stride: int | tuple[int, int] | None = None,
+        *,
+        color: str | None = None,
+        exif: bool | None = None,
+        report: Report | None = None,
+    ) -> TiledFeatures:
+        """Features of one image of any size, at its own resolution, from overlapping windows that are blended.
+
+        Args:
+            image: one image, as a call takes it. It is not resized.
+            window: a size that the bundle serves, in pixels, or (height, width); None takes its own or preferred size.
+            stride: the largest step between windows; steps are whole patches and even. None takes half the window.
+            color, exif: as in ``load``, for this call.
+            report: is called after each batch with the number of windows that are done, and of all.
+
+        Raises:
+            PhregError: as a call; several images; a window that is not served; a stride outside a patch to a window.
+        """
+        sizes = window_sizes(self.manifest, window, stride)
+        order = self.color if color is None else check_color(color)
+        array = rgb(single_picture(image, "tiled"), self.preprocess.exif if exif is None else exif, whole=True)
+        bgr = order == "bgr" and isinstance(array, np.ndarray)
+        return tile(array, self.dense, self.manifest, self.preprocess, *sizes, bgr=bgr, report=report)
+
+    def _fit(
+        self, picture: Any, size: tuple[int, int] | None, color: str | None, exif: bool | None, fit: str | None
+    ) -> Fitted:
         order = self.color if color is None else check_color(color)
         image = rgb(picture, self.preprocess.exif if exif is None else exif)
-        array = fit(image, size, self.preprocess)
-        # The resize treats every channel alike, so BGR is turned after it, on fewer pixels.
-        return np.ascontiguousarray(array[..., ::-1]) if order == "bgr" and isinstance(image, np.ndarray) else array
+        bgr = order == "bgr" and isinstance(image, np.ndarray)
+        return fit_as(image, size or self.manifest.sizes.default, self.preprocess, self.spec.patch, fit, bgr)
 
     def dense(self, batch: Any) -> DenseFeatures:
         """Features of uint8 RGB images ``(B, H, W, 3)`` at a size that the bundle serves, for any B."""

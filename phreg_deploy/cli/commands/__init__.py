@@ -17,6 +17,7 @@ VERBS = {
     "check": _NOTHING,
     "profile": _NOTHING,
     "extract": "Nothing was written to OUTPUT; run the command again.",
+    "watch": _NOTHING,
     "artifacts": _NOTHING,
     "evaluate": "No report was written. Features that were computed stay in the cache; run the command again.",
     "probe": _ATOMIC,
@@ -27,4 +28,6 @@ VERBS = {
 }
 
 # Verbs that stand in another folder of ``cli/``.
-FOLDERS = {"attach": "probing", "evaluate": "probing", "probe": "probing"}
+FOLDERS = {"attach": "probing", "evaluate": "probing", "probe": "probing", "watch": "streaming"}
+# Verbs that take addresses; all others read files of this machine.
+ADDRESSES = ("watch",)

@@ -21,11 +21,18 @@ from phreg_deploy.files.atomic import check_target
 @tuning_options
 @click.option("--image-size", help="For bundles with several sizes, e.g. 518 or 480x640.")
 @click.option(
+    "--fit",
+    type=click.Choice(["pad", "crop", "squash"]),
+    help="Keep the aspect by padding or cropping, or squash; by default as the bundle says.",
+)
+@click.option("--window", help="Do not resize: blend overlapping windows of this size, which the bundle serves.")
+@click.option("--stride", help="Largest step between windows in pixels, e.g. 259; half a window by default.")
+@click.option(
     "--outputs",
     default="features",
     show_default=True,
     help="What to write, with commas between: features, cls, token_norm, those of a layer (features.6), attention, "
-    "and of heads: segmentation, labels, depth.",
+    "mask, and of heads: segmentation, labels, depth.",
 )
 @click.option(
     "--dtype",
@@ -55,6 +62,9 @@ def extract(
     mode: str,
     device: int,
     image_size: str | None,
+    fit: str | None,
+    window: str | None,
+    stride: str | None,
     outputs: str,
     dtype: str,
     pictures: bool,
@@ -74,9 +84,10 @@ def extract(
     Examples:
       phreg-deploy extract student.bundle photo.jpg more-photos/ -o features/
       phreg-deploy extract student.bundle photos/ -o features/ --outputs features,cls,token_norm --dtype float16
+      phreg-deploy extract student.bundle aerial.jpg -o features/ --window 518 --stride 259
       phreg-deploy extract layers.bundle photos/ -o features/ --outputs features.6,features.12,attention
     """
-    from phreg_deploy.runtime.extraction import extract_images, find_images, parse_outputs
+    from phreg_deploy.runtime.extraction import check_fit_and_window, extract_images, find_images, parse_outputs
     from phreg_deploy.runtime.features import FeatureExtractor
     from phreg_deploy.spec import parse_size
 
@@ -85,15 +96,17 @@ def extract(
         raise PhregError("extract: got --resume and --force; expected one of them. --force starts over.")
     # Loading takes seconds, so the arguments are checked first.
     check_target(output, force or resume, [bundle, *images])
-    size = parse_size(image_size) if image_size else None
+    size, tile, step = (parse_size(text) if text else None for text in (image_size, window, stride))
+    check_fit_and_window(size, fit, tile, step)
     names = parse_outputs(outputs)
     paths = find_images(images, names)
+    reading: dict[str, Any] = {"size": size, "fit": fit, "window": tile, "stride": step}
     files: dict[str, Any] = {"outputs": names, "dtype": dtype, "pictures": pictures, "force": force, "resume": resume}
     with FeatureExtractor.load(
         bundle, backend, threads=threads, compute=compute, mode=mode, device=device, exif=exif
     ) as extractor:
         result.chosen(extractor.choice, backend)
-        index = extract_images(extractor, paths, output, size=size, progress=result.progress, **files)
+        index = extract_images(extractor, paths, output, progress=result.progress, **reading, **files)
     show_extraction(index, result)
     if index.skipped and not skip_bad:
         raise skipped_error(index)

@@ -1,0 +1,1 @@
+"""The verb ``watch`` and its display."""

@@ -1,0 +1,104 @@
+"""The files of one extracted image: ``.npy`` for each output, and a picture. ``extraction`` writes their index."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from phreg_deploy.bundle.heads import LABELS
+from phreg_deploy.errors import PhregError
+from phreg_deploy.images.pictures import colours, components, heat, sheet
+from phreg_deploy.layers import kind_of
+from phreg_deploy.runtime.dense_features import DenseFeatures
+
+# The name of the mask among the outputs; it is none of the graph's.
+MASK = "mask"
+# Types that ``--dtype`` does not change.
+FIXED_DTYPES = {"token_norm": "float32", MASK: "bool", LABELS: "uint8"}
+
+
+@dataclass(frozen=True)
+class ExtractedImage:
+    """One image and its ``files`` by output; ``shape`` of its features; ``stamp``: see ``stamp_of``."""
+
+    image: str
+    files: dict[str, str]
+    shape: list[int]
+    artifact_rate: float
+    stamp: list[int]
+
+    def to_json(self) -> dict[str, Any]:
+        facts = dict(vars(self))
+        return {"image": facts.pop("image"), **facts.pop("files"), **facts}
+
+
+class FeatureWriter:
+    """Writes the files of one image after another; all pictures share the colours of the first."""
+
+    def __init__(self, folder: Path, dtype: str) -> None:
+        self.folder, self.dtype = folder, dtype
+        self.basis: np.ndarray | None = None
+
+    def write(
+        self, path: Path, files: dict[str, str], image: Image.Image | np.ndarray, dense: DenseFeatures
+    ) -> ExtractedImage:
+        """Write what ``files`` of ``file_names`` asks for.
+
+        Args:
+            path: the image's file. image: its pixels, for the picture.
+
+        Raises:
+            PhregError: values beyond float16.
+        """
+        others = {MASK: dense.mask, LABELS: dense.labels}
+        arrays = dense.outputs() | {name: value for name, value in others.items() if value is not None}
+        for kind, file in files.items():
+            (self.folder / file).parent.mkdir(parents=True, exist_ok=True)
+            if kind == "picture":
+                self.basis = components([dense.features[0]]) if self.basis is None else self.basis
+                _picture(image, dense, self.basis).save(self.folder / file)
+            else:
+                _save(self.folder / file, arrays[kind][0], FIXED_DTYPES.get(kind_of(kind), self.dtype))
+        shape, rate = list(dense.features.shape[1:]), float(dense.artifact_rate[0])
+        return ExtractedImage(str(path), files, shape, rate, stamp_of(path))
+
+
+def stamp_of(path: Path) -> list[int]:
+    """A file's size in bytes and the time of its last change in nanoseconds; they change when it is replaced."""
+    with contextlib.suppress(OSError):
+        return [path.stat().st_size, path.stat().st_mtime_ns]
+    return []
+
+
+def file_name(name: str, kind: str) -> str:
+    """The file of an image's output."""
+    return f"{name}.npy" if kind == "features" else f"{name}.{kind}.npy"
+
+
+def file_names(name: str, outputs: tuple[str, ...], pictures: bool) -> dict[str, str]:
+    """The files of an image by output; "picture" is that of the picture."""
+    return {kind: file_name(name, kind) for kind in outputs} | ({"picture": f"{name}.png"} if pictures else {})
+
+
+def _save(path: Path, array: np.ndarray, dtype: str) -> None:
+    """Write one ``.npy`` at once: ``np.save`` to a file does not report a full disk as such."""
+    with np.errstate(over="ignore"):
+        narrow = array.astype(dtype)
+    if not np.isfinite(narrow).all() and np.isfinite(array).all():
+        raise PhregError(f"dtype: features reach {np.abs(array).max():.0f}, beyond float16; use --dtype float32.")
+    data = io.BytesIO()
+    np.save(data, narrow, allow_pickle=False)
+    path.write_bytes(data.getbuffer())
+
+
+def _picture(image: Image.Image | np.ndarray, dense: DenseFeatures, basis: np.ndarray) -> Image.Image:
+    top = 3 * (dense.norm_median or float(np.median(dense.token_norm)))
+    features, norms = colours(dense.features[0], basis), heat(dense.token_norm[0], top)
+    picture = Image.fromarray(image) if isinstance(image, np.ndarray) else image
+    return sheet([[("image", picture), ("features (PCA)", features), ("token norms", norms)]])

@@ -1,0 +1,57 @@
+"""Write a video of what the model reads, its token norms over it as heat, and its features as colours."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import cv2
+import numpy as np
+from PIL import Image
+
+from phreg_deploy.errors import PhregError
+from phreg_deploy.images.pictures import colours, components, heat
+from phreg_deploy.stream.frames import StreamResult
+
+# Height of the video in pixels, and the share of the heat over the image.
+HEIGHT, SHARE = 360, 0.5
+
+
+class OverlayWriter:
+    """Writes an MP4 of three panels, frame by frame.
+
+    The colours are the principal components of the first frame. Norms are as bright as can be from three times the
+    base model's median, or the first frame's.
+
+    Raises:
+        PhregError: OpenCV cannot write the file.
+    """
+
+    def __init__(self, path: Path, fps: float) -> None:
+        self._path, self._fps = path, fps
+        self._video: cv2.VideoWriter | None = None
+        self._basis = np.zeros((0, 4))
+        self._top = 1.0
+
+    def write(self, result: StreamResult) -> None:
+        """Add a frame."""
+        dense = result.dense
+        height, width = HEIGHT, 2 * round(HEIGHT * result.image.shape[1] / result.image.shape[0] / 2)
+        if self._video is None:
+            self._basis = components([dense.features[0]])
+            self._top = 3 * (dense.norm_median or float(np.median(dense.token_norm)))
+            self._video = cv2.VideoWriter(
+                str(self._path), cv2.VideoWriter.fourcc(*"mp4v"), self._fps, (3 * width, height)
+            )
+            if not self._video.isOpened():
+                raise PhregError(f"write: OpenCV cannot write {self._path}; expected a name that ends in .mp4.")
+        side = max(height, width)
+        pictures = (Image.fromarray(result.image), heat(dense.token_norm[0], self._top, side))
+        panels = [np.asarray(picture.resize((width, height))) for picture in pictures]
+        panels[1] = (SHARE * panels[1] + (1 - SHARE) * panels[0]).astype(np.uint8)
+        panels.append(np.asarray(colours(dense.features[0], self._basis, side).resize((width, height))))
+        self._video.write(np.ascontiguousarray(np.concatenate(panels, 1)[..., ::-1]))
+
+    def close(self) -> None:
+        """Finish the file."""
+        if self._video is not None:
+            self._video.release()
