@@ -170,6 +170,7 @@ def _compute_targets(run: Run, training: Photographs, folder: Path) -> tuple[Tar
         seed=run.request.seed,
         devices=run.devices,
         autocast=run.autocast,
+        layers=run.recipe.layers,
         identity=run.identity,
     )
     targets, processes = TargetCache(teacher, folder), run.processes
