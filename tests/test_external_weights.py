@@ -1,5 +1,6 @@
 """Graphs whose weights are beside them, as those of more than 2 GB; here the limit is lowered."""
 
+import importlib
 import json
 from pathlib import Path
 
@@ -29,7 +30,7 @@ def low(monkeypatch):
 @pytest.fixture
 def quick(monkeypatch):
     """Try only the first smoothing."""
-    monkeypatch.setattr("phreg_deploy.calibration.search.CANDIDATES", ())
+    monkeypatch.setattr(importlib.import_module("phreg_deploy.calibration.search"), "CANDIDATES", ())
 
 
 @pytest.fixture
