@@ -28,6 +28,7 @@ from phreg_deploy.calibration.search import EvalSet, Search, compare
 from phreg_deploy.calibration.smoothing import equalise
 from phreg_deploy.export.exporter import ExportRequest, export_bundle
 from phreg_deploy.models.batches import spread
+from phreg_deploy.onnx_graph.external import put_together
 from phreg_deploy.onnx_graph.linears import find_linears
 from phreg_deploy.onnx_graph.session import open_session
 from phreg_deploy.onnx_graph.wiring import Wiring
@@ -88,7 +89,7 @@ def climb(folder: Path, photographs: str, student: str) -> dict[str, Any]:
     without = equalise(wiring, linears, ranges, replace(Smoothing(), registers=False))
     score("the same, hidden ranges without registers", write_int8(model, linears, without, set(), "cpu"))
     equalised = equalise(wiring, linears, ranges, Smoothing())
-    round_all(model, linears, equalised, tokens, ranged, lambda _n=1: None)
+    round_all(wiring, linears, equalised, tokens, ranged, lambda _n=1: None)
     score("+ GPTQ rounding", write_int8(model, linears, equalised, set(), "cpu"))
     search = Search(wiring, linears, ranges, "cpu", manifest.norm_median, chosen)
     search.round_weights(Smoothing(), tokens, ranged, lambda _n=1: None)
@@ -97,7 +98,7 @@ def climb(folder: Path, photographs: str, student: str) -> dict[str, Any]:
         # No cosine reaches 2, so the whole share is spent.
         keep, _ = search.fallback(Smoothing(), gains, share, 2.0, lambda _n=1: None)
         spent = sum(n.size for n in linears if n.name in keep) / sum(n.size for n in linears)
-        score(f"+ at most {100 * share:.0f} % of MACs in float", search.graph(Smoothing(), set(keep)))
+        score(f"+ at most {100 * share:.0f} % of MACs in float", put_together(*search.graph(Smoothing(), set(keep))))
         rows[f"+ at most {100 * share:.0f} % of MACs in float"].update(layers=keep, share=spent)
     return rows
 

@@ -197,8 +197,19 @@ def present_recipe(name: str) -> str:
     return table(["", *(f"{model}, {which}" for model in models for which in ("base", "student"))], rows)
 
 
+def sinder_direction(name: str) -> str:
+    """The outliers' direction beside SINDER's prediction, one row for each model."""
+    columns = ["|cosine| with the outliers' direction", "after block", "attention and MLP", "attention", "at random"]
+    rows = [
+        [row["model"], str(row["block"]), *(three(row["cosine"][kind]) for kind in columns[2:4]), three(row["random"])]
+        for row in load(name)["models"]
+    ]
+    return table([column.replace("|", "\\|") for column in columns], rows)
+
+
 TABLES: dict[str, Callable[[str], str]] = {
     "present-recipe": present_recipe,
+    "sinder-direction": sinder_direction,
     "students": quality,
     "students-deit": quality,
     "headline": headline,

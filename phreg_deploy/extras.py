@@ -9,6 +9,7 @@ from phreg_deploy.errors import BackendMissing
 
 DISTILL = ("safetensors", "timm", "torch")
 EXPORT = ("ml_dtypes", "onnx", "onnxscript", *DISTILL)
+EVALUATE = ("safetensors", "scipy", "sklearn")
 CALIBRATION = ("ml_dtypes", "onnx", "onnxruntime")
 
 

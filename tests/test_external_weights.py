@@ -27,6 +27,12 @@ def low(monkeypatch):
 
 
 @pytest.fixture
+def quick(monkeypatch):
+    """Try only the first smoothing."""
+    monkeypatch.setattr("phreg_deploy.calibration.search.CANDIDATES", ())
+
+
+@pytest.fixture
 def source(tmp_path) -> Path:
     return save(small("dinov3"), tmp_path / "model")
 
@@ -96,18 +102,60 @@ def test_no_other_name_is_read(large, name):
         Bundle.read(large)
 
 
-def test_what_needs_the_graph_in_memory_says_so(large, photos, tmp_path):
-    done = invoke("calibrate", large, "--images", photos, "-o", tmp_path / "eight", "--json")
-    done.refused(2, "calibrate: the weights of", "a graph in memory holds 2 GB at most", "fp16")
-    done = invoke("check", large, "--backend", "onnxruntime-cpu", "--bisect", "--json")
-    done.refused(2, "bisect: the weights of")
-
-
-def test_a_graph_that_fits_into_memory_is_calibrated_into_one_file(large, photos, tmp_path, monkeypatch):
-    monkeypatch.undo()
+def test_it_is_calibrated_to_the_same_bundle(large, source, photos, tmp_path, monkeypatch, quick):
     done = invoke("calibrate", large, "--images", photos, "-o", tmp_path / "eight", "--json")
     assert done.code == 0, done.err
-    bundle = Bundle.read(tmp_path / "eight")
-    bundle.verify()
-    assert bundle.manifest.weights is None
-    assert not (tmp_path / "eight" / "weights.bin").exists()
+    eight = Bundle.read(tmp_path / "eight")
+    eight.verify()
+    assert eight.manifest.weights == "weights.bin", "8 bits do not fit below the lowered limit either"
+    monkeypatch.setattr(external, "MOST_BYTES", 2**31)
+    done = invoke("calibrate", large, "--images", photos, "-o", tmp_path / "one-file", "--json")
+    assert done.code == 0, done.err
+    one = Bundle.read(tmp_path / "one-file")
+    one.verify()
+    assert one.manifest.weights is None
+    assert not (tmp_path / "one-file" / "weights.bin").exists()
+    assert one.manifest.quantisation == eight.manifest.quantisation
+    assert (one.folder / "reference.npz").read_bytes() == (eight.folder / "reference.npz").read_bytes()
+    graphs = [onnx.load(bundle.graph).graph for bundle in (one, eight)]
+    assert [t.name for t in graphs[0].initializer] == [t.name for t in graphs[1].initializer]
+    assert all(a.raw_data == b.raw_data for a, b in zip(*(g.initializer for g in graphs)))
+
+
+@pytest.mark.parametrize("mode", ["int8", "fp8"])
+def test_it_is_calibrated_for_tensorrt(large, photos, tmp_path, mode, quick):
+    options = ("--mode", mode, "--target", "trt", "--force", "--json")
+    done = invoke("calibrate", large, "--images", photos, "-o", tmp_path / "eight", *options)
+    assert done.code == 0, done.err
+    assert invoke("check", tmp_path / "eight", "--backend", "onnxruntime-cpu", "--json").code == 0
+
+
+def test_it_is_bisected(large):
+    done = invoke("check", large, "--backend", "onnxruntime-cpu", "--bisect", "--json")
+    assert done.code == 0, done.err
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "message"),
+    [
+        ("location", "../weights.bin", r"in '\.\./weights\.bin', expected a file beside it"),
+        ("location", "other.bin", "in 'other.bin', expected a file beside it"),
+        ("offset", str(2**40), r"expects \d+ bytes of .* in weights.bin, got 0"),
+    ],
+)
+def test_a_constant_in_another_place_is_refused(large, key, value, message):
+    model = onnx.load(large / "model.onnx", load_external_data=False)
+    tensor = next(t for t in model.graph.initializer if t.data_location == onnx.TensorProto.EXTERNAL)
+    next(entry for entry in tensor.external_data if entry.key == key).value = value
+    (large / "model.onnx").write_bytes(model.SerializeToString())
+    with pytest.raises(PhregError, match=message):
+        external.load_apart(large / "model.onnx")
+
+
+def test_constants_are_put_back_as_they_were(source, tmp_path):
+    bundle = export(str(source), tmp_path / "whole", image_size="32:64:96")
+    whole, (apart, arrays) = onnx.load(bundle.graph), external.load_apart(bundle.graph)
+    assert arrays
+    assert external.weight_bytes(apart) < external.weight_bytes(whole) / 10
+    again = external.put_together(apart, arrays).graph.initializer
+    assert [t.SerializeToString() for t in again] == [t.SerializeToString() for t in whole.graph.initializer]

@@ -15,7 +15,7 @@ KINDS = {
     "four units": ("augreg", 4, 6),
     "eight units": ("augreg", 8, 6),
     "sixteen units": ("augreg", 16, 6),
-    "weak": ("augreg", 4, 2.2),
+    "weak": ("augreg", 4, 1.7),
     "strong": ("augreg", 4, 40),
     "LayerScale": ("deit3", 4, 6),
     "SwiGLU": ("dinov2-giant", 4, 6),

@@ -19,6 +19,7 @@ from phreg_deploy.export.trace import trace
 from phreg_deploy.models.loading import model_preprocess, model_spec
 from phreg_deploy.models.readouts import with_readout
 from phreg_deploy.models.registers import add_registers
+from phreg_deploy.onnx_graph.external import put_together
 from phreg_deploy.onnx_graph.linears import Linear, find_linears
 from phreg_deploy.onnx_graph.mixed_precision import narrow
 from phreg_deploy.onnx_graph.split_qkv import split_projections
@@ -110,7 +111,7 @@ class Graphs:
         if precision in ("fp16", "bf16"):
             return narrow(graph, precision, self.largest).model
         search = Search(Wiring(graph), self.linears, self.ranges, "trt", None, None, precision, self.largest, tokens)
-        eight = search.graph(Smoothing() if precision == "int8" else FP8_SMOOTHING, set(), share=True)
+        eight = put_together(*search.graph(Smoothing() if precision == "int8" else FP8_SMOOTHING, set(), share=True))
         return narrow(split_projections(eight) if split else eight, "fp16", self.largest).model
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 import time
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,7 @@ from onnx import ModelProto
 
 from phreg_deploy import __version__
 from phreg_deploy.bundle.bundle import Bundle
-from phreg_deploy.bundle.manifest import CALIBRATION, GRAPH, REFERENCE, TABLES, Manifest
+from phreg_deploy.bundle.manifest import CALIBRATION, GRAPH, REFERENCE, TABLES, WEIGHTS, Manifest
 from phreg_deploy.bundle.writing import write_manifest, write_npz, write_onnx_metadata
 from phreg_deploy.calibration.images import Feeds, Shares, feeds, split_images
 from phreg_deploy.calibration.kernels import open_counted
@@ -25,8 +26,8 @@ from phreg_deploy.calibration.request import CalibrationRequest
 from phreg_deploy.calibration.search import CANDIDATES, MARGIN, EvalSet, Search, compare, run_session
 from phreg_deploy.errors import GateFailed, PhregError
 from phreg_deploy.files.atomic import atomic_folder
-from phreg_deploy.images.photographs import Photographs
-from phreg_deploy.onnx_graph.external import load_graph
+from phreg_deploy.onnx_graph import external
+from phreg_deploy.onnx_graph.external import load_apart, put_together
 from phreg_deploy.onnx_graph.linears import find_linears
 from phreg_deploy.onnx_graph.mixed_precision import narrow
 from phreg_deploy.onnx_graph.session import VERSION, open_session
@@ -35,7 +36,7 @@ from phreg_deploy.onnx_graph.wiring import Wiring
 from phreg_deploy.progress import Progress
 from phreg_deploy.quantisation import Smoothing
 from phreg_deploy.runtime.backends.instructions import advice
-from phreg_deploy.runtime.features import FeatureExtractor
+from phreg_deploy.runtime.feed import InputFeed
 from phreg_deploy.runtime.parity import gates_of
 
 # The figures behind this choice are in fp8.py.
@@ -58,8 +59,8 @@ def run_calibration(request: CalibrationRequest, output: Path, force: bool, prog
     started = time.perf_counter()
     manifest = open_bundle(request, progress)
     shares = split_images(request.images, manifest, progress.say)
-    with FeatureExtractor.load(request.bundle, backend="onnxruntime-cpu", verify=False) as extractor:
-        search, rounding, unseen = observe(extractor, shares, request, progress)
+    bundle = Bundle.read(request.bundle)
+    search, rounding, unseen = observe(bundle, shares, request, progress)
     choice = choose(search, rounding, shares.tokens, request, progress)
     model, session, islands = write_graph(search, choice, request)
     fidelity = compare(session, unseen, manifest.norm_median)
@@ -83,7 +84,7 @@ def run_calibration(request: CalibrationRequest, output: Path, force: bool, prog
     )
     if report.missed and not force:
         raise GateFailed(_refusal(report), report.to_json())
-    write_bundle(report, model, session, extractor, force)
+    write_bundle(report, model, session, bundle, force)
     return report
 
 
@@ -106,39 +107,44 @@ def open_bundle(request: CalibrationRequest, progress: Progress) -> Manifest:
 
 
 def observe(
-    extractor: FeatureExtractor, shares: Shares, request: CalibrationRequest, progress: Progress
+    bundle: Bundle, shares: Shares, request: CalibrationRequest, progress: Progress
 ) -> tuple[Search, Feeds, EvalSet]:
     """Run the FP32 graph on the images.
 
     Returns the search, the images on which weights are rounded, and the images of the report with the float answers.
     """
-    model, manifest, largest = load_graph(extractor.bundle.graph, "calibrate"), extractor.manifest, {}
-    linears, rounding = find_linears(model), list(feeds(extractor, shares.calibrate))
+    model, arrays = load_apart(bundle.graph)
+    manifest, largest, feed = bundle.manifest, {}, InputFeed(bundle)
+    linears, rounding = find_linears(model), list(feeds(feed, shares.calibrate))
     with progress.task("ranges", len(shares.calibrate)) as advance:
-        ranges = observe_ranges(model, linears, manifest.model, rounding, advance)
+        ranges = observe_ranges(model, linears, manifest.model, rounding, advance, arrays)
     if request.target == "trt":
         with progress.task("largest values", len(shares.calibrate)) as advance:
-            largest = observe_magnitudes(model, rounding, advance)
-    select = _float_answers(extractor, shares.select, progress, "float answers")
-    report = _float_answers(extractor, shares.report, progress, "float answers, report")
+            largest = observe_magnitudes(model, rounding, advance, arrays)
+    session = open_session(model, arrays=arrays)
+    select = _float_answers(session, feeds(feed, shares.select), progress, "float answers", len(shares.select))
+    report = _float_answers(session, feeds(feed, shares.report), progress, "float answers, report", len(shares.report))
+    # It holds a copy of all weights.
+    del session
     patch = manifest.model.patch
     smallest = min(height * width for height, width in manifest.sizes.sizes)
     tokens = manifest.model.prefix_tokens + smallest // (patch[0] * patch[1])
-    search = Search(
-        Wiring(model), linears, ranges, request.target, manifest.norm_median, select, request.mode, largest, tokens
-    )
+    wiring, median = Wiring(model, arrays), manifest.norm_median
+    search = Search(wiring, linears, ranges, request.target, median, select, request.mode, largest, tokens)
     return search, rounding, report
 
 
-def _float_answers(extractor: FeatureExtractor, images: Photographs, progress: Progress, name: str) -> EvalSet:
+def _float_answers(
+    session: Any, images: Iterable[tuple[dict[str, np.ndarray], int]], progress: Progress, name: str, total: int
+) -> EvalSet:
     inputs, answers = [], []
-    with progress.task(name, len(images)) as advance:
-        for feed, count in feeds(extractor, images):
-            outputs = extractor.run(feed["image"])
+    with progress.task(name, total) as advance:
+        for feed, count in images:
+            outputs = run_session(session, feed, count)
             if not all(np.isfinite(value).all() for value in outputs.values()):
                 raise PhregError("calibrate: the FP32 bundle's features are not finite; its weights are damaged.")
             inputs.append((feed, count))
-            answers.append({key: value[:count] for key, value in outputs.items()})
+            answers.append(outputs)
             advance(count)
     return EvalSet(inputs, answers)
 
@@ -173,13 +179,15 @@ def write_graph(search: Search, choice: Choice, request: CalibrationRequest) -> 
         PhregError: a layer that should run in 8 bits runs in float.
     """
     for_tensorrt, islands = request.target == "trt", []
-    model = search.graph(choice.smoothing, set(choice.float_layers), share=for_tensorrt)
+    model, arrays = search.graph(choice.smoothing, set(choice.float_layers), share=for_tensorrt)
     if for_tensorrt:
+        put_together(model, arrays)
         islands = narrow(split_projections(model), "fp16", search.largest, request.keep).reasons()
         session = open_session(model, literal=True)
     else:
-        session, _ = open_counted(model, [n.name for n in search.linears if n.name not in choice.float_layers])
-    onnx.checker.check_model(model)
+        expected = [n.name for n in search.linears if n.name not in choice.float_layers]
+        session, _ = open_counted(model, expected, arrays)
+        put_together(model, arrays)
     return model, session, islands
 
 
@@ -209,19 +217,17 @@ def _refusal(report: CalibrationReport) -> str:
     )
 
 
-def write_bundle(
-    report: CalibrationReport, graph: ModelProto, session: Any, extractor: FeatureExtractor, force: bool
-) -> None:
+def write_bundle(report: CalibrationReport, graph: ModelProto, session: Any, bundle: Bundle, force: bool) -> None:
     """Write the graph with a new manifest, new reference answers and ``calibration.json``."""
-    bundle, reference = extractor.bundle, {}
-    manifest = _manifest(extractor.manifest, report, graph)
+    reference, feed = {}, InputFeed(bundle)
+    manifest = _manifest(bundle.manifest, report, graph)
     write_onnx_metadata(graph, manifest)
     for case, expected in enumerate(bundle.cases()):
         image = expected["image"]
-        answers = {"image": image, **run_session(session, extractor.feed(image), len(image))}
+        answers = {"image": image, **run_session(session, feed(image), len(image))}
         reference.update({f"{case}/{name}": value for name, value in answers.items()})
     with atomic_folder(report.output, force) as folder:
-        (folder / GRAPH).write_bytes(graph.SerializeToString(deterministic=True))
+        external.write_graph(graph, folder / GRAPH, manifest.weights)
         write_npz(folder / REFERENCE, reference)
         (folder / CALIBRATION).write_text(json.dumps(report.to_json(), indent=1, sort_keys=True) + "\n")
         for name in {*TABLES.values()} & {*bundle.manifest.required()}:
@@ -242,7 +248,7 @@ def _manifest(manifest: Manifest, report: CalibrationReport, graph: ModelProto) 
     return replace(
         manifest,
         precision=report.mode,
-        weights=None,
+        weights=None if external.fits(graph) else WEIGHTS,
         quantisation={**{key: stored[key] for key in keys}, "images": images},
         float_parts=parts,
         outputs={name: {**output, "dtype": dtypes[name]} for name, output in manifest.outputs.items()},

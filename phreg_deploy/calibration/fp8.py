@@ -15,6 +15,7 @@ from onnx import ModelProto, NodeProto, TensorProto, helper
 
 from phreg_deploy.calibration.gptq import Format
 from phreg_deploy.errors import PhregError
+from phreg_deploy.onnx_graph.external import LEAST, absent
 from phreg_deploy.onnx_graph.linears import Linear
 from phreg_deploy.onnx_graph.wiring import Wiring, copy_without, replace_nodes
 from phreg_deploy.quantisation import halves
@@ -36,6 +37,7 @@ def write_fp8(
     keep: set[str],
     weights: Weights | None = None,
     attention: bool = True,
+    apart: dict[str, np.ndarray] | None = None,
 ) -> ModelProto:
     """Copy ``model`` with per-channel FP8 weights and per-tensor FP8 activations.
 
@@ -46,11 +48,13 @@ def write_fp8(
         keep: linear layers that stay in float, and ``blocks.N.attn`` for the products of one attention.
         weights: layer -> its E4M3 values ``(C, O)`` and steps ``(O,)``; other layers' weights are rounded here.
         attention: quantise the two products of attention too.
+        apart: holds the large constants that are not in ``model``, and receives those that are written; by default all
+            are in the graph.
 
     Raises:
         PhregError: a tensor without a range.
     """
-    return _Writer(model, largest, weights or {}).write(linears, keep, attention)
+    return _Writer(model, largest, weights or {}, apart).write(linears, keep, attention)
 
 
 def quantise_fp8(weight: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -63,13 +67,19 @@ FP8 = Format(quantise_fp8, lambda scaled: np.clip(scaled, -LARGEST, LARGEST).ast
 
 
 class _Writer:
-    def __init__(self, model: ModelProto, largest: Mapping[str, float], weights: Weights) -> None:
-        self.source, self.largest, self.weights = model, largest, weights
+    def __init__(
+        self,
+        model: ModelProto,
+        largest: Mapping[str, float],
+        weights: Weights,
+        apart: dict[str, np.ndarray] | None,
+    ) -> None:
+        self.source, self.largest, self.weights, self.apart = model, largest, weights, apart
         self.nodes: list[NodeProto] = []
         self.made: dict[str, TensorProto] = {}
 
     def write(self, linears: list[Linear], keep: set[str], attention: bool) -> ModelProto:
-        wiring = Wiring(self.source)
+        wiring = Wiring(self.source, self.apart)
         eight = {linear.matmul: linear for linear in linears if linear.name not in keep}
         # All layers that read the same tensor share one Q/DQ pair.
         shared: dict[str, str] = {}
@@ -81,7 +91,7 @@ class _Writer:
                 source = node.input[0]
                 if source not in shared:
                     shared[source] = self.pair(source, self.scale(source))
-                node.input[0], node.input[1] = shared[source], self.weight(linear, wiring.value(linear.weight))
+                node.input[0], node.input[1] = shared[source], self.weight(linear, wiring)
             elif attention and _is_attention(node, wiring) and node.name.split("/")[0] not in keep:
                 for i, name in enumerate(list(node.input)):
                     softmax = wiring.producer[name].op_type == "Softmax"
@@ -113,8 +123,8 @@ class _Writer:
             self.nodes.append(node)
         return result
 
-    def weight(self, linear: Linear, value: np.ndarray) -> str:
-        values, steps = self.weights.get(linear.name) or quantise_fp8(value)
+    def weight(self, linear: Linear, wiring: Wiring) -> str:
+        values, steps = self.weights.get(linear.name) or quantise_fp8(wiring.value(linear.weight))
         names = [self.constant(f"{linear.name}.fp8", values), self.constant(f"{linear.name}.weight_step", steps)]
         zero = self.constant(f"{linear.name}.weight_zero", np.zeros(len(steps), E4M3))
         result = f"{linear.name}/weight"
@@ -124,8 +134,14 @@ class _Writer:
 
     def constant(self, name: str, value: np.ndarray) -> str:
         kind = TensorProto.FLOAT8E4M3FN if value.dtype == E4M3 else TensorProto.FLOAT
-        data = np.ascontiguousarray(value).tobytes()
-        self.made.setdefault(name, TensorProto(name=name, data_type=kind, dims=value.shape, raw_data=data))
+        if name in self.made:
+            return name
+        if self.apart is not None and value.nbytes >= LEAST:
+            self.apart[name] = value
+            self.made[name] = absent(name, kind, value.shape)
+        else:
+            data = np.ascontiguousarray(value).tobytes()
+            self.made[name] = TensorProto(name=name, data_type=kind, dims=value.shape, raw_data=data)
         return name
 
 

@@ -7,6 +7,7 @@ C input channels, O output channels.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -15,16 +16,15 @@ from onnx import ModelProto, TensorProto, helper, numpy_helper
 
 from phreg_deploy.calibration.images import Feeds
 from phreg_deploy.calibration.smoothing import Equalised
+from phreg_deploy.onnx_graph.external import Arrays
 from phreg_deploy.onnx_graph.linears import Linear, by_source
-from phreg_deploy.onnx_graph.session import open_session
-from phreg_deploy.onnx_graph.wiring import copy_without_outputs
+from phreg_deploy.onnx_graph.parts import Walk, block_starts
+from phreg_deploy.onnx_graph.wiring import Wiring
 from phreg_deploy.progress import Advance
 from phreg_deploy.quantisation import WEIGHT_STEPS, Grid, quantise_weight
 
 # Token rows that moments are taken over: ten per channel of a hidden layer of 3072.
 ROWS = 32768
-# Bytes of moments per pass over the images; large models take several passes.
-TOGETHER = 128 * 2**20
 # Share of the mean second moment that is added to the diagonal, as in the paper.
 DAMPING = 0.01
 BLOCK = 128
@@ -55,38 +55,38 @@ def observe_moments(
     feeds: Feeds,
     advance: Advance,
     done: Callable[[str, Moments], None],
+    arrays: Arrays | None = None,
 ) -> None:
     """Compute second moments of inputs and pass them to ``done``, input by input.
 
-    At most ``TOGETHER`` bytes of moments are in memory.
+    The graph runs block by block, so that every image passes through it once, and only one block's moments and weights
+    are in memory.
 
     Args:
-        sources: input tensor -> C. tokens: rows per image.
+        sources: input tensor -> C. tokens: rows per image. arrays: the constants that are not in the graph.
     """
     used = feeds[: max(1, -(-ROWS // (tokens * max(1, feeds[0][1]))))]
-    waiting = list(sources)
-    while waiting:
-        now = [waiting.pop(0)]
-        while waiting and 4 * sum(sources[s] ** 2 for s in (*now, waiting[0])) <= TOGETHER:
-            now.append(waiting.pop(0))
-        session = open_session(_instrumented(model, now, sources))
-        wanted = [f"{kind}/{source}" for source in now for kind in ("square", "total")]
-        moments = {s: Moments(np.zeros((sources[s], sources[s]), np.float32), np.zeros(sources[s]), 0) for s in now}
-        for feed, _ in used:
-            values = dict(zip(wanted, session.run(wanted, feed)))
-            for source in now:
-                moments[source].square += values[f"square/{source}"]
-                moments[source].total += values[f"total/{source}"]
-                moments[source].rows += tokens * len(feed["image"])
-        del session
+    walk = Walk(model, [feed for feed, _ in used], arrays)
+    rows = tokens * sum(len(feed["image"]) for feed, _ in used)
+    places = {name: place for place, node in enumerate(model.graph.node) for name in node.output}
+    for end in (*block_starts(model)[1:], None):
+        now = [s for s in sources if walk.at <= places[s] < (len(places) if end is None else end)]
+        moments = {s: Moments(np.zeros((sources[s], sources[s]), np.float32), np.zeros(sources[s]), rows) for s in now}
+        walk.step(end, functools.partial(_instrument, now, sources), functools.partial(_add, moments))
         for source in now:
             done(source, moments.pop(source))
             advance(1)
 
 
-def _instrumented(model: ModelProto, sources: list[str], widths: dict[str, int]) -> ModelProto:
-    instrumented = copy_without_outputs(model)
-    graph = instrumented.graph
+def _add(moments: dict[str, Moments], values: dict[str, np.ndarray]) -> None:
+    for source, sums in moments.items():
+        sums.square += values[f"square/{source}"]
+        sums.total += values[f"total/{source}"]
+
+
+def _instrument(sources: list[str], widths: dict[str, int], part: ModelProto) -> ModelProto:
+    """Add the sums over rows of some inputs to a part of the graph, in place."""
+    graph = part.graph
     graph.initializer.append(numpy_helper.from_array(np.array([0], np.int64), "moments/axis"))
     for source in sources:
         flat = f"moments/{source}"
@@ -96,7 +96,7 @@ def _instrumented(model: ModelProto, sources: list[str], widths: dict[str, int])
         graph.node.append(helper.make_node("ReduceSum", [flat, "moments/axis"], [f"total/{source}"], keepdims=0))
         for kind in ("square", "total"):
             graph.output.append(helper.make_tensor_value_info(f"{kind}/{source}", TensorProto.FLOAT, None))
-    return instrumented
+    return part
 
 
 @dataclass(frozen=True)
@@ -144,7 +144,7 @@ def round_weight(weight: np.ndarray, moments: np.ndarray, form: Format = INT8) -
 
 
 def round_all(
-    model: ModelProto,
+    wiring: Wiring,
     linears: list[Linear],
     equalised: Equalised,
     tokens: int,
@@ -154,11 +154,11 @@ def round_all(
 ) -> None:
     """Round the 8-bit weights of ``equalised`` on the calibration images, in place."""
     groups = by_source(linears)
-    sources = {source: equalised.weights[group[0].name].shape[0] for source, group in groups.items()}
+    sources = {source: wiring.constants[group[0].weight].dims[0] for source, group in groups.items()}
 
     def done(source: str, moments: Moments) -> None:
         centred = moments.centred(equalised.grids[groups[source][0].name])
         for linear in groups[source]:
             equalised.eight_bits[linear.name] = round_weight(equalised.weights[linear.name], centred, form)
 
-    observe_moments(model, sources, tokens, feeds, advance, done)
+    observe_moments(wiring.model, sources, tokens, feeds, advance, done, wiring.arrays)

@@ -12,8 +12,7 @@ import numpy as np
 from phreg_deploy.bundle.manifest import Manifest
 from phreg_deploy.errors import PhregError
 from phreg_deploy.images.photographs import Photographs, read_photographs
-from phreg_deploy.runtime.features import FeatureExtractor
-from phreg_deploy.runtime.feed import pad_batch
+from phreg_deploy.runtime.feed import InputFeed, pad_batch
 
 # Batches of graph inputs, and how many images of each count.
 Feeds = list[tuple[dict[str, np.ndarray], int]]
@@ -72,12 +71,12 @@ def split_images(folder: Path, manifest: Manifest, say: Callable[[str], None]) -
     )
 
 
-def feeds(extractor: FeatureExtractor, photographs: Photographs) -> Iterator[tuple[dict[str, np.ndarray], int]]:
+def feeds(feed: InputFeed, photographs: Photographs) -> Iterator[tuple[dict[str, np.ndarray], int]]:
     """Yield graph inputs in the bundle's best batch size, each with the number of images that count.
 
     A last batch that is smaller than the bundle serves is filled up with copies of its last image.
     """
-    lowest, best = extractor.manifest.batches.lowest, extractor.manifest.batches.best
+    lowest, best = feed.manifest.batches.lowest, feed.manifest.batches.best
     for start in range(0, len(photographs), best):
         batch = photographs.batch(start, start + best)
-        yield extractor.feed(np.ascontiguousarray(pad_batch(batch, lowest))), len(batch)
+        yield feed(np.ascontiguousarray(pad_batch(batch, lowest))), len(batch)

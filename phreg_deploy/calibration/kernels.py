@@ -11,6 +11,7 @@ import onnx
 from onnx import ModelProto
 
 from phreg_deploy.errors import PhregError
+from phreg_deploy.onnx_graph.external import Arrays
 from phreg_deploy.onnx_graph.session import open_session
 from phreg_deploy.onnx_graph.wiring import Wiring
 
@@ -27,15 +28,17 @@ class Census:
     floats: dict[str, str]
 
 
-def open_counted(model: ModelProto, expected: list[str]) -> tuple[Any, Census]:
-    """Open a session of ``model``, and count the kernels of the graph that ONNX Runtime optimized.
+def open_counted(model: ModelProto, expected: list[str], arrays: Arrays | None = None) -> tuple[Any, Census]:
+    """Open a session of ``model``, and count the integer kernels of the graph that ONNX Runtime optimized.
+
+    ``arrays``: the constants that are not in the graph.
 
     Raises ``PhregError`` if a layer of ``expected`` runs in float; the message says why.
     """
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "optimized.onnx"
-        session = open_session(model, path)
-        census = count(onnx.load(path), expected)
+        session = open_session(model, path, arrays=arrays)
+        census = count(onnx.load(path, load_external_data=False), expected)
     if census.floats:
         name, reason = next(iter(census.floats.items()))
         raise PhregError(

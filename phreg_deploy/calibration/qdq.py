@@ -8,13 +8,20 @@ import numpy as np
 from onnx import ModelProto, NodeProto, helper, numpy_helper
 
 from phreg_deploy.calibration.smoothing import Equalised
+from phreg_deploy.onnx_graph.external import LEAST, absent
 from phreg_deploy.onnx_graph.linears import Linear
 from phreg_deploy.onnx_graph.wiring import copy_without, replace_nodes
 from phreg_deploy.quantisation import Grid, halves
 
 
 def write_int8(
-    model: ModelProto, linears: list[Linear], equalised: Equalised, keep: set[str], target: str, share: bool = False
+    model: ModelProto,
+    linears: list[Linear],
+    equalised: Equalised,
+    keep: set[str],
+    target: str,
+    share: bool = False,
+    apart: dict[str, np.ndarray] | None = None,
 ) -> ModelProto:
     """Copy ``model`` with equalised constants, and with int8 weights and activations.
 
@@ -25,14 +32,17 @@ def write_int8(
     Args:
         keep: layers that stay in float.
         share: write one Q/DQ for all layers that read an input, for TensorRT.
+        apart: receives the large constants that are written, which are then not in the graph; by default they are.
     """
     copy = copy_without(model, {linear.weight for linear in linears})
-    return _Writer(copy, equalised, target, share).write(linears, keep)
+    return _Writer(copy, equalised, target, share, apart).write(linears, keep)
 
 
 class _Writer:
-    def __init__(self, model: ModelProto, equalised: Equalised, target: str, share: bool) -> None:
-        self.model = model
+    def __init__(
+        self, model: ModelProto, equalised: Equalised, target: str, share: bool, apart: dict[str, np.ndarray] | None
+    ) -> None:
+        self.model, self.apart = model, apart
         self.equalised, self.target, self.share = equalised, target, share
         # Input -> its dequantised tensor and its shift, for the first of its readers.
         self.dequantised: dict[str, tuple[str, float]] = {}
@@ -73,13 +83,14 @@ class _Writer:
         name, bias = linear.name, self.equalised.biases[linear.name]
         output = self._output(linear, node)
         if keep:
-            operands = [node.input[0], self.constant(f"{name}.float", self.equalised.float_weights[name])]
+            operands = [node.input[0], self.constant(f"{name}.float", self.equalised.float_weight(name))]
         else:
             grid = self.equalised.grids[name]
             values, steps = self.equalised.eight_bits[name]
             steps = halves(steps) if self.target == "trt" else steps
             source, shift = self.activation(linear, node.input[0], grid)
-            bias = bias - shift * (values.astype(np.float64) * steps).sum(axis=0)
+            if shift:
+                bias = bias - shift * (values.astype(np.float64) * steps).sum(axis=0)
             zero = self.constant(f"{name}.weight_zero", np.zeros(len(steps), np.int8))
             inputs = [self.constant(f"{name}.int8", values), self.constant(f"{name}.weight_step", steps), zero]
             operands = [source, self.add("DequantizeLinear", inputs, f"{name}/weight", axis=1)]
@@ -130,7 +141,13 @@ class _Writer:
     def constant(self, name: str, value: np.ndarray | np.generic) -> str:
         if name not in self.made:
             self.made.add(name)
-            self.model.graph.initializer.append(numpy_helper.from_array(np.asarray(value), name))
+            array = np.asarray(value)
+            if self.apart is None or array.nbytes < LEAST:
+                tensor = numpy_helper.from_array(array, name)
+            else:
+                self.apart[name] = array
+                tensor = absent(name, helper.np_dtype_to_tensor_dtype(array.dtype), array.shape)
+            self.model.graph.initializer.append(tensor)
         return name
 
     def _output(self, linear: Linear, node: NodeProto) -> str:

@@ -8,6 +8,7 @@ import numpy as np
 from onnx import ModelProto, TensorProto, helper, numpy_helper
 
 from phreg_deploy.errors import PhregError
+from phreg_deploy.onnx_graph.external import Arrays
 from phreg_deploy.onnx_graph.linears import Linear
 from phreg_deploy.onnx_graph.mixed_precision import float_tensors
 from phreg_deploy.onnx_graph.session import open_session
@@ -26,15 +27,18 @@ def observe_ranges(
     spec: ModelSpec,
     feeds: Iterable[tuple[dict[str, np.ndarray], int]],
     advance: Advance,
+    arrays: Arrays | None = None,
 ) -> Ranges:
     """Observe the range per channel of every linear layer's input; the graph itself reduces the values.
+
+    ``arrays``: the constants that are not in the graph.
 
     Raises ``PhregError`` without an image, or for a value that is not finite; the message names the layer.
     """
     sources = list(dict.fromkeys(linear.source for linear in linears))
     names = {linear.source: linear.name for linear in linears}
     rows = _rows(spec)
-    session = open_session(_instrumented(model, sources, rows))
+    session = open_session(_instrumented(model, sources, rows), arrays=arrays)
     wanted = [f"{kind}/{part}/{source}" for source in sources for part in rows for kind in ("low", "high")]
     ranges: dict[str, dict[str, Range]] = {source: {} for source in sources}
     for feed, count in feeds:
@@ -92,10 +96,13 @@ def _instrumented(model: ModelProto, sources: list[str], rows: dict[str, tuple[i
 
 
 def observe_magnitudes(
-    model: ModelProto, feeds: Iterable[tuple[dict[str, np.ndarray], int]], advance: Advance
+    model: ModelProto,
+    feeds: Iterable[tuple[dict[str, np.ndarray], int]],
+    advance: Advance,
+    arrays: Arrays | None = None,
 ) -> dict[str, float]:
     """Observe the largest magnitude of every float tensor: FP16 must hold it, and FP8's 448 stands for it."""
-    session = open_session(_with_magnitudes(model))
+    session = open_session(_with_magnitudes(model), arrays=arrays)
     names = [output.name for output in session.get_outputs()]
     largest: dict[str, float] = {}
     for feed, count in feeds:

@@ -17,6 +17,7 @@ from phreg_deploy.calibration.ranges import Ranges
 from phreg_deploy.calibration.report import FallbackStep, Sensitivity, Trial
 from phreg_deploy.calibration.smoothing import Equalised, equalise
 from phreg_deploy.onnx_graph.linears import Linear, find_linears
+from phreg_deploy.onnx_graph.parts import Walk, block_starts
 from phreg_deploy.onnx_graph.session import open_session
 from phreg_deploy.onnx_graph.wiring import Wiring
 from phreg_deploy.progress import Advance
@@ -99,16 +100,21 @@ class Search:
             self._equalised = smoothing, equalise(self.wiring, self.linears, self.ranges, smoothing)
         return self._equalised[1]
 
-    def graph(self, smoothing: Smoothing, keep: set[str], share: bool = False) -> ModelProto:
-        """Write all layers but ``keep`` in 8 bits, and floats in FP32; ``share``: see ``write_int8``."""
-        model, equalised = self.wiring.model, self.equalised(smoothing)
+    def graph(
+        self, smoothing: Smoothing, keep: set[str], share: bool = False
+    ) -> tuple[ModelProto, dict[str, np.ndarray]]:
+        """Write all layers but ``keep`` in 8 bits, and floats in FP32; ``share``: see ``write_int8``.
+
+        Returns the graph, and its large constants by name: a graph without them is quickly serialised.
+        """
+        model, equalised, arrays = self.wiring.model, self.equalised(smoothing), dict(self.wiring.arrays)
         if self.mode == "int8":
-            return write_int8(model, self.linears, equalised, keep, self.target, share)
+            return write_int8(model, self.linears, equalised, keep, self.target, share, arrays), arrays
         # Equalise the graph and leave every layer in float; then write FP8 into it.
-        centred = write_int8(model, self.linears, equalised, {n.name for n in self.linears}, self.target)
+        centred = write_int8(model, self.linears, equalised, {n.name for n in self.linears}, self.target, False, arrays)
         weights = {name: value for name, value in equalised.eight_bits.items() if value[0].dtype == E4M3}
         magnitudes, attention = self._magnitudes(equalised), self.tokens >= FUSED_FROM
-        return write_fp8(centred, find_linears(centred), magnitudes, keep, weights, attention)
+        return write_fp8(centred, find_linears(centred), magnitudes, keep, weights, attention, arrays), arrays
 
     def _magnitudes(self, equalised: Equalised) -> dict[str, float]:
         """Return the largest magnitudes in the equalised graph; those of layer norms are after centring."""
@@ -118,15 +124,15 @@ class Search:
     def round_weights(self, smoothing: Smoothing, tokens: int, feeds: Feeds, advance: Advance) -> None:
         """Round the weights on images by GPTQ, for this smoothing; ``tokens``: per image."""
         form = INT8 if self.mode == "int8" else FP8
-        round_all(self.wiring.model, self.linears, self.equalised(smoothing), tokens, feeds, advance, form)
+        round_all(self.wiring, self.linears, self.equalised(smoothing), tokens, feeds, advance, form)
 
     def score(self, smoothing: Smoothing, keep: set[str], images: EvalSet | None = None) -> Parity:
         """Write the graph, count its integer kernels (INT8), and compare its features with the float graph's."""
-        graph = self.graph(smoothing, keep)
-        if self.mode == "fp8":
-            session = open_session(graph, literal=True)
+        graph, arrays = self.graph(smoothing, keep)
+        if self.mode == "int8":
+            session, _ = open_counted(graph, [n.name for n in self.linears if n.name not in keep], arrays)
         else:
-            session, _ = open_counted(graph, [n.name for n in self.linears if n.name not in keep])
+            session = open_session(graph, literal=True, arrays=arrays)
         return compare(session, images or self.images, self.median)
 
     def choose_smoothing(self, start: Smoothing, advance: Advance) -> tuple[Smoothing, list[Trial]]:
@@ -145,16 +151,39 @@ class Search:
         return best, trials
 
     def sensitivities(self, smoothing: Smoothing, advance: Advance) -> dict[str, Sensitivity]:
-        """Measure each layer's gain in mean and 1st-percentile cosine when it alone goes back to float."""
+        """Measure each layer's gain in mean and 1st-percentile cosine when it alone goes back to float.
+
+        Up to the layer's block the graph is that of all layers in 8 bits, so it is run from there on.
+        """
         images = self.images.first(max(2, PATCHES // self.images.answers[0]["token_norm"][0].size))
         whole = self.score(smoothing, set(), images)
+        graph, arrays = self.graph(smoothing, set())
+        walk, starts = Walk(graph, [feed for feed, _ in images.feeds], arrays, self.mode == "fp8"), block_starts(graph)
+        blocks = [sum(start <= place for start in starts) - 1 for place in self._places(graph)]
         gains = {}
-        for linear in self.linears:
-            alone = self.score(smoothing, {linear.name}, images)
+        for linear, block in zip(self.linears, blocks):
+            if block > 0 and walk.at < starts[block]:
+                walk.step(starts[block])
+            alone = self._alone(smoothing, linear, images, walk)
             mean, p1 = alone.cosine_mean - whole.cosine_mean, alone.cosine_p1 - whole.cosine_p1
             gains[linear.name] = Sensitivity(mean, p1, len(images))
             advance(1)
         return gains
+
+    def _places(self, graph: ModelProto) -> list[int]:
+        """The place of every layer's product in the order of nodes."""
+        places = {node.name: place for place, node in enumerate(graph.graph.node)}
+        return [places[linear.matmul] for linear in self.linears]
+
+    def _alone(self, smoothing: Smoothing, linear: Linear, images: EvalSet, walk: Walk) -> Parity:
+        """Compare the graph with one layer in float, from the place that ``walk`` has reached on."""
+        # Its kernels are not counted: those of the whole graph were, and those of the graph that is written will be.
+        graph, arrays = self.graph(smoothing, {linear.name})
+        accumulator = ParityAccumulator(self.median)
+        answers = walk.rest(graph, walk.at, arrays)
+        for (_, count), answer, expected in zip(images.feeds, answers, images.answers):
+            accumulator.add({name: value[:count] for name, value in answer.items()}, expected)
+        return accumulator.parity()
 
     def fallback(
         self, smoothing: Smoothing, gains: dict[str, Sensitivity], cap: float, bar: float, advance: Advance

@@ -5,7 +5,7 @@ C input channels, O output channels.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 
 import numpy as np
@@ -18,21 +18,53 @@ from phreg_deploy.quantisation import Grid, Range, Smoothing, make_grid, quantis
 Rule = Callable[[Range, str, Smoothing], Grid]
 
 
+@dataclass(frozen=True)
+class Weights(Mapping[str, np.ndarray]):
+    """The equalised weight ``(C, O)`` of each layer, computed when it is read: a large model's do not fit twice.
+
+    ``smooth``: factors ``(C,)`` of a layer's rows. ``divided``: columns of a layer, and their divisors.
+    """
+
+    wiring: Wiring
+    linears: dict[str, Linear]
+    smooth: dict[str, np.ndarray]
+    divided: dict[str, tuple[slice, np.ndarray]]
+
+    def __getitem__(self, name: str) -> np.ndarray:
+        weight = self.wiring.value(self.linears[name].weight) * self.smooth[name][:, None]
+        if name in self.divided:
+            columns, divisors = self.divided[name]
+            weight[:, columns] /= divisors
+        return weight
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.linears)
+
+    def __len__(self) -> int:
+        return len(self.linears)
+
+
 @dataclass
 class Equalised:
     """The constants of an equalised graph, by layer.
 
     ``weights`` ``(C, O)`` and ``biases`` ``(O,)``; ``norms``: scale and shift ``(C,)`` of each layer norm; ``grids`` of
-    the inputs; ``eight_bits``: values ``(C, O)`` and steps ``(O,)``. ``float_weights``: for layers that stay in float;
-    those of layers that read hidden units are not smoothed, because the graph does not scale hidden units for them.
+    the inputs; ``eight_bits``: values ``(C, O)`` and steps ``(O,)``.
     """
 
-    weights: dict[str, np.ndarray]
+    weights: Weights
     biases: dict[str, np.ndarray]
     norms: dict[str, tuple[np.ndarray, np.ndarray]]
     grids: dict[str, Grid]
     eight_bits: dict[str, tuple[np.ndarray, np.ndarray]]
-    float_weights: dict[str, np.ndarray]
+
+    def float_weight(self, name: str) -> np.ndarray:
+        """The weight ``(C, O)`` of a layer that stays in float.
+
+        That of a layer that reads hidden units is not smoothed, because the graph does not scale hidden units for it.
+        """
+        linear = self.weights.linears[name]
+        return self.weights.wiring.value(linear.weight) if linear.kind == "hidden" else self.weights[name]
 
 
 def equalise(
@@ -47,14 +79,14 @@ def equalise(
     Args:
         rule: makes a grid of a range; ablations use other rules.
     """
-    weights = {linear.name: wiring.value(linear.weight).copy() for linear in linears}
+    weights = Weights(wiring, {linear.name: linear for linear in linears}, {}, {})
     biases = {
-        linear.name: np.zeros(weights[linear.name].shape[1])
+        linear.name: np.zeros(wiring.constants[linear.weight].dims[1])
         if linear.bias is None
         else wiring.value(linear.bias).astype(np.float64).reshape(-1)
         for linear in linears
     }
-    equalised = Equalised(weights, biases, {}, {}, {}, {})
+    equalised = Equalised(weights, biases, {}, {}, {})
     nodes = {node.name: node for node in wiring.model.graph.node}
     for source, group in by_source(linears).items():
         kind = group[0].kind
@@ -62,10 +94,8 @@ def equalise(
         grid = rule(ranges[source][part], kind, smoothing)
         for linear in group:
             equalised.grids[linear.name] = grid
-            if kind == "hidden":
-                equalised.float_weights[linear.name] = wiring.value(linear.weight)
-            biases[linear.name] += grid.centre.astype(np.float64) @ weights[linear.name].astype(np.float64)
-            weights[linear.name] *= grid.smooth[:, None]
+            biases[linear.name] += grid.centre.astype(np.float64) @ wiring.value(linear.weight).astype(np.float64)
+            weights.smooth[linear.name] = grid.smooth
         if kind == "norm":
             norm = nodes[group[0].feeder]
             # An RMS norm, which ends in a Mul, has no shift.
@@ -76,8 +106,7 @@ def equalise(
             )
         elif kind == "value":
             feeder, (start, end) = group[0].feeder, group[0].columns
-            weights[feeder][:, start:end] /= grid.smooth
+            weights.divided[feeder] = slice(start, end), grid.smooth
             biases[feeder][start:end] = (biases[feeder][start:end] - grid.centre) / grid.smooth
     equalised.eight_bits = {name: quantise_weight(weight) for name, weight in weights.items()}
-    equalised.float_weights = {**weights, **equalised.float_weights}
     return equalised

@@ -15,6 +15,7 @@ from phreg_deploy.distill.devices.launch import find_launch
 from phreg_deploy.distill.recipes import Request
 from phreg_deploy.files.atomic import check_target
 from phreg_deploy.images.photographs import list_images
+from phreg_deploy.layers import check_layers
 from phreg_deploy.progress import SILENT, Progress
 from phreg_deploy.spec import parse_size
 from phreg_deploy.student_record import model_path
@@ -52,6 +53,7 @@ def distill(
     workers: int | None = None,
     readout: str | None = None,
     project: bool | None = None,
+    layers: str | None = None,
     cache: Path | None = None,
     resume: bool = False,
     force: bool = False,
@@ -86,6 +88,8 @@ def distill(
         readout: what is trained and served: "final", "value" or "neighbour" (``phreg_deploy.readout``); None for the
             recipe's.
         project: train and serve features in the space of text, of a CLIP; None for the recipe's.
+        layers: further layers to train against denoised targets of their own, as in ``export``, e.g. "1/4,1/2,3/4,1";
+            for heads that read several layers, such as DPT.
         cache: folder of teacher targets; None for ``$XDG_CACHE_HOME/phreg-deploy``.
         resume: continue the interrupted run of the same settings in ``OUTPUT.partial``.
         force: replace an output or an interrupted run.
@@ -123,9 +127,11 @@ def distill(
             workers=workers,
             readout=readout,
             project=project,
+            layers=layers,
         )
         check_distillation(vars(request))
         request.adjusted_recipe()
+        check_layers(layers)
         check_model(model, checkpoint)
         list_images(images)
         check_target(output, force, [model_path(model), images, checkpoint])

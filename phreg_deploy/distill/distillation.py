@@ -20,11 +20,12 @@ from phreg_deploy.distill.neurons.start import Start, choose_start, move_neurons
 from phreg_deploy.distill.recipes import Request
 from phreg_deploy.distill.record import History, Seconds, StudentRecord, StudentScores, TrainingImages
 from phreg_deploy.distill.run import Run, load_run
-from phreg_deploy.distill.teacher import TargetCache, Teacher, cache_folder
+from phreg_deploy.distill.teacher import TargetCache, Teacher
 from phreg_deploy.distill.training import loss_of, train
 from phreg_deploy.distill.work_folder import work_folder
 from phreg_deploy.errors import PhregError, write_error
 from phreg_deploy.files.atomic import atomic_folder
+from phreg_deploy.files.cache import cache_folder
 from phreg_deploy.images.photographs import Photographs, read_photographs
 from phreg_deploy.models.batches import Batches, split, spread
 from phreg_deploy.models.checkpoint import write_record, write_student
@@ -170,6 +171,7 @@ def _compute_targets(run: Run, training: Photographs, folder: Path) -> tuple[Tar
         seed=run.request.seed,
         devices=run.devices,
         autocast=run.autocast,
+        layers=run.recipe.layers,
         identity=run.identity,
     )
     targets, processes = TargetCache(teacher, folder), run.processes

@@ -30,33 +30,43 @@ class MicroBatch:
     cls: torch.Tensor | None
     weight: torch.Tensor
     share: float
+    layers: torch.Tensor | None = None
 
     def to(self, device: str) -> MicroBatch:
         """Move to ``device`` at once, with targets in float32; from page-locked memory, the host does not wait."""
         images, patches, weight = (x.to(device, non_blocking=True) for x in (self.images, self.patches, self.weight))
         cls = None if self.cls is None else self.cls.to(device, non_blocking=True).float()
-        return MicroBatch(images, patches.float(), cls, weight, self.share)
+        layers = None if self.layers is None else self.layers.to(device, non_blocking=True).float()
+        return MicroBatch(images, patches.float(), cls, weight, self.share, layers)
 
 
 @dataclass
 class TargetScale:
-    """Variances of the targets, by which squared errors are divided; and where the base model's token norms lie."""
+    """Variances of the targets, by which squared errors are divided; and where the base model's token norms lie.
+
+    ``layers``: the variance of each further layer.
+    """
 
     patches: float = 1.0
     cls: float = 1.0
     norms: NormBand | None = None
+    layers: tuple[float, ...] = ()
 
 
 def objective(features: hooks.Features, part: MicroBatch, recipe: Recipe, scale: TargetScale) -> torch.Tensor:
     """What a part adds to its batch's loss: (1 - cos) + MSE on patch tokens (arXiv 2505.21501 section 3.2).
 
-    The same on the class token, and a term on token norms, are added if the recipe gives them a weight. ``part`` is on
-    the device of ``features``.
+    The same on the class token, the mean of the same over further layers, and a term on token norms, are added if the
+    recipe has them. ``part`` is on the device of ``features``.
     """
     loss = _distance(features.patches.float(), part.patches, part.weight, scale.patches)
     if recipe.class_weight and features.cls is not None and part.cls is not None:
         one = torch.ones(len(part.images), device=part.images.device)
         loss = loss + recipe.class_weight * _distance(features.cls.float(), part.cls, one, scale.cls)
+    if part.layers is not None:
+        pairs = zip(features.layers, part.layers.unbind(1), scale.layers)
+        distances = [_distance(x.float(), target, part.weight, variance) for x, target, variance in pairs]
+        loss = loss + recipe.layer_weight * torch.stack(distances).mean()
     if recipe.norm_weight and scale.norms is not None:
         loss = loss + recipe.norm_weight * norm_excess(features.norms, scale.norms)
     return loss * part.share
@@ -85,8 +95,12 @@ def target_scale(cache: TargetCache, digests: list[str], recipe: Recipe, most: i
     items = [cache.read(d) for d in digests[:: max(1, len(digests) // most)]]
     band = NormBand.of(np.stack([item["norms"] for item in items]))
     if not recipe.scale_free:
-        return TargetScale(norms=band)
+        return TargetScale(norms=band, layers=(1.0,) * len(recipe.layers))
     patches = np.concatenate([item["patches"].astype(np.float32) for item in items])
     cls = np.stack([item["cls"].astype(np.float32) for item in items])
     class_variance = (float(cls.var(0).mean()) or 1.0) if cls.size else 1.0
-    return TargetScale(float(patches.var(0).mean()) or 1.0, class_variance, band)
+    layers = []
+    for i in range(len(recipe.layers)):
+        of_layer = np.stack([item["layers"][i].astype(np.float32) for item in items])
+        layers.append(float(of_layer.reshape(-1, of_layer.shape[-1]).var(0).mean()) or 1.0)
+    return TargetScale(float(patches.var(0).mean()) or 1.0, class_variance, band, tuple(layers))

@@ -22,7 +22,8 @@ class Recipe(Stored):
     ``lr_end``: if None, one cycle with 10 % warm-up; otherwise exponential decay from ``lr`` to ``lr_end``. ``clip``:
     largest gradient norm, 0 for no limit. ``registers``: tokens to add. ``int8``: train through fake quantisation.
     ``readout``: what is trained and served, see ``phreg_deploy.readout``; ``teacher``: the readout of the targets, None
-    for the same; ``project``: targets and features are projected into the space of text.
+    for the same; ``project``: targets and features are projected into the space of text. ``layers``: further layers, by
+    numbers of blocks, that are trained against denoised targets of their own; ``layer_weight``: of their mean loss.
     ``moves_neurons``: move register neurons to a register token before training. ``decays_vectors``: apply weight
     decay to biases and norms too. ``rate_by_width``: lower ``lr`` for wider models. ``average``: decay per step of an
     exponential moving average of the weights, which becomes the student; 0 for none.
@@ -51,6 +52,8 @@ class Recipe(Stored):
     readout: str = FINAL
     teacher: str | None = None
     project: bool = False
+    layers: tuple[int, ...] = ()
+    layer_weight: float = 1.0
 
     @property
     def student_readout(self) -> Readout:
@@ -129,6 +132,7 @@ class Request:
     workers: int | None = None
     readout: str | None = None
     project: bool | None = None
+    layers: str | None = None
 
     def adjusted_recipe(self, width: int = WIDTH) -> Recipe:
         """Return the recipe with the requested values, and a learning rate for a model of this width.

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from phreg_deploy.arguments import check_model
@@ -12,6 +12,7 @@ from phreg_deploy.distill.neurons.transplant import STRENGTH
 from phreg_deploy.distill.recipes import Recipe, Request
 from phreg_deploy.images.photographs import Photographs
 from phreg_deploy.images.views import check_views
+from phreg_deploy.layers import parse_layers
 from phreg_deploy.models.batches import Batches, spread
 from phreg_deploy.models.hardware import find_autocast
 from phreg_deploy.models.hooks import ViT
@@ -83,4 +84,9 @@ def load_run(request: Request, progress: Progress, processes: Processes) -> Run:
     recipe = request.adjusted_recipe(base.embed_dim)
     # Refuses a model without projection.
     with_readout(base, recipe.student_readout)
+    if request.layers is not None:
+        layers = parse_layers(request.layers, len(base.blocks))
+        recipe.student_readout.check_outputs(layers, len(base.blocks), False)
+        # The last layer is trained in any case.
+        recipe = replace(recipe, layers=tuple(layer for layer in layers if layer < len(base.blocks)))
     return Run(request, recipe, base, model_preprocess(base, "center"), origin, devices, autocast, progress, processes)

@@ -9,7 +9,6 @@ from __future__ import annotations
 import functools
 import hashlib
 import json
-import os
 import zlib
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
@@ -49,13 +48,14 @@ class Target:
 
     ``patches`` ``(Hp, Wp, C)``: mean over the views that cover each patch. ``plain`` ``(Hp, Wp, C)``: the unshifted
     view. ``norms`` ``(Hp, Wp)``: its pre-norm norms. ``cls`` ``(2, C)``: class tokens of the image and its mirror
-    image.
+    image. ``layers`` ``(L, N, C)``: the mean of each further layer.
     """
 
     patches: np.ndarray
     cls: np.ndarray | None
     norms: np.ndarray
     plain: np.ndarray
+    layers: np.ndarray
 
 
 class Teacher:
@@ -67,6 +67,7 @@ class Teacher:
         seed: each image's views are drawn from this seed and the image's digest, whatever the order of images.
         devices: the first one holds ``model``; ``targets`` distributes photographs over all of them.
         autocast: compute in bfloat16; twice as fast on CPUs and GPUs that have it.
+        layers: further layers to denoise, by the number of blocks that their tokens have passed.
         identity: ``model_identity(model)``, if it is known already; computing it reads every weight.
     """
 
@@ -79,6 +80,7 @@ class Teacher:
         seed: int = 0,
         devices: Sequence[str] = ("cpu",),
         autocast: bool = False,
+        layers: Sequence[int] = (),
         identity: ModelIdentity | None = None,
     ) -> None:
         self.model, self.preprocess, self.seed = model.to(devices[0]), preprocess, seed
@@ -86,7 +88,7 @@ class Teacher:
         self.patch = tuple(model.patch_embed.patch_size)
         self.grid = tuple(model.patch_embed.grid_size)
         self.views = min(views, most_views(self.grid))
-        self._identity = identity
+        self._identity, self.layers = identity, tuple(layers)
 
     @functools.cached_property
     def digest(self) -> str:
@@ -102,6 +104,8 @@ class Teacher:
         readout = readout_of(self.model)
         if not readout.is_plain:
             settings["readout"] = readout.to_json()
+        if self.layers:
+            settings["layers"] = list(self.layers)
         return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()
 
     @torch.inference_mode()
@@ -114,15 +118,32 @@ class Teacher:
         pixels = np.stack([show(image, view, self.patch) for image, views in zip(images, shown) for view in views])
         batch = hooks.normalise(torch.from_numpy(pixels).to(device), self.preprocess.mean, self.preprocess.std)
         with mixed_precision(device, self.autocast):
-            features = hooks.forward(model, batch)
+            features = hooks.forward(model, batch, self.layers)
         shape = (len(plans), self.views + 1)
         # Averaged on the device: only the mean and the unshifted view are copied to the host.
         maps = features.patches.reshape(*shape, *self.grid, -1)  # (B, V + 1, Hp, Wp, C)
-        means = torch.stack([mean_of_views(maps[i, :-1].float(), plan) for i, plan in enumerate(plans)]).cpu().numpy()
+
+        def means_of(maps: torch.Tensor) -> np.ndarray:
+            means = [mean_of_views(maps[i, :-1].float(), plan) for i, plan in enumerate(plans)]
+            return torch.stack(means).cpu().numpy()
+
+        means = means_of(maps)
+        middle = [means_of(layer.reshape(*shape, *self.grid, -1)) for layer in features.layers]
+        layers = np.stack([layer.reshape(len(plans), -1, layer.shape[-1]) for layer in middle], 1) if middle else None
         plain = maps[:, 0].float().cpu().numpy()
         norms = features.norms.reshape(*shape, *self.grid)[:, 0].cpu().numpy()
         cls = None if features.cls is None else features.cls.reshape(*shape, -1)[:, [0, -1]].float().cpu().numpy()
-        return [Target(means[i], None if cls is None else cls[i], norms[i], plain[i]) for i in range(len(plans))]
+        none = np.zeros((0, 0, 0), np.float32)
+        return [
+            Target(
+                means[i],
+                None if cls is None else cls[i],
+                norms[i],
+                plain[i],
+                none if layers is None else layers[i],
+            )
+            for i in range(len(plans))
+        ]
 
     def targets(self, photographs: Photographs, advance: Callable[[int], None] = lambda _n: None) -> Iterator[Target]:
         """Yield the target of every photograph, in order, without the cache; each device computes a chunk at a time."""
@@ -154,8 +175,9 @@ class TargetCache:
 
     A file holds ``image`` uint8 ``(H, W, 3)`` at the input size; ``patches`` float16 ``(N, C)``; ``cls`` float16
     ``(2, C)`` of the image and its mirror image, empty without class token; ``norms`` float32 ``(N,)`` of the unshifted
-    view; ``drift`` float16 ``(N,)``, 1 - cosine between that view and the target; and ``crc32`` uint32 ``(1,)`` of the
-    others' bytes in this order, since safetensors has no checksum. Several threads may read at once.
+    view; ``drift`` float16 ``(N,)``, 1 - cosine between that view and the target; ``layers`` float16 ``(L, N, C)``
+    where there are further layers; and ``crc32`` uint32 ``(1,)`` of the others' bytes in this order, since safetensors
+    has no checksum. Several threads may read at once.
     """
 
     def __init__(self, teacher: Teacher, folder: Path) -> None:
@@ -182,7 +204,9 @@ class TargetCache:
                 "norms": target.norms.reshape(-1),
                 "drift": drift.astype(np.float16),
             }
-            item = {name: np.ascontiguousarray(item[name]) for name in ARRAYS}
+            if target.layers.size:
+                item["layers"] = target.layers.astype(np.float16)
+            item = {name: np.ascontiguousarray(value) for name, value in item.items()}
             write_atomic(self.path(todo.digests[i]), save({**item, "crc32": _checksum(item)}))
         return len(missing)
 
@@ -205,7 +229,7 @@ class TargetCache:
         path = self.path(digest)
         try:
             data = load(path.read_bytes())
-            item = {name: data[name] for name in ARRAYS}
+            item = {name: data[name] for name in (*ARRAYS, *(["layers"] if self.teacher.layers else []))}
             intact = np.array_equal(data["crc32"], _checksum(item))
         except (SafetensorError, ValueError, KeyError):
             intact = False
@@ -222,18 +246,14 @@ class TargetCache:
 
 
 def _checksum(item: dict[str, np.ndarray]) -> np.ndarray:
-    """Compute the CRC-32 of the arrays' bytes in the order of ``ARRAYS``, uint32 ``(1,)``."""
+    """Compute the CRC-32 of the arrays' bytes in the order of ``ARRAYS``, layers last, uint32 ``(1,)``."""
     value = 0
-    for name in ARRAYS:
-        value = zlib.crc32(item[name].data, value)
+    for name in (*ARRAYS, "layers"):
+        if name in item:
+            value = zlib.crc32(item[name].data, value)
     return np.array([value], np.uint32)
 
 
 def mixed_precision(device: str, enabled: bool) -> AbstractContextManager:
     """Return bfloat16 autocast for the device, or a context that does nothing."""
     return torch.autocast(torch.device(device).type, dtype=torch.bfloat16) if enabled else nullcontext()
-
-
-def cache_folder() -> Path:
-    """Return ``$XDG_CACHE_HOME/phreg-deploy``, or ``~/.cache/phreg-deploy``."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "phreg-deploy"

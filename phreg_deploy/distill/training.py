@@ -185,7 +185,7 @@ class _Trainer:
             part = part.to(device)
             images = hooks.normalise(part.images, self.preprocess.mean, self.preprocess.std)
             with mixed_precision(device, self.autocast):
-                features = hooks.forward(model, images)
+                features = hooks.forward(model, images, self.recipe.layers)
             loss = objective(features, part, self.recipe, self.scale)
             loss.backward()
             return loss.item()
@@ -225,6 +225,7 @@ def loss_of(
         batch = load_batch(cache, part, np.zeros(len(part), bool))
         whole = split_batch(batch, recipe, None, 1)[0].to(device)
         with mixed_precision(device, autocast):
-            features = hooks.forward(model, hooks.normalise(whole.images, preprocess.mean, preprocess.std))
+            images = hooks.normalise(whole.images, preprocess.mean, preprocess.std)
+            features = hooks.forward(model, images, recipe.layers)
         total += objective(features, whole, recipe, scale).item() * len(part) / len(digests)
     return total

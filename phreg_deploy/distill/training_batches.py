@@ -27,8 +27,8 @@ MOST_WORKERS = 4
 class Batch:
     """This process's images of a batch, uint8 ``(B, H, W, 3)``, and their targets as they are cached.
 
-    ``patches`` ``(B, N, C)`` and ``cls`` ``(B, C)`` or None are float16, ``drift`` ``(B, N)`` is float32. ``whole``:
-    images of the batch in all processes.
+    ``patches`` ``(B, N, C)``, ``cls`` ``(B, C)`` or None and ``layers`` ``(B, L, N, C)`` or None are float16, ``drift``
+    ``(B, N)`` is float32. ``whole``: images of the batch in all processes.
     """
 
     images: torch.Tensor
@@ -36,11 +36,14 @@ class Batch:
     cls: torch.Tensor | None
     drift: torch.Tensor
     whole: int
+    layers: torch.Tensor | None = None
 
     def pinned(self) -> Batch:
         """Copy to page-locked memory, from which a GPU copies while the host goes on."""
         cls = None if self.cls is None else self.cls.pin_memory()
-        return Batch(self.images.pin_memory(), self.patches.pin_memory(), cls, self.drift.pin_memory(), self.whole)
+        layers = None if self.layers is None else self.layers.pin_memory()
+        images, patches, drift = (x.pin_memory() for x in (self.images, self.patches, self.drift))
+        return Batch(images, patches, cls, drift, self.whole, layers)
 
 
 def read_batches(
@@ -106,11 +109,15 @@ def load_batch(cache: TargetCache, digests: list[str], flips: np.ndarray, whole:
         if flip:
             for name in ("image", "patches", "drift"):
                 item[name] = item[name][:, ::-1]
+        if "layers" in item:
+            maps = item["layers"].reshape(len(item["layers"]), *grid, -1)
+            item["layers"] = (maps[:, :, ::-1] if flip else maps).reshape(item["layers"].shape)
     images, patches, cls, drift = (
         torch.from_numpy(np.stack([item[name] for item in items])) for name in ("image", "patches", "cls", "drift")
     )
     cls_or_none = cls if cls.numel() else None
-    return Batch(images, patches.flatten(1, 2), cls_or_none, drift.flatten(1), whole or len(digests))
+    layers = torch.from_numpy(np.stack([item["layers"] for item in items])) if "layers" in items[0] else None
+    return Batch(images, patches.flatten(1, 2), cls_or_none, drift.flatten(1), whole or len(digests), layers)
 
 
 def split_batch(
@@ -133,5 +140,6 @@ def split_batch(
     for start in range(0, count, size):
         rows = slice(start, start + size)
         images, cls = batch.images[rows], None if batch.cls is None else batch.cls[rows]
-        parts.append(MicroBatch(images, batch.patches[rows], cls, weight[rows], len(images) / batch.whole))
+        layers = None if batch.layers is None else batch.layers[rows]
+        parts.append(MicroBatch(images, batch.patches[rows], cls, weight[rows], len(images) / batch.whole, layers))
     return parts

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 
 from phreg_deploy.errors import PhregError
+from phreg_deploy.heads.inputs import input_names, join_layers
 from phreg_deploy.heads.state_dict import EPS, linear_of
 from phreg_deploy.heads.storage import TENSORS, read_facts, read_tensors, write_head
 from phreg_deploy.heads.upsampling import upsample
@@ -70,7 +71,7 @@ class Head:
     @property
     def inputs(self) -> tuple[str, ...]:
         """The outputs of a bundle's graph that the head reads, such as ``features`` or ``features.6``."""
-        return ("features",) if self.layers is None else tuple(f"features.{layer}" for layer in self.layers)
+        return input_names(self.layers)
 
     def select(self, outputs: Mapping[str, np.ndarray]) -> np.ndarray:
         """Join the head's ``inputs`` out of a bundle's outputs by name: ``(B, Hp, Wp, C)``.
@@ -78,11 +79,7 @@ class Head:
         Raises:
             PhregError: an output is missing.
         """
-        missing = [name for name in self.inputs if name not in outputs]
-        if missing:
-            raise PhregError(f"head: it reads {missing[0]}, but there are only {', '.join(sorted(outputs))}.")
-        parts = [outputs[name] for name in self.inputs]
-        return parts[0] if len(parts) == 1 else np.concatenate(parts, axis=-1)
+        return join_layers(outputs, self.layers)
 
     def logits(self, features: np.ndarray) -> np.ndarray:
         """Apply the layer to ``features`` ``(B, Hp, Wp, C)``: float32 ``(B, Hp, Wp, K)``.

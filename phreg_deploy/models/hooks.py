@@ -6,8 +6,8 @@ R registers, T = [class] + R + N tokens, C width, H hidden units.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -28,6 +28,7 @@ class Features:
 
     If the model's readout projects, ``tokens`` are ``(B, T, P)`` in the projected space.
     ``head_input``: the result of timm's ``forward_features``; not ``tokens`` if the final norm is ``fc_norm``.
+    ``layers``: the patch tokens of each further layer that was asked for, after the final norm, ``(B, N, C)`` each.
     """
 
     tokens: torch.Tensor
@@ -35,6 +36,7 @@ class Features:
     norms: torch.Tensor
     prefix: int
     class_token: bool
+    layers: tuple[torch.Tensor, ...] = ()
 
     @property
     def patches(self) -> torch.Tensor:  # (B, N, C)
@@ -45,13 +47,20 @@ class Features:
         return self.tokens[:, 0] if self.class_token else None
 
 
-def forward(model: ViT, images: torch.Tensor) -> Features:
-    """Compute the features of normalised ``images`` ``(B, 3, H, W)`` by the model's readout."""
+def forward(model: ViT, images: torch.Tensor, layers: Sequence[int] = ()) -> Features:
+    """Compute the features of normalised ``images`` ``(B, 3, H, W)`` by the model's readout.
+
+    ``layers``: further layers, by the number of blocks that their tokens have passed.
+    """
+    streams: dict[int, torch.Tensor] = {}
     residuals: list[torch.Tensor] = []
     readout = readout_of(model)
     handle = model.norm.register_forward_pre_hook(lambda _module, inputs: residuals.append(inputs[0]))
     try:
-        with last_block(model, readout):
+        with ExitStack() as stack:
+            stack.enter_context(last_block(model, readout))
+            if layers:
+                stack.enter_context(block_outputs(model, lambda i, out: streams.update({i + 1: out})))
             head_input = model.forward_features(images)
     finally:
         handle.remove()
@@ -60,7 +69,8 @@ def forward(model: ViT, images: torch.Tensor) -> Features:
     if readout.project:
         tokens = project(model, tokens)
     norms = residuals[0][:, prefix:].float().norm(dim=-1)
-    return Features(tokens, head_input, norms, prefix, model.cls_token is not None)
+    middle = tuple(norm(streams[layer])[:, prefix:] for layer in layers)
+    return Features(tokens, head_input, norms, prefix, model.cls_token is not None, middle)
 
 
 def final_norm(model: ViT) -> ViT:

@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import numpy as np
 from onnx import ModelProto, NodeProto, TensorProto, numpy_helper
 
 
 class Wiring:
-    """The producer, the readers and the constants of every tensor of a graph, by the tensor's name."""
+    """The producer, the readers and the constants of every tensor of a graph, by the tensor's name.
 
-    def __init__(self, model: ModelProto) -> None:
-        self.model = model
+    ``arrays``: the values of constants that are not in the graph.
+    """
+
+    def __init__(self, model: ModelProto, arrays: Mapping[str, np.ndarray] | None = None) -> None:
+        self.model, self.arrays = model, arrays or {}
         self.constants: dict[str, TensorProto] = {i.name: i for i in model.graph.initializer}
         self.producer: dict[str, NodeProto] = {name: node for node in model.graph.node for name in node.output}
         self.readers: dict[str, list[NodeProto]] = {}
@@ -19,7 +24,8 @@ class Wiring:
                 self.readers.setdefault(name, []).append(node)
 
     def value(self, name: str) -> np.ndarray:
-        return numpy_helper.to_array(self.constants[name])
+        """The values of a constant; they may be read-only."""
+        return self.arrays[name] if name in self.arrays else numpy_helper.to_array(self.constants[name])
 
     def back(self, name: str, *kinds: str) -> NodeProto | None:
         """Walk from a tensor to its producers, which must be ``kinds`` in this order; None if one differs."""

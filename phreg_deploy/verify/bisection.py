@@ -15,7 +15,7 @@ import numpy as np
 from phreg_deploy.artifacts.measures import cosine
 from phreg_deploy.bundle.bundle import Bundle
 from phreg_deploy.bundle.gates import exam_bars
-from phreg_deploy.bundle.manifest import GRAPH
+from phreg_deploy.bundle.manifest import GRAPH, WEIGHTS
 from phreg_deploy.bundle.plans import BuildSettings
 from phreg_deploy.bundle.profiles import profiles_of
 from phreg_deploy.errors import PhregError
@@ -81,6 +81,7 @@ def bisect(
         BackendMissing: onnx, onnxruntime or the backend is not installed.
         PhregError: the graph does not name its blocks.
     """
+    from phreg_deploy.onnx_graph.external import fits, write_graph
     from phreg_deploy.onnx_graph.session import open_session
 
     feed = InputFeed(bundle)
@@ -89,8 +90,9 @@ def bisect(
     fp32 = open_session(_widened(model), literal=True)
     steps: dict[str, list[Step]] = {place: [] for place in places}
     with tempfile.TemporaryDirectory() as folder:
-        (Path(folder) / GRAPH).write_bytes(model.SerializeToString())
-        copy = Bundle(Path(folder), replace(bundle.manifest, files={}))
+        weights = None if fits(model) else WEIGHTS
+        write_graph(model, Path(folder) / GRAPH, weights, check=False)
+        copy = Bundle(Path(folder), replace(bundle.manifest, files={}, weights=weights))
         with _opened(copy, backend, options, settings or BuildSettings(), workspace) as run:
             for case in bundle.cases():
                 inputs = feed(case["image"])
@@ -136,11 +138,10 @@ def _compare(place: str, answer: np.ndarray, reference: np.ndarray) -> Step:
 
 def _probed(bundle: Bundle) -> tuple[Any, list[str]]:
     """The bundle's graph with the residual stream after each half-block as a float32 output, and the half-blocks."""
+    import onnx
     from onnx import TensorProto, helper
 
-    from phreg_deploy.onnx_graph.external import load_graph
-
-    model = load_graph(bundle.graph, "bisect")
+    model = onnx.load(bundle.graph)
     places = []
     for node in list(model.graph.node):
         match = HALF_BLOCK.match(node.name)

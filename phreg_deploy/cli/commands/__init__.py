@@ -18,6 +18,8 @@ VERBS = {
     "profile": _NOTHING,
     "extract": "Nothing was written to OUTPUT; run the command again.",
     "artifacts": _NOTHING,
+    "evaluate": "No report was written. Features that were computed stay in the cache; run the command again.",
+    "probe": _ATOMIC,
     "attach": _ATOMIC,
     "inspect": _NOTHING,
     "doctor": _NOTHING,
@@ -25,4 +27,4 @@ VERBS = {
 }
 
 # Verbs that stand in another folder of ``cli/``.
-FOLDERS = {"attach": "probing"}
+FOLDERS = {"attach": "probing", "evaluate": "probing", "probe": "probing"}

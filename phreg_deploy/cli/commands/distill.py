@@ -43,6 +43,11 @@ from phreg_deploy.cli.tables.distill import show_record
 @click.option("--average", type=float, help="Decay of a moving average of the weights, e.g. 0.99; by default none.")
 @readout_options("the recipe's")
 @click.option(
+    "--layers",
+    metavar="LIST",
+    help="Train further layers too, for heads that read them: 3,6,9,12, fractions 1/4,1/2,3/4,1, or all.",
+)
+@click.option(
     "--unlock", type=click.Choice(["all", "paper", "paper-clip"]), help="Weights that train; by default the recipe's."
 )
 @click.option(

@@ -1,1 +1,1 @@
-"""The verbs that train or read linear heads: ``evaluate`` and ``probe``."""
+"""The verbs of linear heads: ``evaluate``, ``probe`` and ``attach``."""

@@ -1,0 +1,1 @@
+"""Images, their truth, their split and their features."""
