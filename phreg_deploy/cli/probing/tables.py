@@ -46,9 +46,10 @@ def show_evaluation(evaluation: Evaluation, result: Result) -> None:
 def _say_conditions(evaluation: Evaluation, result: Result) -> None:
     few = evaluation.resampled == "images" and evaluation.val_groups < evaluation.val
     note = " With so few groups the intervals cover other images of the same groups alone." if few else ""
+    seeds = evaluation.settings["seeds"]
     result.say(
         f"Split {evaluation.split}. Intervals resample {evaluation.units} {evaluation.resampled} and the "
-        f"{evaluation.settings['seeds']} trainings.{note}"
+        f"{seeds} training{'s' * (seeds > 1)}.{note}"
     )
     if evaluation.outliers is not None and evaluation.task == "segmentation":
         result.say(f"The base model has {evaluation.outliers} outlier tokens on the images to read on.")
