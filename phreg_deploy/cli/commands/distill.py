@@ -28,8 +28,8 @@ from phreg_deploy.cli.tables.distill import show_record
     "--recipe",
     default="transplant",
     show_default=True,
-    help="transplant (moves register neurons, then trains all weights), random-registers (the same without the move, "
-    "as a control), ph-reg (the paper) or ph-reg-clip (the paper for CLIP).",
+    help="transplant (moves register neurons, then trains all weights), ph-reg (the paper), ph-reg-clip (the paper for "
+    "CLIP) or random-registers (transplant without the move, as a control).",
 )
 @click.option(
     "--registers", type=int, help="Register tokens to add: by default 4, in ph-reg 16; 0 adds none, as a control."
