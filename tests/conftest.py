@@ -9,6 +9,7 @@ import importlib
 import os
 import pickle
 import shutil
+import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -20,7 +21,7 @@ import pytest
 from filelock import FileLock
 from PIL import Image
 
-from tests.cli_helpers import invoke, photograph
+from tests.cli_helpers import ROOT, invoke, photograph
 
 os.environ.update(HF_HUB_OFFLINE="1", OMP_NUM_THREADS="1", COLUMNS="140")
 
@@ -34,6 +35,24 @@ def pytest_collection_finish():
     """Leave what is loaded by now out of every later garbage collection, which would walk through it in vain."""
     gc.collect()
     gc.freeze()
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_pyfunc_call(pyfuncitem):
+    """Run a test marked ``fresh_process`` in a new Python: a process that has trained cannot train in forked ones."""
+    if pyfuncitem.get_closest_marker("fresh_process") is None or "PHREG_FRESH_PROCESS" in os.environ:
+        return None
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST_")}
+    done = subprocess.run(
+        [sys.executable, "-m", "pytest", pyfuncitem.nodeid],
+        env={**environment, "PHREG_FRESH_PROCESS": "1"},
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stdout[-6000:]
+    return True
 
 
 @pytest.fixture(scope="session")

@@ -143,8 +143,8 @@ OTHERS = {
         ["got the URL https://example.org/a.jpg"],
     ),
     "extract: outputs unknown": (
-        lambda w: [*READERS["extract"](w, w.bundle), "--outputs", "features,depth"],
-        ["'features,depth'", "cls, token_norm"],
+        lambda w: [*READERS["extract"](w, w.bundle), "--outputs", "features,deep"],
+        ["'features,deep'", "cls, token_norm"],
     ),
     "extract: resume and force": (
         lambda w: [*READERS["extract"](w, w.bundle), "--resume", "--force"],

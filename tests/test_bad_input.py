@@ -65,7 +65,7 @@ OPTIONS = {
     "precision of training": (lambda w: distill(w, w.base, "--precision", "fp8"), ["'fp8'", "auto, fp32 or bf16"]),
     "recipe unknown": (
         lambda w: distill(w, w.base, "--recipe", "magic"),
-        ["'magic'", "transplant, random-registers or ph-reg"],
+        ["'magic'", "transplant, random-registers, ph-reg or ph-reg-clip"],
     ),
     "registers negative": (lambda w: distill(w, w.base, "--registers", "-1"), ["got -1", "0 to 64"]),
     "epochs negative": (lambda w: distill(w, w.base, "--epochs", "-1"), ["got -1", "at least 0"]),

@@ -221,7 +221,7 @@ def test_layers_and_attention_are_extracted_as_files(layered, photos, tmp_path):
     assert entry["features.4"].endswith(".features.4.npy")
     lacking = invoke("extract", layered, photos, "-o", tmp_path / "no", "--outputs", "features.3", "--json")
     lacking.refused(2, "this bundle has no features.3")
-    with pytest.raises(PhregError, match=r"or of a layer, such as features\.6"):
+    with pytest.raises(PhregError, match=r"of a layer \(features\.6\)"):
         parse_outputs("features.0")
 
 

@@ -92,7 +92,7 @@ def test_targets_of_several_devices_equal_those_of_one(dataset, monkeypatch, dev
     settings = {"views": 18, "seed": 1}
     model, models, real, advances = dataset.model, [], teacher.hooks.forward, []
     alone = list(Teacher(model, dataset.preprocess, **settings).targets(dataset.photographs))
-    monkeypatch.setattr(teacher.hooks, "forward", lambda model, images: models.append(id(model)) or real(model, images))
+    monkeypatch.setattr(teacher.hooks, "forward", lambda model, *args: models.append(id(model)) or real(model, *args))
     several = Teacher(model, dataset.preprocess, devices=devices, **settings)
     assert several.digest == Teacher(model, dataset.preprocess, **settings).digest
     together = list(several.targets(dataset.photographs, advances.append))

@@ -4,6 +4,8 @@ TensorRT for RTX 1.7 replaces TensorRT 11, on a machine without a GPU. The tests
 graph, and neither speed nor outputs.
 """
 
+import functools
+
 import onnx
 import pytest
 
@@ -24,30 +26,30 @@ def compiler():
     nvidia.shims(nvidia.NEWEST.partition(".")[0])
 
 
-CELLS = [(family, sizes, precision) for precision in PRECISIONS for family in FAMILIES for sizes in ("fixed", "range")]
+# By family, so that each of several workers traces families of its own.
+CELLS = [(family, sizes, precision) for family in FAMILIES for sizes in ("fixed", "range") for precision in PRECISIONS]
 
 
 @pytest.fixture(scope="module")
-def plans(request, tmp_path_factory):
-    """Build the plan of every selected cell: its graph, and the steps of its plan or an error."""
-    selected = [
-        item.callspec.params["cell"]
-        for item in request.session.items
-        if "cell" in getattr(getattr(item, "callspec", None), "params", {})
-    ]
-    results, written = {}, {}
-    for family, sizes, precision in dict.fromkeys((SAME.get(f, f), s, p) for f, s, p in selected):
-        here = graphs(family, sizes)
-        try:
-            graph = here.write(precision)
-            onnx.checker.check_model(graph)
-            written.setdefault(precision, {})[family, sizes, precision] = (graph, here.profiles)
-        except PhregError as error:
-            results[family, sizes, precision] = (None, error)
-    for precision, part in written.items():
-        built = build(part, tmp_path_factory.mktemp(precision))
-        results.update({cell: (part[cell][0], steps) for cell, steps in built.items()})
-    return results
+def plans_of(tmp_path_factory):
+    """Build the plans of a family for some sizes, in all precisions: precision -> its graph, and the plan's steps or an
+    error.
+    """
+
+    @functools.cache
+    def plans(family, sizes):
+        here, written, results = graphs(family, sizes), {}, {}
+        for precision in PRECISIONS:
+            try:
+                graph = here.write(precision)
+                onnx.checker.check_model(graph)
+                written[precision] = (graph, here.profiles)
+            except PhregError as error:
+                results[precision] = (None, error)
+        built = build(written, tmp_path_factory.mktemp("plans"))
+        return {**results, **{precision: (written[precision][0], steps) for precision, steps in built.items()}}
+
+    return plans
 
 
 def int8_layers(graph):
@@ -63,9 +65,9 @@ def int8_layers(graph):
 
 
 @pytest.mark.parametrize("cell", CELLS, ids="-".join)
-def test_the_plan_has_the_expected_kernels(plans, cell):
+def test_the_plan_has_the_expected_kernels(plans_of, cell):
     family, sizes, precision = cell
-    graph, steps = plans[SAME.get(family, family), sizes, precision]
+    graph, steps = plans_of(SAME.get(family, family), sizes)[precision]
     if isinstance(steps, PhregError):
         raise steps
     assert not isinstance(steps, str), steps

@@ -132,6 +132,10 @@ ARGUMENTS = {
     "calibrate": ["b", "--images", "i", "-o", "o"],
     "extract": ["b", "i", "-o", "o"],
     "artifacts": ["m", "--images", "i"],
+    "attach": ["b", "--head", "h", "-o", "o"],
+    "evaluate": ["m", "--images", "i", "--masks", "k"],
+    "probe": ["m", "--images", "i", "--masks", "k", "-o", "o"],
+    "watch": ["s", "b"],
     "doctor": [],
     "demo": [],
 }

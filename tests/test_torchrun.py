@@ -87,6 +87,7 @@ def test_torchrun_gives_the_student_of_one_process(alone, base, photos, tmp_path
 # --- the same code in forked processes
 
 
+@pytest.mark.fresh_process
 def test_weights_are_those_of_one_process(dataset, monkeypatch, tmp_path):
     """Seven images make batches of 5 and 2; of three processes, one has no image of the last batch."""
     use_gradient_descent(monkeypatch)
@@ -110,6 +111,7 @@ def test_weights_are_those_of_one_process(dataset, monkeypatch, tmp_path):
         whole.assert_close(other)
 
 
+@pytest.mark.fresh_process
 def test_quantised_training_in_processes(dataset, monkeypatch, tmp_path):
     use_gradient_descent(monkeypatch)
     recipe = replace(RECIPES["transplant"], batch=7, epochs=1, lr=0.5, lr_end=0.4, int8=True)
@@ -126,6 +128,7 @@ def test_quantised_training_in_processes(dataset, monkeypatch, tmp_path):
     whole.assert_close(replace(whole, student=mock.Mock(state_dict=lambda: state), losses=losses), within=1e-2)
 
 
+@pytest.mark.fresh_process
 def test_an_interrupted_run_is_resumed_by_two_processes(alone, base, photos, tmp_path):
     record, student = alone
     settings = {"cache": student.parent / "cache", **SETTINGS}

@@ -19,7 +19,7 @@ from phreg_deploy.distill.teacher import TargetCache
 
 # Batches per thread that are read ahead.
 AHEAD = 2
-# Threads beyond which reading was no faster; `python -m benchmarks.distill_size` measures it.
+# Most threads that read by default; `python -m benchmarks.distill_size` measures what they bring.
 MOST_WORKERS = 4
 
 
