@@ -18,6 +18,9 @@ EXPECTED = "expected numbers of blocks (3,6,9,12), fractions of the depth (1/4,1
 # The outputs of one layer, each followed by a dot and the layer's number.
 FEATURES, CLS, NORM = "features", "cls", "token_norm"
 ATTENTION = "attention"
+# The outputs of heads: logits, classes, depth; a dot and the head's name may follow.
+SEGMENTATION, LABELS, DEPTH = "segmentation", "labels", "depth"
+HEADS = (SEGMENTATION, LABELS, DEPTH)
 
 
 @dataclass(frozen=True)

@@ -8,13 +8,11 @@ import numpy as np
 
 from phreg_deploy.artifacts.measures import cosine, norm_outliers
 from phreg_deploy.errors import PhregError
-from phreg_deploy.layers import ATTENTION, kind_of
+from phreg_deploy.layers import ATTENTION, DEPTH, HEADS, SEGMENTATION, kind_of
 from phreg_deploy.spec import Stored
 
 # The kinds of outputs that are compared.
 OUTPUTS = ("features", "cls", "token_norm", ATTENTION)
-# The kinds of heads' outputs: logits, classes, depth.
-HEADS = ("segmentation", "labels", "depth")
 # At most so many patch tokens of an image take part in the search for nearest neighbours.
 NEIGHBOURS = 1024
 
@@ -161,10 +159,10 @@ def _changes(kind: str, got: np.ndarray, expected: np.ndarray) -> np.ndarray:
     """Return for each place 1 where the class differs, else 0; for depth the relative difference; float64, flat."""
     if got.shape != expected.shape:
         raise PhregError(f"parity: got {kind} of shape {got.shape}, expected {expected.shape}.")
-    if kind == "depth":
+    if kind == DEPTH:
         wanted = expected.astype(np.float64)
         return (np.abs(got - wanted) / np.maximum(np.abs(wanted), 1e-12)).reshape(-1)  # type: ignore[no-any-return]
-    classes = [value.argmax(-1) if kind == "segmentation" else value for value in (got, expected)]
+    classes = [value.argmax(-1) if kind == SEGMENTATION else value for value in (got, expected)]
     return (classes[0] != classes[1]).astype(np.float64).reshape(-1)  # type: ignore[no-any-return]
 
 

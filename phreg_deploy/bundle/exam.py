@@ -73,9 +73,9 @@ def _case(
                 _check_image(f"{case}/{name}", shape, dtype, manifest)
                 return
             expected = answer_shape(manifest, name, arrays["image"].shape)
-            whole = any(head.output == name and head.dtype == "uint8" for head in manifest.heads)
-            if shape != expected or dtype not in (("uint8",) if whole else ("float16", "float32")):
-                wanted = "uint8" if whole else "float32"
+            head = manifest.head(name)
+            wanted = "float32" if head is None else head.dtype
+            if shape != expected or dtype not in (("uint8",) if wanted == "uint8" else ("float16", "float32")):
                 raise ValueError(f"{case}/{name} is {dtype} {shape}, expected {wanted} {expected}")
 
         with archive.open(member) as file:
@@ -99,7 +99,7 @@ def answer_shape(manifest: Manifest, name: str, image: Sequence[int]) -> tuple[i
     """Return the shape of an output for images of shape ``(B, H, W, 3)``."""
     patch, channels = manifest.model.patch, manifest.channels(name)
     grid = (image[1] // patch[0], image[2] // patch[1])
-    head = next((head for head in manifest.heads if head.output == name), None)
+    head = manifest.head(name)
     if head is not None:
         return head.shape(image[0], grid, image[1:3])
     return {

@@ -8,10 +8,11 @@ from dataclasses import dataclass
 from typing import Any
 
 from phreg_deploy.errors import PhregError
+from phreg_deploy.layers import DEPTH, HEADS, LABELS, SEGMENTATION
 from phreg_deploy.spec import Stored
 
-SEGMENTATION, LABELS, DEPTH = "segmentation", "labels", "depth"
-KINDS = (SEGMENTATION, LABELS, DEPTH)
+# Beyond this the exponential leaves float32.
+LARGEST_EXPONENT = 80.0
 MOST_CLASSES = 256
 # A number names a layer.
 NAME = re.compile(r"[a-z][a-z0-9_-]{0,31}")
@@ -36,8 +37,8 @@ class ServedHead(Stored):
     ignore: int | None
 
     def __post_init__(self) -> None:
-        if self.kind not in KINDS:
-            raise PhregError(f"head: got the kind {self.kind!r}, expected {', '.join(KINDS[:-1])} or {KINDS[-1]}.")
+        if self.kind not in HEADS:
+            raise PhregError(f"head: got the kind {self.kind!r}, expected {', '.join(HEADS[:-1])} or {HEADS[-1]}.")
         if not isinstance(self.name, str) or (self.name and not NAME.fullmatch(self.name)):
             raise PhregError(
                 f"head: got the name {str(self.name)[:60]!r}, expected small letters, digits, _ and -, "

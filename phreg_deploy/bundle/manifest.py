@@ -62,6 +62,10 @@ class Manifest:
         fields = {key: value for key, value in vars(self).items() if key not in unused}
         return {"format": FORMAT, **plain(fields)}
 
+    def head(self, output: str) -> ServedHead | None:
+        """Return the head whose answers an output holds; None for other outputs."""
+        return next((head for head in self.heads if head.output == output), None)
+
     def channels(self, output: str) -> int:
         """Return the channels of ``features``, ``cls`` or those of a further layer; a projection changes the first two.
 

@@ -195,16 +195,16 @@ def _check_tensors(manifest: Manifest) -> None:
         shapes["rotary"] = [two, layers, heads, tokens, pairs]
     attention = manifest.model.class_token and manifest.readout.name == FINAL and ATTENTION in manifest.outputs
     outputs = set(output_names(manifest.model.class_token, manifest.layers, attention))
-    served = {head.output: head for head in manifest.heads}
     _check_heads(manifest)
-    outputs |= set(served)
+    outputs |= {head.output for head in manifest.heads}
     for key, described, names in (("inputs", manifest.inputs, inputs), ("outputs", manifest.outputs, outputs)):
         _expect(set(described) == names, key, sorted(described), ", ".join(sorted(names)))
         for name, tensor in described.items():
             dtypes: tuple[str, ...]
-            if name in served:
-                known = served[name].shape(batch, (rows, columns), (height, breadth))
-                shape, dtypes = [({s}, False) if isinstance(s, int) else s for s in known], (served[name].dtype,)
+            head = manifest.head(name)
+            if head is not None:
+                known = head.shape(batch, (rows, columns), (height, breadth))
+                shape, dtypes = [({s}, False) if isinstance(s, int) else s for s in known], (head.dtype,)
             else:
                 shape, dtypes = shapes[kind_of(name)], types[kind_of(name)]
                 if name != kind_of(name):

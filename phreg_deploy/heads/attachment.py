@@ -11,13 +11,14 @@ import numpy as np
 import onnx
 
 from phreg_deploy.bundle.bundle import Bundle
-from phreg_deploy.bundle.heads import DEPTH, LABELS, SEGMENTATION, ServedHead
+from phreg_deploy.bundle.heads import ServedHead
 from phreg_deploy.bundle.manifest import GRAPH, REFERENCE, Manifest
 from phreg_deploy.bundle.writing import write_manifest, write_npz, write_onnx_metadata
 from phreg_deploy.errors import PhregError
 from phreg_deploy.files.atomic import atomic_folder
 from phreg_deploy.heads.head import Head
 from phreg_deploy.heads.upsampling import upsample
+from phreg_deploy.layers import DEPTH, LABELS, SEGMENTATION
 from phreg_deploy.onnx_graph.heads import append_head
 
 

@@ -9,13 +9,14 @@ from typing import Any
 
 import numpy as np
 
+from phreg_deploy.bundle.heads import LARGEST_EXPONENT, MOST_CLASSES
 from phreg_deploy.errors import PhregError
 from phreg_deploy.heads.inputs import input_names, join_layers
 from phreg_deploy.heads.state_dict import EPS, linear_of
 from phreg_deploy.heads.storage import TENSORS, read_facts, read_tensors, write_head
 from phreg_deploy.heads.upsampling import upsample
+from phreg_deploy.layers import DEPTH, SEGMENTATION
 
-SEGMENTATION, DEPTH = "segmentation", "depth"
 TASKS = (SEGMENTATION, DEPTH)
 Colour = tuple[int, int, int]
 
@@ -107,8 +108,8 @@ class Head:
             return logits.argmax(-1).astype(np.uint8)
         low, high = self.depth_range or (0.0, np.inf)
         if self.bins is None:
-            # Beyond this the exponential leaves float32.
-            return np.clip(np.exp(np.clip(logits[..., 0], -80, 80)), low, high).astype(np.float32)
+            bounded = np.clip(logits[..., 0], -LARGEST_EXPONENT, LARGEST_EXPONENT)
+            return np.clip(np.exp(bounded), low, high).astype(np.float32)
         share = np.exp(logits - logits.max(-1, keepdims=True))
         depth = share @ np.asarray(self.bins, np.float32) / share.sum(-1)
         return np.clip(depth, low, high).astype(np.float32)
@@ -171,8 +172,8 @@ def _check_classes(head: Head) -> None:
     outputs, names = len(head.weight), head.classes
     if len(names) != outputs or not all(isinstance(name, str) for name in names):
         raise PhregError(f"head: got {len(names)} names of classes for {outputs} outputs, expected one for each.")
-    if outputs > 256:
-        raise PhregError(f"head: got {outputs} classes, expected at most 256, since masks have 8 bits.")
+    if outputs > MOST_CLASSES:
+        raise PhregError(f"head: got {outputs} classes, expected at most {MOST_CLASSES}, since masks have 8 bits.")
     if head.bins is not None or head.depth_range is not None:
         raise PhregError("head: bins and depth_range go with the task depth.")
     if head.ignore is not None and not (type(head.ignore) is int and 0 <= head.ignore <= 255):

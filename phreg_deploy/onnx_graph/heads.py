@@ -8,10 +8,8 @@ from typing import Any
 import numpy as np
 from onnx import ModelProto, TensorProto, helper, numpy_helper
 
-from phreg_deploy.bundle.heads import DEPTH, LABELS, ServedHead
-
-# Beyond this the exponential leaves float32.
-LARGEST_EXPONENT = 80.0
+from phreg_deploy.bundle.heads import LARGEST_EXPONENT, ServedHead
+from phreg_deploy.layers import DEPTH, LABELS
 
 
 def append_head(

@@ -9,7 +9,8 @@ from typing import TypeVar
 import numpy as np
 
 from phreg_deploy.artifacts.measures import OUTLIER_FACTOR
-from phreg_deploy.bundle.heads import DEPTH, LABELS, SEGMENTATION, ServedHead
+from phreg_deploy.bundle.heads import ServedHead
+from phreg_deploy.layers import DEPTH, LABELS, SEGMENTATION
 
 # The outputs of a layer, in the order of the fields.
 KINDS = ("features", "cls", "token_norm")

@@ -12,13 +12,13 @@ from pathlib import Path
 from typing import Any
 
 from phreg_deploy.arguments import refuse_url
-from phreg_deploy.bundle.heads import KINDS, LABELS, NAME, SEGMENTATION
+from phreg_deploy.bundle.heads import NAME
 from phreg_deploy.errors import Interrupted, PhregError
 from phreg_deploy.files.atomic import atomic_folder
 from phreg_deploy.images.fitting import check_fit
 from phreg_deploy.images.intake import rgb
 from phreg_deploy.images.photographs import list_images
-from phreg_deploy.layers import ATTENTION
+from phreg_deploy.layers import ATTENTION, HEADS, LABELS, SEGMENTATION
 from phreg_deploy.progress import SILENT, Progress
 from phreg_deploy.runtime.dense_features import DenseFeatures
 from phreg_deploy.runtime.feature_files import MASK, ExtractedImage, FeatureWriter, file_name, file_names, stamp_of
@@ -85,11 +85,11 @@ def parse_outputs(text: str) -> tuple[str, ...]:
     """
     names = tuple(dict.fromkeys(part.strip() for part in text.split(",")))
     layer = rf"({'|'.join(OUTPUTS)})\.[1-9]\d{{0,5}}"
-    head = rf"({'|'.join(KINDS)})(\.{NAME.pattern})?"
+    head = rf"({'|'.join(HEADS)})(\.{NAME.pattern})?"
     known = [name for name in names if name in (*OUTPUTS, ATTENTION, MASK) or re.fullmatch(f"{layer}|{head}", name)]
     if len(known) < len(names):
         expected = (
-            f"{', '.join(OUTPUTS)}, {ATTENTION}, {MASK}, of a layer (features.6), or of a head ({', '.join(KINDS)})"
+            f"{', '.join(OUTPUTS)}, {ATTENTION}, {MASK}, of a layer (features.6), or of a head ({', '.join(HEADS)})"
         )
         raise PhregError(f"outputs: got {text!r}, expected one or more of {expected}, with commas between.")
     return names

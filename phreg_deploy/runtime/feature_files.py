@@ -11,10 +11,9 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from phreg_deploy.bundle.heads import LABELS
 from phreg_deploy.errors import PhregError
 from phreg_deploy.images.pictures import colours, components, heat, sheet
-from phreg_deploy.layers import kind_of
+from phreg_deploy.layers import LABELS, kind_of
 from phreg_deploy.runtime.dense_features import DenseFeatures
 
 # The name of the mask among the outputs; it is none of the graph's.
