@@ -64,8 +64,14 @@ def by_pytorch(features, head, size=None):
 def test_logits_and_labels_equal_pytorch(ranging, street, frames, tmp_path, backend, enlarged):
     pytest.importorskip(backend.partition("-")[0])
     both = {"logits": street, "classes": street}
-    attach(ranging, {"logits": street}, tmp_path / "logits", upsample=enlarged)
-    attach(tmp_path / "logits", {"classes": street}, tmp_path / "both", upsample=enlarged, labels=True)
+    attach(ranging, {"logits": street}, tmp_path / "logits", upsample="bilinear" if enlarged else None)
+    attach(
+        tmp_path / "logits",
+        {"classes": street},
+        tmp_path / "both",
+        upsample="bilinear" if enlarged else None,
+        labels=True,
+    )
     bundle = Bundle.read(tmp_path / "both")
     assert [head.output for head in bundle.manifest.heads] == ["segmentation.logits", "labels.classes"]
     assert len(both) == len(bundle.manifest.heads)
@@ -88,7 +94,7 @@ def test_logits_and_labels_equal_pytorch(ranging, street, frames, tmp_path, back
 def test_depth_equals_the_heads_own(ranging, frames, tmp_path, bins, enlarged):
     depth = head(1 if bins is None else 9, task="depth", bins=bins, depth_range=(1.0, 30.0), seed=3)
     depth = replace(depth, weight=depth.weight * 0.2)
-    attach(ranging, {"": depth}, tmp_path / "depth", upsample=enlarged)
+    attach(ranging, {"": depth}, tmp_path / "depth", upsample="bilinear" if enlarged else None)
     with FeatureExtractor.load(tmp_path / "depth", "onnxruntime-cpu") as extractor:
         dense = extractor.dense(frames)
     expected = depth.labels(dense.features, (80, 64) if enlarged else None)
@@ -97,6 +103,71 @@ def test_depth_equals_the_heads_own(ranging, frames, tmp_path, bins, enlarged):
     assert 1 <= dense.depth.min() < dense.depth.max() <= 30
     assert dense.segmentation is None
     assert dense.labels is None
+
+
+def by_loops(logits, image, stride, patch=8):
+    """Joint bilateral upsampling of one image, written as loops over answers and patches, in float64."""
+    rows, columns, count = logits.shape
+    cells = patch // stride
+    pixels = image.astype(np.float64)
+    mean = pixels.reshape(rows, patch, columns, patch, 3).mean((1, 3))
+    out = np.zeros((rows * cells, columns * cells, count))
+    for y in range(rows * cells):
+        for x in range(columns * cells):
+            colour = pixels[y * stride : (y + 1) * stride, x * stride : (x + 1) * stride].mean((0, 1))
+            total = 0.0
+            for j in (-1, 0, 1):
+                for i in (-1, 0, 1):
+                    row, column = y // cells + j, x // cells + i
+                    far = ((y + 0.5) / cells - row - 0.5) ** 2 + ((x + 0.5) / cells - column - 0.5) ** 2
+                    at = min(max(row, 0), rows - 1), min(max(column, 0), columns - 1)
+                    weight = np.exp(-far / (2 * 0.5**2) - ((colour - mean[at]) ** 2).sum() / (2 * 25.5**2))
+                    out[y, x] += weight * logits[at]
+                    total += weight
+            out[y, x] /= total
+    return out
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("stride", [1, 4])
+def test_joint_bilateral_logits_equal_loops(ranging, street, frames, tmp_path, backend, stride):
+    pytest.importorskip(backend.partition("-")[0])
+    attach(ranging, {"": street}, tmp_path / "fine", upsample="joint-bilateral", stride=stride)
+    # Smooth colours, so that several patches count for a place.
+    soft = (100 + frames // 8).astype(np.uint8)
+    with FeatureExtractor.load(tmp_path / "fine", backend, compute="fp32") as extractor:
+        dense = extractor.dense(soft)
+    logits = street.logits(dense.features)
+    expected = np.stack([by_loops(one, image, stride) for one, image in zip(logits, soft)])
+    assert dense.segmentation.shape == (2, 80 // stride, 64 // stride, 5)
+    np.testing.assert_allclose(dense.segmentation, expected, rtol=1e-3, atol=1e-3 * np.abs(expected).max())
+    assert dense.labels.shape == (2, 80 // stride, 64 // stride)
+
+
+def test_strides_and_methods_that_do_not_fit_are_refused(bundle, street, tmp_path):
+    refused = [
+        ({"upsample": "nearest"}, "upsample: got 'nearest', expected bilinear or joint-bilateral"),
+        ({"stride": 4}, "stride: got 4 without upsampling"),
+        ({"upsample": "bilinear", "stride": 0}, "stride: got 0, expected the pixels"),
+        (
+            {"upsample": "bilinear", "stride": 3},
+            "got the stride 3, expected one that divides the patch, 8x8: 1, 2, 4, 8",
+        ),
+    ]
+    for options, message in refused:
+        with pytest.raises(PhregError, match=message):
+            attach(bundle, {"": street}, tmp_path / "out", **options)
+    assert not (tmp_path / "out").exists()
+
+
+def test_manifests_from_before_strides_are_read(bundle, street, tmp_path):
+    document = attach(bundle, {"": street}, tmp_path / "street", upsample="bilinear").manifest.to_json()
+    new = ServedHead.from_json(document["heads"][0])
+    own = {k: v for k, v in document["heads"][0].items() if k not in ("upsampling", "stride")}
+    assert ServedHead.from_json({**own, "upsampled": True}) == new
+    assert ServedHead.from_json({**own, "upsampled": False}) == replace(new, upsampling=None, stride=None)
+    with pytest.raises(PhregError):
+        ServedHead.from_json({**own, "upsampled": 1})
 
 
 def test_a_head_reads_several_layers(ranging, frames, tmp_path):
@@ -136,8 +207,8 @@ def test_a_wrong_head_fails_the_exam(bundle, street, tmp_path, labels):
 
 def test_eight_bits_take_a_head_as_float_does(bundle, street, photos, tmp_path):
     calibrate(bundle, photos, tmp_path / "int8", cosine_p1=0.9)
-    attach(bundle, {"": street}, tmp_path / "float", upsample=True)
-    eight = attach(tmp_path / "int8", {"": street}, tmp_path / "eight", upsample=True)
+    attach(bundle, {"": street}, tmp_path / "float", upsample="bilinear")
+    eight = attach(tmp_path / "int8", {"": street}, tmp_path / "eight", upsample="bilinear")
     assert eight.manifest.precision == "int8"
     weights = {i.name: i.data_type for i in onnx.load(eight.graph).graph.initializer}
     assert weights["head.segmentation.weight"] == onnx.TensorProto.FLOAT
@@ -152,14 +223,15 @@ def test_eight_bits_take_a_head_as_float_does(bundle, street, photos, tmp_path):
 
 
 def test_the_manifest_describes_the_heads(bundle, street, tmp_path):
-    attach(bundle, {"": street}, tmp_path / "street", labels=True, upsample=True)
+    attach(bundle, {"": street}, tmp_path / "street", labels=True, upsample="bilinear")
     document = json.loads((tmp_path / "street" / "manifest.json").read_text())
     assert document["outputs"]["labels"] == {"dtype": "uint8", "shape": [1, 64, 64]}
     assert document["heads"] == [
         {
             "name": "",
             "kind": "labels",
-            "upsampled": True,
+            "upsampling": "bilinear",
+            "stride": 1,
             "layers": None,
             "classes": list(NAMES),
             "colours": [list(colour) for colour in COLOURS],
@@ -174,8 +246,10 @@ def test_the_manifest_describes_the_heads(bundle, street, tmp_path):
         {"classes": []},
         {"colours": [[1, 2]]},
         {"layers": [3]},
-        {"upsampled": False},
-        {"upsampled": 1},
+        {"upsampling": None},
+        {"upsampling": "nearest"},
+        {"stride": 3},
+        {"stride": "1"},
         {"ignore": 300},
     ]
     for change in changes:

@@ -8,7 +8,7 @@ import pytest
 
 from phreg_deploy.errors import PhregError
 from phreg_deploy.heads import Head
-from phreg_deploy.heads.upsampling import upsample
+from phreg_deploy.images.upsampling import upsample
 
 RNG = np.random.default_rng(0)
 FEATURES = RNG.normal(size=(2, 3, 4, 6)).astype(np.float32)

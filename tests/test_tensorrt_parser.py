@@ -6,12 +6,15 @@ graph, and neither speed nor outputs.
 
 import functools
 
+import numpy as np
 import onnx
 import pytest
 
+from phreg_deploy.bundle.heads import ServedHead
 from phreg_deploy.errors import PhregError
 from phreg_deploy.export.engine.inspection import take_census
 from phreg_deploy.layers import Layers
+from phreg_deploy.onnx_graph.heads import append_head
 from phreg_deploy.readout import Readout
 from tests import nvidia
 from tests.small_models import FAMILIES
@@ -108,6 +111,23 @@ def describe_layers(steps):
         }
 
     return [layer(step) for step in steps]
+
+
+@pytest.mark.parametrize("sizes", ["fixed", "range"])
+def test_heads_are_built_and_read_every_layer_as_before(sizes, tmp_path):
+    here = graphs("augreg", sizes)
+    graph = here.write("fp16")
+    rng = np.random.default_rng(0)
+    patch = (here.patch, here.patch)
+    for kind, method, stride in (("labels", "joint-bilateral", here.patch // 2), ("segmentation", "bilinear", 1)):
+        served = ServedHead("", kind, method, stride, None, ("a", "b", "c"), None, None)
+        weight = rng.standard_normal((3, WIDTH)).astype(np.float32)
+        append_head(graph, served, weight, np.zeros(3, np.float32), inputs=("features",), patch=patch)
+    onnx.checker.check_model(graph)
+    steps = steps_of(graph, here, tmp_path)
+    assert not isinstance(steps, str), steps
+    census = nvidia.census(steps)
+    assert census.fused_attention == len(here.profiles) * DEPTH
 
 
 @pytest.mark.parametrize("family", ["augreg", "dinov2-giant", "eva02", "eva02-base"])

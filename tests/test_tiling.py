@@ -179,9 +179,9 @@ def test_heads_on_pixels_and_patches_are_those_of_the_whole_image(pixels):
     """The heads of this model answer with the image itself, so windows must give it back."""
     image = np.asarray(photograph(8, pixels[1], pixels[0]))
     heads = (
-        ServedHead("", "depth", True, None, (), None, None),
-        ServedHead("", "labels", True, None, ("a",), None, None),
-        ServedHead("coarse", "segmentation", False, None, ("a", "b", "c"), None, None),
+        ServedHead("", "depth", "bilinear", 1, None, (), None, None),
+        ServedHead("", "labels", "bilinear", 1, None, ("a",), None, None),
+        ServedHead("coarse", "segmentation", None, None, None, ("a", "b", "c"), None, None),
     )
 
     def dense(batch):

@@ -79,6 +79,7 @@ class Graphs:
         model = add_registers(small(family, depth=depth, width=width, heads=heads, side=side), 4)
         model = with_readout(model, readout)
         (patch, _), native = model.patch_embed.patch_size, tuple(model.patch_embed.img_size)
+        self.patch = patch
         ranging = sizes == "range"
         served = (
             Sizes.parse(f"{(side - 2) * patch}:{side * patch}:{(side + 2) * patch}", (patch, patch))

@@ -101,7 +101,7 @@ def answer_shape(manifest: Manifest, name: str, image: Sequence[int]) -> tuple[i
     grid = (image[1] // patch[0], image[2] // patch[1])
     head = manifest.head(name)
     if head is not None:
-        return head.shape(image[0], grid, image[1:3])
+        return head.shape(image[0], [side * cells for side, cells in zip(grid, head.cells(patch))])
     return {
         "features": (image[0], *grid, channels),
         "token_norm": (image[0], *grid),

@@ -14,6 +14,9 @@ from phreg_deploy.spec import Stored
 # Beyond this the exponential leaves float32.
 LARGEST_EXPONENT = 80.0
 MOST_CLASSES = 256
+# How ``attach --upsample`` enlarges a map.
+BILINEAR, JOINT_BILATERAL = "bilinear", "joint-bilateral"
+UPSAMPLING = (BILINEAR, JOINT_BILATERAL)
 # A number names a layer.
 NAME = re.compile(r"[a-z][a-z0-9_-]{0,31}")
 
@@ -23,14 +26,16 @@ class ServedHead(Stored):
     """A linear head whose result is an output of the graph.
 
     ``kind``: "segmentation" (logits float32 ``(B, Hp, Wp, K)``), "labels" (uint8 ``(B, Hp, Wp)``) or "depth" (float32
-    ``(B, Hp, Wp)``); with ``upsampled``, on the pixels (H, W) of the input. ``name``: "" for the only head of a kind.
+    ``(B, Hp, Wp)``). ``name``: "" for the only head of a kind. ``upsampling``: None for one answer per patch; with a
+    method of ``UPSAMPLING`` there is one for every ``stride`` pixels of the input, ``(H / stride, W / stride)``.
     ``layers``: that it reads, None for the last. ``classes``, ``colours`` (8-bit RGB), ``ignore``: as of
     ``heads.Head``; without classes for depth.
     """
 
     name: str
     kind: str
-    upsampled: bool
+    upsampling: str | None
+    stride: int | None
     layers: tuple[int, ...] | None
     classes: tuple[str, ...]
     colours: tuple[tuple[int, int, int], ...] | None
@@ -44,6 +49,9 @@ class ServedHead(Stored):
                 f"head: got the name {str(self.name)[:60]!r}, expected small letters, digits, _ and -, "
                 "and a letter first."
             )
+        check_upsampling(self.upsampling, 1 if self.stride is None else self.stride)
+        if (self.upsampling is None) != (self.stride is None):
+            raise PhregError(f"head: got {self.upsampling} upsampling and the stride {self.stride}, expected both.")
         count = len(self.classes)
         if (count == 0) != (self.kind == DEPTH) or count > MOST_CLASSES:
             raise PhregError(
@@ -61,26 +69,57 @@ class ServedHead(Stored):
     def dtype(self) -> str:
         return "uint8" if self.kind == LABELS else "float32"
 
-    def shape(self, batch: Any, grid: Sequence[Any], pixels: Sequence[Any]) -> tuple[Any, ...]:
-        """Return the output's shape for a batch of images of ``pixels`` (H, W) with a patch ``grid`` (Hp, Wp)."""
+    def cells(self, patch: Sequence[int]) -> tuple[int, int]:
+        """Return how many answers (down, across) a patch of (height, width) pixels has.
+
+        Raises:
+            PhregError: the stride does not divide the patch.
+        """
+        if self.stride is None:
+            return 1, 1
+        if any(side % self.stride for side in patch):
+            fits = [str(n) for n in range(1, min(patch) + 1) if not any(side % n for side in patch)]
+            raise PhregError(
+                f"head: got the stride {self.stride}, expected one that divides the patch, {patch[0]}x{patch[1]}: "
+                f"{', '.join(fits)}."
+            )
+        return patch[0] // self.stride, patch[1] // self.stride
+
+    def shape(self, batch: Any, places: Sequence[Any]) -> tuple[Any, ...]:
+        """Return the output's shape for a batch of images with answers at so many ``places`` (down, across)."""
         channels = (len(self.classes),) if self.kind == SEGMENTATION else ()
-        return (batch, *(pixels if self.upsampled else grid), *channels)
+        return (batch, *places, *channels)
 
     @classmethod
     def from_json(cls, data: dict[str, Any]) -> ServedHead:
         """Build it from JSON. Raises ``PhregError`` for unknown keys, wrong types and impossible values."""
         raw = dict(data) if isinstance(data, dict) else data
         if isinstance(raw, dict):
+            if "upsampled" in raw:
+                # Older than other strides and methods.
+                old = raw.pop("upsampled")
+                raw |= {"upsampling": {True: BILINEAR, False: None}.get(old, old), "stride": 1 if old is True else None}
             colours, layers, classes = raw.get("colours"), raw.get("layers"), raw.get("classes")
             fits = isinstance(classes, (list, tuple)) and all(isinstance(name, str) for name in classes)
             fits = fits and (layers is None or _numbers(layers, 1, 1 << 20))
             fits = fits and (colours is None or (isinstance(colours, (list, tuple)) and all(map(_colour, colours))))
-            fits = fits and isinstance(raw.get("upsampled"), bool) and isinstance(raw.get("kind"), str)
+            fits = fits and isinstance(raw.get("upsampling"), (str, type(None))) and isinstance(raw.get("kind"), str)
+            fits = fits and (raw.get("stride") is None or _numbers([raw["stride"]], 1, 1 << 20))
             fits = fits and (raw.get("ignore") is None or _numbers([raw["ignore"]], 0, 255))
             if not fits:
                 raise PhregError(f"manifest: got the head {str(data)[:80]}, expected another one; it is damaged.")
             raw["colours"] = None if colours is None else tuple(tuple(colour) for colour in colours)
         return super().from_json(raw)
+
+
+def check_upsampling(method: str | None, stride: int) -> None:
+    """Raise ``PhregError`` for a method that is not known, or a stride without one."""
+    if method not in (None, *UPSAMPLING):
+        raise PhregError(f"upsample: got {method!r}, expected {' or '.join(UPSAMPLING)}.")
+    if type(stride) is not int or stride < 1:
+        raise PhregError(f"stride: got {stride!r}, expected the pixels of the input per answer, e.g. 4.")
+    if method is None and stride != 1:
+        raise PhregError(f"stride: got {stride} without upsampling; expected both: --upsample bilinear --stride 4.")
 
 
 def _numbers(values: Any, least: int, most: int) -> bool:

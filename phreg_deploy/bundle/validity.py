@@ -203,7 +203,8 @@ def _check_tensors(manifest: Manifest) -> None:
             dtypes: tuple[str, ...]
             head = manifest.head(name)
             if head is not None:
-                known = head.shape(batch, (rows, columns), (height, breadth))
+                finer = zip((rows, columns), head.cells(patch))
+                known = head.shape(batch, [({side * cells for side in sides}, free) for (sides, _), cells in finer])
                 shape, dtypes = [({s}, False) if isinstance(s, int) else s for s in known], (head.dtype,)
             else:
                 shape, dtypes = shapes[kind_of(name)], types[kind_of(name)]

@@ -16,10 +16,10 @@ from phreg_deploy.evaluation.data.truth import VOID, Depths, Masks, Truth, score
 from phreg_deploy.evaluation.report import Evaluation
 from phreg_deploy.files.atomic import atomic_folder
 from phreg_deploy.heads.head import Head
-from phreg_deploy.heads.upsampling import upsample
 from phreg_deploy.images.decoding import read_image
 from phreg_deploy.images.photographs import fit
 from phreg_deploy.images.pictures import heat
+from phreg_deploy.images.upsampling import upsample
 
 # Images in a report, evenly spaced over those that were read on.
 MOST = 8

@@ -16,7 +16,7 @@ from phreg_deploy.evaluation.data.store import FeatureStore
 from phreg_deploy.evaluation.data.truth import Depths, Masks, Truth, scored
 from phreg_deploy.evaluation.scores import ClassParts, DepthParts, Parts, class_row, depth_row
 from phreg_deploy.heads.head import Head
-from phreg_deploy.heads.upsampling import upsample
+from phreg_deploy.images.upsampling import upsample
 
 
 @dataclass(frozen=True)

@@ -19,7 +19,8 @@ def attach(
     heads: Mapping[str, Path | str | Head],
     output: Path | str,
     *,
-    upsample: bool = False,
+    upsample: str | None = None,
+    stride: int = 1,
     labels: bool = False,
     force: bool = False,
 ) -> Bundle:
@@ -32,7 +33,9 @@ def attach(
         bundle: of any precision. heads: name -> head, or the path of one; the name "" is for the only head of a kind,
             whose output is ``segmentation``, ``labels`` or ``depth``; others are e.g. ``labels.street``.
         output: the folder to write. It holds no engines.
-        upsample: enlarge the logits to the pixels of the input, bilinearly.
+        upsample: enlarge the logits: "bilinear", or "joint-bilateral", which follows the image's colours (Kopf et al.
+            2007); None gives one answer per patch.
+        stride: with ``upsample``, the pixels of the input per answer; it divides the patch.
         labels: serve the class of each place, uint8, in place of the logits.
         force: replace an output that exists.
 
@@ -42,12 +45,14 @@ def attach(
             output that exists.
     """
     from phreg_deploy.bundle.bundle import Bundle
+    from phreg_deploy.bundle.heads import check_upsampling
     from phreg_deploy.errors import PhregError
     from phreg_deploy.extras import require
     from phreg_deploy.files.atomic import check_target
 
     if not heads:
         raise PhregError("attach: got no head, expected at least one.")
+    check_upsampling(upsample, stride)
     paths = [Path(head) for head in heads.values() if not isinstance(head, Head)]
     check_target(Path(output), force, [Path(bundle), *paths])
     opened = Bundle.read(bundle)
@@ -55,4 +60,4 @@ def attach(
     read = {name: head if isinstance(head, Head) else Head.read(head) for name, head in heads.items()}
     from phreg_deploy.heads.attachment import attach_heads
 
-    return attach_heads(opened, read, Path(output), upsample=upsample, labels=labels, force=force)
+    return attach_heads(opened, read, Path(output), upsample=upsample, stride=stride, labels=labels, force=force)

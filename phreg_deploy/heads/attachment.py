@@ -11,24 +11,31 @@ import numpy as np
 import onnx
 
 from phreg_deploy.bundle.bundle import Bundle
-from phreg_deploy.bundle.heads import ServedHead
+from phreg_deploy.bundle.heads import JOINT_BILATERAL, ServedHead
 from phreg_deploy.bundle.manifest import GRAPH, REFERENCE, Manifest
 from phreg_deploy.bundle.writing import write_manifest, write_npz, write_onnx_metadata
 from phreg_deploy.errors import PhregError
 from phreg_deploy.files.atomic import atomic_folder
 from phreg_deploy.heads.head import Head
-from phreg_deploy.heads.upsampling import upsample
+from phreg_deploy.images.upsampling import joint_bilateral, upsample
 from phreg_deploy.layers import DEPTH, LABELS, SEGMENTATION
 from phreg_deploy.onnx_graph.heads import append_head
 
 
 def attach_heads(
-    bundle: Bundle, heads: Mapping[str, Head], output: Path, *, upsample: bool, labels: bool, force: bool
+    bundle: Bundle,
+    heads: Mapping[str, Head],
+    output: Path,
+    *,
+    upsample: str | None,
+    stride: int,
+    labels: bool,
+    force: bool,
 ) -> Bundle:
     """Write the bundle with heads; arguments and errors as of ``phreg_deploy.heads.attach``."""
     bundle.verify()
     manifest = bundle.manifest
-    served = [_serve(name, head, upsample, labels) for name, head in heads.items()]
+    served = [_serve(name, head, upsample, stride, labels) for name, head in heads.items()]
     for spec, head in zip(served, heads.values()):
         _check(manifest, spec, head)
     taken = [spec.output for spec in (*manifest.heads, *served)]
@@ -75,13 +82,16 @@ def attach_heads(
     return Bundle.read(output)
 
 
-def _serve(name: str, head: Head, enlarge: bool, labels: bool) -> ServedHead:
+def _serve(name: str, head: Head, upsample: str | None, stride: int, labels: bool) -> ServedHead:
     kind = DEPTH if head.task == DEPTH else LABELS if labels else SEGMENTATION
-    return ServedHead(name, kind, enlarge, head.layers, head.classes, head.colours, head.ignore)
+    return ServedHead(
+        name, kind, upsample, stride if upsample else None, head.layers, head.classes, head.colours, head.ignore
+    )
 
 
 def _check(manifest: Manifest, served: ServedHead, head: Head) -> None:
     """Raise ``PhregError`` unless the bundle serves what the head reads."""
+    served.cells(manifest.model.patch)
     missing = [name for name in head.inputs if name not in manifest.outputs]
     if missing:
         layers = ",".join(str(layer) for layer in head.layers or ())
@@ -103,8 +113,14 @@ def _exam(bundle: Bundle, heads: list[tuple[ServedHead, Head]]) -> dict[str, np.
         floats = {name: value.astype(np.float32) for name, value in arrays.items() if name != "image"}
         for spec, head in heads:
             logits = head.logits(head.select(floats))
-            if spec.upsampled:
-                logits = upsample(logits, arrays["image"].shape[1:3])
+            if spec.stride is not None:
+                logits = _enlarged(spec.upsampling, logits, arrays["image"], spec.stride)
             arrays[spec.output] = logits if spec.kind == SEGMENTATION else head.decide(logits)
         exam.update({f"{case}/{name}": value for name, value in arrays.items()})
     return exam
+
+
+def _enlarged(method: str | None, logits: np.ndarray, image: np.ndarray, stride: int) -> np.ndarray:
+    if method == JOINT_BILATERAL:
+        return joint_bilateral(logits, image, stride)
+    return upsample(logits, (image.shape[1] // stride, image.shape[2] // stride))

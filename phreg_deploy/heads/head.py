@@ -14,7 +14,7 @@ from phreg_deploy.errors import PhregError
 from phreg_deploy.heads.inputs import input_names, join_layers
 from phreg_deploy.heads.state_dict import EPS, linear_of
 from phreg_deploy.heads.storage import TENSORS, read_facts, read_tensors, write_head
-from phreg_deploy.heads.upsampling import upsample
+from phreg_deploy.images.upsampling import upsample
 from phreg_deploy.layers import DEPTH, SEGMENTATION
 
 TASKS = (SEGMENTATION, DEPTH)

@@ -9,7 +9,8 @@ import numpy as np
 from onnx import ModelProto, TensorProto, helper, numpy_helper
 
 from phreg_deploy.bundle.heads import LARGEST_EXPONENT, ServedHead
-from phreg_deploy.layers import DEPTH, LABELS
+from phreg_deploy.layers import DEPTH, LABELS, SEGMENTATION
+from phreg_deploy.onnx_graph.upsampling import Upsampler
 
 
 def append_head(
@@ -28,9 +29,10 @@ def append_head(
     Args:
         weight: float32 ``(K, C)``. bias: float32 ``(K,)``.
         inputs: outputs of the graph that are joined along C, float32 or float16 ``(B, Hp, Wp, .)``.
-        patch: (height, width) in pixels, the factors by which ``upsampled`` enlarges.
+        patch: (height, width) in pixels.
         bins, depth_range: as of ``heads.Head``.
     """
+    cells = served.cells(patch)
     graph, prefix = model.graph, f"head.{served.output}"
     kinds = {value.name: value.type.tensor_type.elem_type for value in graph.output}
     shapes = {value.name: value.type.tensor_type.shape for value in graph.output}
@@ -53,41 +55,45 @@ def append_head(
     x = parts[0] if len(parts) == 1 else node("Concat", "joined", *parts, axis=-1)
     x = node("MatMul", "product", x, constant("weight", weight.T.astype(np.float32)))
     x = node("Add", "logits", x, constant("bias", bias.astype(np.float32)))
-    # Resize and the choice of a class work on (B, K, Hp, Wp).
-    if served.upsampled:
-        x = node("Transpose", "channels_first", x, perm=[0, 3, 1, 2])
-        scales = constant("scales", np.array([1, 1, *patch], np.float32))
-        x = node("Resize", "pixels", x, "", scales, mode="linear", coordinate_transformation_mode="half_pixel")
-    axis = 1 if served.upsampled else 3
+    upsampler = None if served.upsampling is None else Upsampler(node, constant, served.upsampling, patch, cells)
+    if upsampler is not None:
+        x = upsampler.enlarge(x, "image", len(weight))
     if served.kind == LABELS:
-        x = node("ArgMax", "largest", x, axis=axis, keepdims=0)
-        x = node("Cast", "labels", x, to=TensorProto.UINT8)
+        x = node("ArgMax", "largest", x, axis=-1, keepdims=1)
     elif served.kind == DEPTH:
-        x = _depth(node, constant, x, axis, bins)
+        x = _depth(node, constant, x, bins)
         if depth_range is not None:
             low, high = (constant(name, np.float32(value)) for name, value in zip(("low", "high"), depth_range))
             x = node("Clip", "clipped", x, low, high)
-    elif served.upsampled:
-        x = node("Transpose", "channels_last", x, perm=[0, 2, 3, 1])
-    graph.node.append(helper.make_node("Identity", [x], [served.output], name=f"{prefix}/Identity"))
+    if upsampler is not None:
+        x = upsampler.arrange("pixels", x, len(weight) if served.kind == SEGMENTATION else 1)
+    if served.kind != SEGMENTATION:
+        x = node("Squeeze", "map", x, constant("last_axis", np.array([3], np.int64)))
+    if served.kind == LABELS:
+        x = node("Cast", "labels", x, to=TensorProto.UINT8)
+    # TensorRT takes 8-bit classes as an output of the graph alone, not between two nodes.
+    graph.node[-1].output[0] = served.output
     sides = [side.dim_value or side.dim_param for side in shapes[inputs[0]].dim]
-    image = next(value for value in graph.input if value.name == "image").type.tensor_type.shape
-    pixels = [side.dim_value or side.dim_param for side in image.dim][1:3]
     kind = helper.np_dtype_to_tensor_dtype(np.dtype(served.dtype))
-    shape = list(served.shape(sides[0], sides[1:3], pixels))
+    finer = [_finer(side, count, served.stride) for side, count in zip(sides[1:3], cells)]
+    shape = list(served.shape(sides[0], finer))
     graph.output.append(helper.make_tensor_value_info(served.output, kind, shape))
 
 
-def _depth(node: Any, constant: Any, x: str, axis: int, bins: Sequence[float] | None) -> str:
-    """Turn logits into depth, and drop the axis of logits."""
+def _finer(side: int | str, cells: int, stride: int | None) -> int | str:
+    """Return a side of the enlarged grid: its number, or the name of a free one."""
+    if stride is None:
+        return side
+    return side * cells if isinstance(side, int) else f"{side}_by_{stride}"
+
+
+def _depth(node: Any, constant: Any, x: str, bins: Sequence[float] | None) -> str:
+    """Turn logits ``(..., K)`` into depth ``(..., 1)``."""
     if bins is None:
         bound = [
             constant(name, np.float32(value))
             for name, value in (("least", -LARGEST_EXPONENT), ("most", LARGEST_EXPONENT))
         ]
-        x = node("Exp", "exponential", node("Clip", "bounded", x, *bound))
-        return str(node("Squeeze", "depth", x, constant("axis", np.array([axis], np.int64))))
-    shares = node("Softmax", "shares", x, axis=axis)
-    shape = [-1 if i == axis else 1 for i in range(4)]
-    weighted = node("Mul", "weighted", shares, constant("bins", np.array(bins, np.float32).reshape(shape)))
-    return str(node("ReduceSum", "depth", weighted, constant("axis", np.array([axis], np.int64)), keepdims=0))
+        return str(node("Exp", "depth", node("Clip", "bounded", x, *bound)))
+    shares = node("Softmax", "shares_of_bins", x, axis=-1)
+    return str(node("MatMul", "depth", shares, constant("bins", np.array(bins, np.float32)[:, None])))

@@ -129,10 +129,10 @@ class _Blend:
         """Add a window's map, patches or pixels first."""
         rows, columns = place
         grid = self.windows.grid
-        if name in self._heads and self._heads[name].upsampled:
-            (ph, pw), weights = self.windows.patch, weights.repeat(self.windows.patch[0], 0)
-            weights, grid = weights.repeat(pw, 1), (grid[0] * ph, grid[1] * pw)
-            rows, columns = slice(rows.start * ph, rows.stop * ph), slice(columns.start * pw, columns.stop * pw)
+        if name in self._heads:
+            down, across = self._heads[name].cells(self.windows.patch)
+            weights, grid = weights.repeat(down, 0).repeat(across, 1), (grid[0] * down, grid[1] * across)
+            rows, columns = (slice(p.start * n, p.stop * n) for p, n in ((rows, down), (columns, across)))
         if name not in self._sums:
             self._sums[name] = np.zeros((*grid, *value.shape[2:]), value.dtype)
         part, own = value[: weights.shape[0], : weights.shape[1]], self._sums[name][rows, columns]
@@ -147,8 +147,10 @@ class _Blend:
         tokens = {name: np.stack(parts) for name, parts in self._tokens.items()}
         outputs = {name: value.mean(0, keepdims=True, dtype=np.float32) for name, value in tokens.items()}
         for name, value in self._sums.items():
-            upsampled = name in self._heads and self._heads[name].upsampled
-            outputs[name] = (value[: self._pixels[0], : self._pixels[1]] if upsampled else value)[None]
+            stride = self._heads[name].stride if name in self._heads else None
+            # Patches at the lower and right edge may be padding in part.
+            sides = value.shape if stride is None else [-(-side // stride) for side in self._pixels]
+            outputs[name] = value[: sides[0], : sides[1]][None]
         if ATTENTION in outputs:
             outputs[ATTENTION] = np.ascontiguousarray(outputs[ATTENTION].transpose(0, 3, 1, 2))
         blended = TiledFeatures.of(outputs, norm_median, tuple(self._heads.values())).masked(self.mask[None])

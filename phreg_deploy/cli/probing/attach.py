@@ -25,7 +25,15 @@ from phreg_deploy.errors import GateFailed, PhregError
     "each, e.g. street=head.",
 )
 @click.option("-o", "--output", type=click.Path(path_type=Path), required=True, help="Folder of the bundle to write.")
-@click.option("--upsample", is_flag=True, help="Enlarge to the pixels of the input, bilinearly; by default per patch.")
+@click.option(
+    "--upsample",
+    is_flag=False,
+    flag_value="bilinear",
+    type=click.Choice(["bilinear", "joint-bilateral"]),
+    help="Enlarge the answers, bilinearly unless told otherwise; joint-bilateral follows the image's colours. By "
+    "default there is one answer per patch.",
+)
+@click.option("--stride", type=int, default=1, show_default=True, help="With --upsample: pixels per answer.")
 @click.option("--labels", is_flag=True, help="Serve the class of each place, uint8, in place of the logits.")
 @force_option
 @output_options
@@ -33,7 +41,8 @@ def attach(
     bundle: Path,
     heads: tuple[str, ...],
     output: Path,
-    upsample: bool,
+    upsample: str | None,
+    stride: int,
     labels: bool,
     force: bool,
     as_json: bool,
@@ -46,13 +55,13 @@ def attach(
 
     \b
     Examples:
-      phreg-deploy attach student-int8.bundle --head street-head -o street.bundle --labels --upsample
+      phreg-deploy attach student-int8.bundle --head street-head -o street.bundle --upsample joint-bilateral --stride 4
       phreg-deploy attach student.bundle --head street=street-head --head far=depth-head -o both.bundle
     """
     from phreg_deploy.heads import attach as run
 
     result = Result(as_json, quiet)
-    written = run(bundle, _named(heads), output, upsample=upsample, labels=labels, force=force)
+    written = run(bundle, _named(heads), output, upsample=upsample, stride=stride, labels=labels, force=force)
     show_bundle(written, result)
     checked = examine(output, result)
     document = {"output": output, "manifest": written.manifest.to_json(), "check": checked}
