@@ -64,7 +64,8 @@ def by_pytorch(features, head, size=None):
 def test_logits_and_labels_equal_pytorch(ranging, street, frames, tmp_path, backend, enlarged):
     pytest.importorskip(backend.partition("-")[0])
     both = {"logits": street, "classes": street}
-    attach(ranging, {"logits": street}, tmp_path / "logits", upsample="bilinear" if enlarged else None)
+    method = "bilinear" if enlarged else None
+    attach(ranging, {"logits": street}, tmp_path / "logits", upsample=method)
     attach(
         tmp_path / "logits",
         {"classes": street},
@@ -151,7 +152,7 @@ def test_strides_and_methods_that_do_not_fit_are_refused(bundle, street, tmp_pat
         ({"upsample": "bilinear", "stride": 0}, "stride: got 0, expected the pixels"),
         (
             {"upsample": "bilinear", "stride": 3},
-            "got the stride 3, expected one that divides the patch, 8x8: 1, 2, 4, 8",
+            "stride 3, expected one that divides the patch, 8x8: 1, 2, 4, 8",
         ),
     ]
     for options, message in refused:

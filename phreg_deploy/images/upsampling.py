@@ -71,7 +71,7 @@ def neighbours(maps: np.ndarray) -> np.ndarray:
 
 
 def spatial(cells: tuple[int, int]) -> np.ndarray:
-    """Return the exponent of each of 9 patches at each of ``cells`` (down, across) of the middle one: ``(cells, 9)``."""
+    """Return the exponents of 9 patches at each of ``cells`` (down, across) of the middle: ``(cells, 9)``."""
     sides = []
     for count in cells:
         place = (np.arange(count) + 0.5) / count - 0.5

@@ -112,7 +112,8 @@ class Upsampler:
 
 def _pooling(patch: tuple[int, int], cells: tuple[int, int]) -> np.ndarray:
     """Return the matrix of means: pixels of a patch, row by row, to ``cells``: ``(height * width * 3, P * 3)``."""
-    index = np.arange(cells[0] * cells[1]).reshape(cells)
-    index = index.repeat(patch[0] // cells[0], 0).repeat(patch[1] // cells[1], 1).reshape(-1)
-    matrix = (index[:, None] == np.arange(cells[0] * cells[1])) * (cells[0] * cells[1] / (patch[0] * patch[1]))
+    count = cells[0] * cells[1]
+    numbers = np.arange(count).reshape(cells)
+    places = numbers.repeat(patch[0] // cells[0], 0).repeat(patch[1] // cells[1], 1).reshape(-1, 1)
+    matrix = (places == np.arange(count)) * (count / (patch[0] * patch[1]))
     return np.kron(matrix, np.eye(COLOURS)).astype(np.float32)
