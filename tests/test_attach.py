@@ -49,6 +49,11 @@ def frames():
     return np.random.default_rng(1).integers(0, 256, (2, 80, 64, 3), dtype=np.uint8)
 
 
+def labels_of(bundle):
+    """Classes of the first case of a bundle's exam."""
+    return bundle.cases()[0]["segmentation"].argmax(-1)
+
+
 def by_pytorch(features, head, size=None):
     """Logits ``(B, H, W, K)`` by a 1x1 convolution and PyTorch's interpolation, in float64."""
     maps = torch.from_numpy(features).double().permute(0, 3, 1, 2)
@@ -219,8 +224,21 @@ def test_eight_bits_take_a_head_as_float_does(bundle, street, photos, tmp_path):
         with FeatureExtractor.load(tmp_path / folder, "onnxruntime-cpu") as extractor:
             labels.append(extractor(images).labels)
     assert (labels[0] == labels[1]).mean() > 0.9
-    with pytest.raises(PhregError, match="got a bundle with the heads segmentation, expected one without"):
-        calibrate(tmp_path / "float", photos, tmp_path / "again")
+    report = calibrate(tmp_path / "float", photos, tmp_path / "again", cosine_p1=0.9)
+    again = Bundle.read(tmp_path / "again")
+    assert "head_change" in {gate.name for gate in report.gates}
+    np.testing.assert_array_equal(again.cases()[0]["features"], eight.cases()[0]["features"])
+    np.testing.assert_array_equal(again.cases()[0]["segmentation"].argmax(-1), labels_of(eight))
+
+
+@pytest.mark.parametrize("mode", ["int8", "fp8"])
+def test_heads_stay_in_float_for_tensorrt(bundle, street, photos, tmp_path, mode):
+    attach(bundle, {"": street}, tmp_path / "float", labels=True, upsample="joint-bilateral", stride=2)
+    calibrate(tmp_path / "float", photos, tmp_path / "eight", mode=mode, target="trt", cosine_p1=0.5, force=True)
+    graph = onnx.load(Bundle.read(tmp_path / "eight").graph).graph
+    kinds = {i.name: i.data_type for i in graph.initializer}
+    own = [name for node in graph.node if node.name.startswith("head.") for name in node.input if name in kinds]
+    assert {kinds[name] for name in own} == {onnx.TensorProto.FLOAT, onnx.TensorProto.INT64}
 
 
 def test_the_manifest_describes_the_heads(bundle, street, tmp_path):
@@ -274,7 +292,7 @@ def test_a_head_that_does_not_fit_is_refused(bundle, tmp_path, made, message):
     assert not (tmp_path / "out").exists()
 
 
-def test_the_command_attaches_and_extract_writes_labels(bundle, street, photos, tmp_path):
+def test_the_command_attaches_and_extract_writes_labels(bundle, student, street, photos, tmp_path):
     street.write(tmp_path / "street-head")
     command = (
         "attach",
@@ -290,6 +308,13 @@ def test_the_command_attaches_and_extract_writes_labels(bundle, street, photos, 
     assert done.code == 0, done.err
     assert done.document["check"]["parity"]["head_change"] == 0
     invoke(*command, "--json").refused(2, "street")
+    exported = tmp_path / "exported"
+    export_it = ("export", student, "-o", exported, "--head", tmp_path / "street-head", "--upsample", "--labels")
+    assert invoke(*export_it, "--json").code == 0
+    attached = Bundle.read(tmp_path / "street")
+    assert Bundle.read(exported).manifest.files == attached.manifest.files
+    refused = invoke("export", student, "-o", tmp_path / "none", "--upsample", "--json")
+    refused.refused(2, "upsample: got --upsample without a head")
     again = ("attach", tmp_path / "street", "--head", tmp_path / "street-head", "--labels", "-o", tmp_path / "more")
     invoke(*again, "--json").refused(2, "the output labels would be there twice", "--head NAME=HEAD")
     out = tmp_path / "features"

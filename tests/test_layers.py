@@ -60,7 +60,7 @@ MAY = {
         "export",
         "verify",
     },
-    "cli": {"cli/commands", "cli/probing", "cli/streaming", "runtime/backends", "distill/devices"},
+    "cli": {"cli/commands", "cli/probing", "cli/streaming", "bundle", "heads", "runtime/backends", "distill/devices"},
 }
 MAY["cli/tables"] = set(MAY)
 MAY["cli/streaming"] = set(MAY)
@@ -77,7 +77,7 @@ LATE = {
     "cli/streaming": set(MAY) - {"", "files", "images", "bundle", "cli", "cli/streaming"},
     "cli/probing": set(MAY) - {"", "files", "images", "bundle", "cli", "cli/commands", "cli/probing", "cli/tables"},
     "cli/tables": set(MAY) - {"", "files", "images", "bundle", "cli"},
-    "cli": {"runtime/backends", "distill/devices"},
+    "cli": {"bundle", "heads", "runtime/backends", "distill/devices"},
 }
 HEAVY = {"torch", "timm", "onnx", "onnxscript", "safetensors", "torchvision"}
 # Folder -> the heavy modules that it may import.

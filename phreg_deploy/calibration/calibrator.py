@@ -95,11 +95,6 @@ def open_bundle(request: CalibrationRequest, progress: Progress) -> Manifest:
     precision = bundle.manifest.precision
     if precision != "fp32":
         raise PhregError(f"calibrate: got a bundle in {precision}, expected fp32. Export with --precision fp32 first.")
-    if bundle.manifest.heads:
-        raise PhregError(
-            f"calibrate: got a bundle with the heads {', '.join(head.output for head in bundle.manifest.heads)}, "
-            "expected one without. Calibrate the bundle that they were attached to, then attach them to the result."
-        )
     note = advice(request.mode) if request.target == "cpu" else None
     if note:
         progress.say(f"{note} The bundle will be as exact here as elsewhere.")

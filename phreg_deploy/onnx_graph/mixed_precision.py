@@ -29,6 +29,8 @@ ROOM = 4.0
 MOVES = {"Identity", "Split", "Reshape", "Transpose", "Slice", "Gather", "Expand", "Concat"}
 # The modules that write the outputs: the final norm, and a CLIP's projection.
 LAST = ("norm/", "project/")
+# Begins the names of the nodes of heads (``onnx_graph.heads``).
+HEAD = "head."
 # The operators that compute ``token_norm``; squares overflow FP16.
 NORMS = {"Identity", "Reshape", "Sqrt", "ReduceSum", "Pow", "Mul", "ReduceL2"}
 
@@ -98,7 +100,7 @@ class _Narrowing:
     def _output_type(self, node: NodeProto) -> int:
         if node.op_type == "Cast":
             return next(a.i for a in node.attribute if a.name == "to")
-        if node.op_type == "Shape":
+        if node.op_type in ("Shape", "ArgMax"):
             return TensorProto.INT64
         if node.op_type == "QuantizeLinear":
             return self.types[node.input[2]]
@@ -150,9 +152,11 @@ class _Narrowing:
     def _rules(self) -> set[str]:
         """Return the nodes that always stay in FP32.
 
-        They are those of ``token_norm``, those that compute with sizes, and with BF16 the final norm and a projection.
+        They are those of ``token_norm`` and of heads, those that compute with sizes, and with BF16 the final norm and a
+        projection.
         """
         producer, names = self.wiring.producer, self._of_sizes()
+        names |= {node.name for node in self.model.graph.node if node.name.startswith(HEAD)}
         outputs = [value.name for value in self.model.graph.output]
         for output in outputs:
             node = producer.get(output) if kind_of(output) == "token_norm" else None

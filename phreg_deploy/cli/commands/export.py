@@ -12,6 +12,7 @@ from phreg_deploy.arguments import EIGHT_BITS, check_export, check_model
 from phreg_deploy.bundle.bundle import Bundle
 from phreg_deploy.cli.commands.build import run_build
 from phreg_deploy.cli.console import Result
+from phreg_deploy.cli.heads import check_head_options, head_options, named_heads
 from phreg_deploy.cli.options import (
     checkpoint_option,
     device_number,
@@ -28,6 +29,8 @@ from phreg_deploy.files.atomic import check_target
 from phreg_deploy.images.photographs import list_images
 from phreg_deploy.layers import check_layers
 from phreg_deploy.student_record import model_path, read_readout
+
+HEAD_OPTIONS = ("heads", "upsample", "stride", "labels")
 
 
 @click.command()
@@ -85,6 +88,7 @@ from phreg_deploy.student_record import model_path, read_readout
     "--attention", is_flag=True, help="Serve the class token's attention over the patches in the last block too."
 )
 @readout_options("the student's")
+@head_options(required=False)
 @click.option(
     "--random-weights", is_flag=True, help="Load no pretrained weights, for timing only; the manifest says so."
 )
@@ -142,6 +146,7 @@ def _check(output: Path, target: str, options: dict[str, Any]) -> None:
     precision, images, model, checkpoint = (options[name] for name in ("precision", "images", "model", "checkpoint"))
     check_export(precision, options["keep_fp32"], images, options["image_size"], options["batch"], target)
     check_layers(options["layers"], options["layer_norm"])
+    check_head_options(*(options[name] for name in HEAD_OPTIONS))
     check_model(model, checkpoint, options["random_weights"])
     read_readout(model, options["readout"], options["project"], options["random_weights"])
     if images is not None:
@@ -152,9 +157,20 @@ def _check(output: Path, target: str, options: dict[str, Any]) -> None:
 
 
 def _export(output: Path, options: dict[str, Any], result: Result) -> None:
+    """Export to ``output``; with heads, to a temporary folder beside it first."""
     from phreg_deploy.export import export as export_model
 
-    export_model(output=output, progress=result.progress, **options)
+    own = {name: options[name] for name in options if name not in HEAD_OPTIONS}
+    if not options["heads"]:
+        export_model(output=output, progress=result.progress, **own)
+        return
+    from phreg_deploy.heads import attach
+
+    how = {name: options[name] for name in HEAD_OPTIONS if name != "heads"}
+    with tempfile.TemporaryDirectory(dir=output.parent, prefix=f".{output.name}.") as folder:
+        plain = Path(folder) / "plain.bundle"
+        export_model(output=plain, progress=result.progress, **own)
+        attach(plain, named_heads(options["heads"]), output, **how, force=options["force"])
 
 
 def _export_eight_bits(output: Path, target: str, options: dict[str, Any], result: Result) -> dict[str, Any]:
