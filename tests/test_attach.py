@@ -15,8 +15,10 @@ from phreg_deploy.calibration import calibrate
 from phreg_deploy.errors import PhregError
 from phreg_deploy.export import export
 from phreg_deploy.heads import Head, attach
+from phreg_deploy.heads.answers import attached_heads
 from phreg_deploy.runtime import FeatureExtractor
 from phreg_deploy.runtime.parity import judge_exam, missed_gates
+from phreg_deploy.verify import check
 from tests.broken_bundles import BrokenBundle, scale_outputs
 from tests.cli_helpers import invoke
 
@@ -209,6 +211,29 @@ def test_a_wrong_head_fails_the_exam(bundle, street, tmp_path, labels):
     (missed,) = missed_gates(parity, "fp32", exam=True)
     assert f"a head's answers change at {parity.head_change:.4f} of the places" in missed
     assert name in Bundle.read(tmp_path / "street").manifest.outputs
+
+
+@pytest.mark.parametrize("bins", [None, (1.0, 2.0, 8.0)])
+def test_check_compares_heads_with_pytorch(bundle, student, street, photos, tmp_path, bins):
+    depth = head(1 if bins is None else 3, task="depth", bins=bins, depth_range=(1.0, 30.0))
+    depth = replace(depth, weight=depth.weight * 0.1)
+    attach(bundle, {"": street}, tmp_path / "street", labels=True, upsample="joint-bilateral", stride=2)
+    attach(tmp_path / "street", {"": depth}, tmp_path / "both")
+    (_, first), (_, second) = attached_heads(Bundle.read(tmp_path / "both"))
+    for read, given in ((first, street), (second, depth)):
+        np.testing.assert_array_equal(read.weight, given.weight)
+        assert (read.classes, read.bins, read.depth_range) == (given.classes, given.bins, given.depth_range)
+    options = {"reference": str(student), "images": photos, "limit": 4, "backend": "onnxruntime-cpu"}
+    report = check(tmp_path / "both", **options)
+    assert not report.missed
+    (gate,) = [gate for gate in report.gates[f"PyTorch {student}"] if gate.name == "head_change"]
+    assert gate.figure < 0.01
+    broken = BrokenBundle(tmp_path / "both", tmp_path / "broken")
+    for node in broken.model.graph.node:
+        if node.op_type == "ArgMax":
+            node.op_type = "ArgMin"
+    missed = check(broken.save(), **options).gates[f"PyTorch {student}"]
+    assert [gate.name for gate in missed if not gate.passed] == ["head_change"]
 
 
 def test_eight_bits_take_a_head_as_float_does(bundle, street, photos, tmp_path):

@@ -39,6 +39,7 @@ MAY = {
     "evaluation": {"files", "images", "artifacts", "bundle", "heads", "evaluation/data"},
     "verify": {
         "images",
+        "heads",
         "artifacts",
         "bundle",
         "models",
@@ -71,7 +72,7 @@ LATE = {
     "heads": {"models"},
     "evaluation/data": {"models", "runtime"},
     "export": {"export/engine"},
-    "verify": {"models", "onnx_graph", "export/engine"},
+    "verify": {"heads", "models", "onnx_graph", "export/engine"},
     "profiling": {"export/engine"},
     "cli/commands": set(MAY) - {"", "files", "images", "bundle", "cli", "cli/commands", "cli/tables"},
     "cli/streaming": set(MAY) - {"", "files", "images", "bundle", "cli", "cli/streaming"},

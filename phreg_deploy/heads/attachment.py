@@ -11,13 +11,13 @@ import numpy as np
 import onnx
 
 from phreg_deploy.bundle.bundle import Bundle
-from phreg_deploy.bundle.heads import JOINT_BILATERAL, ServedHead
+from phreg_deploy.bundle.heads import ServedHead
 from phreg_deploy.bundle.manifest import GRAPH, REFERENCE, Manifest
 from phreg_deploy.bundle.writing import write_manifest, write_npz, write_onnx_metadata
 from phreg_deploy.errors import PhregError
 from phreg_deploy.files.atomic import atomic_folder
+from phreg_deploy.heads.answers import head_answer
 from phreg_deploy.heads.head import Head
-from phreg_deploy.images.upsampling import joint_bilateral, upsample
 from phreg_deploy.layers import DEPTH, LABELS, SEGMENTATION
 from phreg_deploy.onnx_graph.heads import append_head
 
@@ -110,17 +110,7 @@ def _exam(bundle: Bundle, heads: list[tuple[ServedHead, Head]]) -> dict[str, np.
     """Return the bundle's exam with the heads' answers to its features, computed by numpy."""
     exam: dict[str, np.ndarray] = {}
     for case, arrays in enumerate(bundle.cases()):
-        floats = {name: value.astype(np.float32) for name, value in arrays.items() if name != "image"}
-        for spec, head in heads:
-            logits = head.logits(head.select(floats))
-            if spec.stride is not None:
-                logits = _enlarged(spec.upsampling, logits, arrays["image"], spec.stride)
-            arrays[spec.output] = logits if spec.kind == SEGMENTATION else head.decide(logits)
+        answers = {spec.output: head_answer(spec, head, arrays, arrays["image"]) for spec, head in heads}
+        arrays = {**arrays, **answers}
         exam.update({f"{case}/{name}": value for name, value in arrays.items()})
     return exam
-
-
-def _enlarged(method: str | None, logits: np.ndarray, image: np.ndarray, stride: int) -> np.ndarray:
-    if method == JOINT_BILATERAL:
-        return joint_bilateral(logits, image, stride)
-    return upsample(logits, (image.shape[1] // stride, image.shape[2] // stride))

@@ -38,7 +38,7 @@ def append_head(
     shapes = {value.name: value.type.tensor_type.shape for value in graph.output}
 
     def constant(name: str, value: np.ndarray) -> str:
-        graph.initializer.append(numpy_helper.from_array(np.ascontiguousarray(value), f"{prefix}.{name}"))
+        graph.initializer.append(numpy_helper.from_array(np.asarray(value, order="C"), f"{prefix}.{name}"))
         return f"{prefix}.{name}"
 
     def node(kind: str, name: str, *sources: str, **attributes: Any) -> str:
@@ -78,6 +78,22 @@ def append_head(
     finer = [_finer(side, count, served.stride) for side, count in zip(sides[1:3], cells)]
     shape = list(served.shape(sides[0], finer))
     graph.output.append(helper.make_tensor_value_info(served.output, kind, shape))
+
+
+def read_head(model: ModelProto, served: ServedHead) -> dict[str, Any]:
+    """Read what ``append_head`` wrote: ``weight``, ``bias``, ``bins`` and ``depth_range``, as its arguments."""
+    prefix = f"head.{served.output}."
+    own = {t.name[len(prefix) :]: t for t in model.graph.initializer if t.name.startswith(prefix)}
+    values = {
+        name: numpy_helper.to_array(own[name]) for name in ("weight", "bias", "bins", "low", "high") if name in own
+    }
+    bins = values.get("bins")
+    return {
+        "weight": np.ascontiguousarray(values["weight"].T),
+        "bias": values["bias"],
+        "bins": None if bins is None else tuple(map(float, bins.reshape(-1))),
+        "depth_range": (float(values["low"]), float(values["high"])) if "low" in values else None,
+    }
 
 
 def _finer(side: int | str, cells: int, stride: int | None) -> int | str:

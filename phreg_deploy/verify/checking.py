@@ -146,7 +146,9 @@ def _measure(extractor: FeatureExtractor, request: CheckRequest, progress: Progr
             median = scores[name].norm_outliers.median
     parity = {}
     if "student" in models:
-        answers = _answers(models["student"], extractor)
+        from phreg_deploy.heads.answers import with_heads
+
+        answers = with_heads(_answers(models["student"], extractor), extractor.bundle)
         parity = _parity_on_images(extractor, answers, photographs, median, progress)
     return _OnImages(photographs, scores, parity, own.layers())
 
