@@ -1,4 +1,4 @@
-"""Check README, CONTRIBUTING, docs/ and benchmarks/README.md: commands parse, Python runs, links have a target."""
+"""Check the READMEs, CONTRIBUTING and docs/: commands parse, Python runs, links have a target."""
 
 import ast
 import re
@@ -13,12 +13,13 @@ from phreg_deploy.cli import main
 
 ROOT = Path(__file__).resolve().parents[1]
 README = ROOT / "README.md"
-PAGES = [README, ROOT / "CONTRIBUTING.md", ROOT / "benchmarks" / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+FOLDERS = [ROOT / "benchmarks" / "README.md", ROOT / "examples" / "README.md"]
+PAGES = [README, ROOT / "CONTRIBUTING.md", *FOLDERS, *sorted((ROOT / "docs").glob("*.md"))]
 MAKEFILE = (ROOT / "Makefile").read_text()
 PYPROJECT = (ROOT / "pyproject.toml").read_text()
 NEEDS_GPU = "<!-- needs a GPU -->"
 # Programs of the system, which the project does not define.
-OTHER_PROGRAMS = {"sudo", "apt-get", "git", "cd", "python3", ".", "VIT"}
+OTHER_PROGRAMS = {"sudo", "apt-get", "git", "cd", "python3", ".", "VIT", "curl"}
 
 
 def code_blocks(page: Path, language: str) -> list[tuple[int, str, bool]]:
