@@ -76,3 +76,10 @@ def printed_share(text: str, name: str) -> float:
     found = re.search(rf"{name} (\d+\.\d)%", text)
     assert found is not None, text
     return float(found[1]) / 100
+
+
+@pytest.fixture(scope="session")
+def pairs_bundle(made_once, base) -> Path:
+    """The small base model in FP16, from 48 to 96 pixels a side, two to four images."""
+    options = ("--image-size", "48:64:96", "--batch", "2:2:4", "--precision", "fp16")
+    return made_once("pairs-bundle", lambda folder: done("export", base, "-o", folder, *options))
