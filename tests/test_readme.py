@@ -19,7 +19,7 @@ MAKEFILE = (ROOT / "Makefile").read_text()
 PYPROJECT = (ROOT / "pyproject.toml").read_text()
 NEEDS_GPU = "<!-- needs a GPU -->"
 # Programs of the system, which the project does not define.
-OTHER_PROGRAMS = {"sudo", "apt-get", "git", "cd", "python3", ".", "VIT", "curl", "g++", "./dense_features"}
+OTHER_PROGRAMS = {"sudo", "apt-get", "git", "cd", "python3", ".", "VIT", "curl", "g++", "./dense_features", "npm", "cp"}
 
 
 def code_blocks(page: Path, language: str) -> list[tuple[int, str, bool]]:
@@ -88,6 +88,8 @@ def test_every_command_line_parses(words):
     elif program == "pytest":
         assert rest == ["-m", "gpu"]
         assert '"gpu: ' in PYPROJECT
+    elif program == "python" and rest[:2] == ["-m", "http.server"]:
+        assert len(rest) == 3
     elif program == "python" and rest[0] == "-m":
         check_script(ROOT / f"{rest[1].replace('.', '/')}.py", rest[2:])
     elif program == "python":
@@ -157,7 +159,7 @@ def test_every_link_has_a_target(page):
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
 def test_every_path_exists(page):
     """Paths of the repository; NAME and VERB stand for what a contributor adds."""
-    paths = re.findall(r"`((?:phreg_deploy|tests|benchmarks|docs)/[\w./-]*)`", page.read_text())
+    paths = re.findall(r"`((?:phreg_deploy|tests|benchmarks|docs|examples)/[\w./-]*)`", page.read_text())
     assert [path for path in paths if not re.search(r"NAME|VERB", path) and not (ROOT / path).exists()] == []
 
 
