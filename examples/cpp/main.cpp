@@ -50,7 +50,7 @@ static Image read_ppm(const std::string& path) {
         file >> field;
     }
     const auto [width, height, most] = fields;
-    if (magic != "P6" || most != 255 || std::min(width, height) < 1 || std::max(width, height) > 65535)
+    if (magic != "P6" || most != 255 || std::min(width, height) < 1 || int64_t(width) * height > 1 << 28)
         throw std::runtime_error(path + " is no binary PPM of 8 bits (P6, 255)");
     file.get();  // one white space
     Image image{height, width, std::vector<uint8_t>(size_t(3) * width * height)};
