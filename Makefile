@@ -17,6 +17,7 @@ demo: $(READY)
 
 test: $(READY) lint
 	$(BIN)/python -m tests.nvidia_wheels
+	$(BIN)/python -m tests.example_downloads
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses auto --maxprocesses 8 --dist worksteal
 
 lint: $(READY)

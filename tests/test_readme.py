@@ -1,4 +1,4 @@
-"""Check README, CONTRIBUTING, docs/ and benchmarks/README.md: commands parse, Python runs, links have a target."""
+"""Check the READMEs, CONTRIBUTING and docs/: commands parse, Python runs, links have a target."""
 
 import ast
 import re
@@ -13,12 +13,13 @@ from phreg_deploy.cli import main
 
 ROOT = Path(__file__).resolve().parents[1]
 README = ROOT / "README.md"
-PAGES = [README, ROOT / "CONTRIBUTING.md", ROOT / "benchmarks" / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+FOLDERS = [ROOT / "benchmarks" / "README.md", ROOT / "examples" / "README.md"]
+PAGES = [README, ROOT / "CONTRIBUTING.md", *FOLDERS, *sorted((ROOT / "docs").glob("*.md"))]
 MAKEFILE = (ROOT / "Makefile").read_text()
 PYPROJECT = (ROOT / "pyproject.toml").read_text()
 NEEDS_GPU = "<!-- needs a GPU -->"
 # Programs of the system, which the project does not define.
-OTHER_PROGRAMS = {"sudo", "apt-get", "git", "cd", "python3", ".", "VIT"}
+OTHER_PROGRAMS = {"sudo", "apt-get", "git", "cd", "python3", ".", "VIT", "curl", "g++", "./dense_features", "npm", "cp"}
 
 
 def code_blocks(page: Path, language: str) -> list[tuple[int, str, bool]]:
@@ -60,7 +61,9 @@ def check_phreg(words: list[str]) -> None:
 
 
 def check_script(script: Path, words: list[str]) -> None:
-    """A script of benchmarks/ or tests/ exists and declares every option."""
+    """A script of benchmarks/, examples/ or tests/ exists and declares every option; rclpy reads what is ROS's."""
+    if "--ros-args" in words:
+        words = words[: words.index("--ros-args")]
     assert script.is_file(), script
     code = script.read_text()
     assert [word for word in words if word.startswith("--") and f'"{word}"' not in code] == []
@@ -85,6 +88,8 @@ def test_every_command_line_parses(words):
     elif program == "pytest":
         assert rest == ["-m", "gpu"]
         assert '"gpu: ' in PYPROJECT
+    elif program == "python" and rest[:2] == ["-m", "http.server"]:
+        assert len(rest) == 3
     elif program == "python" and rest[0] == "-m":
         check_script(ROOT / f"{rest[1].replace('.', '/')}.py", rest[2:])
     elif program == "python":
@@ -154,7 +159,7 @@ def test_every_link_has_a_target(page):
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
 def test_every_path_exists(page):
     """Paths of the repository; NAME and VERB stand for what a contributor adds."""
-    paths = re.findall(r"`((?:phreg_deploy|tests|benchmarks|docs)/[\w./-]*)`", page.read_text())
+    paths = re.findall(r"`((?:phreg_deploy|tests|benchmarks|docs|examples)/[\w./-]*)`", page.read_text())
     assert [path for path in paths if not re.search(r"NAME|VERB", path) and not (ROOT / path).exists()] == []
 
 

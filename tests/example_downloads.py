@@ -1,0 +1,102 @@
+"""Fetch what the tests of examples/ need and pip cannot install: ONNX Runtime's C headers and its build for browsers.
+
+``python -m tests.example_downloads [FOLDER]`` takes the headers out of Debian's package ``libonnxruntime-dev``, by apt,
+and the other files out of the npm package ``onnxruntime-web``. No package of this project contains them. The library
+that the C++ example links is that of the installed Python package ``onnxruntime``; its C API serves older headers.
+"""
+
+import argparse
+import os
+import re
+import shutil
+import subprocess
+import tarfile
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+
+WEB = "onnxruntime-web@1.30.0"
+# What a page needs to run on the processor, by WebAssembly.
+WEB_FILES = ("ort.wasm.min.mjs", "ort-wasm-simd-threaded.mjs", "ort-wasm-simd-threaded.wasm")
+DEBIAN, RELEASE = "libonnxruntime-dev", "trixie"
+KEYRING = Path("/usr/share/keyrings/debian-archive-keyring.gpg")
+
+
+def default_folder() -> Path:
+    """The folder in which the tests look: ``PHREG_EXAMPLES``, or ``.examples`` at the root of the repository."""
+    return Path(os.environ.get("PHREG_EXAMPLES") or Path(__file__).resolve().parent.parent / ".examples")
+
+
+def fetch(folder: Path, name: str) -> str:
+    """Put ``name`` of ``WANTED`` into ``folder / name`` unless it is there; return a sentence with the outcome."""
+    target = folder / name
+    if target.is_dir():
+        return f"{name}: is in {target}"
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / ".gitignore").write_text("*\n")
+    with tempfile.TemporaryDirectory(dir=folder) as made:
+        try:
+            found = WANTED[name](Path(made))
+        except (subprocess.CalledProcessError, OSError, StopIteration) as error:
+            said = (getattr(error, "stderr", "") or str(error) or type(error).__name__).strip()
+            return f"{name}: not available, {said.splitlines()[-1]}"
+        shutil.move(found, target)
+    return f"{name}: unpacked into {target}"
+
+
+def _run(*command: object, cwd: Path) -> str:
+    words = [str(word) for word in command]
+    return subprocess.run(words, cwd=cwd, check=True, capture_output=True, text=True).stdout
+
+
+def _headers(made: Path) -> Path:
+    """The folder of ``onnxruntime_c_api.h``: from this system's packages, or from those of Debian 13."""
+    try:
+        _run("apt-get", "download", DEBIAN, cwd=made)
+    except subprocess.CalledProcessError:
+        # Debian 12 has no such package. Lists and cache of another release stay in a folder of their own.
+        listed = _run("apt-get", "indextargets", "--format", "$(ORIGIN) $(SITE)", "Created-By: Packages", cwd=made)
+        site = next(match[1] for line in listed.splitlines() if (match := re.fullmatch(r"Debian (\S+/debian)", line)))
+        (made / "sources.list").write_text(f"deb [signed-by={KEYRING}] {site} {RELEASE} main\n")
+        for place in ("lists/partial", "cache/archives/partial"):
+            (made / place).mkdir(parents=True)
+        own = {
+            "Dir::State::lists": made / "lists",
+            "Dir::Cache": made / "cache",
+            "Dir::Etc::sourcelist": made / "sources.list",
+            "Dir::Etc::sourceparts": "/dev/null",
+        }
+        options = [word for pair in own.items() for word in ("-o", "{}={}".format(*pair))]
+        _run("apt-get", *options, "update", cwd=made)
+        _run("apt-get", *options, "download", DEBIAN, cwd=made)
+    package = next(made.glob(f"{DEBIAN}*.deb"))
+    _run("dpkg-deb", "-x", package, made / "unpacked", cwd=made)
+    return next((made / "unpacked").rglob("onnxruntime_c_api.h")).parent
+
+
+def _web(made: Path) -> Path:
+    """``WEB_FILES``, without the builds for graphics cards and the debug files, which have 80 MB."""
+    _run("npm", "pack", "--silent", WEB, cwd=made)
+    kept = made / "kept"
+    kept.mkdir()
+    with tarfile.open(next(made.glob("*.tgz"))) as archive:
+        for name in WEB_FILES:
+            content = archive.extractfile(f"package/dist/{name}")
+            assert content is not None
+            (kept / name).write_bytes(content.read())
+    return kept
+
+
+WANTED: dict[str, Callable[[Path], Path]] = {"onnxruntime-headers": _headers, "onnxruntime-web": _web}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("folder", nargs="?", type=Path, default=default_folder())
+    folder = parser.parse_args().folder
+    for name in WANTED:
+        print(fetch(folder, name), flush=True)  # noqa: T201
+
+
+if __name__ == "__main__":
+    main()

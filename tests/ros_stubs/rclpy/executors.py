@@ -1,0 +1,2 @@
+class ExternalShutdownException(Exception):
+    """The context was shut down while a node was spinning."""
