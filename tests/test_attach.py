@@ -7,6 +7,7 @@ import numpy as np
 import onnx
 import pytest
 import torch
+from PIL import Image
 
 from phreg_deploy.bundle.bundle import Bundle
 from phreg_deploy.bundle.heads import ServedHead
@@ -348,4 +349,10 @@ def test_the_command_attaches_and_extract_writes_labels(bundle, student, street,
     for image in done.document["images"]:
         values = np.load(out / image["labels"])
         assert (values.dtype, values.shape) == (np.dtype(np.uint8), (64, 64))
+    # The last panel of the picture is half the image, half the colours of the classes.
+    with Image.open(out / image["picture"]) as sheet:
+        panels = np.asarray(sheet)
+    photo, drawn = (panels[32:288, left : left + 256].astype(int) for left in (12, 12 + 3 * 268))
+    expected = (photo + np.array(COLOURS)[values].repeat(4, 0).repeat(4, 1)) / 2
+    assert np.abs(drawn - expected).max() <= 1
     invoke("extract", bundle, photos, "-o", tmp_path / "no", "--outputs", "labels", "--json").refused(2, "no labels")

@@ -28,7 +28,7 @@ MAY = {
     "runtime/backends": {"bundle", "runtime/gpu"},
     "runtime": {"files", "images", "artifacts", "bundle", "runtime/gpu", "runtime/backends"},
     "stream/sources": {"images"},
-    "stream": {"images", "runtime", "runtime/backends", "stream/sources"},
+    "stream": {"images", "bundle", "runtime", "runtime/backends", "stream/sources"},
     "profiling": {"images", "bundle", "runtime", "runtime/gpu", "runtime/backends", "export/engine"},
     "doctor": {"runtime/gpu", "runtime/backends"},
     "onnx_graph": {"images", "bundle", "runtime/backends"},

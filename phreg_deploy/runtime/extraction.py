@@ -122,7 +122,7 @@ def extract_images(
             resized to ``size``.
         outputs: of the bundle's, and "mask", which "pad" and a window always write. dtype: of features, class tokens
             and attention; token norms are always float32.
-        pictures: also write ``NAME.png``: the image, its features as colours, its norms as heat.
+        pictures: also write ``NAME.png``: the image, its features as colours, its norms as heat, its heads' answers.
         resume: keep the images that ``output`` holds from the same bundle and settings, and extract the rest.
 
     Raises:
@@ -154,7 +154,7 @@ def extract_images(
     skipped: dict[str, str] = {}
     reads = [extractor.bundle.folder, *sorted({path.parent for path in images})]
     with atomic_folder(output, force or resume, reads) as folder, progress.task("extracting", len(images)) as advance:
-        writer = FeatureWriter(folder, dtype)
+        writer = FeatureWriter(folder, dtype, extractor.manifest.heads)
         try:
             if resume:
                 done = _resumed(output, folder, settings, files)

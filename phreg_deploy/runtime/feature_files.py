@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import io
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,9 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
+from phreg_deploy.bundle.heads import ServedHead
 from phreg_deploy.errors import PhregError
+from phreg_deploy.images.overlays import draw_answer
 from phreg_deploy.images.pictures import colours, components, heat, sheet
 from phreg_deploy.layers import LABELS, kind_of
 from phreg_deploy.runtime.dense_features import DenseFeatures
@@ -40,8 +43,8 @@ class ExtractedImage:
 class FeatureWriter:
     """Writes the files of one image after another; all pictures share the colours of the first."""
 
-    def __init__(self, folder: Path, dtype: str) -> None:
-        self.folder, self.dtype = folder, dtype
+    def __init__(self, folder: Path, dtype: str, heads: Sequence[ServedHead] = ()) -> None:
+        self.folder, self.dtype, self.heads = folder, dtype, heads
         self.basis: np.ndarray | None = None
 
     def write(
@@ -61,7 +64,7 @@ class FeatureWriter:
             (self.folder / file).parent.mkdir(parents=True, exist_ok=True)
             if kind == "picture":
                 self.basis = components([dense.features[0]]) if self.basis is None else self.basis
-                _picture(image, dense, self.basis).save(self.folder / file)
+                _picture(image, dense, self.basis, self.heads).save(self.folder / file)
             else:
                 _save(self.folder / file, arrays[kind][0], FIXED_DTYPES.get(kind_of(kind), self.dtype))
         shape, rate = list(dense.features.shape[1:]), float(dense.artifact_rate[0])
@@ -96,8 +99,13 @@ def _save(path: Path, array: np.ndarray, dtype: str) -> None:
     path.write_bytes(data.getbuffer())
 
 
-def _picture(image: Image.Image | np.ndarray, dense: DenseFeatures, basis: np.ndarray) -> Image.Image:
+def _picture(
+    image: Image.Image | np.ndarray, dense: DenseFeatures, basis: np.ndarray, heads: Sequence[ServedHead]
+) -> Image.Image:
     top = 3 * (dense.norm_median or float(np.median(dense.token_norm)))
     features, norms = colours(dense.features[0], basis), heat(dense.token_norm[0], top)
     picture = Image.fromarray(image) if isinstance(image, np.ndarray) else image
-    return sheet([[("image", picture), ("features (PCA)", features), ("token norms", norms)]])
+    row = [("image", picture), ("features (PCA)", features), ("token norms", norms)]
+    for head in heads:
+        row.append((head.output, draw_answer(picture, head.kind, dense.heads[head.output][0], head.colours)))
+    return sheet([row])

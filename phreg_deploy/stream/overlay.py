@@ -1,14 +1,17 @@
-"""Write a video of what the model reads, its token norms over it as heat, and its features as colours."""
+"""Write a video of what the model reads, token norms over it as heat, features as colours, and heads' answers."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import cv2
 import numpy as np
 from PIL import Image
 
+from phreg_deploy.bundle.heads import ServedHead
 from phreg_deploy.errors import PhregError
+from phreg_deploy.images.overlays import draw_answer
 from phreg_deploy.images.pictures import colours, components, heat
 from phreg_deploy.stream.frames import StreamResult
 
@@ -17,7 +20,7 @@ HEIGHT, SHARE = 360, 0.5
 
 
 class OverlayWriter:
-    """Writes an MP4 of three panels, frame by frame.
+    """Writes an MP4 of three panels and one for each head, frame by frame.
 
     The colours are the principal components of the first frame. Norms are as bright as can be from three times the
     base model's median, or the first frame's.
@@ -26,8 +29,8 @@ class OverlayWriter:
         PhregError: OpenCV cannot write the file.
     """
 
-    def __init__(self, path: Path, fps: float) -> None:
-        self._path, self._fps = path, fps
+    def __init__(self, path: Path, fps: float, heads: Sequence[ServedHead] = ()) -> None:
+        self._path, self._fps, self._heads = path, fps, heads
         self._video: cv2.VideoWriter | None = None
         self._basis = np.zeros((0, 4))
         self._top = 1.0
@@ -40,7 +43,7 @@ class OverlayWriter:
             self._basis = components([dense.features[0]])
             self._top = 3 * (dense.norm_median or float(np.median(dense.token_norm)))
             self._video = cv2.VideoWriter(
-                str(self._path), cv2.VideoWriter.fourcc(*"mp4v"), self._fps, (3 * width, height)
+                str(self._path), cv2.VideoWriter.fourcc(*"mp4v"), self._fps, ((3 + len(self._heads)) * width, height)
             )
             if not self._video.isOpened():
                 raise PhregError(f"write: OpenCV cannot write {self._path}; expected a name that ends in .mp4.")
@@ -49,6 +52,9 @@ class OverlayWriter:
         panels = [np.asarray(picture.resize((width, height))) for picture in pictures]
         panels[1] = (SHARE * panels[1] + (1 - SHARE) * panels[0]).astype(np.uint8)
         panels.append(np.asarray(colours(dense.features[0], self._basis, side).resize((width, height))))
+        for head in self._heads:
+            drawn = draw_answer(result.image, head.kind, dense.heads[head.output][0], head.colours)
+            panels.append(np.asarray(drawn.resize((width, height))))
         self._video.write(np.ascontiguousarray(np.concatenate(panels, 1)[..., ::-1]))
 
     def close(self) -> None:

@@ -78,7 +78,7 @@ def watch(
             from phreg_deploy.stream.overlay import OverlayWriter
 
             rates = [camera.source.fps for camera in stream.cameras.values()]
-            writer = OverlayWriter(write, rates[0] or RATE)
+            writer = OverlayWriter(write, rates[0] or RATE, extractor.manifest.heads)
             stack.callback(writer.close)
         try:
             for result in stream:

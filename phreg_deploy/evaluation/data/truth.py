@@ -11,6 +11,7 @@ import numpy as np
 from PIL import Image
 
 from phreg_deploy.errors import PhregError
+from phreg_deploy.images.overlays import voc_colours
 from phreg_deploy.images.photographs import fit, list_images
 from phreg_deploy.progress import Progress
 from phreg_deploy.spec import Preprocess
@@ -135,7 +136,7 @@ def read_masks(
         raise PhregError(f"masks: {folder} holds {highest + 1} classes, expected at least two.")
     masks.classes = names or tuple(f"class {k}" for k in range(highest + 1))
     count = len(masks.classes)
-    masks.colours = (palette or _voc())[:count] if len(palette or _voc()) >= count else _voc()[:count]
+    masks.colours = (palette if palette and len(palette) >= count else voc_colours())[:count]
     return masks
 
 
@@ -195,13 +196,6 @@ def _palette(path: Path) -> tuple[tuple[int, int, int], ...] | None:
     with Image.open(path) as image:
         flat = image.getpalette() if image.mode == "P" else None
     return None if not flat else tuple(zip(*(iter(flat),) * 3))
-
-
-def _voc() -> tuple[tuple[int, int, int], ...]:
-    """Return the 256 colours of PASCAL VOC's masks: bits of the number, spread over red, green and blue."""
-    index = np.arange(256)
-    levels = [sum((index >> 3 * bit + channel & 1) << 7 - bit for bit in range(3)) for channel in range(3)]
-    return tuple((int(r), int(g), int(b)) for r, g, b in zip(*levels))
 
 
 def _names(path: Path) -> tuple[str, ...]:

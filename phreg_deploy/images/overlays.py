@@ -1,0 +1,50 @@
+"""Draw the answers of heads over the image: classes in their colours, depth as heat."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+from PIL import Image
+
+from phreg_deploy.images.pictures import heat
+from phreg_deploy.layers import DEPTH, SEGMENTATION
+
+Colours = Sequence[tuple[int, int, int]]
+# Share of the colours over the image.
+SHARE = 0.5
+
+
+def voc_colours() -> tuple[tuple[int, int, int], ...]:
+    """Return the 256 colours of PASCAL VOC's masks: bits of the number, spread over red, green and blue."""
+    index = np.arange(256)
+    levels = [sum((index >> 3 * bit + channel & 1) << 7 - bit for bit in range(3)) for channel in range(3)]
+    return tuple((int(r), int(g), int(b)) for r, g, b in zip(*levels))
+
+
+def overlay(image: Image.Image | np.ndarray, labels: np.ndarray, colours: Colours | None = None) -> Image.Image:
+    """Draw classes ``(h, w)``, enlarged to the image by the nearest one, over an RGB image.
+
+    Args:
+        colours: 8-bit RGB by class; None takes those of PASCAL VOC.
+    """
+    picture = Image.fromarray(image) if isinstance(image, np.ndarray) else image.convert("RGB")
+    table = np.zeros((256, 3), np.uint8)
+    chosen = voc_colours() if colours is None else colours
+    table[: len(chosen)] = chosen
+    drawn = Image.fromarray(table[labels]).resize(picture.size, Image.Resampling.NEAREST)
+    return Image.blend(picture, drawn, SHARE)
+
+
+def draw_answer(
+    image: Image.Image | np.ndarray, kind: str, answer: np.ndarray, colours: Colours | None = None
+) -> Image.Image:
+    """Draw one head's answer to one image.
+
+    Args:
+        kind: "segmentation" with logits ``(h, w, K)``, "labels" with classes ``(h, w)``, or "depth" ``(h, w)``, whose
+            98th percentile and beyond are brightest.
+    """
+    if kind == DEPTH:
+        return heat(answer, max(float(np.quantile(answer, 0.98)), 1e-12), max(answer.shape))
+    return overlay(image, answer.argmax(-1).astype(np.uint8) if kind == SEGMENTATION else answer, colours)
