@@ -2,9 +2,11 @@
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 from phreg_deploy.errors import PhregError
+from phreg_deploy.evaluation.adamw import fit_adamw, rate_at
 from phreg_deploy.evaluation.data.splits import group_of, split_names
 from phreg_deploy.evaluation.data.truth import Depths, find_truth, read_masks
 from phreg_deploy.evaluation.intervals import Bootstrap, compare, interval
@@ -155,6 +157,34 @@ def test_the_logistic_probe_is_that_of_scikit_learn():
     )
     assert fit.converged
     assert fit.weight.dtype == fit.bias.dtype == np.float32
+
+
+def test_the_solver_of_dinov2_takes_the_steps_of_pytorchs_adamw():
+    x, y = planted()
+    z = ((x - x.mean(0)) / x.std(0)).astype(np.float32)
+    # Batches of all patches, so that their order plays no part.
+    weight, bias = fit_adamw(z, y, 4, 1e-4, len(z), 3, steps=60)
+    start = np.random.default_rng(3).normal(0, 0.01, (9, 4)).astype(np.float32)
+    start[-1] = 0
+    layer = torch.nn.Linear(8, 4)
+    with torch.no_grad():
+        layer.weight.copy_(torch.from_numpy(start[:-1].T))
+        layer.bias.zero_()
+    optimizer = torch.optim.AdamW(layer.parameters(), lr=1e-3, weight_decay=1e-4)
+    for step in range(60):
+        optimizer.param_groups[0]["lr"] = rate_at(step, 60)
+        optimizer.zero_grad()
+        torch.nn.functional.cross_entropy(layer(torch.from_numpy(z)), torch.from_numpy(y)).backward()
+        optimizer.step()
+    np.testing.assert_allclose(weight, layer.weight.detach().numpy(), atol=1e-5)
+    np.testing.assert_allclose(bias, layer.bias.detach().numpy(), atol=1e-5)
+    rates = [rate_at(step, 40_000) for step in (0, 750, 1500, 20_000, 39_999)]
+    np.testing.assert_allclose(rates, [1e-9, 4.906e-4, 9.625e-4, 5e-4, 2.5e-8], rtol=1e-3)
+    # Small batches reach nearly what the solver that converges does.
+    weight, bias = fit_adamw(z, y, 4, 1e-4, 64, 0, steps=4000)
+    best = fit_classes(x.copy(), y, 4, "logistic", 1e-6)
+    reached, most = ((s.argmax(1) == y).mean() for s in (z @ weight.T + bias, x @ best.weight.T + best.bias))
+    assert reached > most - 0.02
 
 
 @pytest.mark.parametrize("protocol", ["logistic", "ridge"])

@@ -12,7 +12,7 @@ from phreg_deploy.layers import check_layers
 from phreg_deploy.spec import parse_size
 from phreg_deploy.student_record import model_path, read_readout
 
-PROTOCOLS = ("logistic", "ridge")
+PROTOCOLS = ("logistic", "ridge", "dinov2")
 
 
 @dataclass(frozen=True)
@@ -28,9 +28,9 @@ class EvaluationRequest:
     the value of masks that means no class, or None. ``depth_scale``: metres per unit of a PNG; ``.npy`` is taken as it
     is. ``split``, ``group``: see ``data.splits``; ``share`` of the groups is read on where a hash decides.
 
-    ``protocol``: "logistic" or "ridge", see ``solvers``; None for logistic, or ridge for depth. ``decay``: weight decay
-    on the mean loss. ``patches``: the most that one seed trains on. ``seeds``: how many times the probe is trained,
-    each time on its own draw of patches, from ``seed`` on.
+    ``protocol``: "logistic", "ridge" or "dinov2", see ``solvers``; None for logistic, or ridge for depth. ``decay``:
+    weight decay on the mean loss. ``patches``: the most that one seed trains on. ``seeds``: how many times the probe is
+    trained, each time on its own draw of patches, from ``seed`` on.
 
     ``image_size``: "518" or "480x640" (height x width); None for each model's own. ``layers``: as of ``export``, joined
     along the channels; None for the features after the last block. ``readout``, ``project``: of PyTorch models; None
@@ -102,7 +102,9 @@ class EvaluationRequest:
         if self.depth is not None and self.classes is not None:
             raise PhregError("evaluate: --classes goes with --masks.")
         if self.solver not in PROTOCOLS:
-            raise PhregError(f"protocol: got {self.protocol!r}, expected {' or '.join(PROTOCOLS)}.")
+            raise PhregError(
+                f"protocol: got {self.protocol!r}, expected {', '.join(PROTOCOLS[:-1])} or {PROTOCOLS[-1]}."
+            )
         if self.depth is not None and self.solver != "ridge":
             raise PhregError(f"protocol: got {self.protocol!r} with --depth, expected ridge.")
         for name, value, least in (("seeds", self.seeds, 1), ("seed", self.seed, 0), ("patches", self.patches, 100)):

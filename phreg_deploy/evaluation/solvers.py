@@ -11,6 +11,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from phreg_deploy.evaluation.adamw import IMAGES, STEPS, fit_adamw
+
 # Of L-BFGS.
 ITERATIONS, HISTORY, GRADIENT, DECREASE = 200, 20, 1e-4, 1e-6
 # Below this deviation a channel says nothing.
@@ -29,13 +31,16 @@ class Fit:
     converged: bool
 
 
-def fit_classes(x: np.ndarray, y: np.ndarray, classes: int, protocol: str, decay: float) -> Fit:
+def fit_classes(
+    x: np.ndarray, y: np.ndarray, classes: int, protocol: str, decay: float, patches: int = 1, seed: int = 0
+) -> Fit:
     """Train on ``x`` float32 ``(P, C)``, which is overwritten, and classes ``y`` ``(P,)``.
 
     Args:
         protocol: "logistic": multinomial logistic regression, by L-BFGS of scipy, minimising the mean cross-entropy
             plus ``decay`` times the sum of squared weights. "ridge": scikit-learn's ``RidgeClassifier`` with
-            ``alpha = decay * P``.
+            ``alpha = decay * P``. "dinov2": see ``adamw``.
+        patches: of one image, for the batches of "dinov2". seed: of its draws.
     """
     mean, deviation = _standardise(x)
     present, index = np.unique(y, return_inverse=True)
@@ -50,6 +55,8 @@ def fit_classes(x: np.ndarray, y: np.ndarray, classes: int, protocol: str, decay
         if len(present) == 2:
             coefficients, intercept = np.vstack([-coefficients, coefficients]), np.hstack([-intercept, intercept])
         fitted = Fit(coefficients, intercept, 1, True)
+    elif protocol == "dinov2":
+        fitted = Fit(*fit_adamw(x, index, len(present), decay, IMAGES * patches, seed), STEPS, True)
     else:
         fitted = _logistic(x, index, len(present), decay)
     weight, bias = np.zeros((classes, x.shape[1])), np.full(classes, ABSENT)

@@ -52,7 +52,9 @@ def train(
         low, high = float(np.exp(y.min())), float(np.exp(y.max()))
         facts["depth_range"] = (low, high) if low < high else None
     else:
-        fit = fit_classes(x, y, len(truth.classes), request.solver, request.decay)
+        fit = fit_classes(
+            x, y, len(truth.classes), request.solver, request.decay, int(np.prod(store.source.grid)), seed
+        )
         facts |= {"classes": truth.classes, "colours": truth.colours, "ignore": request.ignore}
     source = store.source
     trained = {

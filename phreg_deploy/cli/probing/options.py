@@ -39,7 +39,9 @@ def data_options(command: Callable[..., Any]) -> Callable[..., Any]:
             "folder, or a regular expression whose first group names it.",
         ),
         click.option("--share", type=Number(), default=0.25, show_default=True, help="Share of groups to read on."),
-        click.option("--protocol", help="logistic (default) or ridge (default of --depth): docs/evaluate.md."),
+        click.option(
+            "--protocol", help="logistic (default), ridge (default of --depth) or dinov2 (slow): docs/evaluate.md."
+        ),
         click.option("--decay", type=Number(), default=1e-4, show_default=True, help="Weight decay on the mean loss."),
         click.option(
             "--patches",
