@@ -23,6 +23,13 @@ def data_options(command: Callable[..., Any]) -> Callable[..., Any]:
         click.option(
             "--ignore", type=click.IntRange(0, 255), default=255, show_default=True, help="Value of no class."
         ),
+        click.option(
+            "--first-class",
+            type=click.IntRange(0, 254),
+            default=0,
+            show_default=True,
+            help="Value of the first class; smaller ones mean no class (ADE20K: 1).",
+        ),
         click.option("--depth-scale", type=Number(), default=0.001, show_default=True, help="Metres per PNG unit."),
         click.option(
             "--split",
@@ -39,7 +46,7 @@ def data_options(command: Callable[..., Any]) -> Callable[..., Any]:
             "folder, or a regular expression whose first group names it.",
         ),
         click.option("--share", type=Number(), default=0.25, show_default=True, help="Share of groups to read on."),
-        click.option("--protocol", help="logistic (default) or ridge (default of --depth): docs/evaluate.md."),
+        click.option("--protocol", help="logistic (default), ridge (default of --depth), or ovss: docs/evaluate.md."),
         click.option("--decay", type=Number(), default=1e-4, show_default=True, help="Weight decay on the mean loss."),
         click.option(
             "--patches",
