@@ -10,6 +10,7 @@ from phreg_deploy.errors import BackendMissing
 DISTILL = ("safetensors", "timm", "torch")
 EXPORT = ("ml_dtypes", "onnx", "onnxscript", *DISTILL)
 EVALUATE = ("safetensors", "scipy", "sklearn")
+TEXT = ("open_clip", "torch")
 CALIBRATION = ("ml_dtypes", "onnx", "onnxruntime")
 
 

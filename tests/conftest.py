@@ -254,6 +254,27 @@ def wide_int8_bundle(made_once, wide_bundle, photos) -> Path:
 
 
 @pytest.fixture(scope="session")
+def clip_models(made_once, torch) -> Path:
+    """``open_clip`` and ``timm``: a small CLIP with random weights, whole for open_clip and as timm's image tower."""
+    pytest.importorskip("open_clip")
+    from tests.text_models import clip
+
+    def make(folder: Path) -> None:
+        folder.mkdir()
+        clip(folder)
+
+    return made_once("clip-models", make)
+
+
+@pytest.fixture(scope="session")
+def clip_bundle(made_once, clip_models) -> Path:
+    """The image tower at 64 x 64, projected into the space of text."""
+    from phreg_deploy.export import export
+
+    return made_once("clip-bundle", lambda folder: export(str(clip_models / "timm"), folder, project=True))
+
+
+@pytest.fixture(scope="session")
 def traces():
     """Cache of traced graphs: (sizes, batches, weights) -> graph and program."""
     return {}

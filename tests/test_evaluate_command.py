@@ -201,7 +201,7 @@ MISTAKES = {
     ),
     "a protocol": (
         lambda w, s: ["--images", s / "images", "--masks", s / "masks", "--protocol", "svm"],
-        ["'svm'", "logistic, ridge or dinov2"],
+        ["'svm'", "logistic, ridge, dinov2 or ovss"],
     ),
     "a protocol of depth": (
         lambda w, s: ["--images", s / "images", "--depth", s / "depth", "--protocol", "logistic"],

@@ -21,6 +21,7 @@ MAY = {
     "bundle": {"files"},
     "models": {"files", "images", "artifacts"},
     "heads": {"files", "images", "models", "bundle", "onnx_graph"},
+    "text": {"bundle", "heads"},
     "distill/neurons": {"artifacts", "models"},
     "distill/devices": {"models"},
     "distill": {"files", "images", "artifacts", "models", "distill/devices", "distill/neurons"},
@@ -80,12 +81,13 @@ LATE = {
     "cli/tables": set(MAY) - {"", "files", "images", "bundle", "cli"},
     "cli": {"bundle", "heads", "runtime/backends", "distill/devices"},
 }
-HEAVY = {"torch", "timm", "onnx", "onnxscript", "safetensors", "torchvision"}
+HEAVY = {"torch", "timm", "onnx", "onnxscript", "safetensors", "torchvision", "open_clip"}
 # Folder -> the heavy modules that it may import.
 NEEDS = {
     "models": HEAVY,
     "distill/devices": HEAVY,
     "heads": {"safetensors", "onnx"},
+    "text": {"torch", "open_clip", "safetensors"},
     "distill/neurons": HEAVY,
     "distill": HEAVY,
     "export": HEAVY,
@@ -105,7 +107,7 @@ WITHOUT_TORCH = {
     "stream",
     "stream/sources",
 }
-TORCH_FOLDERS = {"models", "distill", "export", "demo"}
+TORCH_FOLDERS = {"models", "distill", "export", "demo", "text"}
 # Largest share of the code's lines in one folder of the package, with its subfolders.
 LARGEST_SHARE = 0.18
 # Largest number of source files in a folder.

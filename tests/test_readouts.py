@@ -118,7 +118,9 @@ def test_a_projection_is_the_models_own_head():
     torch.testing.assert_close(projected.norms, plain.norms)
 
 
-@pytest.mark.parametrize(("family", "reason"), [("augreg", "no projection"), ("siglip", "by attention")])
+@pytest.mark.parametrize(
+    ("family", "reason"), [("augreg", "no projection"), ("siglip", "AttentionPoolLatent and Linear")]
+)
 def test_a_model_without_projection_is_refused(family, reason):
     with pytest.raises(PhregError, match=f"^project: .*{reason}.*expected a CLIP"):
         with_readout(small(family), Readout("value", True))
@@ -254,3 +256,32 @@ def test_what_cannot_be_distilled_is_refused_before_work(clip, photos, tmp_path)
     invoke("distill", base, *command, "--readout", "value", "--int8-aware").refused(2, "int8-aware: got the readout")
     invoke("distill", plain, *command, "--recipe", "ph-reg-clip").refused(2, "project:")
     assert not list(tmp_path.glob("student*"))
+
+
+@pytest.mark.parametrize("family", ["siglip", "perception"])
+@pytest.mark.parametrize("precision", ["fp32", "int8"])
+def test_a_pooling_head_projects_each_token_alone(family, precision, photos, tmp_path):
+    """The bundle against timm's own pooling head, which is given one token at a time."""
+    model = small(family, seed=4)
+    if family == "siglip":
+        # timm's SigLIP has no layer after the pooling head.
+        model.reset_classifier(0)
+    folder, steps = save(model, tmp_path / family), model_preprocess(model)
+    bundle = export(str(folder), tmp_path / "bundle", readout="value", project=True)
+    if precision == "int8":
+        calibrate(tmp_path / "bundle", photos, tmp_path / "int8", cosine_p1=0.5)
+        bundle = Bundle.read(tmp_path / "int8")
+    with FeatureExtractor.load(bundle.folder, "onnxruntime-cpu") as extractor:
+        image = extractor.prepare(photos / "frame-03.jpg")
+        dense = extractor.dense(image[None])
+    answer = model_answers(with_readout(model, Readout("value")), steps, "cpu")(image[None])
+    with torch.no_grad():
+        tokens = torch.from_numpy(answer["features"]).reshape(-1, 1, model.embed_dim)
+        expected = model.head(model.attn_pool(tokens)).reshape(*answer["features"].shape[:3], -1).numpy()
+    assert dense.features.shape == expected.shape
+    lengths = np.linalg.norm(dense.features, axis=-1) * np.linalg.norm(expected, axis=-1)
+    cosines = (dense.features * expected).sum(-1) / lengths
+    assert cosines.min() > (0.99999 if precision == "fp32" else 0.98)
+    readout, names = bundle.manifest.readout, {node.name for node in onnx.load(bundle.graph).graph.node}
+    assert readout == Readout("value", True)
+    assert any(name.startswith("project.") for name in names)

@@ -133,6 +133,7 @@ ARGUMENTS = {
     "extract": ["b", "i", "-o", "o"],
     "artifacts": ["m", "--images", "i"],
     "attach": ["b", "--head", "h", "-o", "o"],
+    "classes": ["n", "--model", "m", "-o", "o"],
     "evaluate": ["m", "--images", "i", "--masks", "k"],
     "probe": ["m", "--images", "i", "--masks", "k", "-o", "o"],
     "watch": ["s", "b"],

@@ -17,8 +17,24 @@ MOST_CLASSES = 256
 # How ``attach --upsample`` enlarges a map.
 BILINEAR, JOINT_BILATERAL = "bilinear", "joint-bilateral"
 UPSAMPLING = (BILINEAR, JOINT_BILATERAL)
+# Shorter features are divided by this length when they are normalised.
+LEAST_NORM = 1e-12
 # A number names a layer.
 NAME = re.compile(r"[a-z][a-z0-9_-]{0,31}")
+
+
+@dataclass(frozen=True)
+class PromptRule:
+    """How scores of S text embeddings become scores of K classes; it is part of the graph, not of the manifest.
+
+    A class's score is the largest of its embeddings', which are ``counts[k]`` neighbours each, in the order of classes.
+    ``background``: log of the probability, by the softmax over all embeddings, below which a place is background, or
+    None. ``first``: whether class 0 is the background; otherwise background becomes a class of its own before them.
+    """
+
+    counts: tuple[int, ...]
+    background: float | None = None
+    first: bool = False
 
 
 @dataclass(frozen=True)

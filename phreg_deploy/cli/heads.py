@@ -4,26 +4,45 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
+from phreg_deploy.cli.options import Number
 from phreg_deploy.errors import PhregError
 
+if TYPE_CHECKING:
+    from phreg_deploy.heads import TextHead
+
 UPSAMPLING = ("bilinear", "joint-bilateral")
+# The names of the parameters that name heads.
+SOURCES = ("heads", "classes", "scale", "background")
 
 
-def head_options(required: bool) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
-    """Add ``--head``, ``--upsample``, ``--stride`` and ``--labels``."""
+def head_options(command: Callable[..., Any]) -> Callable[..., Any]:
+    """Add ``--head``, ``--classes``, ``--scale``, ``--background``, ``--upsample``, ``--stride`` and ``--labels``."""
     options = (
         click.option(
             "--head",
             "heads",
             multiple=True,
-            required=required,
             metavar="[NAME=]HEAD",
             help="A head of `probe`, or a linear layer or 1x1 convolution of another program, to serve beside the "
             "features. Repeatable; with several, a NAME each, e.g. street=head.",
+        ),
+        click.option(
+            "--classes",
+            multiple=True,
+            metavar="[NAME=]FILE",
+            help="Text embeddings of class names, written by `classes`, as a head. Repeatable, as --head.",
+        ),
+        click.option("--scale", type=Number(), help="Of --classes: factor of cosines; by default the model's own."),
+        click.option(
+            "--background",
+            type=Number(),
+            metavar="P",
+            help="Of --classes: where no class has this probability, the class is 0, background; by default there is "
+            "none.",
         ),
         click.option(
             "--upsample",
@@ -37,12 +56,9 @@ def head_options(required: bool) -> Callable[[Callable[..., Any]], Callable[...,
         click.option("--labels", is_flag=True, help="Serve the class of each place, uint8, in place of the logits."),
     )
 
-    def add(command: Callable[..., Any]) -> Callable[..., Any]:
-        for option in reversed(options):
-            command = option(command)
-        return command
-
-    return add
+    for option in reversed(options):
+        command = option(command)
+    return command
 
 
 def named_heads(heads: tuple[str, ...]) -> dict[str, str | Path]:
@@ -58,14 +74,42 @@ def named_heads(heads: tuple[str, ...]) -> dict[str, str | Path]:
     return named
 
 
-def check_head_options(heads: tuple[str, ...], upsample: str | None, stride: int, labels: bool) -> None:
+def read_heads(
+    heads: tuple[str, ...], classes: tuple[str, ...], scale: float | None, background: float | None
+) -> dict[str, str | Path | TextHead]:
+    """Read ``--head`` as paths, and ``--classes`` as heads, by their names.
+
+    Raises:
+        PhregError: a name that is there twice, a damaged file, or a scale or threshold that does not fit.
+    """
+    from phreg_deploy.heads import ClassEmbeddings
+
+    if not classes and (scale is not None or background is not None):
+        raise PhregError("attach: --scale and --background go with --classes.")
+    linear, texts = named_heads(heads), named_heads(classes)
+    both = sorted(set(linear) & set(texts))
+    if both:
+        raise PhregError(f"attach: got two heads named {both[0]!r}; give each a name of its own: --classes NAME=FILE.")
+    return {**linear, **{name: ClassEmbeddings.read(path).head(scale, background) for name, path in texts.items()}}
+
+
+def check_head_options(
+    heads: tuple[str, ...],
+    classes: tuple[str, ...],
+    scale: float | None,
+    background: float | None,
+    upsample: str | None,
+    stride: int,
+    labels: bool,
+) -> None:
     """Read the heads before slow work. Raises ``PhregError`` for heads or options that do not fit."""
     from phreg_deploy.bundle.heads import check_upsampling
     from phreg_deploy.heads import Head
 
     check_upsampling(upsample, stride)
     for name, given in (("upsample", upsample), ("labels", labels)):
-        if given and not heads:
+        if given and not heads and not classes:
             raise PhregError(f"{name}: got --{name} without a head; expected both: --head HEAD --{name}.")
-    for path in named_heads(heads).values():
-        Head.read(path)
+    for head in read_heads(heads, classes, scale, background).values():
+        if isinstance(head, (str, Path)):
+            Head.read(head)

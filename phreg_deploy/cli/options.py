@@ -87,7 +87,7 @@ def readout_options(default: str) -> Callable[[Callable[..., Any]], Callable[...
             click.option(
                 "--project/--no-project",
                 default=None,
-                help=f"Project features into the space of text, of a CLIP; by default {default}.",
+                help=f"Project features into the space of text, of a CLIP or SigLIP; by default {default}.",
             ),
             click.option(
                 "--readout",

@@ -8,7 +8,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from phreg_deploy.evaluation.request import EvaluationRequest
+from phreg_deploy.errors import PhregError
+from phreg_deploy.evaluation.request import OVSS, EvaluationRequest
 from phreg_deploy.extras import DISTILL, EVALUATE, require
 from phreg_deploy.files.atomic import check_target
 from phreg_deploy.progress import SILENT, Progress
@@ -25,6 +26,8 @@ def evaluate(
 ) -> Evaluation:
     """Train a linear layer on frozen features of one part of the images, and read it on the other part.
 
+    With the protocol "ovss" nothing is trained: text embeddings of class names predict every image.
+
     Args:
         request: the models, the images and how they are split and trained.
         report: folder to write ``evaluation.json`` and pictures into; ``force`` replaces it.
@@ -37,9 +40,11 @@ def evaluate(
     if report is not None:
         check_target(report, force, request.reads)
     _require("`phreg-deploy evaluate`", request)
-    from phreg_deploy.evaluation.evaluator import run_evaluation
-
-    outcome = run_evaluation(request, progress, draw=report is not None)
+    if request.solver == OVSS:
+        from phreg_deploy.evaluation.zero_shot import run_zero_shot as run
+    else:
+        from phreg_deploy.evaluation.evaluator import run_evaluation as run
+    outcome = run(request, progress, draw=report is not None)
     if report is not None and outcome.pictures is not None:
         from phreg_deploy.evaluation.pictures import write_report
 
@@ -59,6 +64,8 @@ def probe(
     Raises:
         PhregError, BackendMissing: as ``evaluate``.
     """
+    if request.solver == OVSS:
+        raise PhregError("probe: --protocol ovss trains no head; `attach --classes` serves text embeddings.")
     request.check()
     check_target(output, force, request.reads)
     _require("`phreg-deploy probe`", request)

@@ -40,6 +40,7 @@ SETTINGS = (
     "readout",
     "project",
     "depth_scale",
+    "first_class",
 )
 
 
@@ -98,7 +99,7 @@ def _read_data(request: EvaluationRequest, progress: Progress) -> _Data:
         progress.say(f"Left out {count} image{'s' * (count > 1)} without truth, e.g. {missing[0]}.")
     truth: Truth = Depths(folder, used, request.depth_scale)
     if task == "segmentation":
-        truth = read_masks(used, folder, request.classes, request.ignore, progress)
+        truth = read_masks(used, folder, request.classes, request.ignore, progress, first=request.first_class)
     return _Data(truth, split, Bootstrap([split.groups[n] for n in split.val], request.seed), len(missing))
 
 

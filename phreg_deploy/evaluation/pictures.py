@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 
 import numpy as np
 from PIL import Image, ImageDraw
 
+from phreg_deploy.evaluation.data.sources import Source
 from phreg_deploy.evaluation.data.splits import Split
 from phreg_deploy.evaluation.data.store import FeatureStore
 from phreg_deploy.evaluation.data.truth import VOID, Depths, Masks, Truth, scored
@@ -45,7 +46,14 @@ class Pictures:
 
     def add(self, label: str, store: FeatureStore, head: Head) -> None:
         """Add the predictions of one model, the base first."""
-        source = store.source
+
+        def predict(name: str, size: tuple[int, int]) -> np.ndarray:
+            return head.decide(upsample(head.logits(store.read(name)["features"][None]), size))[0]
+
+        self.draw(label, store.source, predict)
+
+    def draw(self, label: str, source: Source, predict: Callable[[str, tuple[int, int]], np.ndarray]) -> None:
+        """Add what ``predict`` returns for an image's name and a size: classes or depth ``(H, W)``."""
         for name, row in self.rows.items():
             truth = scored(self.truth.read(name), source.size, source.preprocess)
             if not row:
@@ -54,9 +62,8 @@ class Pictures:
                     image = fit(image, source.size, source.preprocess)
                 picture = image if isinstance(image, Image.Image) else Image.fromarray(image)
                 row += [("image", _sized(picture)), ("truth", self._map(truth, truth))]
-            logits = upsample(head.logits(store.read(name)["features"][None]), truth.shape)
-            when = "before" if len(row) == 2 else "after"
-            row.append((f"{when}: {PurePosixPath(label).name}", self._map(head.decide(logits)[0], truth)))
+            when, predicted = "before" if len(row) == 2 else "after", predict(name, (truth.shape[0], truth.shape[1]))
+            row.append((f"{when}: {PurePosixPath(label).name}", self._map(predicted, truth)))
 
     def _map(self, values: np.ndarray, truth: np.ndarray) -> Image.Image:
         if isinstance(self.truth, Depths):

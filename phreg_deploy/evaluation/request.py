@@ -8,11 +8,15 @@ from pathlib import Path
 from phreg_deploy.arguments import check_device, check_model
 from phreg_deploy.bundle.bundle import Bundle, is_bundle
 from phreg_deploy.errors import PhregError
+from phreg_deploy.heads.class_embeddings import ClassEmbeddings
 from phreg_deploy.layers import check_layers
 from phreg_deploy.spec import parse_size
 from phreg_deploy.student_record import model_path, read_readout
 
-PROTOCOLS = ("logistic", "ridge", "dinov2")
+OVSS = "ovss"
+PROTOCOLS = ("logistic", "ridge", "dinov2", OVSS)
+# What a protocol without training has no use for.
+TRAINING = ("split", "share", "decay", "patches", "seeds", "layers", "image_size", "classes", "depth")
 
 
 @dataclass(frozen=True)
@@ -25,17 +29,23 @@ class EvaluationRequest:
 
     ``images``: folder of images. ``masks``: folder of masks, PNG with a palette or 8-bit grey, at the images' paths.
     ``depth``: folder of depth instead, 16-bit PNG or ``.npy``. ``classes``: a file with one name a line. ``ignore``:
-    the value of masks that means no class, or None. ``depth_scale``: metres per unit of a PNG; ``.npy`` is taken as it
+    the value of masks that means no class, or None. ``first_class``: the value of the first class; smaller ones mean no
+    class. ``depth_scale``: metres per unit of a PNG; ``.npy`` is taken as it
     is. ``split``, ``group``: see ``data.splits``; ``share`` of the groups is read on where a hash decides.
 
-    ``protocol``: "logistic", "ridge" or "dinov2", see ``solvers``; None for logistic, or ridge for depth. ``decay``:
-    weight decay on the mean loss. ``patches``: the most that one seed trains on. ``seeds``: how many times the probe is
-    trained, each time on its own draw of patches, from ``seed`` on.
+    ``protocol``: "logistic", "ridge" or "dinov2", see ``solvers``, or "ovss", see ``zero_shot``; None for logistic, or
+    ridge for depth. ``decay``: weight decay on the mean loss. ``patches``: the most that one seed trains on. ``seeds``:
+    how many times the probe is trained, each time on its own draw of patches, from ``seed`` on.
 
     ``image_size``: "518" or "480x640" (height x width); None for each model's own. ``layers``: as of ``export``, joined
     along the channels; None for the features after the last block. ``readout``, ``project``: of PyTorch models; None
     for what a student's record says, else the final tokens. ``device``: where PyTorch computes. ``backend``: what
     serves bundles. ``cache``: folder of features, None for ``$XDG_CACHE_HOME/phreg-deploy``; ``keep``: write them.
+
+    Of "ovss" alone: ``text``, the file of ``phreg-deploy classes``; ``scale`` of cosines, None for the paper's 40, or
+    for the model's own where it was trained with sigmoids; ``background``: a probability below which a pixel is
+    background (``ClassEmbeddings.head``), or None; ``short_side`` that images are resized to, ``window`` and
+    ``stride``, in pixels.
     """
 
     what: tuple[str, ...]
@@ -49,6 +59,7 @@ class EvaluationRequest:
     share: float = 0.25
     classes: Path | None = None
     ignore: int | None = 255
+    first_class: int = 0
     depth_scale: float = 0.001
     protocol: str | None = None
     decay: float = 1e-4
@@ -63,6 +74,12 @@ class EvaluationRequest:
     backend: str = "auto"
     cache: Path | None = None
     keep: bool = True
+    text: Path | None = None
+    scale: float | None = None
+    background: float | None = None
+    short_side: int = 448
+    window: int = 336
+    stride: int = 112
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -81,7 +98,15 @@ class EvaluationRequest:
     @property
     def reads(self) -> list[Path | None]:
         """The inputs, which no output may replace."""
-        return [self.images, self.masks, self.depth, self.classes, *self.checkpoints, *map(model_path, self.what)]
+        return [
+            self.images,
+            self.masks,
+            self.depth,
+            self.classes,
+            self.text,
+            *self.checkpoints,
+            *map(model_path, self.what),
+        ]
 
     @property
     def size(self) -> tuple[int, int] | None:
@@ -96,6 +121,10 @@ class EvaluationRequest:
         """Raise ``PhregError`` for arguments that are wrong, before anything slow."""
         if not self.what:
             raise PhregError("evaluate: got no model; name a timm model, a student or a bundle.")
+        if self.solver == OVSS:
+            self._check_zero_shot()
+        elif self.text is not None:
+            raise PhregError("evaluate: --text goes with --protocol ovss.")
         if (self.masks is None) == (self.depth is None):
             given = "neither" if self.masks is None else "both"
             raise PhregError(f"evaluate: got {given} of --masks and --depth, expected one of them.")
@@ -118,10 +147,31 @@ class EvaluationRequest:
             raise PhregError(f"depth-scale: got {self.depth_scale}, expected metres per unit of the PNG, e.g. 0.001.")
         if self.ignore is not None and not 0 <= self.ignore <= 255:
             raise PhregError(f"ignore: got {self.ignore}, expected a value of the masks, 0 to 255.")
+        if not 0 <= self.first_class < 255:
+            raise PhregError(f"first-class: got {self.first_class}, expected a value of the masks, 0 to 254.")
         check_device(self.device)
         check_layers(self.layers)
         parse_size(self.image_size or "1")
         self._check_models()
+
+    def _check_zero_shot(self) -> None:
+        if self.text is None:
+            raise PhregError("evaluate: --protocol ovss needs --text, the file that `phreg-deploy classes` wrote.")
+        fields = type(self).__dataclass_fields__
+        given = [name for name in TRAINING if getattr(self, name) != fields[name].default]
+        if given:
+            raise PhregError(
+                f"evaluate: --protocol ovss trains nothing and takes its classes and sizes from --text and --window; "
+                f"leave out --{given[0].replace('_', '-')}."
+            )
+        if self.project is False:
+            raise PhregError("evaluate: --protocol ovss compares projected features with text; leave out --no-project.")
+        if not 1 <= self.stride <= self.window <= self.short_side:
+            raise PhregError(
+                f"evaluate: got the short side {self.short_side}, windows of {self.window} and the stride "
+                f"{self.stride}; expected a stride up to the window, and a window up to the short side."
+            )
+        ClassEmbeddings.read(self.text).head(self.scale, self.background)
 
     def _check_models(self) -> None:
         if (self.readout is not None or self.project is not None) and all(is_bundle(name) for name in self.names):

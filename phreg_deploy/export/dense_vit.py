@@ -22,6 +22,7 @@ from phreg_deploy.export.folding import (
     patch_positions,
     prefix_tokens,
 )
+from phreg_deploy.export.projection import projection_of
 from phreg_deploy.export.rotary import is_half, rotary_tables
 from phreg_deploy.export.rotation import Turn, paired_halves, reorder_norm, rotate, wide_tables
 from phreg_deploy.layers import Layers, output_names
@@ -89,8 +90,8 @@ class DenseViT(nn.Module):
             grid = None if positions_as_input else tuple(model.patch_embed.grid_size)
             self.blocks.append(DenseReadout(model.blocks[-1], readout, self.prefix_count, neighbours, grid))
         self.norm = copy.deepcopy(final_norm(model))
-        self.project = Projection(model.head) if readout.project else None
-        self.channels = model.head.out_features if readout.project else model.embed_dim
+        self.project = projection_of(model) if readout.project else None
+        self.channels = model.embed_dim if self.project is None else self.project.channels
         self.layers, self.heads = layers, model.blocks[-1].attn.num_heads
         self.class_attention = ClassAttention() if attention else None
         self.outputs = output_names(self.class_token, layers, attention)
@@ -153,19 +154,6 @@ class DenseViT(nn.Module):
             return list(zip(*(wide.unbind(0) for wide in wide_tables(rotary, self.prefix_count))))
         layers = len(self.turns) // 2
         return list(zip(self.turns[:layers], self.turns[layers:])) or [None]
-
-
-class Projection(nn.Module):
-    """A CLIP's projection into the space of text, of one weight ``(C, P)`` for patch tokens and class token."""
-
-    def __init__(self, head: ViT) -> None:
-        super().__init__()
-        self.into_text = nn.Parameter(head.weight.detach().T.contiguous())
-        self.bias = None if head.bias is None else nn.Parameter(head.bias.detach().clone())
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        y = x @ self.into_text
-        return y if self.bias is None else y + self.bias
 
 
 class ClassAttention(nn.Module):

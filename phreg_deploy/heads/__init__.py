@@ -1,4 +1,7 @@
-"""Linear heads on dense features: class scores or depth per patch. Reading and computing need numpy, not PyTorch."""
+"""Heads on dense features: class scores or depth per patch, trained or from text embeddings of class names.
+
+Reading and computing need numpy, not PyTorch.
+"""
 
 from __future__ import annotations
 
@@ -6,17 +9,19 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from phreg_deploy.heads.class_embeddings import ClassEmbeddings
 from phreg_deploy.heads.head import Head
+from phreg_deploy.heads.text_head import TextHead
 
 if TYPE_CHECKING:
     from phreg_deploy.bundle.bundle import Bundle
 
-__all__ = ["Head", "attach"]
+__all__ = ["ClassEmbeddings", "Head", "TextHead", "attach"]
 
 
 def attach(
     bundle: Path | str,
-    heads: Mapping[str, Path | str | Head],
+    heads: Mapping[str, Path | str | Head | TextHead],
     output: Path | str,
     *,
     upsample: str | None = None,
@@ -30,8 +35,9 @@ def attach(
     The exam gets their answers to its features, computed by numpy.
 
     Args:
-        bundle: of any precision. heads: name -> head, or the path of one; the name "" is for the only head of a kind,
-            whose output is ``segmentation``, ``labels`` or ``depth``; others are e.g. ``labels.street``.
+        bundle: of any precision. heads: name -> head, or the path of one, or of ``classes.npz``; the name "" is for the
+            only head of a kind, whose output is ``segmentation``, ``labels`` or ``depth``; others are e.g.
+            ``labels.street``.
         output: the folder to write. It holds no engines.
         upsample: enlarge the logits: "bilinear", or "joint-bilateral", which follows the image's colours (Kopf et al.
             2007); None gives one answer per patch.
@@ -41,8 +47,8 @@ def attach(
 
     Raises:
         BackendMissing: onnx is not installed.
-        PhregError: a damaged bundle or head, a head of another width, a layer that the bundle does not serve, or an
-            output that exists.
+        PhregError: a damaged bundle or head, a head of another width, a layer that the bundle does not serve, text
+            embeddings of another model, or an output that exists.
     """
     from phreg_deploy.bundle.bundle import Bundle
     from phreg_deploy.bundle.heads import check_upsampling
@@ -53,11 +59,15 @@ def attach(
     if not heads:
         raise PhregError("attach: got no head, expected at least one.")
     check_upsampling(upsample, stride)
-    paths = [Path(head) for head in heads.values() if not isinstance(head, Head)]
+    paths = [Path(head) for head in heads.values() if isinstance(head, (str, Path))]
     check_target(Path(output), force, [Path(bundle), *paths])
     opened = Bundle.read(bundle)
     require("`phreg-deploy attach`", calibration=("onnx",))
-    read = {name: head if isinstance(head, Head) else Head.read(head) for name, head in heads.items()}
+    read = {name: _read(head) if isinstance(head, (str, Path)) else head for name, head in heads.items()}
     from phreg_deploy.heads.attachment import attach_heads
 
     return attach_heads(opened, read, Path(output), upsample=upsample, stride=stride, labels=labels, force=force)
+
+
+def _read(path: Path | str) -> Head | TextHead:
+    return ClassEmbeddings.read(path).head() if Path(path).suffix == ".npz" else Head.read(path)

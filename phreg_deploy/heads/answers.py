@@ -9,13 +9,16 @@ import numpy as np
 from phreg_deploy.bundle.bundle import Bundle
 from phreg_deploy.bundle.heads import JOINT_BILATERAL, ServedHead
 from phreg_deploy.heads.head import Head
+from phreg_deploy.heads.text_head import TextHead
 from phreg_deploy.images.upsampling import joint_bilateral, upsample
 from phreg_deploy.layers import DEPTH, SEGMENTATION
 
 Outputs = dict[str, np.ndarray]
 
 
-def head_answer(served: ServedHead, head: Head, outputs: Mapping[str, np.ndarray], images: np.ndarray) -> np.ndarray:
+def head_answer(
+    served: ServedHead, head: Head | TextHead, outputs: Mapping[str, np.ndarray], images: np.ndarray
+) -> np.ndarray:
     """Return the output of one head, see ``ServedHead``.
 
     Args:
@@ -28,7 +31,7 @@ def head_answer(served: ServedHead, head: Head, outputs: Mapping[str, np.ndarray
     return logits if served.kind == SEGMENTATION else head.decide(logits)
 
 
-def attached_heads(bundle: Bundle) -> list[tuple[ServedHead, Head]]:
+def attached_heads(bundle: Bundle) -> list[tuple[ServedHead, Head | TextHead]]:
     """Read a bundle's heads from its graph; needs onnx."""
     if not bundle.manifest.heads:
         return []
@@ -36,11 +39,17 @@ def attached_heads(bundle: Bundle) -> list[tuple[ServedHead, Head]]:
 
     from phreg_deploy.onnx_graph.heads import read_head
 
-    graph, heads = onnx.load(bundle.graph, load_external_data=False), []
+    graph = onnx.load(bundle.graph, load_external_data=False)
+    heads: list[tuple[ServedHead, Head | TextHead]] = []
     for served in bundle.manifest.heads:
         task = DEPTH if served.kind == DEPTH else SEGMENTATION
+        facts = read_head(graph, served)
+        rule = facts.pop("rule")
+        if rule is not None:
+            heads.append((served, TextHead(facts["weight"], facts["bias"], rule, served.classes)))
+            continue
         head = Head(
-            **read_head(graph, served),
+            **facts,
             task=task,
             layers=served.layers,
             classes=served.classes,

@@ -18,13 +18,14 @@ from phreg_deploy.errors import PhregError
 from phreg_deploy.files.atomic import atomic_folder
 from phreg_deploy.heads.answers import head_answer
 from phreg_deploy.heads.head import Head
+from phreg_deploy.heads.text_head import TextHead, check_space
 from phreg_deploy.layers import DEPTH, LABELS, SEGMENTATION
 from phreg_deploy.onnx_graph.heads import append_head
 
 
 def attach_heads(
     bundle: Bundle,
-    heads: Mapping[str, Head],
+    heads: Mapping[str, Head | TextHead],
     output: Path,
     *,
     upsample: str | None,
@@ -54,6 +55,7 @@ def attach_heads(
             patch=manifest.model.patch,
             bins=head.bins,
             depth_range=head.depth_range,
+            rule=head.rule if isinstance(head, TextHead) else None,
         )
     outputs = {value.name: value for value in graph.graph.output}
     shapes = {
@@ -82,16 +84,18 @@ def attach_heads(
     return Bundle.read(output)
 
 
-def _serve(name: str, head: Head, upsample: str | None, stride: int, labels: bool) -> ServedHead:
+def _serve(name: str, head: Head | TextHead, upsample: str | None, stride: int, labels: bool) -> ServedHead:
     kind = DEPTH if head.task == DEPTH else LABELS if labels else SEGMENTATION
     return ServedHead(
         name, kind, upsample, stride if upsample else None, head.layers, head.classes, head.colours, head.ignore
     )
 
 
-def _check(manifest: Manifest, served: ServedHead, head: Head) -> None:
+def _check(manifest: Manifest, served: ServedHead, head: Head | TextHead) -> None:
     """Raise ``PhregError`` unless the bundle serves what the head reads."""
     served.cells(manifest.model.patch)
+    if isinstance(head, TextHead):
+        check_space(manifest, head, "attach")
     missing = [name for name in head.inputs if name not in manifest.outputs]
     if missing:
         layers = ",".join(str(layer) for layer in head.layers or ())
@@ -106,7 +110,7 @@ def _check(manifest: Manifest, served: ServedHead, head: Head) -> None:
         )
 
 
-def _exam(bundle: Bundle, heads: list[tuple[ServedHead, Head]]) -> dict[str, np.ndarray]:
+def _exam(bundle: Bundle, heads: list[tuple[ServedHead, Head | TextHead]]) -> dict[str, np.ndarray]:
     """Return the bundle's exam with the heads' answers to its features, computed by numpy."""
     exam: dict[str, np.ndarray] = {}
     for case, arrays in enumerate(bundle.cases()):

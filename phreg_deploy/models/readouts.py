@@ -12,6 +12,8 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from timm.layers.attention_pool import AttentionPoolLatent
+from timm.layers.mlp import Mlp
 from timm.layers.pos_embed_sincos import apply_rot_embed_cat
 from torch import nn
 
@@ -85,8 +87,14 @@ def _gaussian(side: int, device: torch.device) -> torch.Tensor:
 
 
 def project(model: ViT, tokens: torch.Tensor) -> torch.Tensor:
-    """Apply the model's projection to normed tokens ``(B, T, C)``: ``(B, T, P)``."""
-    return model.head(tokens)
+    """Apply the model's projection to normed tokens ``(B, T, C)``: ``(B, T, P)``.
+
+    The pooling head of a SigLIP or Perception Encoder is applied to each token as if it were the only one.
+    """
+    if getattr(model, "attn_pool", None) is None:
+        return model.head(tokens)
+    count, length, width = tokens.shape
+    return model.head(model.attn_pool(tokens.reshape(-1, 1, width)).reshape(count, length, -1))
 
 
 def _split(attn: ViT, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -135,11 +143,22 @@ def _finish(attn: ViT, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
 
 
 def _check_projection(model: ViT) -> None:
-    name = str(model.pretrained_cfg.get("architecture"))
-    use = "expected a CLIP whose head is a linear projection, such as vit_base_patch16_clip_quickgelu_224.openai"
-    if getattr(model, "attn_pool", None) is not None:
+    name, pool = str(model.pretrained_cfg.get("architecture")), getattr(model, "attn_pool", None)
+    use = (
+        "expected a CLIP whose head is a linear projection, such as vit_base_patch16_clip_quickgelu_224.openai, or a "
+        "SigLIP with its pooling head, such as vit_base_patch16_siglip_224.webli"
+    )
+    if pool is None:
+        if "clip" not in name or "siglip" in name or not isinstance(model.head, nn.Linear):
+            raise PhregError(f"project: {name} has no projection into a space of text; {use}.")
+        return
+    # timm's SigLIP ends with the pooling head, and its Perception Encoder with a projection after it.
+    ends = nn.Identity if "siglip" in name else (nn.Identity, nn.Linear)
+    known = isinstance(pool, AttentionPoolLatent) and pool.pos_embed is None and pool.latent_len == 1
+    known = known and type(pool.mlp) is Mlp and isinstance(pool.mlp.norm, nn.Identity)
+    known = known and isinstance(model.fc_norm, nn.Identity) and isinstance(model.head, ends)
+    if not known or not ("siglip" in name or "_pe_core_" in name):
         raise PhregError(
-            f"project: {name} projects a pooled token by attention, which gives no projection of single tokens; {use}."
+            f"project: {name} ends with {type(pool).__name__} and {type(model.head).__name__}, which are no projection "
+            f"into a space of text; {use}."
         )
-    if "clip" not in name or not isinstance(model.head, nn.Linear):
-        raise PhregError(f"project: {name} has no projection into a space of text; {use}.")

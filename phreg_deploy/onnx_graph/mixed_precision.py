@@ -27,8 +27,8 @@ LIMITS = {"fp16": 65504.0, "bf16": 3.3e38}
 ROOM = 4.0
 # An Identity stands where two outputs are one tensor, such as those of the last layer.
 MOVES = {"Identity", "Split", "Reshape", "Transpose", "Slice", "Gather", "Expand", "Concat"}
-# The modules that write the outputs: the final norm, and a CLIP's projection.
-LAST = ("norm/", "project/")
+# The modules that write the outputs: the final norm, and the projection of a CLIP or SigLIP.
+LAST = ("norm/", "project/", "project.")
 # Begins the names of the nodes of heads (``onnx_graph.heads``).
 HEAD = "head."
 # The operators that compute ``token_norm``; squares overflow FP16.

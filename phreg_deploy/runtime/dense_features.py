@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import numpy as np
 
 from phreg_deploy.artifacts.measures import OUTLIER_FACTOR
-from phreg_deploy.bundle.heads import ServedHead
+from phreg_deploy.bundle.heads import LEAST_NORM, ServedHead
+from phreg_deploy.errors import PhregError
 from phreg_deploy.layers import DEPTH, LABELS, SEGMENTATION
 
 # The outputs of a layer, in the order of the fields.
@@ -45,6 +46,34 @@ class LayerFeatures:
             return _outlier_share(flat, self.norm_median)
         chosen = zip(flat, self.mask.reshape(len(flat), -1))
         return np.concatenate([_outlier_share(norms[None, mask], self.norm_median) for norms, mask in chosen])
+
+    def similarity(self, embedding: Any) -> np.ndarray:
+        """Compute the cosine of every patch's features with one embedding or several, float32.
+
+        Args:
+            embedding: numbers ``(C,)`` or ``(K, C)`` of any length: a text's in a space that the features were
+                projected into (``export --project``), or another patch's features.
+
+        Returns:
+            ``(B, Hp, Wp)`` for one embedding, ``(B, Hp, Wp, K)`` for several; 0 where one of both is 0.
+
+        Raises:
+            PhregError: another number of channels, or values that are not finite numbers.
+        """
+        try:
+            given = np.asarray(embedding, np.float32)
+        except (TypeError, ValueError) as error:
+            raise PhregError(f"similarity: the embedding is no array of numbers ({error}).") from None
+        width = self.features.shape[-1]
+        if given.ndim not in (1, 2) or given.shape[-1] != width or not np.isfinite(given).all():
+            got = f"an embedding {given.shape}" if given.shape[-1:] != (width,) else "values that are not finite"
+            raise PhregError(
+                f"similarity: got {got}, expected finite numbers ({width},) or (K, {width}), as many channels as the "
+                "features. For a text's embedding, export the bundle with --project."
+            )
+        lengths = np.linalg.norm(self.features, axis=-1, keepdims=True) * np.linalg.norm(np.atleast_2d(given), axis=-1)
+        cosines = self.features @ np.atleast_2d(given).T / np.maximum(lengths, np.float32(LEAST_NORM))
+        return cosines[..., 0] if given.ndim == 1 else cosines
 
 
 @dataclass(frozen=True)

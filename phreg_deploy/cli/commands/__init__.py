@@ -21,6 +21,7 @@ VERBS = {
     "artifacts": _NOTHING,
     "evaluate": "No report was written. Features that were computed stay in the cache; run the command again.",
     "probe": _ATOMIC,
+    "classes": _ATOMIC,
     "attach": _ATOMIC,
     "inspect": _NOTHING,
     "doctor": _NOTHING,
@@ -28,6 +29,6 @@ VERBS = {
 }
 
 # Verbs that stand in another folder of ``cli/``.
-FOLDERS = {"attach": "probing", "evaluate": "probing", "probe": "probing", "watch": "streaming"}
+FOLDERS = {"attach": "probing", "classes": "probing", "evaluate": "probing", "probe": "probing", "watch": "streaming"}
 # Verbs that take addresses; all others read files of this machine.
 ADDRESSES = ("watch",)

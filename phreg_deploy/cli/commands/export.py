@@ -12,7 +12,7 @@ from phreg_deploy.arguments import EIGHT_BITS, check_export, check_model
 from phreg_deploy.bundle.bundle import Bundle
 from phreg_deploy.cli.commands.build import run_build
 from phreg_deploy.cli.console import Result
-from phreg_deploy.cli.heads import check_head_options, head_options, named_heads
+from phreg_deploy.cli.heads import SOURCES, check_head_options, head_options, read_heads
 from phreg_deploy.cli.options import (
     checkpoint_option,
     device_number,
@@ -30,7 +30,7 @@ from phreg_deploy.images.photographs import list_images
 from phreg_deploy.layers import check_layers
 from phreg_deploy.student_record import model_path, read_readout
 
-HEAD_OPTIONS = ("heads", "upsample", "stride", "labels")
+HEAD_OPTIONS = (*SOURCES, "upsample", "stride", "labels")
 
 
 @click.command()
@@ -88,7 +88,7 @@ HEAD_OPTIONS = ("heads", "upsample", "stride", "labels")
     "--attention", is_flag=True, help="Serve the class token's attention over the patches in the last block too."
 )
 @readout_options("the student's")
-@head_options(required=False)
+@head_options
 @click.option(
     "--random-weights", is_flag=True, help="Load no pretrained weights, for timing only; the manifest says so."
 )
@@ -161,16 +161,16 @@ def _export(output: Path, options: dict[str, Any], result: Result) -> None:
     from phreg_deploy.export import export as export_model
 
     own = {name: options[name] for name in options if name not in HEAD_OPTIONS}
-    if not options["heads"]:
+    if not options["heads"] and not options["classes"]:
         export_model(output=output, progress=result.progress, **own)
         return
     from phreg_deploy.heads import attach
 
-    how = {name: options[name] for name in HEAD_OPTIONS if name != "heads"}
+    how = {name: options[name] for name in HEAD_OPTIONS if name not in SOURCES}
     with tempfile.TemporaryDirectory(dir=output.parent, prefix=f".{output.name}.") as folder:
         plain = Path(folder) / "plain.bundle"
         export_model(output=plain, progress=result.progress, **own)
-        attach(plain, named_heads(options["heads"]), output, **how, force=options["force"])
+        attach(plain, read_heads(*(options[name] for name in SOURCES)), output, **how, force=options["force"])
 
 
 def _export_eight_bits(output: Path, target: str, options: dict[str, Any], result: Result) -> dict[str, Any]:

@@ -1,1 +1,1 @@
-"""The verbs of linear heads: ``evaluate``, ``probe`` and ``attach``."""
+"""The verbs of heads and of evaluation: ``evaluate``, ``probe``, ``classes`` and ``attach``."""

@@ -8,7 +8,7 @@ from typing import Any
 import click
 
 from phreg_deploy.cli.console import Result
-from phreg_deploy.cli.options import force_option, output_options
+from phreg_deploy.cli.options import Number, force_option, output_options
 from phreg_deploy.cli.probing.options import data_options
 from phreg_deploy.cli.probing.tables import show_evaluation
 
@@ -27,6 +27,12 @@ from phreg_deploy.cli.probing.tables import show_evaluation
 @click.option(
     "--seeds", type=click.IntRange(1), default=3, show_default=True, help="Trainings, each on its own draw of patches."
 )
+@click.option("--text", type=click.Path(path_type=Path), help="Of ovss: class names embedded by `classes`.")
+@click.option("--scale", type=Number(), help="Of ovss: factor of cosines; by default 40, of SigLIP its own.")
+@click.option("--background", type=Number(), metavar="P", help="Of ovss: below this probability a pixel is background.")
+@click.option("--short-side", type=click.IntRange(1), default=448, show_default=True, help="Of ovss: of images.")
+@click.option("--window", type=click.IntRange(1), default=336, show_default=True, help="Of ovss: side in pixels.")
+@click.option("--stride", type=click.IntRange(1), default=112, show_default=True, help="Of ovss: between windows.")
 @click.option("-o", "--output", type=click.Path(path_type=Path), help="Folder for evaluation.json and pictures.")
 @force_option
 @output_options
@@ -38,11 +44,14 @@ def evaluate(
     The features stay as they are. Figures come with 95 % intervals, and every model is compared with the first on the
     same images: better, worse, or not told apart. A name given twice is trained again with other seeds.
 
+    --protocol ovss trains nothing: it segments by --text, as PH-Reg's paper does for CLIP, in windows.
+
     \b
     Examples:
       phreg-deploy evaluate vit_small_patch14_dinov2.lvd142m student --images photos/ --masks masks/
       phreg-deploy evaluate student student-int8.bundle --images photos/ --masks masks/ --classes names.txt -o report/
       phreg-deploy evaluate student.bundle --images photos/ --depth depth/ --depth-scale 0.001
+      phreg-deploy evaluate clip clip.bundle --protocol ovss --text classes.npz --images photos/ --masks masks/
     """
     from phreg_deploy.evaluation import EvaluationRequest
     from phreg_deploy.evaluation import evaluate as run

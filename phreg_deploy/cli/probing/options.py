@@ -23,6 +23,13 @@ def data_options(command: Callable[..., Any]) -> Callable[..., Any]:
         click.option(
             "--ignore", type=click.IntRange(0, 255), default=255, show_default=True, help="Value of no class."
         ),
+        click.option(
+            "--first-class",
+            type=click.IntRange(0, 254),
+            default=0,
+            show_default=True,
+            help="Value of the first class; smaller ones mean no class (ADE20K: 1).",
+        ),
         click.option("--depth-scale", type=Number(), default=0.001, show_default=True, help="Metres per PNG unit."),
         click.option(
             "--split",
@@ -40,7 +47,8 @@ def data_options(command: Callable[..., Any]) -> Callable[..., Any]:
         ),
         click.option("--share", type=Number(), default=0.25, show_default=True, help="Share of groups to read on."),
         click.option(
-            "--protocol", help="logistic (default), ridge (default of --depth) or dinov2 (slow): docs/evaluate.md."
+            "--protocol",
+            help="logistic (default), ridge (default of --depth), dinov2 (slow) or ovss: docs/evaluate.md.",
         ),
         click.option("--decay", type=Number(), default=1e-4, show_default=True, help="Weight decay on the mean loss."),
         click.option(

@@ -25,6 +25,9 @@ def show_evaluation(evaluation: Evaluation, result: Result) -> None:
     segments = evaluation.task == "segmentation"
     columns = SHARES if segments else DEPTH
     title = f"Linear probe ({evaluation.protocol}), {evaluation.train} images to train on, {evaluation.val} to read on"
+    if evaluation.protocol == "ovss":
+        columns = {figure: name for figure, name in SHARES.items() if figure in ("miou", "pixel_accuracy")}
+        title = f"Text prompts ({evaluation.protocol}), {evaluation.val} images"
     rows = [[s.name, _size(s), *(_cell(s, figure, segments) for figure in columns)] for s in evaluation.subjects]
     result.table(title, ["", "input", *columns.values()], rows)
     compared = [_compared(s, segments) for s in evaluation.subjects if s.against_base is not None]
@@ -46,11 +49,16 @@ def show_evaluation(evaluation: Evaluation, result: Result) -> None:
 def _say_conditions(evaluation: Evaluation, result: Result) -> None:
     few = evaluation.resampled == "images" and evaluation.val_groups < evaluation.val
     note = " With so few groups the intervals cover other images of the same groups alone." if few else ""
-    seeds = evaluation.settings["seeds"]
-    result.say(
-        f"Split {evaluation.split}. Intervals resample {evaluation.units} {evaluation.resampled} and the "
-        f"{seeds} training{'s' * (seeds > 1)}.{note}"
-    )
+    seeds = evaluation.settings.get("seeds")
+    resampled = f"Intervals resample {evaluation.units} {evaluation.resampled}"
+    if seeds is None:
+        settings = evaluation.settings
+        result.say(
+            f"Short side {settings['short_side']}, windows of {settings['window']}, stride {settings['stride']}, scale "
+            f"{settings['scale']:g}, names embedded by {settings['text']['model']}. {resampled}.{note}"
+        )
+    else:
+        result.say(f"Split {evaluation.split}. {resampled} and the {seeds} training{'s' * (seeds > 1)}.{note}")
     if evaluation.outliers is not None and evaluation.task == "segmentation":
         result.say(f"The base model has {evaluation.outliers} outlier tokens on the images to read on.")
     for subject in evaluation.subjects:

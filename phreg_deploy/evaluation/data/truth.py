@@ -26,13 +26,17 @@ RATIO = 0.02
 
 @dataclass
 class Masks:
-    """Masks of classes; arrays are uint8 ``(H, W)`` with values below K, or ``VOID``."""
+    """Masks of classes; arrays are uint8 ``(H, W)`` with values below K, or ``VOID``.
+
+    ``first``: the value that class 0 has in the files; smaller ones mean no class.
+    """
 
     folder: Path
     files: dict[str, Path]
     classes: tuple[str, ...]
     colours: tuple[tuple[int, int, int], ...]
     ignore: int | None
+    first: int = 0
     kept: dict[str, np.ndarray] = field(default_factory=dict, repr=False)
 
     task = "segmentation"
@@ -40,7 +44,7 @@ class Masks:
     def read(self, name: str) -> np.ndarray:
         """Read the mask of an image."""
         array = self.kept.get(name)
-        return array if array is not None else _labels(self.files[name], self.ignore)
+        return array if array is not None else _labels(self.files[name], self.ignore, self.first)
 
     def on_patches(self, name: str, size: tuple[int, int], grid: tuple[int, int], steps: Preprocess) -> np.ndarray:
         """Return the commonest class of each patch, int64 ``(Hp, Wp)``; -1 where void is commoner than any class."""
@@ -105,21 +109,29 @@ def find_truth(images: Path, folder: Path, suffixes: tuple[str, ...]) -> tuple[d
 
 
 def read_masks(
-    files: dict[str, Path], folder: Path, classes: Path | None, ignore: int | None, progress: Progress
+    files: dict[str, Path],
+    folder: Path,
+    classes: Path | None,
+    ignore: int | None,
+    progress: Progress,
+    names: tuple[str, ...] | None = None,
+    first: int = 0,
 ) -> Masks:
     """Read every mask, PNG with a palette or in grey, and find the classes.
 
     Args:
         classes: a file with one name a line, from class 0; None for as many classes as the masks have, by number.
+        names: those that ``classes`` holds, where it is another kind of file. first: as of ``Masks``.
 
     Raises:
         PhregError: an unreadable mask, one in colours, or a value beyond the classes.
     """
-    names = None if classes is None else _names(classes)
-    masks, kept, highest, palette, odd = Masks(folder, files, (), (), ignore), 0, 0, None, ""
+    if names is None and classes is not None:
+        names = _names(classes)
+    masks, kept, highest, palette, odd = Masks(folder, files, (), (), ignore, first), 0, 0, None, ""
     with progress.task("masks", len(files)) as advance:
         for name, path in files.items():
-            array = _labels(path, ignore)
+            array = _labels(path, ignore, first)
             top = int(np.where(array == VOID, 0, array).max())
             if top > highest:
                 highest, odd = top, str(path)
@@ -129,14 +141,15 @@ def read_masks(
             advance()
     if names is not None and highest >= len(names):
         raise PhregError(
-            f"masks: {odd} has the value {highest}, but {classes} names {len(names)} classes, from 0 to "
-            f"{len(names) - 1}. Add names, or give the value for no class by --ignore."
+            f"masks: {odd} has the value {highest + first}, but {classes} names {len(names)} classes, from {first} to "
+            f"{len(names) - 1 + first}. Add names, or give the value for no class by --ignore."
         )
     if highest < 1:
         raise PhregError(f"masks: {folder} holds {highest + 1} classes, expected at least two.")
     masks.classes = names or tuple(f"class {k}" for k in range(highest + 1))
     count = len(masks.classes)
-    masks.colours = (palette if palette and len(palette) >= count else voc_colours())[:count]
+    colours = (palette or ())[first:]
+    masks.colours = colours[:count] if len(colours) >= count else voc_colours()[first : first + count]
     return masks
 
 
@@ -175,7 +188,7 @@ def _patch_of_pixels(size: tuple[int, int], grid: tuple[int, int]) -> np.ndarray
     return rows[:, None] * grid[1] + columns
 
 
-def _labels(path: Path, ignore: int | None) -> np.ndarray:
+def _labels(path: Path, ignore: int | None, first: int) -> np.ndarray:
     try:
         with Image.open(path) as image:
             if image.mode not in ("P", "L", "1"):
@@ -189,7 +202,10 @@ def _labels(path: Path, ignore: int | None) -> np.ndarray:
         raise PhregError(f"masks: {path} cannot be read ({error}); replace it.") from None
     if array.size >= 1 << 24:
         raise PhregError(f"masks: {path} has {array.size} pixels, expected fewer than {1 << 24}.")
-    return array if ignore is None or ignore == VOID else np.where(array == ignore, VOID, array).astype(np.uint8)
+    if ignore is not None and ignore != VOID:
+        array = np.where(array == ignore, VOID, array).astype(np.uint8)
+    # Without ``first`` the values stay, 255 too.
+    return np.where((array == VOID) | (array < first), VOID, array - first).astype(np.uint8) if first else array
 
 
 def _palette(path: Path) -> tuple[tuple[int, int, int], ...] | None:
