@@ -109,7 +109,7 @@ class Lent:
         device = self.array.device
         if stream != -1:
             mark = device.mark(device.streams[self.stream])
-            device.queue(device.streams[stream], lambda: device.finish(mark))
+            device.queue(device.stream_of(stream), lambda: device.finish(mark))
         return DeviceArray(self.array.pointer, self.array.shape, self.array.dtype, self.array).__dlpack__()
 
 
