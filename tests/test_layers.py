@@ -25,7 +25,8 @@ MAY = {
     "distill/devices": {"models"},
     "distill": {"files", "images", "artifacts", "models", "distill/devices", "distill/neurons"},
     "runtime/gpu": {"bundle", "images"},
-    "runtime/backends": {"bundle", "runtime/gpu"},
+    "runtime/trt": {"bundle", "runtime/gpu"},
+    "runtime/backends": {"bundle", "runtime/gpu", "runtime/trt"},
     "runtime": {"files", "images", "artifacts", "bundle", "runtime/gpu", "runtime/backends"},
     "stream/sources": {"images"},
     "stream": {"images", "bundle", "runtime", "runtime/backends", "stream/sources"},
@@ -97,6 +98,7 @@ NEEDS = {
 WITHOUT_TORCH = {
     "runtime",
     "runtime/gpu",
+    "runtime/trt",
     "runtime/backends",
     "calibration",
     "export/engine",

@@ -9,7 +9,7 @@ The engine computes on the processor with ONNX Runtime. The fakes have no public
 
 from tests.fake_gpu.arrays import Array
 from tests.fake_gpu.cuda import Runtime
-from tests.fake_gpu.cuda_types import Event, cudaError_t, cudaMemcpyKind, cudaStreamCaptureMode
+from tests.fake_gpu.cuda_types import Event, Work, cudaError_t, cudaMemcpyKind, cudaStreamCaptureMode
 from tests.fake_gpu.device import Device
 from tests.fake_gpu.install import install
 from tests.fake_gpu.onnx_file import read_nodes
@@ -21,6 +21,7 @@ __all__ = [
     "Event",
     "FakeTensorRT",
     "Runtime",
+    "Work",
     "cudaError_t",
     "cudaMemcpyKind",
     "cudaStreamCaptureMode",

@@ -10,10 +10,25 @@ import numpy as np
 
 from phreg_deploy.errors import PhregError
 from phreg_deploy.images.intake import CPU, GPU, MANAGED, on_gpu
-from phreg_deploy.runtime.gpu.cuda import Cuda, DeviceBuffer
+from phreg_deploy.runtime.gpu.cuda import Cuda, DeviceBuffer, Event
 
 # kDLInt, kDLUInt, kDLFloat
 CODES = {"i": 0, "u": 1, "f": 2}
+
+
+def stream_number(handle: int) -> int:
+    """Return one number for each stream: 0 and 1 (``cudaStreamLegacy``) are both the default stream."""
+    return handle or 1
+
+
+class Owner:
+    """Whoever owns the memory of an array, and wants to know who uses it."""
+
+    def filled(self, stream: int | None) -> None:
+        """Note that work in ``stream`` fills the memory after all earlier use of it; None if that is done."""
+
+    def lend(self, stream: int | None) -> None:
+        """Note that work in ``stream`` reads the memory; None for a stream that is not known."""
 
 
 class DeviceArray:
@@ -53,6 +68,7 @@ class DeviceArray:
     def __cuda_array_interface__(self) -> dict[str, Any]:
         if self.device[0] == CPU:
             raise AttributeError("__cuda_array_interface__")
+        self._lend(None)
         return {
             "shape": self.shape,
             "typestr": self.dtype.str,
@@ -60,17 +76,36 @@ class DeviceArray:
             "strides": None,
             "version": 3,
             # The protocol's number of the default stream is 1.
-            "stream": 1 if self.stream == 0 else self.stream,
+            "stream": None if self.stream is None else stream_number(self.stream),
         }
 
     def __dlpack_device__(self) -> tuple[int, int]:
         return self.device
 
     def __dlpack__(self, *, stream: int | None = None, **_: Any) -> Any:
-        """A capsule for a reader on ``stream``, given once the work that fills the array is done."""
-        if self.device[0] != CPU and self.stream is not None and stream not in (-1, self.stream):
-            self._driver().call("cudaStreamSynchronize", self.stream)
+        """A capsule for a reader on ``stream``, which waits for the work that fills the array; the host does not.
+
+        As DLPack says, None means the default stream, and -1 that the reader takes care of the order itself.
+        """
+        if self.device[0] != CPU:
+            reader = None if stream == -1 else stream_number(stream or 1)
+            if self.stream is not None and reader not in (None, stream_number(self.stream)):
+                driver = self._driver()
+                driver.use()
+                with Event(driver, timing=False) as event:
+                    event.order(self.stream, reader)
+            self._lend(reader)
         return _capsule(self)
+
+    def filled_on(self, stream: int | None) -> None:
+        """Note the stream in which the array is filled; None if it is filled already."""
+        self.stream = stream
+        if isinstance(self._owner, Owner):
+            self._owner.filled(stream)
+
+    def _lend(self, stream: int | None) -> None:
+        if isinstance(self._owner, Owner):
+            self._owner.lend(stream)
 
     def numpy(self) -> np.ndarray:
         """A copy on the host."""
