@@ -54,6 +54,64 @@ def test_an_engine_with_wrong_outputs_is_not_kept(copy_bundle, tensorrt, name):
     assert leftovers(folder) == []
 
 
+def paths(runs):
+    return {(run["profile"], run["batch"], tuple(run["size"]), run["path"]) for run in runs}
+
+
+def test_every_profile_is_examined_on_every_path(copy_bundle, tensorrt):
+    """``wide_bundle`` has batches 1:2:4, so the first profile serves single images and the second all others."""
+    done = build(copy_bundle("wide_bundle"))
+    assert done.code == 0, done.err
+    runs = done.document["runs"]
+    sizes = {tuple(run["size"]) for run in runs}
+    every = ("plain", "captured", "replayed", "from the GPU")
+    assert paths(runs) == {(p, b, size, path) for p, b in ((0, 1), (1, 2)) for size in sizes for path in every}
+    assert all(run["passed"] and run["cosine_p1"] > 0.99999 for run in runs)
+
+
+@pytest.mark.parametrize(
+    ("wrong", "where"),
+    [
+        (lambda profile, _batch, _path: profile == 0, "first: profile 0, 1 image of 48x48, plain"),
+        (lambda profile, _batch, _path: profile == 1, "first: profile 1, 2 images of 48x48, plain"),
+        (lambda _profile, _batch, path: path == "replayed", "first: profile 0, 1 image of 48x48, captured"),
+    ],
+)
+def test_one_wrong_profile_or_a_wrong_replay_is_found(copy_bundle, tensorrt, wrong, where):
+    folder, tensorrt.wrong = copy_bundle("wide_bundle"), wrong
+    done = build(folder)
+    done.refused(3, "parity:", where)
+    assert plan_files(folder) == []
+
+
+def test_a_wrong_path_from_the_gpu_is_found(copy_bundle, tensorrt, monkeypatch):
+    from phreg_deploy.runtime.trt.buffers import TensorBuffers
+
+    fetch = TensorBuffers.fetch
+    monkeypatch.setattr(TensorBuffers, "fetch", lambda self, name, source: fetch(self, name, source - 1))
+    build(copy_bundle("bundle")).refused(3, "1 of 4 runs differ, first: profile 0, 1 image of 64x64, from the GPU")
+
+
+@pytest.mark.parametrize(
+    ("batches", "expected"),
+    [
+        ((1, 8, 32), [(0, 1), (1, 2), (1, 8)]),
+        ((1, 1, 4), [(0, 1), (0, 2)]),
+        ((2, 4, 4), [(0, 2), (1, 3), (1, 4)]),
+        ((1, 1, 1), [(0, 1)]),
+    ],
+)
+def test_the_least_and_the_best_batch_of_each_profile_are_served_by_it(batches, expected):
+    from phreg_deploy.bundle.profiles import ProfileShapes
+    from phreg_deploy.export.engine.exam import served_batches
+
+    low, best, _ = batches
+    numbers = [(low,) * 3, batches] if low < best else [batches]
+    profiles = [ProfileShapes({"image": [[batch, 64, 64, 3] for batch in triple]}) for triple in numbers]
+    case = min(2, batches[2])
+    assert served_batches(profiles, (case, 64, 64, 3)) == expected
+
+
 def test_force_keeps_an_engine_with_wrong_outputs_and_reports_it(copy_bundle, tensorrt):
     folder, tensorrt.zeroed_weights = copy_bundle("bundle"), "blocks.1.mlp.fc1.weight"
     done = build(folder, "--force")

@@ -35,7 +35,7 @@ MAY = {
     "onnx_graph": {"images", "bundle", "runtime/backends"},
     "calibration": {"files", "images", "bundle", "onnx_graph", "runtime", "runtime/backends"},
     "export": {"files", "images", "bundle", "models", "onnx_graph", "export/engine"},
-    "export/engine": {"files", "bundle", "runtime", "runtime/gpu", "runtime/backends"},
+    "export/engine": {"files", "bundle", "runtime", "runtime/gpu", "runtime/trt", "runtime/backends"},
     "evaluation/data": {"files", "images", "bundle", "heads", "models", "runtime"},
     "evaluation": {"files", "images", "artifacts", "bundle", "heads", "evaluation/data"},
     "verify": {

@@ -23,18 +23,15 @@ from phreg_deploy.bundle.plans import (
 from phreg_deploy.bundle.profiles import profiles_of
 from phreg_deploy.errors import GateFailed, PhregError, write_error
 from phreg_deploy.export.engine.builder import SerializedPlan, build_plan
+from phreg_deploy.export.engine.exam import examine
 from phreg_deploy.export.engine.inspection import Census, read_layers, shortfalls, take_census
 from phreg_deploy.export.engine.report import BuildReport, read_report
 from phreg_deploy.files.atomic import write_atomic
 from phreg_deploy.files.temporary import temporary
 from phreg_deploy.json_files import read_json
 from phreg_deploy.progress import SILENT, Progress
-from phreg_deploy.runtime.backends.options import BackendOptions
-from phreg_deploy.runtime.backends.tensorrt_backend import TensorRtBackend
-from phreg_deploy.runtime.features import FeatureExtractor
 from phreg_deploy.runtime.gpu.cuda import Cuda, Gpu
 from phreg_deploy.runtime.gpu.trt_library import deserialise, load_tensorrt, make_logger
-from phreg_deploy.runtime.parity import judge_exam, verdict
 
 # Precision -> the first compute capability, times ten, whose GPUs compute in it.
 LEAST_ARCHITECTURE = {"bf16": 80, "fp8": 89}
@@ -182,12 +179,6 @@ def _examine_and_keep(
     except BaseException:
         plan.path.unlink(missing_ok=True)
         raise
-
-
-def examine(bundle: Bundle, plan: StoredPlan, device: int = 0) -> dict[str, Any]:
-    """Compare the answers of a saved plan with the bundle's exam; see ``verdict`` for the result."""
-    with FeatureExtractor(bundle, TensorRtBackend(bundle, BackendOptions(device=device), plan)) as extractor:
-        return verdict(*judge_exam(bundle, extractor.run, extractor.backend, extractor.compute))
 
 
 def eight_bit_layers(bundle: Bundle) -> list[str]:

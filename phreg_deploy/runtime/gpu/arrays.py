@@ -9,7 +9,8 @@ from typing import Any
 import numpy as np
 
 from phreg_deploy.errors import PhregError
-from phreg_deploy.images.intake import CPU, GPU, MANAGED, on_gpu
+from phreg_deploy.images.intake import CPU, MANAGED, on_gpu
+from phreg_deploy.images.intake import GPU as GPU
 from phreg_deploy.runtime.gpu.cuda import Cuda, DeviceBuffer, Event
 
 # kDLInt, kDLUInt, kDLFloat
