@@ -24,6 +24,8 @@ from phreg_deploy.json_files import read_json
 from phreg_deploy.spec import Stored, plain
 
 FOLDER = "engines"
+# What TensorRT's inspector says of a plan, unread, for people and for other programs.
+INSPECTED = ".inspector.json"
 # Format of a sidecar.
 FORMAT = 1
 COMPATIBILITY = ("none", "version", "ampere+", "same-cc")
@@ -114,10 +116,18 @@ def make_key(bundle: Bundle, gpu: str, architecture: int, tensorrt: str, cuda: i
     return PlanKey(graph, precision, profiles, gpu, architecture, tensorrt, cuda, system, settings)
 
 
-def write_plan(bundle: Bundle, key: PlanKey, plan: bytes) -> StoredPlan:
-    """Write a plan; it is not listed until ``write_sidecar`` has written its sidecar."""
-    folder = bundle.folder / FOLDER
-    path = folder / f"{key.name}.plan"
+def plan_path(bundle: Bundle, key: PlanKey) -> Path:
+    """Return the file of the plan with this key."""
+    return bundle.folder / FOLDER / f"{key.name}.plan"
+
+
+def write_plan(bundle: Bundle, key: PlanKey, plan: bytes, inspected: str = "") -> StoredPlan:
+    """Write a plan; it is not listed until ``write_sidecar`` has written its sidecar.
+
+    ``inspected``: the JSON text of TensorRT's engine inspector, which is stored beside the plan.
+    """
+    path = plan_path(bundle, key)
+    folder = path.parent
     try:
         folder.mkdir(exist_ok=True)
         path.with_suffix(".json").unlink(missing_ok=True)
@@ -126,7 +136,20 @@ def write_plan(bundle: Bundle, key: PlanKey, plan: bytes) -> StoredPlan:
     # A killed build leaves hundreds of megabytes.
     remove_dead(folder)
     write_atomic(path, plan)
-    return StoredPlan(path, key, hashlib.sha256(plan).hexdigest(), profiles_of(bundle.manifest), {})
+    stored = StoredPlan(path, key, hashlib.sha256(plan).hexdigest(), profiles_of(bundle.manifest), {})
+    if inspected:
+        try:
+            write_atomic(path.with_suffix(INSPECTED), inspected.encode())
+        except BaseException:
+            remove_plan(stored)
+            raise
+    return stored
+
+
+def remove_plan(plan: StoredPlan) -> None:
+    """Remove a plan that is not listed, and what belongs to it."""
+    plan.path.unlink(missing_ok=True)
+    plan.path.with_suffix(INSPECTED).unlink(missing_ok=True)
 
 
 def write_sidecar(bundle: Bundle, plan: StoredPlan, report: dict[str, Any]) -> StoredPlan:
@@ -149,7 +172,7 @@ def write_sidecar(bundle: Bundle, plan: StoredPlan, report: dict[str, Any]) -> S
     except PhregError:
         # Without a sidecar nothing reads the plan: free its hundreds of megabytes.
         if not path.exists():
-            plan.path.unlink(missing_ok=True)
+            remove_plan(plan)
         raise
     return numbered
 
@@ -170,6 +193,8 @@ def list_plans(bundle: Bundle) -> list[StoredPlan]:
     """Return every plan in the bundle that has a readable sidecar and was built from this bundle's graph."""
     graph, plans = _graph_digest(bundle), []
     for sidecar in sorted((bundle.folder / FOLDER).glob("*.json")):
+        if sidecar.name.endswith(INSPECTED):
+            continue
         try:
             plan = _read_sidecar(sidecar)
         except (OSError, ValueError, KeyError, TypeError, PhregError):

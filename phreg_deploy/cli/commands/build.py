@@ -44,7 +44,10 @@ if TYPE_CHECKING:
     "--timing-cache", type=click.Path(path_type=Path), help="File to read and write; by default one in the bundle."
 )
 @click.option(
-    "--allow-unfused", is_flag=True, help="Keep an engine with fewer fused attentions or 8-bit layers than expected."
+    "--strict/--allow-unfused",
+    default=False,
+    show_default=True,
+    help="Refuse or keep an engine with fewer fused attentions or 8-bit layers than expected.",
 )
 @click.option("--no-check", is_flag=True, help="Skip the parity check of the saved engine.")
 @click.option(
