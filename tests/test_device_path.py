@@ -157,6 +157,18 @@ def test_memory_that_another_stream_may_still_read_is_not_used_again(load_engine
     assert again["features"].pointer != pointer
 
 
+def test_the_reader_of_an_output_that_is_given_back_is_remembered(load_engine, device):
+    extractor, stream, other = load_engine("bundle"), create_stream(device), create_stream(device)
+    array = fake_gpu.Array(device, random_frames())
+    got = extractor.run(array, stream=stream)
+    assert got["features"].__dlpack__(stream=other) is not None
+    pointer = got["features"].pointer
+    extractor.run(array, stream=stream, out=got)
+    del got
+    gc.collect()
+    assert extractor.run(array, stream=stream)["features"].pointer != pointer
+
+
 def test_outputs_that_are_kept_are_not_overwritten(load_engine, on_cpu, device):
     extractor, stream = load_engine("bundle"), create_stream(device)
     kept = [extractor.run(fake_gpu.Array(device, random_frames(seed)), stream=stream) for seed in range(4)]

@@ -98,11 +98,16 @@ class DeviceArray:
             self._lend(reader)
         return _capsule(self)
 
-    def filled_on(self, stream: int | None) -> None:
-        """Note the stream in which the array is filled; None if it is filled already."""
+    def filled_on(self, stream: int | None, given: bool = False) -> None:
+        """Note the stream in which the array is filled; None if it is filled already.
+
+        ``given``: a caller gave the array, so other streams than those of the call may still read it.
+        """
         self.stream = stream
-        if isinstance(self._owner, Owner):
+        if isinstance(self._owner, Owner) and not given:
             self._owner.filled(stream)
+        elif stream is not None:
+            self._lend(stream)
 
     def _lend(self, stream: int | None) -> None:
         if isinstance(self._owner, Owner):

@@ -91,8 +91,8 @@ class TrtContext(Closing):
                 self._after.order(self.stream.handle, stream)
         if stream is None:
             self.wait()
-        for array in outputs.values():
-            array.filled_on(stream)
+        for name, array in outputs.items():
+            array.filled_on(stream, name in given)
         return outputs
 
     def prepare(self, feed: Feed) -> None:
