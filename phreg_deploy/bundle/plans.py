@@ -55,8 +55,9 @@ class BuildSettings(Stored):
 class PlanKey(Stored):
     """Everything a plan depends on.
 
-    ``graph``: sha256 of ``model.onnx``. ``profiles``: digest of the optimization profiles. ``gpu``: the device's name.
-    ``architecture``: compute capability times ten. ``cuda``: the driver's major CUDA version.
+    ``graph``: sha256 of ``model.onnx``. ``profiles``: digest of the optimization profiles. ``gpu``: the device's name
+    and number of multiprocessors. ``architecture``: compute capability times ten. ``cuda``: the major version of CUDA
+    that TensorRT was built for; the driver's if TensorRT does not tell.
     """
 
     graph: str

@@ -75,7 +75,7 @@ class Runtime:
                 major=device.architecture // 10,
                 minor=device.architecture % 10,
                 totalGlobalMem=device.memory.size,
-                multiProcessorCount=16,
+                multiProcessorCount=device.multiprocessors,
                 integrated=int(device.integrated),
             ),
         )

@@ -23,7 +23,7 @@ class Device:
 
     def __init__(self, name="NVIDIA Fake", architecture=89, installed=1, integrated=False, driver=13000):
         self.name, self.architecture, self.installed = name, architecture, installed
-        self.integrated, self.driver = integrated, driver
+        self.integrated, self.driver, self.multiprocessors = integrated, driver, 16
         self.memory = Memory(8 << 30, integrated)
         self.lock = threading.RLock()
         self.calls, self.waits, self.undefined = [], [], []

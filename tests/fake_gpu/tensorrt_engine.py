@@ -41,6 +41,14 @@ class Runtime:
             return refuse(f"the plan was built with TensorRT {facts['version']}")
         if facts["gpu"] != self._tensorrt.device.name and facts["level"] == "NONE":
             return refuse(f"the plan was built for {facts['gpu']}")
+        if (
+            facts["gpu"] != self._tensorrt.device.name
+            or facts["multiprocessors"] != self._tensorrt.device.multiprocessors
+        ):
+            why = "Using an engine plan file across different models of devices is not recommended"
+            self._logger.log(
+                ILogger.Severity.WARNING, f"{why} and is likely to affect performance or even cause errors."
+            )
         return ICudaEngine(self, facts, graph)
 
 

@@ -34,7 +34,7 @@ from phreg_deploy.files.temporary import temporary
 from phreg_deploy.json_files import read_json
 from phreg_deploy.progress import SILENT, Progress
 from phreg_deploy.runtime.gpu.cuda import Cuda, Gpu
-from phreg_deploy.runtime.gpu.trt_library import deserialise, load_tensorrt, make_logger
+from phreg_deploy.runtime.gpu.trt_library import deserialise, load_tensorrt, make_logger, plan_cuda
 
 # Precision -> the first compute capability, times ten, whose GPUs compute in it.
 LEAST_ARCHITECTURE = {"bf16": 80, "fp8": 89}
@@ -61,7 +61,8 @@ def build_engine(request: BuildRequest, *, force: bool = False, progress: Progre
     trt = load_tensorrt()
     gpu = Cuda(request.device).gpu
     _check_gpu(bundle, gpu)
-    key = make_key(bundle, gpu.name, gpu.architecture, trt.__version__, gpu.driver // 1000, request.settings)
+    cuda = plan_cuda(trt, gpu.driver)
+    key = make_key(bundle, gpu.kind, gpu.architecture, trt.__version__, cuda, request.settings)
     if not force and (cached := _take_cached(bundle, key, request.check)) is not None:
         if request.strict:
             _refuse_shortfalls(cached)

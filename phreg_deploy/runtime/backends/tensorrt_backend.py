@@ -16,7 +16,7 @@ from phreg_deploy.runtime.gpu.arrays import DeviceArray
 from phreg_deploy.runtime.gpu.closing import Closing, close_all
 from phreg_deploy.runtime.gpu.cuda import Cuda
 from phreg_deploy.runtime.gpu.pool import OutputPool
-from phreg_deploy.runtime.gpu.trt_library import deserialise, load_tensorrt, make_logger
+from phreg_deploy.runtime.gpu.trt_library import deserialise, load_tensorrt, make_logger, plan_cuda
 from phreg_deploy.runtime.trt.context import Feed, TrtContext
 from phreg_deploy.runtime.trt.timing import time_layers, time_parts
 
@@ -122,7 +122,6 @@ class TensorRtBackend(Plan):
     """
 
     name = "tensorrt"
-    remark = ""
 
     def __init__(self, bundle: Bundle, options: BackendOptions, plan: StoredPlan | None = None) -> None:
         self.compute = bundle.manifest.precision
@@ -134,6 +133,9 @@ class TensorRtBackend(Plan):
         trt = load_tensorrt(lean=True)
         cuda = Cuda(options.device)
         gpu = cuda.gpu
-        self.plan = plan or find_plan(bundle, gpu.name, gpu.architecture, trt.__version__, gpu.driver // 1000)
+        platform = plan_cuda(trt, gpu.driver)
+        self.plan = plan or find_plan(bundle, gpu.kind, gpu.architecture, trt.__version__, platform)
         portable = self.plan.key.settings.compatibility == "version"
         super().__init__(trt, cuda, self.plan.read(), self.plan.profiles, host_code=portable)
+        warnings = self._logger.warnings()
+        self.remark = f"TensorRT warns: {warnings[0]}" if warnings else ""

@@ -33,6 +33,11 @@ class Gpu(Stored):
     integrated: bool
     driver: int
 
+    @property
+    def kind(self) -> str:
+        """The name with the number of multiprocessors: every Orin has the name "Orin"."""
+        return f"{self.name}, {self.multiprocessors} multiprocessors"
+
 
 class Cuda:
     """The CUDA runtime on one device. Each thread must call ``use`` before it calls anything else.
