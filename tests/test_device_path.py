@@ -62,21 +62,22 @@ def calls_of_a_frame(device, run, frames=5):
 
 
 @pytest.mark.parametrize("name", ["bundle", "wide_bundle"])
-def test_a_frame_on_the_host_takes_three_calls_and_one_wait(load_engine, device, name):
+def test_a_frame_on_the_host_takes_four_calls_and_one_wait(load_engine, device, name):
     extractor, image = load_engine(name), random_frames()
     calls, waits = calls_of_a_frame(device, lambda: extractor.run(image))
-    assert calls == {"cudaSetDevice": 1, "cudaGraphLaunch": 1, "cudaStreamSynchronize": 1}
+    assert calls == {"cudaGetDevice": 1, "cudaSetDevice": 1, "cudaGraphLaunch": 1, "cudaStreamSynchronize": 1}
     assert waits == ["cudaStreamSynchronize"]
 
 
 @pytest.mark.parametrize("given", [False, True])
 @pytest.mark.parametrize("name", ["bundle", "wide_bundle"])
-def test_a_frame_on_the_callers_stream_takes_ten_calls_and_no_wait(load_engine, on_cpu, device, name, given):
+def test_a_frame_on_the_callers_stream_takes_eleven_calls_and_no_wait(load_engine, on_cpu, device, name, given):
     extractor, image, stream = load_engine(name), random_frames(), create_stream(device)
     array = fake_gpu.Array(device, image)
     out = {key: filled(device, value) for key, value in on_cpu(name, image).items()} if given else None
     calls, waits = calls_of_a_frame(device, lambda: extractor.run(array, stream=stream, out=out))
     assert calls == {
+        "cudaGetDevice": 1,
         "cudaSetDevice": 1,
         "cudaEventRecord": 2,
         "cudaStreamWaitEvent": 2,
@@ -89,7 +90,13 @@ def test_a_frame_on_the_callers_stream_takes_ten_calls_and_no_wait(load_engine, 
 def test_a_frame_on_the_device_without_a_stream_waits_once(load_engine, device):
     extractor, array = load_engine("bundle"), fake_gpu.Array(device, random_frames())
     calls, waits = calls_of_a_frame(device, lambda: extractor.run(array))
-    assert calls == {"cudaSetDevice": 1, "cudaGraphLaunch": 1, "cudaMemcpyAsync": 4, "cudaStreamSynchronize": 1}
+    assert calls == {
+        "cudaGetDevice": 1,
+        "cudaSetDevice": 1,
+        "cudaGraphLaunch": 1,
+        "cudaMemcpyAsync": 4,
+        "cudaStreamSynchronize": 1,
+    }
     assert waits == ["cudaStreamSynchronize"]
 
 
@@ -194,6 +201,7 @@ def test_closing_waits_for_the_callers_stream(tensorrt, copy_bundle, device, on_
     device.installed, folder, image = 2, copy_bundle("bundle"), random_frames()
     device.runtime.cudaSetDevice(index)
     build_engine(BuildRequest(folder, check=False, device=index))
+    device.runtime.cudaSetDevice(index)
     extractor, stream = FeatureExtractor.load(folder, "tensorrt", device=index), create_stream(device)
     array = fake_gpu.Array(device, image, index=index)
     wanted = on_cpu("bundle", image)
@@ -221,6 +229,21 @@ def test_closing_waits_for_a_reader_of_an_output_that_is_gone(load_engine, devic
     del got
     extractor.close()
     assert not device.in_flight(lambda other: other is work)
+
+
+@pytest.mark.parametrize("used", [False, True])
+def test_the_gpu_that_the_caller_selected_stays_selected(tensorrt, copy_bundle, device, used):
+    """Except where this process does not use it yet: selecting it would start it."""
+    from phreg_deploy.export.engine.build import BuildRequest, build_engine
+
+    device.installed, folder = 2, copy_bundle("bundle")
+    build_engine(BuildRequest(folder, device=1))
+    device.chosen.index, device.started = 0, {0, 1} if used else {1}
+    with FeatureExtractor.load(folder, "tensorrt", device=1) as extractor:
+        extractor.run(random_frames())
+        to_host(extractor.run(fake_gpu.Array(device, random_frames(), index=1)))
+    assert device.index == (0 if used else 1)
+    assert device.started == ({0, 1} if used else {1})
 
 
 def test_four_threads_with_streams_share_the_pool(load_engine, on_cpu, device, tensorrt):

@@ -36,6 +36,14 @@ def test_the_fake_has_no_name_that_cuda_does_not_have():
             assert ours == real
 
 
+def test_the_fake_driver_answers_as_the_real_one():
+    driver = pytest.importorskip("cuda.bindings.driver")
+    names = [name for name in vars(fake_gpu.Driver) if not name.startswith("_")]
+    assert names == ["cuDevicePrimaryCtxGetState"]
+    said = driver.cuDevicePrimaryCtxGetState.__doc__
+    assert [line for line in said.splitlines() if line.startswith(("CUresult", "flags", "active"))], said
+
+
 def test_the_fake_refuses_what_cuda_refuses():
     cuda, errors = (device := fake_gpu.Device()).runtime, fake_gpu.cudaError_t
     pointer = cuda.cudaMalloc(8)[1]

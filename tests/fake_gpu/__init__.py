@@ -8,7 +8,7 @@ The engine computes on the processor with ONNX Runtime. The fakes have no public
 """
 
 from tests.fake_gpu.arrays import Array
-from tests.fake_gpu.cuda import Runtime
+from tests.fake_gpu.cuda import Driver, Runtime
 from tests.fake_gpu.cuda_types import Event, Work, cudaError_t, cudaMemcpyKind, cudaStreamCaptureMode
 from tests.fake_gpu.device import Device
 from tests.fake_gpu.install import install
@@ -18,6 +18,7 @@ from tests.fake_gpu.tensorrt import FakeTensorRT, public_names
 __all__ = [
     "Array",
     "Device",
+    "Driver",
     "Event",
     "FakeTensorRT",
     "Runtime",

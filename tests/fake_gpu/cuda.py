@@ -56,6 +56,7 @@ class Runtime:
         if not 0 <= index < device.installed:
             raise Refused(cudaError_t.cudaErrorInvalidDevice)
         device.chosen.index = index
+        device.started.add(index)
 
     @_call
     def cudaGetDevice(device):
@@ -262,3 +263,13 @@ class Runtime:
     def cudaEventDestroy(device, event):
         device.look_up(device.events, event)
         del device.events[int(event)]
+
+
+class Driver:
+    """``cuda.bindings.driver``."""
+
+    def __init__(self, device):
+        self._device = device
+
+    def cuDevicePrimaryCtxGetState(self, index):
+        return cudaError_t.cudaSuccess, 0, int(index in self._device.started)

@@ -4,7 +4,7 @@ import threading
 import time
 from collections import Counter
 
-from tests.fake_gpu.cuda import Runtime
+from tests.fake_gpu.cuda import Driver, Runtime
 from tests.fake_gpu.cuda_types import Handle, Mark, Refused, Stream, Work, cudaError_t
 from tests.fake_gpu.memory import Memory
 
@@ -18,7 +18,7 @@ class Device:
     ``calls``: (name, arguments) of every call. ``waits``: the names of those at which the host waited or may have
     waited. ``undefined``: descriptions of undefined behaviour, which would crash a real GPU or give wrong results.
     ``installed``: the number of GPUs that the driver lists. ``integrated``: whether they share the host's memory, as on
-    a Jetson.
+    a Jetson. ``started``: the GPUs that have a context.
     """
 
     def __init__(self, name="NVIDIA Fake", architecture=89, installed=1, integrated=False, driver=13000):
@@ -29,11 +29,11 @@ class Device:
         self.calls, self.waits, self.undefined = [], [], []
         self.streams, self.events, self.graphs, self.programs = {}, {}, {}, {}
         self._defaults, self._per_thread = {}, {}  # GPU -> its default stream; (GPU, thread) -> its own
-        self.chosen = threading.local()
+        self.chosen, self.started = threading.local(), set()
         self.fault = None  # an error that every later call answers with
         self.failing = {}  # name of a call -> [calls until it fails, code]
         self.numbers = iter(range(0x1000, 1 << 40, 16))
-        self.runtime = Runtime(self)
+        self.runtime, self.driver_api = Runtime(self), Driver(self)
 
     def fail_call(self, call, at=1, code=cudaError_t.cudaErrorMemoryAllocation):
         """Let the ``at``-th call from now on fail once, e.g. ``fail_call("cudaMalloc", 3)``."""

@@ -49,8 +49,8 @@ class Plan(Closing):
         self._closed = False
         # The engine needs the logger as long as it lives.
         self._logger = make_logger(trt)
-        cuda.use()
-        self._runtime, self.engine = deserialise(trt, plan, self._logger, host_code)
+        with cuda.selected():
+            self._runtime, self.engine = deserialise(trt, plan, self._logger, host_code)
         names = {self.engine.get_tensor_name(i) for i in range(self.engine.num_io_tensors)}
         inputs, count = set(profiles[0].inputs), self.engine.num_optimization_profiles
         if not inputs <= names or count != len(profiles):
@@ -86,19 +86,19 @@ class Plan(Closing):
 
     @contextmanager
     def context(self) -> Iterator[TrtContext]:
-        """A context that no other thread uses during the block."""
+        """A context that no other thread uses during the block, in which its GPU is selected."""
         if self._closed:
             raise PhregError("engine: it was closed; load the bundle again.")
-        try:
-            context = self._idle.get_nowait()
-        except Empty:  # other threads use every context
-            self.cuda.use()
-            context = TrtContext(self.trt, self.cuda, self.engine, self.profiles, self.graphs, self._pool)
-            self._contexts.append(context)
-        try:
-            yield context
-        finally:
-            self._idle.put(context)
+        with self.cuda.selected():
+            try:
+                context = self._idle.get_nowait()
+            except Empty:  # other threads use every context
+                context = TrtContext(self.trt, self.cuda, self.engine, self.profiles, self.graphs, self._pool)
+                self._contexts.append(context)
+            try:
+                yield context
+            finally:
+                self._idle.put(context)
 
     def close(self) -> None:
         """Wait for all work, then free the contexts, the engine and the runtime, also after an error."""
@@ -106,11 +106,12 @@ class Plan(Closing):
             return
         self._closed = True
         contexts, self._contexts, self._idle = self._contexts, [], SimpleQueue()
-        try:
-            close_all([*contexts, self._pool])
-        finally:
-            self.engine = None
-            self._runtime = None
+        with self.cuda.selected():
+            try:
+                close_all([*contexts, self._pool])
+            finally:
+                self.engine = None
+                self._runtime = None
 
 
 class TensorRtBackend(Plan):

@@ -92,8 +92,7 @@ class DeviceArray:
             reader = None if stream == -1 else stream_number(stream or 1)
             if self.stream is not None and reader not in (None, stream_number(self.stream)):
                 driver = self._driver()
-                driver.use()
-                with Event(driver, timing=False) as event:
+                with driver.selected(), Event(driver, timing=False) as event:
                     event.order(self.stream, reader)
             self._lend(reader)
         return _capsule(self)
@@ -120,9 +119,9 @@ class DeviceArray:
             ctypes.memmove(host.ctypes.data, self.pointer, self.nbytes)
             return host
         cuda, handle = self._driver(), self.stream or 0
-        cuda.use()
-        cuda.copy(host.ctypes.data, self.pointer, self.nbytes, "DeviceToHost", handle)
-        cuda.call("cudaStreamSynchronize", handle)
+        with cuda.selected():
+            cuda.copy(host.ctypes.data, self.pointer, self.nbytes, "DeviceToHost", handle)
+            cuda.call("cudaStreamSynchronize", handle)
         return host
 
     def _driver(self) -> Cuda:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -40,7 +42,7 @@ class Gpu(Stored):
 
 
 class Cuda:
-    """The CUDA runtime on one device. Each thread must call ``use`` before it calls anything else.
+    """The CUDA runtime on one device. Each thread must call it inside ``selected``, or after ``use``.
 
     Raises:
         BackendMissing: cuda-python is not installed, there is no driver, or no such device.
@@ -56,8 +58,9 @@ class Cuda:
                 else "GPU: the driver lists no NVIDIA GPU."
             )
         self.index = index
-        self.use()
-        facts = self.call("cudaGetDeviceProperties", index)
+        # This starts the device, and so tells early if that fails.
+        with self.selected():
+            facts = self.call("cudaGetDeviceProperties", index)
         name = facts.name.decode() if isinstance(facts.name, bytes) else str(facts.name)
         self.gpu = Gpu(
             index,
@@ -101,6 +104,23 @@ class Cuda:
     def use(self) -> None:
         """Select the device for the calling thread."""
         self.call("cudaSetDevice", self.index)
+
+    @contextmanager
+    def selected(self) -> Iterator[None]:
+        """Select the device for the calling thread in the block, and afterwards the one that was selected before.
+
+        A device that this process does not use is not selected again: cudaSetDevice would start it, which takes
+        hundreds of megabytes of its memory.
+        """
+        before = int(self.call("cudaGetDevice"))
+        self.use()
+        try:
+            yield
+        finally:
+            if before != self.index and _is_started(before):
+                # After an error of the device every call fails; the first one was raised.
+                with contextlib.suppress(PhregError):
+                    self.call("cudaSetDevice", before)
 
     def free_memory(self) -> tuple[int, int]:
         """Bytes of device memory: free, total."""
@@ -238,3 +258,15 @@ def _load() -> Any:
             f"GPU: cuda-python cannot be imported ({error}). Reinstall it: pip install --force-reinstall cuda-python"
         ) from None
     return runtime
+
+
+def _load_driver() -> Any:
+    from cuda.bindings import driver
+
+    return driver
+
+
+def _is_started(index: int) -> bool:
+    """Whether this process uses a device already."""
+    status, _, active = _load_driver().cuDevicePrimaryCtxGetState(index)
+    return int(status) == 0 and bool(active)

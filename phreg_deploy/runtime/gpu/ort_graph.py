@@ -43,8 +43,7 @@ class Staging(Closing):
 
     def run(self, feed: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
         """Run on host arrays of the bound shapes, and return host arrays."""
-        with self.lock:
-            self.cuda.use()
+        with self.lock, self.cuda.selected():
             handle = self._stream.handle
             for name, value in feed.items():
                 np.copyto(self._host[name].view(value.shape, value.dtype), value)

@@ -98,8 +98,8 @@ class OutputPool(Closing):
                 while True:
                     blocks.append(self._returned.get_nowait())
             if blocks:
-                self.cuda.use()
-                self._free(blocks)
+                with self.cuda.selected():
+                    self._free(blocks)
 
 
 class _Block:

@@ -27,6 +27,8 @@ WITH_COPIES, ALONE = "with copies", "alone"
 class TrtContext(Closing):
     """An execution context with its stream, buffers and graphs, for one thread at a time, as TensorRT requires.
 
+    The caller selects the GPU (``Cuda.selected``) around everything that it calls.
+
     All work is queued in the context's own stream, also that on a caller's arrays: ``enqueueV3`` on the default stream
     "may lead to performance issues due to additional cudaDeviceSynchronize() calls" (NvInferRuntime.h). Events put a
     caller's stream in order before and after it. The engine reads and writes the context's own buffers only, so its
@@ -173,7 +175,6 @@ class TrtContext(Closing):
 
     def _set_shapes(self, shapes: dict[str, tuple[int, ...]]) -> None:
         """Set the profile, shapes and addresses for inputs of these shapes; nothing is done if they are set."""
-        self.cuda.use()
         known = self._buffers.shapes
         if known and all(known.get(name) == tuple(shape) for name, shape in shapes.items()):
             return
@@ -209,7 +210,6 @@ class TrtContext(Closing):
         things, self._things = [*reversed(self._things)], []
         if things:
             try:
-                self.cuda.use()
                 self.stream.wait()
             finally:
                 close_all(things)
