@@ -141,7 +141,7 @@ def build(
         GateFailed: the answers miss a gate, or with ``strict`` the layers are not as expected.
         PhregError: a bad bundle or argument, or TensorRT refuses the graph; the message names the node.
     """
-    from phreg_deploy.bundle.plans import BuildSettings
+    from phreg_deploy.bundle.plan_keys import BuildSettings
 
     settings = BuildSettings(tf32, compatibility, effort)
     from phreg_deploy.export.engine.build import BuildRequest, build_engine

@@ -88,7 +88,7 @@ def run_build(bundle: Path, result: Result, *, bisect: bool, **options: Any) -> 
 
 def _bisect_build(bundle: Path, options: dict[str, Any], result: Result) -> dict[str, Any]:
     """Bisect with a plan that is built in the same way."""
-    from phreg_deploy.bundle.plans import BuildSettings
+    from phreg_deploy.bundle.plan_keys import BuildSettings
     from phreg_deploy.runtime.backends.options import BackendOptions
 
     settings = BuildSettings(**{name: options[name] for name in ("tf32", "compatibility", "effort") if name in options})

@@ -9,13 +9,11 @@ from typing import Any
 
 from phreg_deploy.bundle.bundle import Bundle
 from phreg_deploy.bundle.manifest import CALIBRATION
+from phreg_deploy.bundle.plan_keys import BuildSettings, PlanKey, make_key
 from phreg_deploy.bundle.plans import (
     FOLDER,
-    BuildSettings,
-    PlanKey,
     StoredPlan,
     list_plans,
-    make_key,
     plan_path,
     prefer,
     remove_plan,

@@ -16,7 +16,8 @@ from phreg_deploy.runtime.backends.options import BackendOptions
 from phreg_deploy.runtime.backends.tensorrt_backend import Plan, TensorRtBackend
 from phreg_deploy.runtime.features import FeatureExtractor
 from phreg_deploy.runtime.gpu.arrays import GPU, DeviceArray
-from phreg_deploy.runtime.gpu.cuda import DeviceBuffer, PinnedBuffer, Stream
+from phreg_deploy.runtime.gpu.cuda import Stream
+from phreg_deploy.runtime.gpu.memory import DeviceBuffer, PinnedBuffer
 from phreg_deploy.runtime.parity import ExamCase, judge, run_exam, verdict
 from phreg_deploy.runtime.trt.context import Feed
 from phreg_deploy.spec import Stored

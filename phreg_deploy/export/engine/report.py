@@ -6,7 +6,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from phreg_deploy.bundle.plans import PlanKey, StoredPlan
+from phreg_deploy.bundle.plan_keys import PlanKey
+from phreg_deploy.bundle.plans import StoredPlan
 from phreg_deploy.errors import PhregError
 from phreg_deploy.export.engine.findings import NO, UNKNOWN, Finding
 from phreg_deploy.export.engine.inspection import Census

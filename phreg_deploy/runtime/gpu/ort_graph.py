@@ -8,7 +8,8 @@ from typing import Any
 import numpy as np
 
 from phreg_deploy.runtime.gpu.closing import Closing
-from phreg_deploy.runtime.gpu.cuda import Cuda, DeviceBuffer, PinnedBuffer, Stream
+from phreg_deploy.runtime.gpu.cuda import Cuda, Stream
+from phreg_deploy.runtime.gpu.memory import DeviceBuffer, PinnedBuffer
 
 # Tensor -> shape and type.
 Layout = dict[str, tuple[tuple[int, ...], np.dtype[Any]]]

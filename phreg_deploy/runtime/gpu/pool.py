@@ -14,7 +14,8 @@ from phreg_deploy.errors import PhregError
 from phreg_deploy.images.intake import GPU
 from phreg_deploy.runtime.gpu.arrays import DeviceArray, Owner, stream_number
 from phreg_deploy.runtime.gpu.closing import Closing, close_all
-from phreg_deploy.runtime.gpu.cuda import Cuda, DeviceBuffer
+from phreg_deploy.runtime.gpu.cuda import Cuda
+from phreg_deploy.runtime.gpu.memory import DeviceBuffer
 
 # Bytes that the pool keeps at most without a use.
 MOST_IDLE = 256 << 20

@@ -9,7 +9,8 @@ import numpy as np
 
 from phreg_deploy.errors import PhregError
 from phreg_deploy.runtime.gpu.closing import Closing, close_all
-from phreg_deploy.runtime.gpu.cuda import Cuda, DeviceBuffer, PinnedBuffer, Stream
+from phreg_deploy.runtime.gpu.cuda import Cuda, Stream
+from phreg_deploy.runtime.gpu.memory import DeviceBuffer, PinnedBuffer
 
 
 class TensorBuffers(Closing):
