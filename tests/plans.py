@@ -4,13 +4,8 @@ import json
 
 import pytest
 
-from phreg_deploy.bundle.plans import (
-    BuildSettings,
-    find_plan,
-    make_key,
-    write_plan,
-    write_sidecar,
-)
+from phreg_deploy.bundle.plan_keys import BuildSettings, make_key
+from phreg_deploy.bundle.plans import find_plan, write_plan, write_sidecar
 from phreg_deploy.errors import BackendMissing
 
 # Name, compute capability times ten, TensorRT, and CUDA of a Jetson.

@@ -16,7 +16,12 @@ CLASSES = {
     "monitor": "IProgressMonitor", "diary": "ILogger", "logger": "ILogger",
 }  # fmt: skip
 # (file, variable): variables with such a name that hold an object of our own class.
-OUR_VARIABLES = {("build.py", "cache"), ("tensorrt_backend.py", "context"), ("trt_context.py", "profile")}
+OUR_VARIABLES = {
+    ("build.py", "cache"),
+    ("tensorrt_backend.py", "context"),
+    ("execution.py", "profile"),
+    ("timing.py", "context"),
+}
 METHODS = {
     "Builder": {"create_network", "create_builder_config", "create_optimization_profile", "build_serialized_network"},
     "IBuilderConfig": {

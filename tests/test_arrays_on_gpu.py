@@ -1,5 +1,7 @@
 """PyTorch tensors on a real GPU go in and come out without a copy; skipped, with the reason, on other machines."""
 
+import threading
+
 import pytest
 
 from phreg_deploy.errors import PhregError
@@ -7,6 +9,7 @@ from phreg_deploy.runtime import FeatureExtractor
 from phreg_deploy.runtime.parity import missed_gates, run_exam, worst
 from tests.frames import pointers, random_frames, to_host
 from tests.real_gpu_fixtures import assert_close, assert_memory_stays_flat
+from tests.threads import run_in_threads
 
 pytestmark = pytest.mark.gpu
 
@@ -74,6 +77,46 @@ def test_a_stream_of_the_users_is_used_and_not_waited_for(engine_of, torch_cuda,
         assert_close(extractor.run(random_frames(1)), wanted)  # images on the host, queued behind the work
         done.synchronize()
         assert_close({name: tensor.cpu().numpy() for name, tensor in out.items()}, wanted)
+
+
+@pytest.mark.parametrize("own", [False, True])
+def test_every_frame_of_a_batch_is_read_where_it_lies(engine_of, torch_cuda, own):
+    """TensorRT takes addresses that are multiples of 256 bytes; frames lie at any."""
+    torch = torch_cuda
+    with FeatureExtractor.load(engine_of("fp16"), "tensorrt") as extractor:
+        stream = torch.cuda.Stream().cuda_stream if own else None
+        for offset in (0, 1, 108, 255):
+            memory = torch.zeros(offset + 64 * 64 * 3, dtype=torch.uint8, device="cuda")
+            for seed in range(4):  # plain, recorded, replayed
+                image = random_frames(seed)
+                frame = memory[offset:].view(1, 64, 64, 3)
+                frame.copy_(torch.from_numpy(image))
+                got = to_host(extractor.run(frame, stream=stream))
+                assert_close(got, extractor.run(image))
+
+
+def test_two_threads_work_beside_one_that_synchronises_the_gpu(engine_of, torch_cuda):
+    torch, stop = torch_cuda, threading.Event()
+    with FeatureExtractor.load(engine_of("fp16"), "tensorrt") as extractor:
+        wanted = [extractor.run(random_frames(seed)) for seed in range(2)]
+
+        def synchronise():
+            while not stop.is_set():
+                torch.cuda.synchronize()
+
+        beside = threading.Thread(target=synchronise)
+        beside.start()
+        try:
+
+            def serve(seed):
+                frame = torch.from_numpy(random_frames(seed)).cuda()
+                for _ in range(200):
+                    assert_close(to_host(extractor.run(frame)), wanted[seed])
+
+            assert run_in_threads(serve, range(2)) == []
+        finally:
+            stop.set()
+            beside.join()
 
 
 def test_tensors_that_do_not_fit_are_refused(engine_of, torch_cuda):

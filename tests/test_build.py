@@ -35,7 +35,7 @@ def test_an_engine_and_its_sidecar_are_written_and_serve(copy_bundle, name, tens
     )
     stored = json.loads((folder / "engines" / sidecar).read_text())
     assert stored["report"]["parity"] == report["parity"]
-    assert stored["key"]["gpu"] == "NVIDIA Fake"
+    assert stored["key"]["gpu"] == "NVIDIA Fake, 16 multiprocessors"
     assert leftovers(folder) == []
     Bundle.read(folder).verify()
     with FeatureExtractor.load(folder, "tensorrt") as extractor:
@@ -45,7 +45,7 @@ def test_an_engine_and_its_sidecar_are_written_and_serve(copy_bundle, name, tens
 def test_the_table_describes_the_engine(copy_bundle, tensorrt):
     done = invoke("build", copy_bundle("fp16_bundle"))
     assert done.code == 0
-    assert "Engine for NVIDIA Fake (SM 8.9), TensorRT 10.16.1" in done.out
+    assert "Engine for NVIDIA Fake, 16 multiprocessors (SM 8.9), TensorRT 10.16.1" in " ".join(done.out.split())
     assert "3 blocks" in done.out
     assert "Next: phreg-deploy profile" in done.out
     assert "Traceback" not in done.err

@@ -33,14 +33,14 @@ def test_an_engine_whose_exam_broke_off_does_not_count(copy_bundle, tensorrt):
 
 
 def test_an_engine_whose_exam_was_interrupted_does_not_count(copy_bundle, tensorrt, monkeypatch):
-    from phreg_deploy.export.engine import build as engine
+    from phreg_deploy.export.engine import exam
 
     def ctrl_c(*_arguments):
         raise KeyboardInterrupt
 
     folder = copy_bundle("bundle")
     with monkeypatch.context() as patch:
-        patch.setattr(engine, "judge_exam", ctrl_c)
+        patch.setattr(exam, "run_exam", ctrl_c)
         build(folder).refused(130, "Interrupted")
     assert plan_files(folder) == []
     assert leftovers(folder) == []

@@ -1,5 +1,6 @@
 """`phreg-deploy build` refuses other machines, old versions and missing parts, and names the command to run."""
 
+import importlib.metadata
 import sys
 
 import numpy as np
@@ -18,8 +19,12 @@ pytestmark = pytest.mark.usefixtures("all_freed")
 @pytest.mark.parametrize(
     ("change", "words"),
     [
-        ({"name": "NVIDIA Other"}, "for NVIDIA Fake (SM 8.9), and this is NVIDIA Other (SM 8.9)"),
-        ({"architecture": 90}, "and this is NVIDIA Fake (SM 9.0)"),
+        (
+            {"name": "NVIDIA Other"},
+            "for NVIDIA Fake, 16 multiprocessors (SM 8.9), and this is NVIDIA Other, 16 multiprocessors (SM 8.9)",
+        ),
+        ({"architecture": 90}, "and this is NVIDIA Fake, 16 multiprocessors (SM 9.0)"),
+        ({"multiprocessors": 8}, "and this is NVIDIA Fake, 8 multiprocessors (SM 8.9)"),
         ({"driver": 12060}, "with CUDA 13, and this is CUDA 12"),
     ],
 )
@@ -34,6 +39,47 @@ def test_an_engine_of_another_machine_is_refused_with_the_command(copy_bundle, d
     assert f"phreg-deploy build {folder}" in str(caught.value)
     assert build(folder).code == 0
     FeatureExtractor.load(folder, "tensorrt").close()
+
+
+@pytest.fixture
+def wheel(monkeypatch):
+    """``wheel(major)`` installs a wheel of TensorRT for this major version of CUDA."""
+    real = importlib.metadata.version
+
+    def install(major):
+        def version(name):
+            if name == f"tensorrt-cu{major}-bindings":
+                return "10.16.1"
+            return real(name)
+
+        monkeypatch.setattr(importlib.metadata, "version", version)
+
+    return install
+
+
+def test_an_update_of_the_driver_keeps_the_engines_of_a_wheel(copy_bundle, device, tensorrt, wheel):
+    folder, device.driver = copy_bundle("bundle"), 12080
+    wheel(12)
+    assert build(folder).document["key"]["cuda"] == 12
+    device.driver = 13000
+    FeatureExtractor.load(folder, "tensorrt").close()
+
+
+def test_a_wheel_for_a_newer_cuda_than_the_drivers_is_refused_with_the_command(copy_bundle, device, tensorrt, wheel):
+    folder, device.driver = copy_bundle("bundle"), 12080
+    wheel(13)
+    said = "is built for CUDA 13, and the driver is of CUDA 12. Update the driver, or run: pip uninstall -y tensorrt "
+    build(folder).refused(4, said, 'pip install "tensorrt-cu12>=10.3"')
+
+
+def test_a_warning_of_tensorrt_at_loading_is_shown(copy_bundle, device, tensorrt):
+    folder = copy_bundle("bundle")
+    build(folder, "--compat", "ampere+")
+    with FeatureExtractor.load(folder, "tensorrt") as extractor:
+        assert extractor.choice == "tensorrt: as asked"
+    device.multiprocessors = 8
+    with FeatureExtractor.load(folder, "tensorrt") as extractor:
+        assert "TensorRT warns: Using an engine plan file across different models" in extractor.choice
 
 
 def test_an_engine_of_another_tensorrt_is_refused(copy_bundle, device, tensorrt, monkeypatch):

@@ -7,7 +7,8 @@ import numpy as np
 import pytest
 
 from phreg_deploy.errors import BackendMissing, PhregError
-from phreg_deploy.runtime.gpu.cuda import Cuda, DeviceBuffer, Event, PinnedBuffer, Stream, _load
+from phreg_deploy.runtime.gpu.cuda import Cuda, Event, Stream, _load
+from phreg_deploy.runtime.gpu.memory import DeviceBuffer, PinnedBuffer
 from tests import fake_gpu
 
 

@@ -69,6 +69,18 @@ def test_cuda_python_must_match_the_driver(tmp_path, driver, bindings, said, men
     assert (found.usable, found.mend) == (mend is None, mend), found
 
 
+@pytest.mark.parametrize(("wheel", "driver", "usable"), [(13, 12080, False), (12, 12080, True), (12, 13020, True)])
+def test_tensorrt_must_match_the_driver(tmp_path, wheel, driver, usable):
+    packages = {f"tensorrt-cu{wheel}-bindings": "11.4.0.106"}
+    machine = FakeMachine(tmp_path, FakeDriver(driver), packages=packages, modules={"tensorrt": "11.4.0.106"})
+    add_tensorrt_wheel(machine, 11)
+    found = machine.findings()["TensorRT"]
+    assert found.usable == usable, found
+    if not usable:
+        assert found.state == "11.4.0.106 is built for CUDA 13, and the driver is of CUDA 12"
+        assert found.mend.endswith('tensorrt-cu13-libs; pip install "tensorrt-cu12>=10.3"')
+
+
 def test_tensorrt_that_lacks_libraries_is_not_usable(tmp_path):
     machine = FakeMachine(tmp_path, FakeDriver(), modules={"tensorrt": "11.4.0"})
     found = machine.findings()["TensorRT"]

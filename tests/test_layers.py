@@ -26,7 +26,8 @@ MAY = {
     "distill/devices": {"models"},
     "distill": {"files", "images", "artifacts", "models", "distill/devices", "distill/neurons"},
     "runtime/gpu": {"bundle", "images"},
-    "runtime/backends": {"bundle", "runtime/gpu"},
+    "runtime/trt": {"bundle", "runtime/gpu"},
+    "runtime/backends": {"bundle", "runtime/gpu", "runtime/trt"},
     "runtime": {"files", "images", "artifacts", "bundle", "runtime/gpu", "runtime/backends"},
     "stream/sources": {"images"},
     "stream": {"images", "bundle", "runtime", "runtime/backends", "stream/sources"},
@@ -35,7 +36,7 @@ MAY = {
     "onnx_graph": {"images", "bundle", "runtime/backends"},
     "calibration": {"files", "images", "bundle", "onnx_graph", "runtime", "runtime/backends"},
     "export": {"files", "images", "bundle", "models", "onnx_graph", "export/engine"},
-    "export/engine": {"files", "bundle", "runtime", "runtime/gpu", "runtime/backends"},
+    "export/engine": {"files", "bundle", "runtime", "runtime/gpu", "runtime/trt", "runtime/backends"},
     "evaluation/data": {"files", "images", "bundle", "heads", "models", "runtime"},
     "evaluation": {"files", "images", "artifacts", "bundle", "heads", "evaluation/data"},
     "verify": {
@@ -99,6 +100,7 @@ NEEDS = {
 WITHOUT_TORCH = {
     "runtime",
     "runtime/gpu",
+    "runtime/trt",
     "runtime/backends",
     "calibration",
     "export/engine",

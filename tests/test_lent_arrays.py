@@ -167,11 +167,13 @@ def test_a_copy_on_the_host_waits_for_the_stream_that_fills_the_array(device, kn
     np.testing.assert_array_equal(array.numpy(), value)
 
 
-@pytest.mark.parametrize(("reader", "waits"), [(None, 1), (1, 1), (99, 1), (-1, 0)])
-def test_a_reader_on_another_stream_waits(device, reader, waits):
-    stream = int(device.runtime.cudaStreamCreateWithFlags(1)[1])
+@pytest.mark.parametrize(("reader", "waits"), [(None, 1), (1, 1), ("other", 1), (-1, 0)])
+def test_a_reader_on_another_stream_waits_and_the_host_does_not(device, reader, waits):
+    stream, other = (int(device.runtime.cudaStreamCreateWithFlags(1)[1]) for _ in range(2))
     array = DeviceArray.allocate(Cuda(), (2, 3), np.dtype("float32"), stream)
-    array.__dlpack__(stream=reader)
-    assert device.count("cudaStreamSynchronize") == waits
+    device.calls.clear()
+    array.__dlpack__(stream=other if reader == "other" else reader)
+    assert device.count("cudaStreamWaitEvent") == waits
     array.__dlpack__(stream=stream)
-    assert device.count("cudaStreamSynchronize") == waits
+    assert device.count("cudaStreamWaitEvent") == waits
+    assert not {"cudaStreamSynchronize", "cudaEventSynchronize"} & set(device.count())

@@ -9,14 +9,8 @@ from pathlib import Path
 import pytest
 
 from phreg_deploy.bundle.bundle import Bundle
-from phreg_deploy.bundle.plans import (
-    FOLDER,
-    BuildSettings,
-    PlanKey,
-    find_plan,
-    list_plans,
-    make_key,
-)
+from phreg_deploy.bundle.plan_keys import BuildSettings, PlanKey, make_key
+from phreg_deploy.bundle.plans import FOLDER, find_plan, list_plans
 from phreg_deploy.errors import PhregError
 from phreg_deploy.spec import Batches, Sizes
 from tests.plans import ORIN, change_sidecar, store_plan, why_refused

@@ -9,12 +9,7 @@ from pathlib import Path
 import pytest
 
 from phreg_deploy.bundle.bundle import Bundle
-from phreg_deploy.bundle.plans import (
-    FOLDER,
-    find_plan,
-    list_plans,
-    prefer,
-)
+from phreg_deploy.bundle.plans import FOLDER, find_plan, list_plans, prefer
 from phreg_deploy.bundle.profiles import profiles_of
 from phreg_deploy.bundle.writing import write_manifest
 from phreg_deploy.errors import PhregError

@@ -46,7 +46,7 @@ def test_closing_frees_everything_after_an_inference_that_failed(load_engine, on
     assert device.live() == {}
 
 
-@pytest.mark.parametrize("call", ["cudaStreamCreateWithFlags", "cudaEventCreate"])
+@pytest.mark.parametrize("call", ["cudaStreamCreateWithFlags", "cudaEventCreateWithFlags"])
 def test_a_context_whose_creation_fails_leaves_nothing(load_engine, on_cpu, device, call):
     extractor = load_engine("bundle")
     device.fail_call(call)
@@ -93,12 +93,11 @@ def test_a_context_works_after_its_buffers_could_not_grow(load_engine, on_cpu, d
     assert device.live() == {}
 
 
-@pytest.mark.parametrize("call", ["cudaStreamEndCapture", "cudaGraphInstantiate", "cudaGraphLaunch"])
-def test_a_graph_that_fails_leaves_nothing(load_engine, device, call):
+def test_a_graph_that_cannot_be_launched_leaves_nothing(load_engine, device):
     extractor = load_engine("bundle")
     extractor.run(random_frames())
-    device.fail_call(call, 1, fake_gpu.cudaError_t.cudaErrorLaunchFailure)
-    with pytest.raises(PhregError, match=rf"{call} failed with CUDA error 719 \(cudaErrorLaunchFailure\)"):
+    device.fail_call("cudaGraphLaunch", 1, fake_gpu.cudaError_t.cudaErrorLaunchFailure)
+    with pytest.raises(PhregError, match=r"cudaGraphLaunch failed with CUDA error 719 \(cudaErrorLaunchFailure\)"):
         extractor.run(random_frames())
     extractor.close()
     assert device.live() == {}

@@ -8,7 +8,7 @@ import pytest
 from phreg_deploy.errors import BackendMissing, PhregError
 from phreg_deploy.runtime import FeatureExtractor
 from tests import fake_gpu
-from tests.frames import assert_same_outputs, random_frames
+from tests.frames import assert_same_outputs, random_frames, to_host
 from tests.threads import run_in_threads
 
 
@@ -115,26 +115,57 @@ def test_a_graph_is_recorded_again_after_another_shape(load_engine, on_cpu, devi
     assert graph_calls(device) == (2, 5)
 
 
-def test_a_graph_is_recorded_again_after_an_array_on_the_gpu(load_engine, on_cpu, device):
-    extractor = load_engine("bundle")
-    for seed in range(3):
-        extractor.run(random_frames(seed))
-    extractor.run(fake_gpu.Array(device, random_frames(9)))
-    for seed in range(3):
+def test_host_and_device_calls_keep_each_others_graphs(load_engine, on_cpu, device):
+    extractor, array = load_engine("bundle"), fake_gpu.Array(device, random_frames(9))
+    for seed in range(4):
         assert_same_outputs(extractor.run(random_frames(seed)), on_cpu("bundle", random_frames(seed)))
-    assert graph_calls(device) == (2, 4)
+        assert_same_outputs(to_host(extractor.run(array)), on_cpu("bundle", random_frames(9)))
+    assert graph_calls(device) == (2, 7), "only the first call was plain"
 
 
-def test_a_context_works_after_a_recording_that_failed(load_engine, on_cpu, device, tensorrt):
+@pytest.mark.parametrize(
+    "failure", ["enqueue", "cudaStreamBeginCapture", "cudaStreamEndCapture", "cudaGraphInstantiate"]
+)
+def test_a_recording_that_fails_is_no_failed_request(load_engine, on_cpu, device, tensorrt, caplog, failure):
+    extractor = load_engine("bundle")
+    extractor.run(random_frames(0))
+    for seed in (1, 2, 3):
+        if failure == "enqueue":
+            tensorrt.fail_enqueue = 1 if seed < 3 else None
+        elif seed < 3:
+            device.fail_call(failure, 1, fake_gpu.cudaError_t.cudaErrorStreamCaptureInvalidated)
+        assert_same_outputs(extractor.run(random_frames(seed)), on_cpu("bundle", random_frames(seed)))
+    assert device.count("cudaGraphLaunch") == 0
+    (record,) = caplog.records
+    assert "CUDA graphs are off for one of its contexts, because recording failed 2 times" in record.getMessage()
+    extractor.close()
+    assert device.live() == {}
+
+
+def test_one_recording_that_fails_is_tried_again(load_engine, device, tensorrt, caplog):
     extractor = load_engine("bundle")
     extractor.run(random_frames(0))
     tensorrt.fail_enqueue = 1
-    with pytest.raises(PhregError, match="could not start the inference"):
-        extractor.run(random_frames(1))
-    for seed in (2, 3):
+    for seed in (1, 2, 3):
+        extractor.run(random_frames(seed))
+    assert graph_calls(device) == (2, 2)
+    assert caplog.records == []
+
+
+def test_another_thread_may_synchronise_the_gpu_during_a_recording(load_engine, on_cpu, device):
+    extractor, seen, end = load_engine("bundle"), [], device.runtime.cudaStreamEndCapture
+    extractor.run(random_frames(0))
+
+    def end_late(stream):
+        thread = threading.Thread(target=lambda: seen.append(device.runtime.cudaDeviceSynchronize()[0].name))
+        thread.start()
+        thread.join()
+        return end(stream)
+
+    device.runtime.cudaStreamEndCapture = end_late
+    for seed in (1, 2):
         assert_same_outputs(extractor.run(random_frames(seed)), on_cpu("bundle", random_frames(seed)))
-    extractor.close()
-    assert device.live() == {}
+    assert seen == ["cudaErrorStreamCaptureUnsupported"] * 2
 
 
 def test_position_embeddings_are_uploaded_once_while_the_grid_stays_the_same(load_engine, device):

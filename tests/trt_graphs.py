@@ -41,7 +41,7 @@ SAME = {"dino": "augreg"}
 BUILD = """
 from pathlib import Path
 import tensorrt as trt
-from phreg_deploy.bundle.plans import BuildSettings
+from phreg_deploy.bundle.plan_keys import BuildSettings
 from phreg_deploy.bundle.profiles import ProfileShapes
 from phreg_deploy.errors import PhregError
 from phreg_deploy.export.engine.builder import build_plan

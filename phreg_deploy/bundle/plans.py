@@ -9,74 +9,24 @@ from __future__ import annotations
 
 import hashlib
 import json
-import platform
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from phreg_deploy.bundle.bundle import Bundle, file_digest
-from phreg_deploy.bundle.manifest import GRAPH
+from phreg_deploy.bundle.bundle import Bundle
+from phreg_deploy.bundle.plan_keys import BuildSettings, PlanKey, differences, graph_digest, make_key
 from phreg_deploy.bundle.profiles import ProfileShapes, profiles_of
 from phreg_deploy.errors import BackendMissing, PhregError, write_error
 from phreg_deploy.files.atomic import write_atomic
 from phreg_deploy.files.temporary import remove_dead
 from phreg_deploy.json_files import read_json
-from phreg_deploy.spec import Stored, plain
+from phreg_deploy.spec import plain
 
 FOLDER = "engines"
+# What TensorRT's inspector says of a plan, unread, for people and for other programs.
+INSPECTED = ".inspector.json"
 # Format of a sidecar.
 FORMAT = 1
-COMPATIBILITY = ("none", "version", "ampere+", "same-cc")
-
-
-@dataclass(frozen=True)
-class BuildSettings(Stored):
-    """How a plan is built.
-
-    ``tf32``: compute FP32 products with 10 bits of mantissa, which fails the FP32 parity gate. ``compatibility``:
-    "none", "version" (for later TensorRT versions too), "ampere+" or "same-cc" (for other GPUs too). ``effort``:
-    TensorRT's builder optimization level, 0-5.
-    """
-
-    tf32: bool = False
-    compatibility: str = "none"
-    effort: int = 3
-
-    def __post_init__(self) -> None:
-        if self.compatibility not in COMPATIBILITY:
-            raise PhregError(f"compatibility: got {self.compatibility!r}, expected one of {', '.join(COMPATIBILITY)}.")
-        if not 0 <= self.effort <= 5:
-            raise PhregError(f"effort: got {self.effort}, expected 0 (quick) to 5 (thorough).")
-
-
-@dataclass(frozen=True)
-class PlanKey(Stored):
-    """Everything a plan depends on.
-
-    ``graph``: sha256 of ``model.onnx``. ``profiles``: digest of the optimization profiles. ``gpu``: the device's name.
-    ``architecture``: compute capability times ten. ``cuda``: the driver's major CUDA version.
-    """
-
-    graph: str
-    precision: str
-    profiles: str
-    gpu: str
-    architecture: int
-    tensorrt: str
-    cuda: int
-    system: str
-    settings: BuildSettings
-
-    @classmethod
-    def from_json(cls, data: dict[str, Any]) -> PlanKey:
-        """Build the key and its settings; raises as ``Stored.from_json``, or ``KeyError`` without settings."""
-        return super().from_json({**data, "settings": BuildSettings.from_json(data["settings"])})
-
-    @property
-    def name(self) -> str:
-        """The plan's file name without suffix; every field of the key changes it."""
-        digest = hashlib.sha256(json.dumps(self.to_json(), sort_keys=True).encode()).hexdigest()
-        return f"{self.graph[:12]}-{digest[:8]}-sm{self.architecture}-trt{self.tensorrt}-cuda{self.cuda}"
 
 
 @dataclass(frozen=True)
@@ -105,19 +55,18 @@ class StoredPlan:
         return data
 
 
-def make_key(bundle: Bundle, gpu: str, architecture: int, tensorrt: str, cuda: int, settings: BuildSettings) -> PlanKey:
-    """Return the key of the plan that ``settings`` give for this bundle on this GPU; arguments as in ``PlanKey``."""
-    shapes = json.dumps(plain(profiles_of(bundle.manifest)), sort_keys=True)
-    graph, precision = _graph_digest(bundle), bundle.manifest.precision
-    profiles = hashlib.sha256(shapes.encode()).hexdigest()[:16]
-    system = f"{platform.system().lower()}-{platform.machine()}"
-    return PlanKey(graph, precision, profiles, gpu, architecture, tensorrt, cuda, system, settings)
+def plan_path(bundle: Bundle, key: PlanKey) -> Path:
+    """Return the file of the plan with this key."""
+    return bundle.folder / FOLDER / f"{key.name}.plan"
 
 
-def write_plan(bundle: Bundle, key: PlanKey, plan: bytes) -> StoredPlan:
-    """Write a plan; it is not listed until ``write_sidecar`` has written its sidecar."""
-    folder = bundle.folder / FOLDER
-    path = folder / f"{key.name}.plan"
+def write_plan(bundle: Bundle, key: PlanKey, plan: bytes, inspected: str = "") -> StoredPlan:
+    """Write a plan; it is not listed until ``write_sidecar`` has written its sidecar.
+
+    ``inspected``: the JSON text of TensorRT's engine inspector, which is stored beside the plan.
+    """
+    path = plan_path(bundle, key)
+    folder = path.parent
     try:
         folder.mkdir(exist_ok=True)
         path.with_suffix(".json").unlink(missing_ok=True)
@@ -126,7 +75,20 @@ def write_plan(bundle: Bundle, key: PlanKey, plan: bytes) -> StoredPlan:
     # A killed build leaves hundreds of megabytes.
     remove_dead(folder)
     write_atomic(path, plan)
-    return StoredPlan(path, key, hashlib.sha256(plan).hexdigest(), profiles_of(bundle.manifest), {})
+    stored = StoredPlan(path, key, hashlib.sha256(plan).hexdigest(), profiles_of(bundle.manifest), {})
+    if inspected:
+        try:
+            write_atomic(path.with_suffix(INSPECTED), inspected.encode())
+        except BaseException:
+            remove_plan(stored)
+            raise
+    return stored
+
+
+def remove_plan(plan: StoredPlan) -> None:
+    """Remove a plan that is not listed, and what belongs to it."""
+    plan.path.unlink(missing_ok=True)
+    plan.path.with_suffix(INSPECTED).unlink(missing_ok=True)
 
 
 def write_sidecar(bundle: Bundle, plan: StoredPlan, report: dict[str, Any]) -> StoredPlan:
@@ -149,7 +111,7 @@ def write_sidecar(bundle: Bundle, plan: StoredPlan, report: dict[str, Any]) -> S
     except PhregError:
         # Without a sidecar nothing reads the plan: free its hundreds of megabytes.
         if not path.exists():
-            plan.path.unlink(missing_ok=True)
+            remove_plan(plan)
         raise
     return numbered
 
@@ -168,8 +130,10 @@ def _serial(plan: StoredPlan) -> int:
 
 def list_plans(bundle: Bundle) -> list[StoredPlan]:
     """Return every plan in the bundle that has a readable sidecar and was built from this bundle's graph."""
-    graph, plans = _graph_digest(bundle), []
+    graph, plans = graph_digest(bundle), []
     for sidecar in sorted((bundle.folder / FOLDER).glob("*.json")):
+        if sidecar.name.endswith(INSPECTED):
+            continue
         try:
             plan = _read_sidecar(sidecar)
         except (OSError, ValueError, KeyError, TypeError, PhregError):
@@ -200,10 +164,6 @@ def _read_sidecar(path: Path) -> StoredPlan:
     return StoredPlan(path.with_suffix(".plan"), key, data["sha256"], profiles, data["report"])
 
 
-def _graph_digest(bundle: Bundle) -> str:
-    return bundle.manifest.files.get(GRAPH) or file_digest(bundle.graph)
-
-
 def find_plan(bundle: Bundle, gpu: str, architecture: int, tensorrt: str, cuda: int) -> StoredPlan:
     """Return the newest plan that runs on this GPU, built with any settings.
 
@@ -211,45 +171,12 @@ def find_plan(bundle: Bundle, gpu: str, architecture: int, tensorrt: str, cuda: 
     """
     plans = list_plans(bundle)
     here = make_key(bundle, gpu, architecture, tensorrt, cuda, BuildSettings())
-    fitting = [plan for plan in plans if not _differences(plan.key, here)]
+    fitting = [plan for plan in plans if not differences(plan.key, here)]
     if fitting:
         return max(fitting, key=lambda plan: (plan.path.exists(), _serial(plan)))
     command = f"Run on this machine: phreg-deploy build {bundle.folder}"
     if not plans:
         raise BackendMissing(f"engine: {bundle.folder} holds no TensorRT engine for its graph. {command}")
-    nearest = min(plans, key=lambda plan: len(_differences(plan.key, here)))
-    reasons = "; ".join(_differences(nearest.key, here))
+    nearest = min(plans, key=lambda plan: len(differences(plan.key, here)))
+    reasons = "; ".join(differences(nearest.key, here))
     raise BackendMissing(f"engine: {nearest.path.name} was built {reasons}. {command}")
-
-
-def _differences(key: PlanKey, here: PlanKey) -> list[str]:
-    """Return the reasons why a plan with this key does not run here; empty if it does."""
-    reasons = []
-    if (key.gpu, key.architecture) != (here.gpu, here.architecture) and not _runs_on_other_gpu(key, here):
-        built_for = f"{key.gpu} (SM {key.architecture / 10:.1f})"
-        reasons.append(f"for {built_for}, and this is {here.gpu} (SM {here.architecture / 10:.1f})")
-    if key.tensorrt != here.tensorrt and not _runs_on_later_tensorrt(key, here):
-        reasons.append(f"with TensorRT {key.tensorrt}, and this is {here.tensorrt}")
-    if key.cuda != here.cuda:
-        reasons.append(f"with CUDA {key.cuda}, and this is CUDA {here.cuda}")
-    if key.system != here.system:
-        reasons.append(f"on {key.system}, and this is {here.system}")
-    if key.profiles != here.profiles:
-        reasons.append("for other batches or sizes than the manifest's")
-    return reasons
-
-
-def _runs_on_other_gpu(key: PlanKey, here: PlanKey) -> bool:
-    if key.settings.compatibility == "ampere+":
-        return here.architecture >= 80 and key.architecture >= 80
-    return key.settings.compatibility == "same-cc" and key.architecture == here.architecture
-
-
-def _runs_on_later_tensorrt(key: PlanKey, here: PlanKey) -> bool:
-    """Apply NVIDIA's promise: a version-compatible plan runs in later releases of the same major version."""
-    built, now = _version_numbers(key.tensorrt), _version_numbers(here.tensorrt)
-    return key.settings.compatibility == "version" and now[:1] == built[:1] and now >= built
-
-
-def _version_numbers(version: str) -> tuple[int, ...]:
-    return tuple(int(part) for part in version.split(".") if part.isdigit())

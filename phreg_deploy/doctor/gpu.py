@@ -17,6 +17,7 @@ from typing import Any
 
 from phreg_deploy.doctor.system import VENV, Finding, Jetson, Part, System, read_jetson
 from phreg_deploy.runtime.gpu.libraries import needed_libraries
+from phreg_deploy.runtime.gpu.trt_library import WHEELS, mend_wheel
 
 NEEDLESS = "not needed without a GPU"
 OLDEST_TENSORRT = (10, 3)
@@ -186,6 +187,10 @@ def _tensorrt(part: Part, system: System, driver: Driver, jetson: Jetson | None)
     if module == "tensorrt_lean":
         state = f"lean {output}: runs engines built with compatibility version, builds none"
         return driver.needed_for(part, state)
+    wheel = None if jetson else next((n for n in WHEELS if system.version(f"tensorrt-cu{n}-bindings")), None)
+    if wheel and driver.major and wheel > driver.major:
+        state = f"{output} is built for CUDA {wheel}, and the driver is of CUDA {driver.major}"
+        return part.unusable(state, mend_wheel(wheel, driver.major))
     missing = [name for stem in TENSORRT_LIBRARIES if not system.finds(name := f"{stem}.so.{version[0]}")]
     if missing:
         return part.unusable(f"{output}, without {', '.join(missing)}", fix)

@@ -114,7 +114,7 @@ def build(
     workspace: int | None = None,
     timing_cache: Path | None = None,
     check: bool = True,
-    allow_unfused: bool = False,
+    strict: bool = False,
     force: bool = False,
     progress: Progress = SILENT,
 ) -> BuildReport:
@@ -132,18 +132,19 @@ def build(
         workspace: MiB of device memory that tactics may use at most; None for the whole device.
         timing_cache: file to read and write; None for one in the bundle.
         check: compare the answers with the exam.
-        allow_unfused: keep a plan with fewer fused attentions or 8-bit layers than expected.
+        strict: refuse a plan with fewer fused attentions or 8-bit layers than expected, and one whose layers TensorRT's
+            inspector does not show; otherwise ``shortfalls`` and ``doubts`` of the report name them.
         force: build again if the plan is there; also keep a plan that misses a gate.
 
     Raises:
         BackendMissing: there is no TensorRT or no GPU here.
-        GateFailed: attentions are not fused, layers do not run in 8 bits, or the answers miss a gate.
+        GateFailed: the answers miss a gate, or with ``strict`` the layers are not as expected.
         PhregError: a bad bundle or argument, or TensorRT refuses the graph; the message names the node.
     """
-    from phreg_deploy.bundle.plans import BuildSettings
+    from phreg_deploy.bundle.plan_keys import BuildSettings
 
     settings = BuildSettings(tf32, compatibility, effort)
     from phreg_deploy.export.engine.build import BuildRequest, build_engine
 
-    request = BuildRequest(Path(bundle), settings, device, workspace, timing_cache, check, allow_unfused)
+    request = BuildRequest(Path(bundle), settings, device, workspace, timing_cache, check, strict)
     return build_engine(request, force=force, progress=progress)

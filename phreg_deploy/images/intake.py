@@ -112,9 +112,10 @@ def on_gpu(value: Any) -> bool:
     """Whether a value is an array on a GPU, of any library."""
     if isinstance(value, np.ndarray):
         return False
-    if hasattr(value, "__cuda_array_interface__"):
-        return True
-    return hasattr(value, "__dlpack_device__") and int(value.__dlpack_device__()[0]) in (GPU, MANAGED)
+    # DLPack first: torch raises for __cuda_array_interface__ of a tensor that requires a gradient.
+    if hasattr(value, "__dlpack_device__"):
+        return int(value.__dlpack_device__()[0]) in (GPU, MANAGED)
+    return hasattr(value, "__cuda_array_interface__")
 
 
 def _pictures(value: Any, what: str) -> list[Any]:

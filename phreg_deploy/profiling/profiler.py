@@ -101,12 +101,13 @@ def _measure_gpu(extractor: FeatureExtractor, request: GpuRequest, remarks: list
     # The lean runtime has no builder and no inspector.
     if extractor.backend == "tensorrt" and hasattr(backend.trt, "Builder"):
         from phreg_deploy.export.engine.gemm import measure_product
-        from phreg_deploy.export.engine.inspection import read_layers
+        from phreg_deploy.export.engine.inspection import inspect, parse_layers
 
         def gemm() -> float:
             return measure_product(backend.trt, backend.cuda)
 
-        metadata = {layer["Name"]: str(layer.get("Metadata", "")) for layer in read_layers(backend.trt, backend.engine)}
+        layers = parse_layers(inspect(backend.trt, backend.engine))
+        metadata = {str(layer.get("Name", "")): str(layer.get("Metadata", "")) for layer in layers}
     try:
         peaks = measure_peaks(backend.cuda, gemm)
     except PhregError as error:

@@ -15,7 +15,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from phreg_deploy.errors import PhregError
-from phreg_deploy.runtime.gpu.cuda import Cuda, DeviceBuffer, Event, Stream
+from phreg_deploy.runtime.gpu.cuda import Cuda, Event, Stream
+from phreg_deploy.runtime.gpu.memory import DeviceBuffer
 from phreg_deploy.spec import ModelSpec, Stored, check_multiple
 
 # Operations per element.

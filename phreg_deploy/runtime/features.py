@@ -228,12 +228,13 @@ class FeatureExtractor(AbstractContextManager["FeatureExtractor"]):
     def run(self, batch: Any, *, out: Mapping[str, Any] | None = None, stream: int | None = None) -> dict[str, Any]:
         """Run the graph: uint8 ``(B, H, W, 3)`` at a served size and batch -> its outputs by name, in its own types.
 
-        An array on a GPU (``__cuda_array_interface__`` or DLPack: torch, CuPy, numba, ...) is read in place, and the
-        outputs stay there as ``DeviceArray``, which the same libraries read.
+        An array on a GPU (``__cuda_array_interface__`` or DLPack: torch, CuPy, numba, ...) may lie at any address and
+        does not leave the GPU. The outputs stay there as ``DeviceArray``, which the same libraries read.
 
         Args:
             out: arrays on the GPU to write into, by output name; for a batch on the GPU only.
-            stream: your ``cudaStream_t`` to run on, without waiting for the result; for a batch on the GPU only.
+            stream: your ``cudaStream_t``: the call comes after the work in it and before what you queue next, and does
+                not wait for the result; for a batch on the GPU only.
 
         Raises:
             PhregError: a size or batch that is not served, another type, or a backend that does not run on a GPU.

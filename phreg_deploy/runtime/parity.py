@@ -132,7 +132,11 @@ def judge_exam(
         backend, compute: the name of the backend that answers, and the precision that it computes in.
         answer, cases: see ``run_exam``.
     """
-    compared = run_exam(bundle, answer, cases)
+    return judge(bundle, run_exam(bundle, answer, cases), backend, compute)
+
+
+def judge(bundle: Bundle, compared: list[ExamCase], backend: str, compute: str) -> tuple[Parity, list[Gate]]:
+    """Return the worst parity over cases of an exam, and the gates of that parity; arguments as of ``judge_exam``."""
     parity = worst([case.parity for case in compared])
     again = writes_exams(bundle.manifest, backend)
     gates = gates_of(parity, gate_precision(bundle.manifest, compute), exam=True, again=again)

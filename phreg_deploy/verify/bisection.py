@@ -16,7 +16,7 @@ from phreg_deploy.artifacts.measures import cosine
 from phreg_deploy.bundle.bundle import Bundle
 from phreg_deploy.bundle.gates import exam_bars
 from phreg_deploy.bundle.manifest import GRAPH, WEIGHTS
-from phreg_deploy.bundle.plans import BuildSettings
+from phreg_deploy.bundle.plan_keys import BuildSettings
 from phreg_deploy.bundle.profiles import profiles_of
 from phreg_deploy.errors import PhregError
 from phreg_deploy.runtime.backends.options import BackendOptions

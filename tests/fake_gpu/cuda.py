@@ -5,7 +5,7 @@ import functools
 import threading
 import types
 
-from tests.fake_gpu.cuda_types import Refused, Stream, cudaError_t, cudaMemcpyKind, cudaStreamCaptureMode
+from tests.fake_gpu.cuda_types import Event, Refused, Stream, Work, cudaError_t, cudaMemcpyKind, cudaStreamCaptureMode
 
 
 def _call(function):
@@ -40,7 +40,7 @@ class Runtime:
     """``cuda.bindings.runtime``: every call returns ``(status, *results)``."""
 
     cudaError_t, cudaMemcpyKind, cudaStreamCaptureMode = cudaError_t, cudaMemcpyKind, cudaStreamCaptureMode
-    cudaStreamNonBlocking = 1
+    cudaStreamNonBlocking, cudaEventDisableTiming = 1, 2
 
     def __init__(self, device):
         self._device = device
@@ -56,16 +56,27 @@ class Runtime:
         if not 0 <= index < device.installed:
             raise Refused(cudaError_t.cudaErrorInvalidDevice)
         device.chosen.index = index
+        device.started.add(index)
+
+    @_call
+    def cudaGetDevice(device):
+        return (device.index,)
+
+    @_call
+    def cudaDeviceSynchronize(device):
+        device.synchronise()
 
     @_call
     def cudaGetDeviceProperties(device, index):
+        if not 0 <= index < device.installed:
+            raise Refused(cudaError_t.cudaErrorInvalidDevice)
         return (
             types.SimpleNamespace(
                 name=device.name.encode().ljust(256, b"\0"),
                 major=device.architecture // 10,
                 minor=device.architecture % 10,
-                totalGlobalMem=device.memory,
-                multiProcessorCount=16,
+                totalGlobalMem=device.memory.size,
+                multiProcessorCount=device.multiprocessors,
                 integrated=int(device.integrated),
             ),
         )
@@ -76,23 +87,27 @@ class Runtime:
 
     @_call
     def cudaMemGetInfo(device):
-        return device.memory - device.used, device.memory
+        return device.memory.size - device.memory.used, device.memory.size
 
     @_call
     def cudaMalloc(device, size):
-        return (device.allocate(device.device_memory, size),)
+        device.waits.append("cudaMalloc")
+        return (device.allocate(size),)
 
     @_call
     def cudaFree(device, pointer):
-        device.free(device.device_memory, pointer)
+        device.waits.append("cudaFree")
+        device.free(pointer)
 
     @_call
     def cudaMallocHost(device, size):
-        return (device.allocate(device.pinned, size),)
+        device.waits.append("cudaMallocHost")
+        return (device.allocate(size, pinned=True),)
 
     @_call
     def cudaFreeHost(device, pointer):
-        device.free(device.pinned, pointer)
+        device.waits.append("cudaFreeHost")
+        device.free(pointer, pinned=True)
 
     @_call
     def cudaMemcpyAsync(device, target, source, size, kind, handle):
@@ -109,6 +124,7 @@ class Runtime:
             if stream.recording is not None:
                 stream.broken = True
                 raise Refused(cudaError_t.cudaErrorStreamCaptureUnsupported)
+            device.waits.append("cudaMemcpyAsync")
             device.drain(stream)
             ctypes.memmove(target, source, size)
             return
@@ -119,17 +135,18 @@ class Runtime:
             else:
                 device.crash(f"a copy of {size} bytes reached memory that was freed")
 
-        device.queue(stream, copy)
+        device.queue(stream, Work(copy, touches=((target, size), (source, size))))
 
     @_call
     def cudaStreamCreateWithFlags(device, flags):
-        assert flags == 1, "a stream that does not wait for the default one"
-        return (device.add(device.streams, Stream()),)
+        if flags not in (0, 1):
+            raise Refused(cudaError_t.cudaErrorInvalidValue)
+        return (device.add(device.streams, Stream(device.index, blocking=flags == 0)),)
 
     @_call
     def cudaStreamDestroy(device, handle):
         stream = device.stream_of(handle)
-        if int(handle) in (0, 1) or stream.recording is not None:
+        if int(handle) not in device.streams or stream.recording is not None:
             raise Refused(cudaError_t.cudaErrorInvalidResourceHandle)
         device.drain(stream)
         del device.streams[int(handle)]
@@ -140,21 +157,27 @@ class Runtime:
         if stream.recording is not None:
             stream.broken = True
             raise Refused(cudaError_t.cudaErrorStreamCaptureUnsupported)
+        if device.is_default(stream):
+            device.follow_default(stream)
+        device.waits.append("cudaStreamSynchronize")
         device.drain(stream)
 
     @_call
     def cudaStreamWaitEvent(device, handle, event, flags):
-        stream, mark = device.stream_of(handle), device.look_up(device.events, event)[0]
+        stream, event = device.stream_of(handle), device.look_up(device.events, event)
         if stream.recording is not None:
             stream.broken = True
             raise Refused(cudaError_t.cudaErrorStreamCaptureIsolation)
+        if event.captured:
+            raise Refused(cudaError_t.cudaErrorStreamCaptureUnmatched)
+        mark = event.mark
         if mark is not None:
             device.queue(stream, lambda: device.finish(mark))
 
     @_call
     def cudaStreamBeginCapture(device, handle, mode):
         stream = device.stream_of(handle)
-        if stream is device.streams[0]:
+        if device.is_default(stream):
             raise Refused(cudaError_t.cudaErrorStreamCaptureUnsupported)
         if stream.recording is not None:
             raise Refused(cudaError_t.cudaErrorInvalidValue)
@@ -185,6 +208,12 @@ class Runtime:
     @_call
     def cudaGraphLaunch(device, program, handle):
         stream = device.stream_of(handle)
+        if stream.recording is not None:
+            # CUDA records it as a child graph, which this project does not use.
+            stream.broken = True
+            raise Refused(cudaError_t.cudaErrorStreamCaptureUnsupported)
+        if stream.index != device.index:
+            raise Refused(cudaError_t.cudaErrorInvalidResourceHandle)
         for work in device.look_up(device.programs, program):
             device.queue(stream, work)
 
@@ -195,29 +224,52 @@ class Runtime:
 
     @_call
     def cudaEventCreate(device):
-        return (device.add(device.events, [None]),)
+        return (device.add(device.events, Event(device.index)),)
+
+    @_call
+    def cudaEventCreateWithFlags(device, flags):
+        if flags not in (0, 2):
+            raise Refused(cudaError_t.cudaErrorInvalidValue)
+        return (device.add(device.events, Event(device.index, timing=flags == 0)),)
 
     @_call
     def cudaEventRecord(device, event, handle):
-        stream = device.stream_of(handle)
-        device.look_up(device.events, event)[0] = device.mark(stream)
+        stream, event = device.stream_of(handle), device.look_up(device.events, event)
+        if stream.index != event.index:
+            # "event and stream must be on the same CUDA context"
+            raise Refused(cudaError_t.cudaErrorInvalidResourceHandle)
+        event.captured = stream.recording is not None
+        event.mark = device.mark(stream)
 
     @_call
     def cudaEventSynchronize(device, event):
-        mark = device.look_up(device.events, event)[0]
-        if mark is not None:
-            device.finish(mark)
+        event = device.look_up(device.events, event)
+        if event.captured:
+            raise Refused(cudaError_t.cudaErrorCapturedEvent)
+        device.waits.append("cudaEventSynchronize")
+        if event.mark is not None:
+            device.finish(event.mark)
 
     @_call
     def cudaEventElapsedTime(device, start, end):
-        marks = [device.look_up(device.events, event)[0] for event in (start, end)]
-        if None in marks:
+        events = [device.look_up(device.events, event) for event in (start, end)]
+        if any(event.mark is None or not event.timing for event in events):
             raise Refused(cudaError_t.cudaErrorInvalidResourceHandle)
-        if any(mark.time is None for mark in marks):
+        if any(event.mark.time is None for event in events):
             raise Refused(cudaError_t.cudaErrorNotReady)
-        return (1e3 * (marks[1].time - marks[0].time),)
+        return (1e3 * (events[1].mark.time - events[0].mark.time),)
 
     @_call
     def cudaEventDestroy(device, event):
         device.look_up(device.events, event)
         del device.events[int(event)]
+
+
+class Driver:
+    """``cuda.bindings.driver``."""
+
+    def __init__(self, device):
+        self._device = device
+
+    def cuDevicePrimaryCtxGetState(self, index):
+        return cudaError_t.cudaSuccess, 0, int(index in self._device.started)

@@ -1,7 +1,8 @@
-"""Enums, errors, handles and streams of the fake CUDA runtime."""
+"""Enums, errors, handles, streams and queued work of the fake CUDA runtime."""
 
 import enum
 from collections import deque
+from dataclasses import dataclass
 
 
 class cudaError_t(enum.IntEnum):
@@ -14,11 +15,14 @@ class cudaError_t(enum.IntEnum):
     cudaErrorInvalidResourceHandle = 400
     cudaErrorNotReady = 600
     cudaErrorIllegalAddress = 700
+    cudaErrorMisalignedAddress = 716
     cudaErrorLaunchFailure = 719
     cudaErrorStreamCaptureUnsupported = 900
     cudaErrorStreamCaptureInvalidated = 901
     cudaErrorStreamCaptureUnmatched = 903
     cudaErrorStreamCaptureIsolation = 905
+    cudaErrorStreamCaptureImplicit = 906
+    cudaErrorCapturedEvent = 907
     cudaErrorStreamCaptureWrongThread = 908
 
 
@@ -59,6 +63,32 @@ class Mark:
         self.stream, self.time = stream, None
 
 
+@dataclass
+class Event:
+    """``mark``: the position that it was last recorded at. ``index``: its GPU. ``captured``: recorded into a graph."""
+
+    index: int
+    timing: bool = True
+    mark: Mark | None = None
+    captured: bool = False
+
+
+@dataclass
+class Work:
+    """One piece of queued work.
+
+    ``run``: computes it; gets the number of an inference in its context if there is an ``owner``. ``touches``: the
+    (address, bytes) that it reads or writes. ``owner``: the execution context's state.
+    """
+
+    run: object
+    touches: tuple = ()
+    owner: object = None
+
+
 class Stream:
-    def __init__(self):
+    """A stream of the GPU ``index``. ``blocking``: it waits for the default stream, and the default stream for it."""
+
+    def __init__(self, index=0, blocking=False):
+        self.index, self.blocking = index, blocking
         self.queue, self.recording, self.thread, self.broken = deque(), None, None, False

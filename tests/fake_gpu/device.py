@@ -1,44 +1,39 @@
-"""A fake GPU that records every call, and arrays in its memory."""
+"""Fake GPUs that record every call, and run queued work only when somebody waits for it."""
 
-import ctypes
-import struct
 import threading
 import time
 from collections import Counter
 
-import numpy as np
+from tests.fake_gpu.cuda import Driver, Runtime
+from tests.fake_gpu.cuda_types import Handle, Mark, Refused, Stream, Work, cudaError_t
+from tests.fake_gpu.memory import Memory
 
-from tests.fake_gpu.cuda import Runtime
-from tests.fake_gpu.cuda_types import Handle, Mark, Refused, Stream, cudaError_t
-
-assert struct.calcsize("P") == 8, "addresses of 64 bits"
-# Allocated memory is filled with this byte.
-POISON = 0xA5
+# cudaStreamPerThread
+PER_THREAD = 2
 
 
 class Device:
-    """The GPU. ``runtime`` is its ``cuda.bindings.runtime``; tests use everything else.
+    """One or several GPUs of a kind. ``runtime`` is their ``cuda.bindings.runtime``; tests use everything else.
 
-    ``calls``: (name, arguments) of every call; ``undefined``: descriptions of undefined behaviour, which would crash a
-    real GPU or give wrong results; ``installed``: the number of GPUs that the driver lists; ``integrated``: whether the
-    GPU shares the host's memory, as on a Jetson.
+    ``calls``: (name, arguments) of every call. ``waits``: the names of those at which the host waited or may have
+    waited. ``undefined``: descriptions of undefined behaviour, which would crash a real GPU or give wrong results.
+    ``installed``: the number of GPUs that the driver lists. ``integrated``: whether they share the host's memory, as on
+    a Jetson. ``started``: the GPUs that have a context.
     """
 
     def __init__(self, name="NVIDIA Fake", architecture=89, installed=1, integrated=False, driver=13000):
         self.name, self.architecture, self.installed = name, architecture, installed
-        self.integrated, self.driver = integrated, driver
-        self.memory, self.used = 8 << 30, 0
+        self.integrated, self.driver, self.multiprocessors = integrated, driver, 16
+        self.memory = Memory(8 << 30, integrated)
         self.lock = threading.RLock()
-        self.calls, self.undefined = [], []
-        self.device_memory, self.pinned = {}, {}  # address -> its bytes
-        self.streams, self.events, self.graphs, self.programs = {0: Stream(), 1: Stream()}, {}, {}, {}
-        # 0 and 1 both mean the default stream.
-        self.streams[1] = self.streams[0]
-        self.chosen = threading.local()
+        self.calls, self.waits, self.undefined = [], [], []
+        self.streams, self.events, self.graphs, self.programs = {}, {}, {}, {}
+        self._defaults, self._per_thread = {}, {}  # GPU -> its default stream; (GPU, thread) -> its own
+        self.chosen, self.started = threading.local(), set()
         self.fault = None  # an error that every later call answers with
         self.failing = {}  # name of a call -> [calls until it fails, code]
         self.numbers = iter(range(0x1000, 1 << 40, 16))
-        self.runtime = Runtime(self)
+        self.runtime, self.driver_api = Runtime(self), Driver(self)
 
     def fail_call(self, call, at=1, code=cudaError_t.cudaErrorMemoryAllocation):
         """Let the ``at``-th call from now on fail once, e.g. ``fail_call("cudaMalloc", 3)``."""
@@ -47,9 +42,9 @@ class Device:
     def live(self):
         """Count the objects that were created and not freed, by kind; a kind without any is left out."""
         left = {
-            "allocations": len(self.device_memory),
-            "pinned": len(self.pinned),
-            "streams": len(self.streams) - 2,
+            "allocations": self.memory.count(pinned=False),
+            "pinned": self.memory.count(pinned=True),
+            "streams": len(self.streams),
             "events": len(self.events),
             "graphs": len(self.graphs) + len(self.programs),
         }
@@ -60,67 +55,118 @@ class Device:
         counted = Counter(name for name, _ in self.calls)
         return counted if call is None else counted[call]
 
+    @property
+    def index(self):
+        """The GPU of the calling thread, 0 until it sets another."""
+        return getattr(self.chosen, "index", 0)
+
     def stream_of(self, handle):
+        """Return a stream; 0 and 1 are the default stream of the thread's GPU, 2 the default stream of the thread."""
+        if int(handle) in (0, 1):
+            return self._defaults.setdefault(self.index, Stream(self.index, blocking=True))
+        if int(handle) == PER_THREAD:
+            own = (self.index, threading.get_ident())
+            return self._per_thread.setdefault(own, Stream(self.index, blocking=True))
         stream = self.streams.get(int(handle))
         if stream is None:
             raise Refused(cudaError_t.cudaErrorInvalidResourceHandle)
         return stream
 
+    def is_default(self, stream):
+        return stream in self._defaults.values()
+
+    def every_stream(self):
+        return [*self.streams.values(), *self._defaults.values(), *self._per_thread.values()]
+
     def span(self, pointer, size, pinned=False):
         """Return ``size`` bytes of allocated memory from ``pointer`` on; None if they are not all allocated."""
-        for start, buffer in (self.pinned if pinned else self.device_memory).items():
-            if start <= pointer and pointer + size <= start + len(buffer):
-                return memoryview(buffer).cast("B")[pointer - start : pointer - start + size]
-        return None
+        region = self.memory.find(pointer, size, pinned)
+        if region is None:
+            return None
+        return memoryview(region.part).cast("B")[pointer - region.start : pointer - region.start + size]
 
     def queue(self, stream, work):
-        """Queue work in a stream, or add it to the stream's recording."""
+        """Queue work (a function or ``Work``) in a stream, or add it to the stream's recording."""
+        work = work if isinstance(work, Work) else Work(work)
         if stream.recording is None:
-            stream.queue.append(work)
+            self.follow_default(stream)
+            number = None if work.owner is None else work.owner.next_number()
+            stream.queue.append((work, number))
             return
         if stream.thread != threading.get_ident():
             raise Refused(cudaError_t.cudaErrorStreamCaptureWrongThread)
         stream.recording.append(work)
 
+    def follow_default(self, stream):
+        """Order new work of a stream after the default stream's, and the default stream's after all blocking streams'.
+
+        "Implicit Synchronization" in the CUDA C++ Programming Guide; a stream of cudaStreamNonBlocking is left out.
+        """
+        if not stream.blocking:
+            return
+        others = [s for s in self.every_stream() if s.blocking and s.index == stream.index and s is not stream]
+        if not self.is_default(stream):
+            others = [s for s in others if self.is_default(s)]
+        for other in others:
+            if other.recording is not None:
+                other.broken = True
+                raise Refused(cudaError_t.cudaErrorStreamCaptureImplicit)
+            if other.queue:
+                mark = Mark(other)
+                other.queue.append((Work(lambda mark=mark: self._reach(mark)), None))
+                stream.queue.append((Work(lambda mark=mark: self.finish(mark)), None))
+
     def drain(self, stream, until=None):
         """Run the work that is queued, all of it or up to a mark."""
         while stream.queue and (until is None or until.time is None):
-            stream.queue.popleft()()
+            work, number = stream.queue.popleft()
+            if work.owner is None:
+                work.run()
+            else:
+                work.run(number)
         if self.fault is not None:
             raise Refused(self.fault)
 
-    def crash(self, why, code=cudaError_t.cudaErrorIllegalAddress):
-        self.undefined.append(why)
-        self.fault = code
+    def synchronise(self):
+        """Wait for the whole GPU, which is refused while any of its streams records, and ends that recording.
+
+        "Prohibited and Unhandled Operations" under CUDA Graphs in the CUDA C++ Programming Guide: "it is also invalid
+        to query the execution status of or synchronize a broader handle which encompasses an active stream capture".
+        """
+        mine = [stream for stream in self.every_stream() if stream.index == self.index]
+        recording = [stream for stream in mine if stream.recording is not None]
+        for stream in recording:
+            stream.broken = True
+        if recording:
+            raise Refused(cudaError_t.cudaErrorStreamCaptureUnsupported)
+        self.waits.append("cudaDeviceSynchronize")
+        for stream in mine:
+            self.drain(stream)
+
+    def in_flight(self, uses):
+        """Return whether any queued work fulfils ``uses``, a function of ``Work``."""
+        return any(uses(work) for stream in self.every_stream() for work, _ in stream.queue)
 
     def refuse_while_recording(self):
         """Refuse a call that is not allowed while a stream of this thread records, and invalidate the recording."""
-        mine = [s for s in self.streams.values() if s.recording is not None and s.thread == threading.get_ident()]
+        me = threading.get_ident()
+        mine = [s for s in self.every_stream() if s.recording is not None and s.thread == me]
         for stream in mine:
             stream.broken = True
         if mine:
             raise Refused(cudaError_t.cudaErrorStreamCaptureUnsupported)
 
-    def allocate(self, kind, size):
+    def allocate(self, size, pinned=False):
         self.refuse_while_recording()
-        if size > self.memory - self.used:
-            raise Refused(cudaError_t.cudaErrorMemoryAllocation)
-        buffer = (ctypes.c_uint8 * (size + 256))()
-        ctypes.memset(buffer, POISON, size + 256)
-        address = ctypes.addressof(buffer)
-        start = address + -address % 256  # as cudaMalloc does
-        part = (ctypes.c_uint8 * size).from_buffer(buffer, start - address)
-        kind[start] = part
-        self.used += size
-        return start
+        return self.memory.allocate(size, self.index, pinned)
 
-    def free(self, kind, pointer):
+    def free(self, pointer, pinned=False):
         self.refuse_while_recording()
-        if int(pointer) not in kind:
-            raise Refused(cudaError_t.cudaErrorInvalidValue)
-        for stream in {id(s): s for s in self.streams.values()}.values():
-            self.drain(stream)
-        self.used -= len(kind.pop(int(pointer)))
+        region = self.memory.free(pointer, pinned)
+        start, end = region.start, region.start + len(region.part)
+        if self.in_flight(lambda work: any(at < end and start < at + size for at, size in work.touches)):
+            # cudaFree "may perform implicit synchronization", so nothing may rely on it.
+            self.undefined.append("memory was freed while queued work uses it")
 
     def add(self, kind, thing):
         number = next(self.numbers)
@@ -140,44 +186,13 @@ class Device:
     def mark(self, stream):
         """Queue a mark, which gets its time when the stream reaches it."""
         mark = Mark(stream)
-
-        def set_time():
-            mark.time = time.perf_counter()
-
-        self.queue(stream, set_time)
+        self.queue(stream, lambda: self._reach(mark))
         return mark
 
+    def _reach(self, mark):
+        mark.time = time.perf_counter()
 
-class Array:
-    """An array of another library in a ``Device``'s memory, with ``__cuda_array_interface__``.
-
-    ``stream``: the stream that fills the array. ``strides``: the strides that the interface reports.
-    """
-
-    def __init__(self, device, value, stream=None, strides=None):
-        self.device, self.shape, self.dtype = device, value.shape, value.dtype
-        self.pointer = device.allocate(device.device_memory, max(1, value.nbytes))
-        self.write(value)
-        self.stream, self.strides = stream, strides
-
-    def write(self, value):
-        self.device.span(self.pointer, value.nbytes)[:] = np.ascontiguousarray(value).tobytes()
-
-    def read(self):
-        """Return the present contents of the memory without a wait."""
-        size = int(np.prod(self.shape)) * self.dtype.itemsize
-        return np.frombuffer(bytes(self.device.span(self.pointer, size)), self.dtype).reshape(self.shape)
-
-    def free(self):
-        self.device.free(self.device.device_memory, self.pointer)
-
-    @property
-    def __cuda_array_interface__(self):
-        return {
-            "shape": self.shape,
-            "typestr": self.dtype.str,
-            "data": (self.pointer, False),
-            "strides": self.strides,
-            "version": 3,
-            "stream": self.stream,
-        }
+    def crash(self, why, code=cudaError_t.cudaErrorIllegalAddress):
+        """Record undefined behaviour; every later call fails, as after a sticky error of CUDA."""
+        self.undefined.append(why)
+        self.fault = code

@@ -42,7 +42,7 @@ def make_layers(graph, tensorrt):
             layer("kgen", f"__myl_{operator}", [name])
     for (_, block), members in attentions.items():
         if half and block not in tensorrt.unfused_blocks:
-            layer("kgen", "_gemm_mha_v2", members)
+            layer("kgen", "_gemm_mha_v2", members, "FP8" if any(t == 17 for t in types_.values()) else "Half")
         else:
             for member in members:
                 layer("kgen", "__myl_MaxSubExpSumDivMul" if "Softmax" in member else "__myl_Fc", [member])

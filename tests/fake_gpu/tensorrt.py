@@ -4,7 +4,7 @@ import enum
 import importlib.machinery
 import types
 
-from tests.fake_gpu import tensorrt_build, tensorrt_engine, tensorrt_types
+from tests.fake_gpu import tensorrt_build, tensorrt_context, tensorrt_engine, tensorrt_types
 
 NAMES = {
     tensorrt_types: [
@@ -13,7 +13,8 @@ NAMES = {
         "NetworkDefinitionCreationFlag", "ProfilingVerbosity", "TensorIOMode", "nptype",
     ],
     tensorrt_build: ["IBuilderConfig", "INetworkDefinition", "ITensor", "ParserError"],
-    tensorrt_engine: ["EngineInspector", "ICudaEngine", "IExecutionContext"],
+    tensorrt_engine: ["EngineInspector", "ICudaEngine"],
+    tensorrt_context: ["IExecutionContext"],
 }  # fmt: skip
 # Callers create objects of these classes. A subclass for each ``FakeTensorRT`` gives them access to it.
 ENTRIES = (tensorrt_build.Builder, tensorrt_build.OnnxParser, tensorrt_engine.Runtime)
@@ -33,6 +34,8 @@ class FakeTensorRT:
         starts: whether CUDA can be initialised.
         steps, on_step: the number of steps of a build, and a function that is called in each.
         answer: what an engine makes of each output, a function of its name and values.
+        wrong: whether an inference answers zeros, a function of its profile, batch, and "plain" or "replayed".
+        inspected: what the inspector answers, instead of a description of the graph.
         delay: seconds that a caller occupies a context.
         builds: the configuration of each build.
         runs: how many inferences were computed.
@@ -43,6 +46,8 @@ class FakeTensorRT:
         self.unfused_blocks, self.float_layers = set(), set()
         self.zeroed_weights = self.refused_node = self.fail_enqueue = self.contexts = self.on_step = None
         self.answer = lambda _name, values: values
+        self.wrong = lambda _profile, _batch, _path: False
+        self.inspected = None
         self.starts, self.steps, self.delay, self.builds, self.runs = True, 5, 0.0, [], 0
         self.module = make_module(self)
 

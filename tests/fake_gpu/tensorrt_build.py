@@ -170,6 +170,7 @@ class Builder:
         facts = {
             "version": self._tensorrt.version,
             "gpu": self._tensorrt.device.name,
+            "multiprocessors": self._tensorrt.device.multiprocessors,
             "profiles": config._profiles,
             "portable": BuilderFlag.VERSION_COMPATIBLE in config._flags,
             "level": config.hardware_compatibility_level.name,

@@ -1,19 +1,16 @@
 """The fake TensorRT's engine, which computes with ONNX Runtime on the processor when its stream is synchronised."""
 
-import functools
 import json
-import threading
-import time
 
 import numpy as np
 
+from tests.fake_gpu.tensorrt_context import IExecutionContext
 from tests.fake_gpu.tensorrt_types import (
     KINDS,
     MAGIC,
     NUMPY,
     DataType,
     ILogger,
-    IProfiler,
     LayerInformationFormat,
     TensorIOMode,
     check_initialised,
@@ -44,17 +41,32 @@ class Runtime:
             return refuse(f"the plan was built with TensorRT {facts['version']}")
         if facts["gpu"] != self._tensorrt.device.name and facts["level"] == "NONE":
             return refuse(f"the plan was built for {facts['gpu']}")
+        if (
+            facts["gpu"] != self._tensorrt.device.name
+            or facts["multiprocessors"] != self._tensorrt.device.multiprocessors
+        ):
+            why = "Using an engine plan file across different models of devices is not recommended"
+            self._logger.log(
+                ILogger.Severity.WARNING, f"{why} and is likely to affect performance or even cause errors."
+            )
         return ICudaEngine(self, facts, graph)
 
 
 class EngineInspector:
     def __init__(self, engine):
-        self._facts = engine._facts
+        self._engine = engine
 
     def get_engine_information(self, format):
+        """List the layers of every profile; those of the second have the ending " [profile 1]", as NVIDIA's."""
         assert format == LayerInformationFormat.JSON
-        layers = self._facts["layers"] if self._facts["detailed"] else [la["Name"] for la in self._facts["layers"]]
-        return json.dumps({"Layers": layers, "Bindings": []})
+        if self._engine._tensorrt.inspected is not None:
+            return self._engine._tensorrt.inspected
+        facts = self._engine._facts
+        layers = []
+        for profile in range(len(facts["profiles"])):
+            ending = f" [profile {profile}]" if profile else ""
+            layers += [{**layer, "Name": layer["Name"] + ending} for layer in facts["layers"]]
+        return json.dumps({"Layers": layers if facts["detailed"] else [la["Name"] for la in layers], "Bindings": []})
 
 
 class ICudaEngine:
@@ -68,6 +80,7 @@ class ICudaEngine:
         self._inputs = [t.name for t in self._session.get_inputs()]
         self._outputs = [t.name for t in self._session.get_outputs()]
         self._sizes = {}
+        self._index = self._tensorrt.device.index
 
     @property
     def num_io_tensors(self):
@@ -107,144 +120,23 @@ class ICudaEngine:
             self._sizes[key] = {name: value.shape for name, value in zip(self._outputs, found)}
         return self._sizes[key]
 
-
-def one_thread_at_a_time(method):
-    """Report undefined behaviour if a second thread calls a method of a context while one is inside."""
-
-    @functools.wraps(method)
-    def held(self, *arguments):
-        if not self._held.acquire(blocking=False):
-            self._tensorrt.device.undefined.append(f"two threads were in {method.__name__} of one context")
-            return False
-        try:
-            if self._tensorrt.delay:
-                time.sleep(self._tensorrt.delay)
-            return method(self, *arguments)
-        finally:
-            self._held.release()
-
-    return held
-
-
-class IExecutionContext:
-    def __init__(self, engine):
-        self._tensorrt = engine._tensorrt
-        self._engine, self._profile, self._shapes, self._addresses = engine, 0, {}, {}
-        self._profiler, self._held, self._profile_set = None, threading.Lock(), None
-        # A recorded graph is valid only as long as this number stays the same.
-        self._changes = 0
-        self._queued = self._done = 0
-
-    @property
-    def profiler(self):
-        return self._profiler
-
-    @profiler.setter
-    def profiler(self, value):
-        if value is not None:
-            check_initialised(value, IProfiler)
-        self._profiler = value
-        self._changes += 1
-
-    @one_thread_at_a_time
-    def set_optimization_profile_async(self, profile_index, stream_handle):
-        if not 0 <= profile_index < self._engine.num_optimization_profiles:
-            return False
-        stream = self._tensorrt.device.stream_of(stream_handle)
-        if stream.recording is not None:
-            return False
-        if profile_index != self._profile:
-            self._profile, self._shapes = profile_index, {}
-            self._changes += 1
-            self._profile_set = self._tensorrt.device.mark(stream)
-        return True
-
-    @one_thread_at_a_time
-    def set_input_shape(self, name, shape):
-        low, _, high = self._engine._facts["profiles"][self._profile][name]
-        if len(shape) != len(low) or not all(a <= side <= b for a, side, b in zip(low, shape, high)):
-            return False
-        if self._shapes.get(name) != tuple(shape):
-            self._shapes[name] = tuple(shape)
-            self._changes += 1
-        return True
-
-    @one_thread_at_a_time
-    def infer_shapes(self):
-        return [name for name in self._engine._inputs if name not in self._shapes]
-
-    def get_tensor_shape(self, name):
-        if name in self._engine._inputs:
-            return self._shapes.get(name, self._engine._tensors[name].shape)
-        if self.infer_shapes():
-            return tuple(side if isinstance(side, int) else -1 for side in self._engine._tensors[name].shape)
-        return self._engine._output_shapes(self._shapes)[name]
-
-    @one_thread_at_a_time
-    def set_tensor_address(self, name, memory):
-        if name not in self._engine._tensors:
-            return False
-        if self._addresses.get(name) != memory:
-            self._addresses[name] = memory
-            self._changes += 1
-        return True
-
-    @one_thread_at_a_time
-    def execute_async_v3(self, stream_handle):
-        with self._tensorrt.device.lock:
-            return self._execute(stream_handle)
-
-    def _execute(self, stream_handle):
-        logger = self._engine._runtime._logger
-        stream, engine = self._tensorrt.device.stream_of(stream_handle), self._engine
-        missing = [name for name in engine._tensors if name not in self._addresses]
-        missing += [name for name in engine._inputs if name not in self._shapes]
-        if missing:
-            logger.log(ILogger.Severity.ERROR, f"address or shape of {missing} is not set")
-            return False
-        profile_set = self._profile_set
-        if profile_set is not None and profile_set.time is None and profile_set.stream is not stream:
-            self._tensorrt.device.undefined.append("an inference was queued before its profile was set")
-        if self._tensorrt.enqueue_fails():
-            stream.broken = True
-            logger.log(ILogger.Severity.ERROR, "enqueueV3: the test made it fail")
-            return False
-        shapes, addresses, state = dict(self._shapes), dict(self._addresses), self._changes
-        recorded = stream.recording is not None
-        number = None
-        if not recorded:
-            self._queued += 1
-            number = self._queued
-
-        def compute():
-            if recorded and self._changes != state:
-                self._tensorrt.device.undefined.append("a graph was replayed after its context was changed")
-            if number is not None:
-                if number != self._done + 1:
-                    self._tensorrt.device.undefined.append(
-                        "two inferences of one context ran without an order between them"
-                    )
-                self._done = max(self._done, number)
-            self._compute(shapes, addresses)
-
-        self._tensorrt.device.queue(stream, compute)
-        return True
-
-    def _compute(self, shapes, addresses):
-        engine, feed = self._engine, {}
-        spans = {}
-        for name, shape in {**shapes, **engine._output_shapes(shapes)}.items():
-            spans[name] = self._tensorrt.device.span(
-                addresses[name], int(np.prod(shape)) * engine._dtype(name).itemsize
-            )
-            if spans[name] is None:
-                self._tensorrt.device.crash(f"the engine reached memory for {name} that is not there")
+    def _compute(self, shapes, addresses, profile, path, profiler):
+        """Compute one inference on the memory at these addresses; ``path``: "plain" or "replayed" from a graph."""
+        device, feed, spans = self._tensorrt.device, {}, {}
+        for name, shape in {**shapes, **self._output_shapes(shapes)}.items():
+            size = int(np.prod(shape)) * self._dtype(name).itemsize
+            region = device.memory.find(addresses[name], size)
+            if region is None or region.index != self._index:
+                device.crash(f"the engine reached memory for {name} that is not there")
                 return
+            spans[name] = device.span(addresses[name], size)
         for name, shape in shapes.items():
-            feed[name] = np.frombuffer(spans[name], engine._dtype(name)).reshape(shape).copy()
-        for name, value in zip(engine._outputs, engine._session.run(None, feed)):
-            spans[name][:] = np.ascontiguousarray(self._tensorrt.answer(name, value)).tobytes()
+            feed[name] = np.frombuffer(spans[name], self._dtype(name)).reshape(shape).copy()
+        wrong = self._tensorrt.wrong(profile, shapes["image"][0], path)
+        for name, value in zip(self._outputs, self._session.run(None, feed)):
+            answer = self._tensorrt.answer(name, value)
+            spans[name][:] = np.ascontiguousarray(np.zeros_like(answer) if wrong else answer).tobytes()
         self._tensorrt.runs += 1
-        if self._profiler is not None:
-            for layer in engine._facts["layers"]:
-                self._profiler.report_layer_time(layer["Name"], 0.01)
+        if profiler is not None:
+            for layer in self._facts["layers"]:
+                profiler.report_layer_time(layer["Name"], 0.01)

@@ -44,7 +44,10 @@ if TYPE_CHECKING:
     "--timing-cache", type=click.Path(path_type=Path), help="File to read and write; by default one in the bundle."
 )
 @click.option(
-    "--allow-unfused", is_flag=True, help="Keep an engine with fewer fused attentions or 8-bit layers than expected."
+    "--strict/--allow-unfused",
+    default=False,
+    show_default=True,
+    help="Refuse or keep an engine with fewer fused attentions or 8-bit layers than expected.",
 )
 @click.option("--no-check", is_flag=True, help="Skip the parity check of the saved engine.")
 @click.option(
@@ -85,7 +88,7 @@ def run_build(bundle: Path, result: Result, *, bisect: bool, **options: Any) -> 
 
 def _bisect_build(bundle: Path, options: dict[str, Any], result: Result) -> dict[str, Any]:
     """Bisect with a plan that is built in the same way."""
-    from phreg_deploy.bundle.plans import BuildSettings
+    from phreg_deploy.bundle.plan_keys import BuildSettings
     from phreg_deploy.runtime.backends.options import BackendOptions
 
     settings = BuildSettings(**{name: options[name] for name in ("tf32", "compatibility", "effort") if name in options})

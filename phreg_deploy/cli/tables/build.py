@@ -18,7 +18,7 @@ def show_build(report: BuildReport, bundle: str, result: Result) -> None:
         f"Engine for {key.gpu} (SM {key.architecture / 10:.1f}), TensorRT {key.tensorrt}",
         ["", ""],
         [
-            ["fused attention", f"{len(census.fused_attention)} blocks"],
+            ["fused attention", f"{len(census.fused_attention) + census.unnamed_fused} blocks"],
             ["linear layers in 8 bits / in float", f"{len(census.eight_bit)} / {len(census.float_linear)}"],
             ["layers", census.layers],
             ["plan", f"{report.megabytes:.1f} MB, built in {report.seconds:.0f} s"],
@@ -27,6 +27,8 @@ def show_build(report: BuildReport, bundle: str, result: Result) -> None:
     )
     for line in [*report.shortfalls, *report.missed]:
         result.say(f"Missed: {line}.")
+    for line in report.doubts:
+        result.say(f"Cannot tell: {line}.")
     verb = "It was there already" if report.cached else "Wrote"
     result.say(f"{verb}: {report.plan}. Next: phreg-deploy profile {bundle} --backend tensorrt")
 

@@ -9,32 +9,30 @@ from typing import Any
 
 from phreg_deploy.bundle.bundle import Bundle
 from phreg_deploy.bundle.manifest import CALIBRATION
+from phreg_deploy.bundle.plan_keys import BuildSettings, PlanKey, make_key
 from phreg_deploy.bundle.plans import (
     FOLDER,
-    BuildSettings,
-    PlanKey,
     StoredPlan,
     list_plans,
-    make_key,
+    plan_path,
     prefer,
+    remove_plan,
     write_plan,
     write_sidecar,
 )
 from phreg_deploy.bundle.profiles import profiles_of
 from phreg_deploy.errors import GateFailed, PhregError, write_error
 from phreg_deploy.export.engine.builder import SerializedPlan, build_plan
-from phreg_deploy.export.engine.inspection import Census, read_layers, shortfalls, take_census
+from phreg_deploy.export.engine.exam import examine
+from phreg_deploy.export.engine.findings import judge_census
+from phreg_deploy.export.engine.inspection import inspect, parse_layers, take_census
 from phreg_deploy.export.engine.report import BuildReport, read_report
 from phreg_deploy.files.atomic import write_atomic
 from phreg_deploy.files.temporary import temporary
 from phreg_deploy.json_files import read_json
 from phreg_deploy.progress import SILENT, Progress
-from phreg_deploy.runtime.backends.options import BackendOptions
-from phreg_deploy.runtime.backends.tensorrt_backend import TensorRtBackend
-from phreg_deploy.runtime.features import FeatureExtractor
 from phreg_deploy.runtime.gpu.cuda import Cuda, Gpu
-from phreg_deploy.runtime.gpu.trt_library import deserialise, load_tensorrt, make_logger
-from phreg_deploy.runtime.parity import judge_exam, verdict
+from phreg_deploy.runtime.gpu.trt_library import deserialise, load_tensorrt, make_logger, plan_cuda
 
 # Precision -> the first compute capability, times ten, whose GPUs compute in it.
 LEAST_ARCHITECTURE = {"bf16": 80, "fp8": 89}
@@ -50,7 +48,7 @@ class BuildRequest:
     workspace: int | None = None
     timing_cache: Path | None = None
     check: bool = True
-    allow_unfused: bool = False
+    strict: bool = False
 
 
 def build_engine(request: BuildRequest, *, force: bool = False, progress: Progress = SILENT) -> BuildReport:
@@ -61,32 +59,41 @@ def build_engine(request: BuildRequest, *, force: bool = False, progress: Progre
     trt = load_tensorrt()
     gpu = Cuda(request.device).gpu
     _check_gpu(bundle, gpu)
-    key = make_key(bundle, gpu.name, gpu.architecture, trt.__version__, gpu.driver // 1000, request.settings)
+    cuda = plan_cuda(trt, gpu.driver)
+    key = make_key(bundle, gpu.kind, gpu.architecture, trt.__version__, cuda, request.settings)
     if not force and (cached := _take_cached(bundle, key, request.check)) is not None:
+        if request.strict:
+            _refuse_shortfalls(cached)
         return cached
     serialized = _build(trt, bundle, key, request, progress)
-    census = _inspect(trt, serialized.plan, request.settings)
-    missing = shortfalls(census, bundle.manifest, eight_bit)
-    if missing and not request.allow_unfused:
-        raise GateFailed(
-            f"engine: {'; '.join(missing)} in TensorRT {trt.__version__} for {key.gpu}. It would be slower than it "
-            "should be; nothing was kept. Add --allow-unfused to keep it.",
-            {"census": census.to_json()},
-        )
-    plan = write_plan(bundle, key, serialized.plan)
+    text = _inspect(trt, serialized.plan, request.settings)
+    census = take_census(parse_layers(text), len(profiles_of(bundle.manifest)))
     report = BuildReport(
-        plan=plan.path,
+        plan=plan_path(bundle, key),
         key=key,
         cached=False,
         census=census,
-        shortfalls=missing,
+        findings=judge_census(census, bundle.manifest, eight_bit),
         seconds=serialized.seconds,
         megabytes=len(serialized.plan) / 2**20,
         warnings=serialized.warnings,
         verdict={},
     )
+    if request.strict:
+        _refuse_shortfalls(report)
+    plan = write_plan(bundle, key, serialized.plan, text)
     del serialized
     return _examine_and_keep(bundle, plan, report, request, force)
+
+
+def _refuse_shortfalls(report: BuildReport) -> None:
+    """Raise if the census of an engine is not as expected, or cannot be told."""
+    if report.shortfalls or report.doubts:
+        raise GateFailed(
+            f"engine: {'; '.join([*report.shortfalls, *report.doubts])} in TensorRT {report.key.tensorrt} for "
+            f"{report.key.gpu}. It may be slower than it should be; it was not kept. Leave out --strict to keep it.",
+            {"census": report.census.to_json(), "findings": [finding.to_json() for finding in report.findings]},
+        )
 
 
 def _check_gpu(bundle: Bundle, gpu: Gpu) -> None:
@@ -155,13 +162,13 @@ def _write_timings(cache: Path, timings: bytes) -> list[str]:
     return []
 
 
-def _inspect(trt: Any, plan: bytes, settings: BuildSettings) -> Census:
-    """Load the plan and count its layers."""
+def _inspect(trt: Any, plan: bytes, settings: BuildSettings) -> str:
+    """Load the plan and return the inspector's text."""
     runtime, engine = deserialise(trt, plan, make_logger(trt), settings.compatibility == "version")
-    census = take_census(read_layers(trt, engine))
+    text = inspect(trt, engine)
     # The runtime must outlive the engine.
     del engine, runtime
-    return census
+    return text
 
 
 def _examine_and_keep(
@@ -180,14 +187,8 @@ def _examine_and_keep(
             )
         return BuildReport.from_plan(write_sidecar(bundle, plan, report.to_sidecar()), cached=False)
     except BaseException:
-        plan.path.unlink(missing_ok=True)
+        remove_plan(plan)
         raise
-
-
-def examine(bundle: Bundle, plan: StoredPlan, device: int = 0) -> dict[str, Any]:
-    """Compare the answers of a saved plan with the bundle's exam; see ``verdict`` for the result."""
-    with FeatureExtractor(bundle, TensorRtBackend(bundle, BackendOptions(device=device), plan)) as extractor:
-        return verdict(*judge_exam(bundle, extractor.run, extractor.backend, extractor.compute))
 
 
 def eight_bit_layers(bundle: Bundle) -> list[str]:

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from phreg_deploy.bundle.plans import BuildSettings
+from phreg_deploy.bundle.plan_keys import BuildSettings
 from phreg_deploy.bundle.profiles import ProfileShapes
 from phreg_deploy.errors import BackendMissing, PhregError
 from phreg_deploy.progress import SILENT, Progress

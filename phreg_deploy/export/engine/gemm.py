@@ -5,7 +5,8 @@ from __future__ import annotations
 from typing import Any
 
 from phreg_deploy.errors import PhregError
-from phreg_deploy.runtime.gpu.cuda import Cuda, DeviceBuffer, Event, Stream
+from phreg_deploy.runtime.gpu.cuda import Cuda, Event, Stream
+from phreg_deploy.runtime.gpu.memory import DeviceBuffer
 from phreg_deploy.runtime.gpu.trt_library import deserialise, make_logger
 
 SIDE, ROUNDS = 8192, 10

@@ -6,8 +6,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from phreg_deploy.bundle.plans import PlanKey, StoredPlan
+from phreg_deploy.bundle.plan_keys import PlanKey
+from phreg_deploy.bundle.plans import StoredPlan
 from phreg_deploy.errors import PhregError
+from phreg_deploy.export.engine.findings import NO, UNKNOWN, Finding
 from phreg_deploy.export.engine.inspection import Census
 
 
@@ -16,7 +18,7 @@ class BuildReport:
     """What was built, and how good it is.
 
     ``plan``: the file. ``cached``: it was there already. ``census``: its fused attentions and 8-bit layers.
-    ``shortfalls``: those that are missing, as sentences. ``seconds``: of the build. ``megabytes``: of the file.
+    ``findings``: the census, judged. ``seconds``: of the build. ``megabytes``: of the file.
     ``warnings``: of TensorRT. ``verdict``: ``parity``, ``gates``, ``missed``, ``passed`` of the bundle's exam; empty
     without one. ``serial``: see ``write_sidecar``.
     """
@@ -25,7 +27,7 @@ class BuildReport:
     key: PlanKey
     cached: bool
     census: Census
-    shortfalls: list[str]
+    findings: list[Finding]
     seconds: float
     megabytes: float
     warnings: list[str]
@@ -37,12 +39,24 @@ class BuildReport:
         """Read the report in a plan's sidecar. Raises ``KeyError``, ``TypeError`` or ``PhregError`` if damaged."""
         fields = dict(plan.report)
         census = Census.from_json(fields.pop("census"))
-        shortfalls, warnings = fields.pop("short"), fields.pop("warnings", [])
+        findings, warnings = [Finding.from_json(one) for one in fields.pop("findings")], fields.pop("warnings", [])
+        for derived in ("short", "doubts"):
+            fields.pop(derived, None)
         seconds, megabytes, serial = fields.pop("seconds"), fields.pop("megabytes"), fields.pop("serial", 0)
         numbers = (seconds, megabytes, fields["parity"]["cosine_p1"] if "parity" in fields else 0.0)
-        if not all(isinstance(number, (int, float)) for number in numbers) or not isinstance(shortfalls, list):
+        if not all(isinstance(number, (int, float)) for number in numbers):
             raise TypeError(f"{plan.path}: a figure of another type")
-        return cls(plan.path, plan.key, cached, census, shortfalls, seconds, megabytes, warnings, fields, serial)
+        return cls(plan.path, plan.key, cached, census, findings, seconds, megabytes, warnings, fields, serial)
+
+    @property
+    def shortfalls(self) -> list[str]:
+        """What the engine lacks of the expected fused attentions and 8-bit layers, as sentences."""
+        return [finding.sentence for finding in self.findings if finding.verdict == NO]
+
+    @property
+    def doubts(self) -> list[str]:
+        """What the inspector does not tell, as sentences."""
+        return [finding.sentence for finding in self.findings if finding.verdict == UNKNOWN]
 
     @property
     def missed(self) -> list[str]:
@@ -59,7 +73,9 @@ class BuildReport:
         """Return the part that the sidecar stores; ``write_sidecar`` adds the serial number."""
         return {
             "census": self.census.to_json(),
+            "findings": [finding.to_json() for finding in self.findings],
             "short": self.shortfalls,
+            "doubts": self.doubts,
             "seconds": self.seconds,
             "warnings": self.warnings,
             "megabytes": self.megabytes,

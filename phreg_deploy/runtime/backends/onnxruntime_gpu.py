@@ -63,8 +63,12 @@ class OrtGpuBackend(OrtBackend):
         """
         if stream is not None:
             raise PhregError("stream: onnxruntime-cuda runs on a stream of its own; use tensorrt for one of yours.")
-        outputs = self._outputs(image.shape, out or {})
-        for other in {array.stream for array in (image, *(out or {}).values())} - {None}:
+        with self.cuda.selected():
+            return self._run_selected(image, others, out or {})
+
+    def _run_selected(self, image: DeviceArray, others: Feed, out: Mapping[str, DeviceArray]) -> dict[str, DeviceArray]:
+        outputs = self._outputs(image.shape, out)
+        for other in {array.stream for array in (image, *out.values())} - {None}:
             self.cuda.call("cudaStreamSynchronize", other)
         binding, index = self._session.io_binding(), self.cuda.index
         binding.bind_input("image", "cuda", index, np.uint8, image.shape, image.pointer)
@@ -97,7 +101,6 @@ class OrtGpuBackend(OrtBackend):
 
     def _outputs(self, image: tuple[int, ...], out: Mapping[str, DeviceArray]) -> dict[str, DeviceArray]:
         """The array of every output for images of this shape: the caller's after a check, or a new one."""
-        self.cuda.use()
         outputs = {}
         for name in self._names:
             shape, dtype, array = self._shape(name, image), DTYPES[self._types[name]], out.get(name)

@@ -13,10 +13,12 @@ from phreg_deploy.bundle.profiles import ProfileShapes
 from phreg_deploy.errors import PhregError
 from phreg_deploy.runtime.backends.options import BackendOptions
 from phreg_deploy.runtime.gpu.arrays import DeviceArray
-from phreg_deploy.runtime.gpu.closing import Closing
+from phreg_deploy.runtime.gpu.closing import Closing, close_all
 from phreg_deploy.runtime.gpu.cuda import Cuda
-from phreg_deploy.runtime.gpu.trt_context import Feed, TrtContext
-from phreg_deploy.runtime.gpu.trt_library import deserialise, load_tensorrt, make_logger
+from phreg_deploy.runtime.gpu.pool import OutputPool
+from phreg_deploy.runtime.gpu.trt_library import deserialise, load_tensorrt, make_logger, plan_cuda
+from phreg_deploy.runtime.trt.context import Feed, TrtContext
+from phreg_deploy.runtime.trt.timing import time_layers, time_parts
 
 
 class Plan(Closing):
@@ -43,11 +45,12 @@ class Plan(Closing):
         self.trt, self.cuda, self.profiles, self.graphs = trt, cuda, profiles, graphs
         self._idle: SimpleQueue[TrtContext] = SimpleQueue()
         self._contexts: list[TrtContext] = []
+        self._pool = OutputPool(cuda)
         self._closed = False
         # The engine needs the logger as long as it lives.
         self._logger = make_logger(trt)
-        cuda.use()
-        self._runtime, self.engine = deserialise(trt, plan, self._logger, host_code)
+        with cuda.selected():
+            self._runtime, self.engine = deserialise(trt, plan, self._logger, host_code)
         names = {self.engine.get_tensor_name(i) for i in range(self.engine.num_io_tensors)}
         inputs, count = set(profiles[0].inputs), self.engine.num_optimization_profiles
         if not inputs <= names or count != len(profiles):
@@ -57,62 +60,58 @@ class Plan(Closing):
             )
 
     def run(self, feed: Feed) -> Feed:
-        with self._context() as context:
+        with self.context() as context:
             return context.run(feed)
 
     def run_device(
         self, image: DeviceArray, others: Feed, stream: int | None = None, out: Mapping[str, DeviceArray] | None = None
     ) -> dict[str, DeviceArray]:
         """Device memory to device memory, see ``TrtContext.run_device``."""
-        with self._context() as context:
+        with self.context() as context:
             return context.run_device(image, others, stream, out)
 
     def split(self, feed: Feed, graph: bool = True) -> dict[str, float]:
-        """Milliseconds of each part of one inference, see ``TrtContext.split``."""
-        with self._context() as context:
-            return context.split(feed, graph)
+        """Milliseconds of each part of one inference, see ``time_parts``."""
+        with self.context() as context:
+            return time_parts(context, feed, graph)
 
     def layers(self, feed: Feed, rounds: int = 10) -> dict[str, float]:
-        """Mean milliseconds of each layer, see ``TrtContext.layers``."""
-        with self._context() as context:
-            return context.layers(feed, rounds)
+        """Mean milliseconds of each layer, see ``time_layers``."""
+        with self.context() as context:
+            return time_layers(context, feed, rounds)
 
     def device_memory(self) -> dict[str, int]:
         """Bytes of ``activations`` in each context, and the number of ``contexts``."""
         return {"activations": int(self.engine.device_memory_size_v2), "contexts": len(self._contexts)}
 
     @contextmanager
-    def _context(self) -> Iterator[TrtContext]:
-        """A context that no other thread uses during the block."""
+    def context(self) -> Iterator[TrtContext]:
+        """A context that no other thread uses during the block, in which its GPU is selected."""
         if self._closed:
             raise PhregError("engine: it was closed; load the bundle again.")
-        try:
-            context = self._idle.get_nowait()
-        except Empty:  # other threads use every context
-            self.cuda.use()
-            context = TrtContext(self.trt, self.cuda, self.engine, self.profiles, self.graphs)
-            self._contexts.append(context)
-        try:
-            yield context
-        finally:
-            self._idle.put(context)
+        with self.cuda.selected():
+            try:
+                context = self._idle.get_nowait()
+            except Empty:  # other threads use every context
+                context = TrtContext(self.trt, self.cuda, self.engine, self.profiles, self.graphs, self._pool)
+                self._contexts.append(context)
+            try:
+                yield context
+            finally:
+                self._idle.put(context)
 
     def close(self) -> None:
-        """Free the contexts, then the engine, then the runtime, also after an error."""
+        """Wait for all work, then free the contexts, the engine and the runtime, also after an error."""
         if self._closed:
             return
         self._closed = True
-        failed = None
-        for context in self._contexts:
+        contexts, self._contexts, self._idle = self._contexts, [], SimpleQueue()
+        with self.cuda.selected():
             try:
-                context.close()
-            except PhregError as error:
-                failed = failed or error
-        self._contexts, self._idle = [], SimpleQueue()
-        self.engine = None
-        self._runtime = None
-        if failed is not None:
-            raise failed
+                close_all([*contexts, self._pool])
+            finally:
+                self.engine = None
+                self._runtime = None
 
 
 class TensorRtBackend(Plan):
@@ -124,7 +123,6 @@ class TensorRtBackend(Plan):
     """
 
     name = "tensorrt"
-    remark = ""
 
     def __init__(self, bundle: Bundle, options: BackendOptions, plan: StoredPlan | None = None) -> None:
         self.compute = bundle.manifest.precision
@@ -136,6 +134,9 @@ class TensorRtBackend(Plan):
         trt = load_tensorrt(lean=True)
         cuda = Cuda(options.device)
         gpu = cuda.gpu
-        self.plan = plan or find_plan(bundle, gpu.name, gpu.architecture, trt.__version__, gpu.driver // 1000)
+        platform = plan_cuda(trt, gpu.driver)
+        self.plan = plan or find_plan(bundle, gpu.kind, gpu.architecture, trt.__version__, platform)
         portable = self.plan.key.settings.compatibility == "version"
         super().__init__(trt, cuda, self.plan.read(), self.plan.profiles, host_code=portable)
+        warnings = self._logger.warnings()
+        self.remark = f"TensorRT warns: {warnings[0]}" if warnings else ""

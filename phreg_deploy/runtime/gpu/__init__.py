@@ -1,1 +1,1 @@
-"""CUDA, arrays on the GPU, TensorRT's execution contexts and ONNX Runtime's CUDA graphs."""
+"""CUDA, arrays on the GPU and a pool of their memory, TensorRT's library and ONNX Runtime's CUDA graphs."""

@@ -9,11 +9,26 @@ from typing import Any
 import numpy as np
 
 from phreg_deploy.errors import PhregError
-from phreg_deploy.images.intake import CPU, GPU, MANAGED, on_gpu
-from phreg_deploy.runtime.gpu.cuda import Cuda, DeviceBuffer
+from phreg_deploy.images.intake import CPU, MANAGED, on_gpu
+from phreg_deploy.images.intake import GPU as GPU
+from phreg_deploy.runtime.gpu.cuda import Cuda, Event
+from phreg_deploy.runtime.gpu.dlpack import Place, check_contiguous, read_capsule, write_capsule
+from phreg_deploy.runtime.gpu.memory import DeviceBuffer
 
-# kDLInt, kDLUInt, kDLFloat
-CODES = {"i": 0, "u": 1, "f": 2}
+
+def stream_number(handle: int) -> int:
+    """Return one number for each stream: 0 and 1 (``cudaStreamLegacy``) are both the default stream."""
+    return handle or 1
+
+
+class Owner:
+    """Whoever owns the memory of an array, and wants to know who uses it."""
+
+    def filled(self, stream: int | None) -> None:
+        """Note that work in ``stream`` fills the memory after all earlier use of it; None if that is done."""
+
+    def lend(self, stream: int | None) -> None:
+        """Note that work in ``stream`` reads the memory; None for a stream that is not known."""
 
 
 class DeviceArray:
@@ -53,6 +68,7 @@ class DeviceArray:
     def __cuda_array_interface__(self) -> dict[str, Any]:
         if self.device[0] == CPU:
             raise AttributeError("__cuda_array_interface__")
+        self._lend(None)
         return {
             "shape": self.shape,
             "typestr": self.dtype.str,
@@ -60,17 +76,40 @@ class DeviceArray:
             "strides": None,
             "version": 3,
             # The protocol's number of the default stream is 1.
-            "stream": 1 if self.stream == 0 else self.stream,
+            "stream": None if self.stream is None else stream_number(self.stream),
         }
 
     def __dlpack_device__(self) -> tuple[int, int]:
         return self.device
 
     def __dlpack__(self, *, stream: int | None = None, **_: Any) -> Any:
-        """A capsule for a reader on ``stream``, given once the work that fills the array is done."""
-        if self.device[0] != CPU and self.stream is not None and stream not in (-1, self.stream):
-            self._driver().call("cudaStreamSynchronize", self.stream)
-        return _capsule(self)
+        """A capsule for a reader on ``stream``, which waits for the work that fills the array; the host does not.
+
+        As DLPack says, None means the default stream, and -1 that the reader takes care of the order itself.
+        """
+        if self.device[0] != CPU:
+            reader = None if stream == -1 else stream_number(stream or 1)
+            if self.stream is not None and reader not in (None, stream_number(self.stream)):
+                driver = self._driver()
+                with driver.selected(), Event(driver, timing=False) as event:
+                    event.order(self.stream, reader)
+            self._lend(reader)
+        return write_capsule(Place(self.pointer, self.shape, self.dtype, self.device, self))
+
+    def filled_on(self, stream: int | None, given: bool = False) -> None:
+        """Note the stream in which the array is filled; None if it is filled already.
+
+        ``given``: a caller gave the array, so other streams than those of the call may still read it.
+        """
+        self.stream = stream
+        if isinstance(self._owner, Owner) and not given:
+            self._owner.filled(stream)
+        elif stream is not None:
+            self._lend(stream)
+
+    def _lend(self, stream: int | None) -> None:
+        if isinstance(self._owner, Owner):
+            self._owner.lend(stream)
 
     def numpy(self) -> np.ndarray:
         """A copy on the host."""
@@ -79,9 +118,9 @@ class DeviceArray:
             ctypes.memmove(host.ctypes.data, self.pointer, self.nbytes)
             return host
         cuda, handle = self._driver(), self.stream or 0
-        cuda.use()
-        cuda.copy(host.ctypes.data, self.pointer, self.nbytes, "DeviceToHost", handle)
-        cuda.call("cudaStreamSynchronize", handle)
+        with cuda.selected():
+            cuda.copy(host.ctypes.data, self.pointer, self.nbytes, "DeviceToHost", handle)
+            cuda.call("cudaStreamSynchronize", handle)
         return host
 
     def _driver(self) -> Cuda:
@@ -129,114 +168,11 @@ def as_device(value: Any, stream: int | None = None) -> DeviceArray:
         return array
     facts = value.__cuda_array_interface__
     dtype, shape = np.dtype(facts["typestr"]), tuple(facts["shape"])
-    _contiguous(facts.get("strides"), shape, dtype.itemsize)
+    check_contiguous(facts.get("strides"), shape, dtype.itemsize)
     return DeviceArray(int(facts["data"][0]), shape, dtype, value, facts.get("stream"))
 
 
-# DLPack 0.x, the default of every library; see include/dlpack/dlpack.h in github.com/dmlc/dlpack.
-
-
-class _Tensor(ctypes.Structure):
-    _fields_ = (
-        ("data", ctypes.c_void_p),
-        ("device_type", ctypes.c_int32),
-        ("device_id", ctypes.c_int32),
-        ("ndim", ctypes.c_int32),
-        ("code", ctypes.c_uint8),
-        ("bits", ctypes.c_uint8),
-        ("lanes", ctypes.c_uint16),
-        ("shape", ctypes.POINTER(ctypes.c_int64)),
-        ("strides", ctypes.POINTER(ctypes.c_int64)),
-        ("byte_offset", ctypes.c_uint64),
-    )
-
-
-class _Managed(ctypes.Structure):
-    pass
-
-
-_Deleter = ctypes.CFUNCTYPE(None, ctypes.POINTER(_Managed))
-_Managed._fields_ = (("tensor", _Tensor), ("context", ctypes.c_void_p), ("deleter", _Deleter))
-
-_api = ctypes.pythonapi
-_api.PyCapsule_GetPointer.restype = ctypes.c_void_p
-_api.PyCapsule_GetPointer.argtypes = (ctypes.py_object, ctypes.c_char_p)
-_api.PyCapsule_SetName.argtypes = (ctypes.py_object, ctypes.c_char_p)
-_NEW, _USED = b"dltensor", b"used_dltensor"
-
-
-class _NumpyView:
-    """Memory on a GPU under numpy's array interface; numpy reads no byte of it."""
-
-    def __init__(self, array: DeviceArray) -> None:
-        self.array = array
-        self.__array_interface__ = {
-            "shape": array.shape,
-            "typestr": array.dtype.str,
-            "data": (array.pointer, False),
-            "version": 3,
-        }
-
-
-def _capsule(array: DeviceArray) -> Any:
-    """numpy's capsule of the same memory, with the array's device written into it.
-
-    numpy frees the capsule in C. A destructor in Python would lose an error that is being raised, e.g. if the
-    reader refuses the device.
-    """
-    capsule = np.asarray(_NumpyView(array)).__dlpack__()
-    tensor = ctypes.cast(_api.PyCapsule_GetPointer(capsule, _NEW), ctypes.POINTER(_Managed)).contents.tensor
-    tensor.device_type, tensor.device_id = array.device
-    return capsule
-
-
-class _Borrowed:
-    """A consumed capsule; the last reader's end calls the producer's deleter."""
-
-    def __init__(self, capsule: Any, managed: Any) -> None:
-        self.capsule, self.managed = capsule, managed
-
-    def __del__(self) -> None:
-        if self.managed.contents.deleter:
-            self.managed.contents.deleter(self.managed)
-
-
 def from_capsule(capsule: Any, expected: tuple[int, ...] = (GPU, MANAGED)) -> DeviceArray:
-    """Consume a DLPack capsule as an array.
-
-    Raises:
-        PhregError: the array is on another kind of device than ``expected``, is not contiguous, or has a type that
-            numpy does not know.
-    """
-    managed = ctypes.cast(_api.PyCapsule_GetPointer(capsule, _NEW), ctypes.POINTER(_Managed))
-    tensor = managed.contents.tensor
-    shape = tuple(tensor.shape[i] for i in range(tensor.ndim))
-    kinds = {code: kind for kind, code in CODES.items()}
-    if tensor.device_type not in expected:
-        raise PhregError(f"device array: got DLPack device type {tensor.device_type}, expected {GPU} (CUDA).")
-    if tensor.lanes != 1 or tensor.code not in kinds:
-        raise PhregError(
-            f"device array: got DLPack type code {tensor.code} with {tensor.bits} bits, expected integers or floats "
-            "that numpy knows."
-        )
-    dtype = np.dtype(f"{kinds[tensor.code]}{tensor.bits // 8}")
-    strides = None if not tensor.strides else tuple(tensor.strides[i] * dtype.itemsize for i in range(tensor.ndim))
-    _contiguous(strides, shape, dtype.itemsize)
-    _api.PyCapsule_SetName(capsule, _USED)
-    device = (int(tensor.device_type), int(tensor.device_id))
-    return DeviceArray(
-        int(tensor.data or 0) + int(tensor.byte_offset), shape, dtype, _Borrowed(capsule, managed), None, device
-    )
-
-
-def _contiguous(strides: tuple[int, ...] | None, shape: tuple[int, ...], itemsize: int) -> None:
-    if strides is None or 0 in shape:
-        return
-    step = itemsize
-    for side, stride in zip(reversed(shape), reversed(tuple(strides))):
-        if side != 1 and stride != step:
-            raise PhregError(
-                f"device array: got strides {strides} for shape {shape}, expected a contiguous array; make it one "
-                "first."
-            )
-        step *= side
+    """Consume a DLPack capsule as an array; raises as ``read_capsule``."""
+    place = read_capsule(capsule, expected)
+    return DeviceArray(place.pointer, place.shape, place.dtype, place.owner, None, place.device)

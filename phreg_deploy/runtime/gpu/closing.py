@@ -1,8 +1,11 @@
-"""A base class that closes itself at the end of ``with``."""
+"""A base class that closes itself at the end of ``with``, and the closing of several things."""
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import TypeVar
+
+from phreg_deploy.errors import PhregError
 
 C = TypeVar("C", bound="Closing")
 
@@ -18,3 +21,15 @@ class Closing:
 
     def __exit__(self, *_: object) -> None:
         self.close()
+
+
+def close_all(things: Iterable[Closing]) -> None:
+    """Close all of them, also after an error; then raise the first error."""
+    failed: PhregError | None = None
+    for thing in things:
+        try:
+            thing.close()
+        except PhregError as error:
+            failed = failed or error
+    if failed is not None:
+        raise failed

@@ -1,13 +1,13 @@
-"""CUDA through cuda-python: a device, its streams, events, buffers and graphs, each freed once; errors as sentences."""
+"""CUDA through cuda-python: a device, its streams, events and graphs, each freed once; errors as sentences."""
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
-from collections.abc import Iterable
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
-
-import numpy as np
 
 from phreg_deploy.errors import BackendMissing, PhregError
 from phreg_deploy.runtime.gpu.closing import Closing
@@ -33,9 +33,14 @@ class Gpu(Stored):
     integrated: bool
     driver: int
 
+    @property
+    def kind(self) -> str:
+        """The name with the number of multiprocessors: every Orin has the name "Orin"."""
+        return f"{self.name}, {self.multiprocessors} multiprocessors"
+
 
 class Cuda:
-    """The CUDA runtime on one device. Each thread must call ``use`` before it calls anything else.
+    """The CUDA runtime on one device. Each thread must call it inside ``selected``, or after ``use``.
 
     Raises:
         BackendMissing: cuda-python is not installed, there is no driver, or no such device.
@@ -51,8 +56,9 @@ class Cuda:
                 else "GPU: the driver lists no NVIDIA GPU."
             )
         self.index = index
-        self.use()
-        facts = self.call("cudaGetDeviceProperties", index)
+        # This starts the device, and so tells early if that fails.
+        with self.selected():
+            facts = self.call("cudaGetDeviceProperties", index)
         name = facts.name.decode() if isinstance(facts.name, bytes) else str(facts.name)
         self.gpu = Gpu(
             index,
@@ -96,6 +102,23 @@ class Cuda:
     def use(self) -> None:
         """Select the device for the calling thread."""
         self.call("cudaSetDevice", self.index)
+
+    @contextmanager
+    def selected(self) -> Iterator[None]:
+        """Select the device for the calling thread in the block, and afterwards the one that was selected before.
+
+        A device that this process does not use is not selected again: cudaSetDevice would start it, which takes
+        hundreds of megabytes of its memory.
+        """
+        before = int(self.call("cudaGetDevice"))
+        self.use()
+        try:
+            yield
+        finally:
+            if before != self.index and _is_started(before):
+                # After an error of the device every call fails; the first one was raised.
+                with contextlib.suppress(PhregError):
+                    self.call("cudaSetDevice", before)
 
     def free_memory(self) -> tuple[int, int]:
         """Bytes of device memory: free, total."""
@@ -156,11 +179,14 @@ class Graph(Closing):
 
 
 class Event(Closing):
-    """A mark in a stream; the device took the time between two marks."""
+    """A mark in a stream; the device took the time between two marks, unless ``timing`` is False, which is faster."""
 
-    def __init__(self, cuda: Cuda) -> None:
+    def __init__(self, cuda: Cuda, timing: bool = True) -> None:
         self.cuda = cuda
-        self._event: Any = cuda.call("cudaEventCreate")
+        if timing:
+            self._event: Any = cuda.call("cudaEventCreate")
+        else:
+            self._event = cuda.call("cudaEventCreateWithFlags", cuda.api.cudaEventDisableTiming)
         self.handle = int(self._event)
 
     def record(self, stream: int) -> None:
@@ -184,39 +210,6 @@ class Event(Closing):
             self.cuda.call("cudaEventDestroy", event)
 
 
-class DeviceBuffer(Closing):
-    """Device memory of ``size`` bytes at ``pointer``."""
-
-    def __init__(self, cuda: Cuda, size: int) -> None:
-        self.cuda, self.size = cuda, size
-        self.pointer = int(cuda.call("cudaMalloc", max(1, size)))
-
-    def close(self) -> None:
-        if self.pointer:
-            pointer, self.pointer = self.pointer, 0
-            self.cuda.call("cudaFree", pointer)
-
-
-class PinnedBuffer(Closing):
-    """Page-locked host memory of ``size`` bytes, from which copies are asynchronous; ``view`` shows it as an array."""
-
-    def __init__(self, cuda: Cuda, size: int) -> None:
-        import ctypes
-
-        self.cuda, self.size = cuda, size
-        self.pointer = int(cuda.call("cudaMallocHost", max(1, size)))
-        self._bytes = np.ctypeslib.as_array((ctypes.c_uint8 * max(1, size)).from_address(self.pointer))
-
-    def view(self, shape: Iterable[int], dtype: np.dtype[Any]) -> np.ndarray:
-        shape = tuple(shape)
-        return self._bytes[: int(np.prod(shape)) * dtype.itemsize].view(dtype).reshape(shape)
-
-    def close(self) -> None:
-        if self.pointer:
-            pointer, self.pointer = self.pointer, 0
-            self.cuda.call("cudaFreeHost", pointer)
-
-
 def _load() -> Any:
     if importlib.util.find_spec("cuda") is None or importlib.util.find_spec("cuda.bindings") is None:
         raise BackendMissing(
@@ -230,3 +223,15 @@ def _load() -> Any:
             f"GPU: cuda-python cannot be imported ({error}). Reinstall it: pip install --force-reinstall cuda-python"
         ) from None
     return runtime
+
+
+def _load_driver() -> Any:
+    from cuda.bindings import driver
+
+    return driver
+
+
+def _is_started(index: int) -> bool:
+    """Whether this process uses a device already."""
+    status, _, active = _load_driver().cuDevicePrimaryCtxGetState(index)
+    return int(status) == 0 and bool(active)

@@ -8,7 +8,8 @@ from typing import Any
 import numpy as np
 
 from phreg_deploy.runtime.gpu.closing import Closing
-from phreg_deploy.runtime.gpu.cuda import Cuda, DeviceBuffer, PinnedBuffer, Stream
+from phreg_deploy.runtime.gpu.cuda import Cuda, Stream
+from phreg_deploy.runtime.gpu.memory import DeviceBuffer, PinnedBuffer
 
 # Tensor -> shape and type.
 Layout = dict[str, tuple[tuple[int, ...], np.dtype[Any]]]
@@ -43,8 +44,7 @@ class Staging(Closing):
 
     def run(self, feed: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
         """Run on host arrays of the bound shapes, and return host arrays."""
-        with self.lock:
-            self.cuda.use()
+        with self.lock, self.cuda.selected():
             handle = self._stream.handle
             for name, value in feed.items():
                 np.copyto(self._host[name].view(value.shape, value.dtype), value)

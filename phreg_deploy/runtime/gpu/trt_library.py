@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib
+import importlib.metadata
 from typing import Any
 
 from phreg_deploy.errors import BackendMissing, PhregError
@@ -10,6 +12,8 @@ from phreg_deploy.extras import is_importable
 
 # The version in JetPack 6.2.
 OLDEST = (10, 3)
+# Major versions of CUDA that wheels of TensorRT were or may be built for, the newest first.
+WHEELS = (14, 13, 12, 11)
 # Messages that are kept of a build or a load.
 KEPT = 40
 EXTRA = (
@@ -41,6 +45,40 @@ def load_tensorrt(lean: bool = False) -> Any:
 
 def version_of(trt: Any) -> tuple[int, ...]:
     return tuple(int(part) for part in trt.__version__.split(".")[:3] if part.isdigit())
+
+
+def wheel_cuda(trt: Any) -> int | None:
+    """The major version of CUDA that TensorRT's wheel was built for; None where TensorRT is not from a wheel."""
+    kind = "tensorrt-lean" if "lean" in trt.__name__ else "tensorrt"
+    for major in WHEELS:
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            importlib.metadata.version(f"{kind}-cu{major}-bindings")
+            return major
+    return None
+
+
+def mend_wheel(wheel: int, driver: int) -> str:
+    """The command that replaces TensorRT of CUDA ``wheel`` by the one of CUDA ``driver``."""
+    parts = " ".join(f"tensorrt{part}" for part in ("", f"-cu{wheel}", f"-cu{wheel}-bindings", f"-cu{wheel}-libs"))
+    return f'pip uninstall -y {parts}; pip install "tensorrt-cu{driver}>={OLDEST[0]}.{OLDEST[1]}"'
+
+
+def plan_cuda(trt: Any, driver: int) -> int:
+    """The major version of CUDA that plans depend on here: that of TensorRT's wheel, or else the driver's.
+
+    Args:
+        driver: the CUDA version that the driver supports, e.g. 12080.
+
+    Raises:
+        BackendMissing: TensorRT was built for a newer major version than the driver's.
+    """
+    wheel, major = wheel_cuda(trt), driver // 1000
+    if wheel is not None and wheel > major:
+        raise BackendMissing(
+            f"TensorRT: {trt.__version__} is built for CUDA {wheel}, and the driver is of CUDA {major}. Update the "
+            f"driver, or run: {mend_wheel(wheel, major)}"
+        )
+    return wheel or major
 
 
 def make_logger(trt: Any) -> Any:
