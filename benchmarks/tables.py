@@ -242,7 +242,40 @@ def stream(_name: str) -> str:
     return table(["", *rows], [[name, *(one(row) for row in rows.values())] for name, one in read.items()])
 
 
+def heads(name: str) -> str:
+    """``heads.json``: label maps of base, student and INT8 student on CamVid."""
+    models = load(name)["models"]
+
+    def line(title: str, place: str, figure: str) -> list[str]:
+        cells = [title]
+        for label, maps in models.items():
+            value, low, high = maps[place][figure]
+            gain = "" if label == "base" else f"; {_interval(maps[place][figure + '_gain'][1:])}"
+            cells.append(f"{100 * value:.1f} % ({100 * low:.1f} to {100 * high:.1f}{gain})")
+        return cells
+
+    places = ("bilinear, stride 1", "bilinear, stride 4", "joint bilateral, stride 4", "joint bilateral, stride 1")
+    figures = (("mean IoU", "miou"), ("F-score of borders", "boundary"))
+    rows = [line(f"{title}, {place}", place, figure) for title, figure in figures for place in places]
+    return table([f"{load(name)['model']} (95 % interval; that of the gain over base)", *models], rows)
+
+
+def heads_cost(name: str) -> str:
+    """``heads.json``: what a head adds to the backbone's time, and how many pixels 8 bits change."""
+    report = load("heads")
+    columns = [f"{size} px, backbone {cost['backbone_ms']:.1f} ms" for size, cost in report["cost"].items()]
+    rows = []
+    for place, changed in report["changes"].items():
+        added = [cost[place] for cost in report["cost"].values()]
+        cells = [f"{one['added_ms']:.2f} ms, {percent(one['share'][1])}" for one in added]
+        rows.append([place, *cells, percent(changed, 2), percent(load("heads_deit")["changes"][place], 2)])
+    return table(["", *columns, "pixels that INT8 changes, ViT-Tiny", "DeiT-Tiny"], rows)
+
+
 TABLES: dict[str, Callable[[str], str]] = {
+    "heads": heads,
+    "heads-deit": heads,
+    "heads-cost": heads_cost,
     "tiling": tiling,
     "stream": stream,
     "present-recipe": present_recipe,
