@@ -364,6 +364,11 @@ def test_the_help_lists_every_setting(pytester):
         assert f"--phreg-{name}=" in text
 
 
+def test_the_page_of_the_plugin_names_every_setting_and_no_other():
+    page = (ROOT / "docs" / "ci.md").read_text()
+    assert set(re.findall(r"\bphreg_([a-z0-9_]+)", page)) - {"deploy"} == set(SETTINGS)
+
+
 def test_the_entry_point_has_the_modules_name():
     """So that ``-p phreg_deploy.pytest_plugin`` finds the plugin that is registered already."""
     assert (
