@@ -57,11 +57,13 @@ def phreg_extractors() -> Iterator[Extractors]:
 
 
 @pytest.fixture
-def phreg_context(request: pytest.FixtureRequest, phreg_extractors: Extractors) -> CaseContext:
+def phreg_context(
+    request: pytest.FixtureRequest, phreg_extractors: Extractors, tmp_path_factory: pytest.TempPathFactory
+) -> CaseContext:
     """What the assertions of one test share."""
     from phreg_deploy.pytest_plugin.context import CaseContext
 
-    return CaseContext(request.config, request.node, phreg_extractors)
+    return CaseContext(request.config, request.node, phreg_extractors, tmp_path_factory)
 
 
 @pytest.fixture

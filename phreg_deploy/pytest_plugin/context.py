@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-import tempfile
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
 from functools import wraps
@@ -52,8 +51,10 @@ class CaseContext:
     ``settings``: arguments, command line and ini file. ``name``: the test's node id.
     """
 
-    def __init__(self, config: pytest.Config, item: pytest.Item, extractors: Extractors) -> None:
-        self.settings, self.config, self.name = Settings(config), config, item.nodeid
+    def __init__(
+        self, config: pytest.Config, item: pytest.Item, extractors: Extractors, temporary: pytest.TempPathFactory
+    ) -> None:
+        self.settings, self.config, self.name, self._temporary = Settings(config), config, item.nodeid, temporary
         self._properties, self._extractors = item.user_properties, extractors
         self._calls: dict[str, int] = {}
 
@@ -86,10 +87,19 @@ class CaseContext:
         """Return the folder for this test's artifacts, which may not be there yet."""
         root = self.settings.path("artifacts")
         if root is None:
-            cache = getattr(self.config, "cache", None)
-            root = cache.mkdir(FOLDER) if cache is not None else Path(tempfile.gettempdir()) / FOLDER
+            root = self._default_folder()
         name = re.sub(r"[^\w.\[\]=-]+", "-", self.name).strip("-")
         return Path(root) / name[-LONGEST_NAME:]
+
+    def _default_folder(self) -> Path:
+        """A folder in pytest's cache or, where that is turned off or cannot be written, in its temporary folder."""
+        cache = getattr(self.config, "cache", None)
+        try:
+            if cache is not None:
+                return Path(cache.mkdir(FOLDER))
+        except OSError:
+            pass
+        return self._temporary.getbasetemp() / FOLDER
 
 
 def refusing(call: Callable[P, None]) -> Callable[P, None]:

@@ -13,6 +13,7 @@ from phreg_deploy.pytest_plugin.context import CaseContext, refusing
 from phreg_deploy.pytest_plugin.failures import Miss, Verdict
 from phreg_deploy.pytest_plugin.settings import PathLike
 from phreg_deploy.runtime.features import FeatureExtractor
+from phreg_deploy.spec import parse_size
 
 # Measurements at most: another process on the machine only ever adds time, so the lowest figures count.
 ATTEMPTS = 3
@@ -37,7 +38,7 @@ class AssertLatency:
         baseline: PathLike | None = None,
         tolerance: float | None = None,
         batch: int | None = None,
-        image_size: tuple[int, int] | None = None,
+        image_size: tuple[int, int] | str | None = None,
         seconds: float = 1.0,
         backend: str | None = None,
     ) -> None:
@@ -49,7 +50,8 @@ class AssertLatency:
             ms, p99_ms: largest median and 99th percentile of a call, in milliseconds.
             baseline: a file that ``phreg-deploy profile --json`` wrote, under the same conditions.
             tolerance: growth of the median over the baseline's that is allowed; 0.1 is 10 %.
-            batch, image_size: what to measure, (height, width); None for the bundle's best batch and default size.
+            batch: images in a call; None for the bundle's best.
+            image_size: (height, width), or text such as "480x640"; None for the bundle's default.
             seconds: of each measurement.
 
         Raises:
@@ -66,8 +68,9 @@ class AssertLatency:
             )
         growth = settings.number("tolerance", tolerance)
         before = None if path is None else Baseline.read(Path(path))
+        size = parse_size(image_size) if isinstance(image_size, str) else image_size
         extractor = context.load(bundle, backend)
-        cases = measured_cases(extractor.manifest, None if batch is None else [batch], image_size)
+        cases = measured_cases(extractor.manifest, None if batch is None else [batch], size)
         if before is not None:
             now = conditions(extractor, settings.count("threads"), "latency", FRAME, cases[0][1])
             differences = before.differences(now, cases)
