@@ -173,7 +173,7 @@ def test_miou(assert_miou):
 """
 
 
-def test_the_mean_iou_is_that_of_the_labels(run, pytester, labels_bundle, demo_scenes, tmp_path):
+def test_the_mean_iou_is_that_of_the_labels(run, pytester, labels_bundle, demo_scenes):
     from phreg_deploy.runtime import FeatureExtractor
 
     words = (f"--phreg-images={demo_scenes}/images", f"--phreg-masks={demo_scenes}/masks")
@@ -198,3 +198,20 @@ def test_the_mean_iou_is_that_of_the_labels(run, pytester, labels_bundle, demo_s
     run(MIOU.format(more=", head='labels'"), *words, "-o", "phreg_miou=0.1").assert_outcomes(passed=1)
     outcome = run(MIOU.format(more=", head='depth'"), *words, "-o", "phreg_miou=0.1")
     outcome.stdout.fnmatch_lines(["*got the head 'depth', expected one of labels."])
+
+
+def test_logits_are_enlarged_to_the_mask(
+    run, run_cli, pytester, labels_bundle, demo_bundle, demo_training, demo_scenes
+):
+    """A bundle that serves logits of patches has the mean IoU of one that serves the same head's labels of pixels."""
+    logits = pytester.path / "logits.bundle"
+    assert run_cli("attach", demo_bundle, "--head", demo_training / "head", "-o", logits, "--quiet").code == 0
+    words = (f"--phreg-images={demo_scenes}/images", f"--phreg-masks={demo_scenes}/masks")
+    figures = []
+    for bundle in (logits, labels_bundle):
+        run(MIOU.format(more=", at_least=0.0"), f"--phreg-bundle={bundle}", *words, "--junitxml=report.xml")
+        tree = ElementTree.parse(pytester.path / "report.xml")
+        found = {p.get("name"): p.get("value") for p in tree.iter("property")}
+        figures.append(float(found["phreg.miou.miou"]))
+        assert found["phreg.miou.head"] == ("segmentation" if bundle == logits else "labels")
+    assert figures[0] == pytest.approx(figures[1], abs=1e-3)

@@ -13,6 +13,7 @@ from phreg_deploy.errors import PhregError
 from phreg_deploy.evaluation.data.truth import VOID, Masks, check_sides, find_truth, read_masks, scored
 from phreg_deploy.evaluation.scores import COUNTS, ClassParts, class_row, per_image
 from phreg_deploy.images.decoding import read_image
+from phreg_deploy.images.overlays import voc_colours
 from phreg_deploy.images.photographs import fit
 from phreg_deploy.images.pictures import sheet
 from phreg_deploy.images.upsampling import upsample
@@ -171,12 +172,9 @@ def _settle(
 
 
 def _palette(head: ServedHead) -> np.ndarray:
-    """Return a colour for each of 256 values, uint8 ``(256, 3)``: the head's own, else by hue."""
-    palette = np.full((256, 3), NO_CLASS, np.uint8)
-    count = len(head.classes)
+    """Return a colour for each of 256 values, uint8 ``(256, 3)``: the head's own, else those of PASCAL VOC."""
+    palette = np.array(voc_colours(), np.uint8)
     if head.colours is not None:
-        palette[:count] = head.colours
-    else:
-        hues = np.stack([np.arange(count) * 255 // count, np.full(count, 180), np.full(count, 220)], -1)
-        palette[:count] = np.asarray(Image.fromarray(hues.astype(np.uint8)[None], "HSV").convert("RGB"))[0]
+        palette[: len(head.colours)] = head.colours
+    palette[VOID] = NO_CLASS
     return palette
