@@ -126,7 +126,10 @@ def _reference_answers(
     manifest, size = extractor.manifest, extractor.manifest.sizes.default
     if is_bundle(reference):
         other = context.load_reference(Path(reference), backend)
-        other.manifest.sizes.check(size, other.manifest.model.patch)
+        try:
+            other.manifest.sizes.check(size, other.manifest.model.patch)
+        except PhregError as error:
+            raise PhregError(f"reference: {reference} does not serve the bundle's size: {error}") from None
         return lambda images: other.dense(images).outputs()
     from phreg_deploy.arguments import check_model
     from phreg_deploy.extras import DISTILL, require
