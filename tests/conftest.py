@@ -25,7 +25,14 @@ from tests.cli_helpers import ROOT, invoke, photograph
 
 os.environ.update(HF_HUB_OFFLINE="1", OMP_NUM_THREADS="1", COLUMNS="140")
 
-pytest_plugins = ["tests.gpu_fixtures", "tests.real_gpu_fixtures", "tests.example_fixtures", "tests.head_helpers"]
+pytest_plugins = [
+    "pytester",
+    "tests.gpu_fixtures",
+    "tests.real_gpu_fixtures",
+    "tests.example_fixtures",
+    "tests.head_helpers",
+    "tests.plugin_runs",
+]
 
 SIDE, PATCH, WIDTH, DEPTH = 64, 8, 48, 3
 NEURON = (1, 17)  # block and hidden unit of the planted register neuron

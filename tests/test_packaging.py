@@ -53,6 +53,9 @@ def test_the_wheel_holds_every_module_and_the_embedded_model(wheel):
         "phreg_deploy/py.typed"
     }
     assert expected <= names
+    (entry_points,) = [n for n in names if n.endswith(".dist-info/entry_points.txt")]
+    text = zipfile.ZipFile(wheel).read(entry_points).decode()
+    assert "[pytest11]\nphreg_deploy.pytest_plugin = phreg_deploy.pytest_plugin" in text
     assert not [n for n in names if n.startswith(("tests/", "benchmarks/", "calibration/", "export/", "runtime/"))]
 
 

@@ -10,6 +10,7 @@ import click
 import pytest
 
 from phreg_deploy.cli import main
+from phreg_deploy.pytest_plugin.options import OPTIONS, SETTINGS
 
 ROOT = Path(__file__).resolve().parents[1]
 README = ROOT / "README.md"
@@ -60,6 +61,18 @@ def check_phreg(words: list[str]) -> None:
     assert rest == []
 
 
+def check_plugin(words: list[str]) -> None:
+    """pytest and its plugin know these words: ``--phreg-NAME=VALUE``, ``-o phreg_NAME=VALUE`` and a few of pytest."""
+    for before, word in zip(["", *words], words):
+        name = word.partition("=")[0]
+        if before == "-o":
+            assert name.removeprefix("phreg_") in SETTINGS, word
+        elif name.startswith("--phreg-"):
+            assert name.removeprefix("--phreg-") in OPTIONS, word
+        else:
+            assert name in ("-o", "-p", "--junitxml") or word == "no:phreg_deploy.pytest_plugin", word
+
+
 def check_script(script: Path, words: list[str]) -> None:
     """A script of benchmarks/, examples/ or tests/ exists and declares every option; rclpy reads what is ROS's."""
     if "--ros-args" in words:
@@ -85,9 +98,10 @@ def test_every_command_line_parses(words):
     elif program == "pip":
         for extra in re.findall(r"\[(.*?)\]", " ".join(rest)):
             assert all(f"\n{name} = [" in PYPROJECT for name in extra.split(",")), extra
-    elif program == "pytest":
-        assert rest == ["-m", "gpu"]
+    elif program == "pytest" and rest == ["-m", "gpu"]:
         assert '"gpu: ' in PYPROJECT
+    elif program == "pytest":
+        check_plugin(rest)
     elif program == "python" and rest[:2] == ["-m", "http.server"]:
         assert len(rest) == 3
     elif program == "python" and rest[0] == "-m":
