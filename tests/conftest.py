@@ -32,6 +32,7 @@ pytest_plugins = [
     "tests.example_fixtures",
     "tests.head_helpers",
     "tests.plugin_runs",
+    "tests.browser_fixtures",
 ]
 
 SIDE, PATCH, WIDTH, DEPTH = 64, 8, 48, 3

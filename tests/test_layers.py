@@ -63,6 +63,7 @@ MAY = {
         "evaluation",
         "evaluation/data",
     },
+    "explorer": {"files", "images", "artifacts", "bundle", "runtime", "runtime/backends", "profiling", "verify"},
     "demo": {
         "files",
         "images",
@@ -74,12 +75,23 @@ MAY = {
         "calibration",
         "export",
         "verify",
+        "explorer",
     },
-    "cli": {"cli/commands", "cli/probing", "cli/streaming", "bundle", "heads", "runtime/backends", "distill/devices"},
+    "cli": {
+        "cli/commands",
+        "cli/exploring",
+        "cli/probing",
+        "cli/streaming",
+        "bundle",
+        "heads",
+        "runtime/backends",
+        "distill/devices",
+    },
 }
 MAY["cli/tables"] = set(MAY)
 MAY["cli/streaming"] = set(MAY)
 MAY["cli/probing"] = set(MAY) | {"cli/commands"}
+MAY["cli/exploring"] = set(MAY) - {"cli/streaming", "cli/probing"}
 MAY["cli/commands"] = set(MAY) - {"cli/probing"}
 # Folder -> the folders that it imports inside functions only, so that their dependencies are optional.
 LATE = {
@@ -89,8 +101,9 @@ LATE = {
     "verify": {"heads", "models", "onnx_graph", "export/engine"},
     "pytest_plugin": {"heads", "models"},
     "profiling": {"export/engine"},
-    "cli/commands": set(MAY) - {"", "files", "images", "bundle", "cli", "cli/commands", "cli/tables"},
+    "cli/commands": set(MAY) - {"", "files", "images", "bundle", "cli", "cli/commands", "cli/exploring", "cli/tables"},
     "cli/streaming": set(MAY) - {"", "files", "images", "bundle", "cli", "cli/streaming"},
+    "cli/exploring": set(MAY) - {"", "files", "images", "bundle", "cli", "cli/exploring", "cli/tables"},
     "cli/probing": set(MAY) - {"", "files", "images", "bundle", "cli", "cli/commands", "cli/probing", "cli/tables"},
     "cli/tables": set(MAY) - {"", "files", "images", "bundle", "cli"},
     "cli": {"bundle", "heads", "runtime/backends", "distill/devices"},
@@ -121,6 +134,7 @@ WITHOUT_TORCH = {
     "doctor",
     "stream",
     "stream/sources",
+    "explorer",
 }
 TORCH_FOLDERS = {"models", "distill", "export", "demo", "text"}
 # Largest share of the code's lines in one folder of the package, with its subfolders.

@@ -52,6 +52,9 @@ def test_the_wheel_holds_every_module_and_the_embedded_model(wheel):
     expected |= {f"phreg_deploy/demo/model/{name}" for name in ("config.json", "model.safetensors")} | {
         "phreg_deploy/py.typed"
     }
+    assets = package / "explorer" / "assets"
+    expected |= {str(p.relative_to(ROOT)) for p in assets.iterdir()}
+    assert len(list(assets.glob("*.js"))) == 5
     assert expected <= names
     (entry_points,) = [n for n in names if n.endswith(".dist-info/entry_points.txt")]
     text = zipfile.ZipFile(wheel).read(entry_points).decode()

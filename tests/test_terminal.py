@@ -135,6 +135,7 @@ ARGUMENTS = {
     "attach": ["b", "--head", "h", "-o", "o"],
     "classes": ["n", "--model", "m", "-o", "o"],
     "evaluate": ["m", "--images", "i", "--masks", "k"],
+    "explore": ["b", "--images", "i", "-o", "o"],
     "probe": ["m", "--images", "i", "--masks", "k", "-o", "o"],
     "watch": ["s", "b"],
     "doctor": [],

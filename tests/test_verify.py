@@ -33,7 +33,11 @@ def test_check_returns_what_the_command_prints(bundle, student, photos):
     )
     assert report.missed == []
     assert report.artifacts["base"].incoherent is None
-    assert [len(row) for row in report.pictures] == [3, 3]
+    assert report.by_image.reference == "student"
+    assert [row.image for row in report.by_image.images] in (
+        ["frame-00.png", "frame-01.jpg"],
+        ["frame-01.jpg", "frame-00.png"],
+    )
     assert json.loads(json.dumps(report.to_json())) == document
 
 

@@ -14,6 +14,8 @@ from phreg_deploy.demo.report import DemoReport
 from phreg_deploy.demo.scenes import CLASSES, write_scenes
 from phreg_deploy.distill import distill
 from phreg_deploy.errors import GateFailed
+from phreg_deploy.explorer import explore
+from phreg_deploy.explorer.page import render
 from phreg_deploy.export import export
 from phreg_deploy.files.atomic import atomic_folder
 from phreg_deploy.images.pictures import sheet
@@ -22,8 +24,7 @@ from phreg_deploy.progress import Progress
 from phreg_deploy.quantisation import Smoothing
 from phreg_deploy.runtime.features import FeatureExtractor
 from phreg_deploy.spec import plain
-from phreg_deploy.verify import check as check_bundle
-from phreg_deploy.verify.html import render
+from phreg_deploy.verify.checking import EXAM
 
 MODEL = Path(__file__).parent / "model"
 BACKEND = "onnxruntime-cpu"
@@ -45,8 +46,14 @@ def run_pipeline(output: Path, force: bool, progress: Progress) -> DemoReport:
         shutil.rmtree(folder / "cache")
         export(str(student), bundle, batch="1:8:16", progress=progress)
         calibrate(bundle, scenes, int8, smoothing=Smoothing(), progress=progress)
-        check = check_bundle(
-            bundle, backend=BACKEND, reference=str(student), base=str(MODEL), images=tested, limit=16, progress=progress
+        exploration = explore(
+            [bundle],
+            backend=BACKEND,
+            reference=str(student),
+            base=str(MODEL),
+            images=tested,
+            limit=16,
+            progress=progress,
         )
         models = {"base": load_model(str(MODEL)), "student": load_model(str(student))}
         test_scenes = Scenes.read(tested, TESTED, models["base"])
@@ -54,12 +61,16 @@ def run_pipeline(output: Path, force: bool, progress: Progress) -> DemoReport:
         with FeatureExtractor.load(bundle, BACKEND) as served, FeatureExtractor.load(int8, BACKEND) as served_int8:
             measured = measure(models, {"served": served, "int8": served_int8}, probe_scenes, test_scenes)
             pictures = draw_rows(test_scenes.photographs, measured, served.spec.patch)
-        # The student's folder still has a temporary name here.
-        *exam, with_student = check.comparisons
+        # The folders still have a temporary name here.
+        (explored,) = exploration.bundles
+        *exam, with_student = explored.check.comparisons
         comparisons = (*exam, replace(with_student, reference="PyTorch student"))
-        check = replace(check, bundle="demo.bundle", comparisons=comparisons, pictures=pictures)
+        gates = dict(zip((EXAM, "PyTorch student"), explored.check.gates.values()))
+        check = replace(explored.check, bundle="demo.bundle", comparisons=comparisons, gates=gates)
+        explored = replace(explored, check=check)
+        exploration = replace(exploration, bundles=(explored,), commands=("phreg-deploy demo",))
         sheet(pictures, side=192).save(folder / "before-after.png")
-        (folder / "report.html").write_text(render(check))
+        (folder / "report.html").write_text(render(exploration), encoding="utf-8")
         text = json.dumps(plain({"figures": measured.figures, "check": check}), indent=1)
         (folder / "demo.json").write_text(text + "\n")
     if check.missed:

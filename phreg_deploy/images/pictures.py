@@ -27,11 +27,21 @@ def components(maps: list[np.ndarray]) -> np.ndarray:
     return np.column_stack([mean, vectors[:, ::-1][:, :3]])
 
 
+def span(maps: list[np.ndarray], basis: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Return what is darkest and brightest in each of the three colours of all ``maps``: 2nd and 98th percentile."""
+    shown = np.concatenate([_project(m, basis).reshape(-1, 3) for m in maps])
+    low, high = np.quantile(shown, (0.02, 0.98), axis=0)
+    return low, high
+
+
+def rgb_values(features: np.ndarray, basis: np.ndarray, low: np.ndarray, high: np.ndarray) -> np.ndarray:
+    """Return the colours of features ``(..., C)`` by a basis of ``components``, float64 ``(..., 3)``, 0-255."""
+    return np.clip((_project(features, basis) - low) / np.maximum(high - low, 1e-9), 0, 1) * 255  # type: ignore[no-any-return]
+
+
 def colours(features: np.ndarray, basis: np.ndarray, side: int = SIDE) -> Image.Image:
     """Draw features ``(Hp, Wp, C)`` in RGB by a basis of ``components``; equal features get equal colours."""
-    shown = (features.astype(np.float64) - basis[:, 0]) @ basis[:, 1:]
-    low, high = np.quantile(shown.reshape(-1, 3), (0.02, 0.98), axis=0)
-    return _enlarge(np.clip((shown - low) / np.maximum(high - low, 1e-9), 0, 1) * 255, side)
+    return _enlarge(rgb_values(features, basis, *span([features], basis)), side)
 
 
 def heat(token_norm: np.ndarray, top: float, side: int = SIDE) -> Image.Image:
@@ -57,10 +67,14 @@ def sheet(rows: list[list[tuple[str, Image.Image]]], side: int = SIDE) -> Image.
 
 
 def data_url(picture: Image.Image) -> str:
-    """Encode a picture as the URL of a PNG, for an HTML page."""
+    """Encode a photograph as the URL of a JPEG, for an HTML page."""
     data = io.BytesIO()
-    picture.save(data, "PNG", optimize=True)
-    return "data:image/png;base64," + base64.b64encode(data.getvalue()).decode()
+    picture.save(data, "JPEG", quality=85, optimize=True)
+    return "data:image/jpeg;base64," + base64.b64encode(data.getvalue()).decode()
+
+
+def _project(features: np.ndarray, basis: np.ndarray) -> np.ndarray:
+    return (features.astype(np.float64) - basis[:, 0]) @ basis[:, 1:]  # type: ignore[no-any-return]
 
 
 def _enlarge(pixels: np.ndarray, side: int) -> Image.Image:

@@ -99,20 +99,12 @@ def read_features(
     return {name: np.concatenate(part) for name, part in parts.items() if part}
 
 
-@torch.inference_mode()
 def block_norms(
     model: ViT, photographs: Photographs, preprocess: Preprocess, device: str = "cpu"
 ) -> list[dict[str, float]]:
     """Measure norms of patch tokens after each block: ``median``, ``largest`` in medians, ``rate`` above 2 medians."""
-    model = model.to(device).eval()
-    norms: list[list[np.ndarray]] = [[] for _ in model.blocks]
-    prefix = model.num_prefix_tokens
-    with hooks.block_outputs(model, lambda i, out: norms[i].append(out[:, prefix:].float().norm(dim=-1).cpu().numpy())):
-        for images in Batches(photographs, preprocess, device):
-            hooks.forward(model, images)
     statistics = []
-    for block in norms:
-        values = np.concatenate(block)
+    for values in norms_by_block(model, photographs, preprocess, device):
         median = float(np.median(values))
         statistics.append(
             {
@@ -122,3 +114,17 @@ def block_norms(
             }
         )
     return statistics
+
+
+@torch.inference_mode()
+def norms_by_block(
+    model: ViT, photographs: Photographs, preprocess: Preprocess, device: str = "cpu"
+) -> list[np.ndarray]:
+    """Return the L2 norms of the patch tokens after each block, float32 ``(M, N)`` for M photographs."""
+    model = model.to(device).eval()
+    norms: list[list[np.ndarray]] = [[] for _ in model.blocks]
+    prefix = model.num_prefix_tokens
+    with hooks.block_outputs(model, lambda i, out: norms[i].append(out[:, prefix:].float().norm(dim=-1).cpu().numpy())):
+        for images in Batches(photographs, preprocess, device):
+            hooks.forward(model, images)
+    return [np.concatenate(block) for block in norms]

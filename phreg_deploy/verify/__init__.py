@@ -1,11 +1,12 @@
 """Check a bundle against its exam and against PyTorch, and score the artifacts of a model or a bundle.
 
-``bisection`` finds the block at which a backend leaves FP32; ``html`` renders a check's report. Importing this module
-imports neither a runtime nor PyTorch.
+``bisection`` finds the block at which a backend leaves FP32; ``phreg_deploy.explorer`` draws a check as a page.
+Importing this module imports neither a runtime nor PyTorch.
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -56,31 +57,54 @@ def check(
         BackendMissing: the backend, or PyTorch for a model, is not installed.
     """
     from phreg_deploy.bundle.bundle import Bundle
-    from phreg_deploy.images.photographs import list_images
 
-    check_cosine(cosine)
-    for option, model, checkpoint in (("reference", reference, reference_checkpoint), ("base", base, base_checkpoint)):
-        if checkpoint and not model:
-            raise PhregError(f"check: --{option}-checkpoint holds the weights of a timm name; give it as --{option}.")
-        if model and not images:
-            raise PhregError(f"check: --{option} needs --images DIR to compare on.")
-        if model:
-            check_model(model, checkpoint)
-    if images is not None:
-        list_images(images)
+    models = {"reference": (reference, reference_checkpoint), "base": (base, base_checkpoint)}
+    check_inputs("check", models, images, cosine)
     Bundle.read(bundle)
-    if reference or base:
-        require("`phreg-deploy check --reference` or --base", distill=DISTILL, **_runtime_extra(backend))
+    require_models("`phreg-deploy check --reference` or --base", models, backend)
     from phreg_deploy.runtime.backends.options import BackendOptions as Options
     from phreg_deploy.runtime.features import FeatureExtractor
-    from phreg_deploy.verify.checking import CheckRequest, check_extractor
+    from phreg_deploy.verify.checking import check_extractors
+    from phreg_deploy.verify.measuring import CheckRequest
 
     request = CheckRequest(
         reference, reference_checkpoint, base, base_checkpoint, images, limit, cosine, outlier_points
     )
     how = asdict(options or Options())
     with FeatureExtractor.load(bundle, backend, examine=False, **how) as extractor:
-        return check_extractor(extractor, request, progress)
+        (report,), _ = check_extractors({"bundle": extractor}, request, progress)
+        return report
+
+
+def check_inputs(
+    verb: str, models: Mapping[str, tuple[str | None, Path | None]], images: Path | None, cosine: float | None
+) -> None:
+    """Check the arguments of ``check`` and of a page of it, before anything slow.
+
+    Args:
+        models: a name and a checkpoint, or None, by option ("reference", "base").
+
+    Raises:
+        PhregError: a model without images, a checkpoint without a model, or what ``check_model`` refuses.
+    """
+    from phreg_deploy.images.photographs import list_images
+
+    check_cosine(cosine)
+    for option, (model, checkpoint) in models.items():
+        if checkpoint and not model:
+            raise PhregError(f"{verb}: --{option}-checkpoint holds the weights of a timm name; give it as --{option}.")
+        if model and not images:
+            raise PhregError(f"{verb}: --{option} needs --images DIR to compare on.")
+        if model:
+            check_model(model, checkpoint)
+    if images is not None:
+        list_images(images)
+
+
+def require_models(what: str, models: Mapping[str, tuple[str | None, Path | None]], backend: str) -> None:
+    """Raise ``BackendMissing`` if a PyTorch model is given, and PyTorch or every backend is missing."""
+    if any(model for model, _ in models.values()):
+        require(what, distill=DISTILL, **_runtime_extra(backend))
 
 
 def score_artifacts(

@@ -11,8 +11,7 @@ from phreg_deploy.artifacts.measures import NormOutliers, ShiftIncoherence
 from phreg_deploy.artifacts.scores import Scores
 from phreg_deploy.runtime.parity import Gate, Parity
 from phreg_deploy.spec import plain
-
-Pictures = list[list[tuple[str, Image.Image]]]  # rows of captioned pictures
+from phreg_deploy.verify.maps import ParityByImage
 
 
 @dataclass(frozen=True)
@@ -58,8 +57,8 @@ class CheckReport:
     """The result of ``check``.
 
     ``artifacts``: by "base", "student" and "bundle". ``gates``: by reference. ``quantised_fidelity`` and
-    ``missed_when_calibrated``: of a bundle in 8 bits, as calibration measured them. ``pictures``: of the first image, a
-    row per model; not in the JSON.
+    ``missed_when_calibrated``: of a bundle in 8 bits, as calibration measured them. ``by_image``: parity with the
+    student, the worst image first; None without one.
     """
 
     bundle: str
@@ -73,7 +72,7 @@ class CheckReport:
     gates: dict[str, list[Gate]]
     quantised_fidelity: dict[str, float] | None
     missed_when_calibrated: tuple[str, ...]
-    pictures: Pictures
+    by_image: ParityByImage | None = None
 
     @property
     def missed(self) -> list[str]:
@@ -89,6 +88,7 @@ class CheckReport:
             "missed": self.missed,
             "passed": not self.missed,
             "quantised_fidelity": self.quantised_fidelity,
+            "by_image": None if self.by_image is None else self.by_image.to_json(),
         }
 
 

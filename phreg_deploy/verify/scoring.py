@@ -14,7 +14,7 @@ from phreg_deploy.progress import Progress
 from phreg_deploy.readout import Readout
 from phreg_deploy.runtime.features import FeatureExtractor
 from phreg_deploy.student_record import model_path, read_record, recorded_median, recorded_readout
-from phreg_deploy.verify.checking import BundleRun
+from phreg_deploy.verify.measuring import BundleRun
 from phreg_deploy.verify.report import ArtifactReport
 
 

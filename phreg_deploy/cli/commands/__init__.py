@@ -15,6 +15,7 @@ VERBS = {
     "calibrate": _ATOMIC,
     "build": "No half-built engine was kept; run the command again.",
     "check": _NOTHING,
+    "explore": _ATOMIC,
     "profile": _NOTHING,
     "extract": "Nothing was written to OUTPUT; run the command again.",
     "watch": _NOTHING,
@@ -29,6 +30,13 @@ VERBS = {
 }
 
 # Verbs that stand in another folder of ``cli/``.
-FOLDERS = {"attach": "probing", "classes": "probing", "evaluate": "probing", "probe": "probing", "watch": "streaming"}
+FOLDERS = {
+    "attach": "probing",
+    "classes": "probing",
+    "evaluate": "probing",
+    "explore": "exploring",
+    "probe": "probing",
+    "watch": "streaming",
+}
 # Verbs that take addresses; all others read files of this machine.
 ADDRESSES = ("watch",)

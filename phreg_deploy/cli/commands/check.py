@@ -7,30 +7,23 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from phreg_deploy.arguments import check_file
 from phreg_deploy.cli.console import Result
-from phreg_deploy.cli.options import Number, images_option, output_options, tuning_options
+from phreg_deploy.cli.exploring.options import compared_options
+from phreg_deploy.cli.options import images_option, output_options, tuning_options
 from phreg_deploy.cli.tables.check import passed_sentence, show_check
 from phreg_deploy.errors import GateFailed
 
 if TYPE_CHECKING:
-    from phreg_deploy.verify.report import CheckReport
+    pass
 
 
 @click.command()
 @click.argument("bundle", type=click.Path(path_type=Path))
-@click.option("--reference", help="The PyTorch student (or timm name) to compare with on --images.")
-@click.option(
-    "--reference-checkpoint", type=click.Path(path_type=Path), help="Weights for a timm name given as --reference."
-)
-@click.option("--base", help="The base model, for its artifact rate beside the others.")
-@click.option("--base-checkpoint", type=click.Path(path_type=Path), help="Weights for a timm name given as --base.")
+@compared_options
 @images_option(False, "Folder of images to compare and to take artifact rates on.")
 @click.option("--limit", default=64, show_default=True, type=click.IntRange(1), help="Images at most.")
 @tuning_options
-@click.option("--cosine", type=Number(), help="Gate on the 1st-percentile patch cosine; by default the precision's.")
-@click.option("--outlier-points", type=Number(), help="Gate on the change of the norm-outlier rate, percentage points.")
-@click.option("--report", "page", type=click.Path(path_type=Path), help="Write an HTML page with pictures.")
+@click.option("--report", "page", type=click.Path(path_type=Path), help="Write an HTML page, as of `explore`.")
 @click.option(
     "--bisect", is_flag=True, help="Find the first block that diverges from FP32; needs onnx and onnxruntime."
 )
@@ -62,13 +55,17 @@ def check(
     from phreg_deploy.verify import check as check_bundle
 
     result, options = Result(as_json, quiet), BackendOptions(threads, compute, mode, device)
-    if page is not None:
-        check_file(page, "report")
-    report = check_bundle(bundle, backend=backend, options=options, progress=result.progress, **arguments)
+    arguments |= {"backend": backend, "options": options, "progress": result.progress}
+    if page is None:
+        report = check_bundle(bundle, **arguments)
+    else:
+        from phreg_deploy.explorer import explore
+
+        report = explore([bundle], output=page, verb="check", **arguments).bundles[0].check
     result.chosen(report.choice, backend)
     show_check(report, result)
     if page is not None:
-        _write_page(report, page, result)
+        result.say(f"Wrote {page}.")
     document = report.to_json()
     if bisect:
         # A bisection that fails must not hide the missed gate.
@@ -78,11 +75,3 @@ def check(
         raise GateFailed(f"check: {bundle}: {'; '.join(report.missed)}.", document)
     result.json(document)
     result.say(passed_sentence(report))
-
-
-def _write_page(report: CheckReport, page: Path, result: Result) -> None:
-    from phreg_deploy.files.atomic import write_atomic
-    from phreg_deploy.verify.html import render
-
-    write_atomic(page, render(report).encode(errors="replace"))
-    result.say(f"Wrote {page}.")

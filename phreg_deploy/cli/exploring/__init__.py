@@ -1,0 +1,1 @@
+"""The verb ``explore``, and the options that it shares with ``check``."""
