@@ -1,6 +1,6 @@
 """Pack features as 8-bit integers over principal components, so that a page can compute their cosines.
 
-K components, T tokens of C channels.
+K components, M images, (Hp, Wp) patch grid, C channels.
 """
 
 from __future__ import annotations
@@ -8,15 +8,16 @@ from __future__ import annotations
 import base64
 import zlib
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 
-# Components are kept until this share of the variance, or until the budget is spent.
-VARIANCE = 0.999
-LEAST = 16
+# Components beyond this share of the variance are left out.
+VARIANCE = 0.9999
 LEVELS = 127
+# The step grows by this factor until the codes fit the budget, at most to COARSEST: cosines are then off by about 0.04.
+GROWTH, COARSEST = 1.25, 0.1
 # Pairs of tokens on which the error of the cosines is measured.
 PAIRS = 20_000
 
@@ -25,54 +26,72 @@ PAIRS = 20_000
 class Packed:
     """Unit-length features of several models over one basis.
 
-    ``codes``: by model, int8 of the features' shape with K in place of C. A token is ``codes * scale + offset`` over
-    the components, and ``rest`` in one more dimension, the part of the mean that the components lack: these K + 1
-    numbers have the cosines of the features, but for rounding and the components that were left out. ``kept``: share of
-    the variance of the unit-length features, 0-1. ``error_p99``, ``error_max``: absolute, of the cosine of two tokens
-    of one image and model.
+    ``codes``: by model, int8 ``(K, M, Hp, Wp)``. A token is ``codes * step + offset`` over the components, and ``rest``
+    in one more dimension, the part of the mean that the components lack: the cosines of these K + 1 numbers are those
+    of the features, but for rounding and the components that were left out. One step for all components has the least
+    error for its size: weak components get few levels. ``origin``: by model, the model whose codes are stored with the
+    difference to them, None for the model's own. ``kept``: share (0-1) of the variance of the unit-length features that
+    the codes hold. ``error_p99``, ``error_max``: absolute, of the cosine of two tokens of one image and model.
     """
 
     codes: dict[str, np.ndarray]
-    scale: np.ndarray
+    origin: dict[str, str | None]
+    step: float
     offset: np.ndarray
     rest: float
-    kept: float
     channels: int
-    error_p99: float
-    error_max: float
+    kept: float = 0.0
+    error_p99: float = 0.0
+    error_max: float = 0.0
 
     def vectors(self, model: str) -> np.ndarray:
-        """Return the unpacked tokens of a model, unit length, float64 ``(..., K + 1)``, as the page unpacks them."""
-        codes = self.codes[model]
-        shown = np.concatenate([codes * self.scale + self.offset, np.full((*codes.shape[:-1], 1), self.rest)], axis=-1)
-        return shown / np.linalg.norm(shown, axis=-1, keepdims=True)
+        """Return the unpacked tokens of a model, unit length, float64 ``(M, Hp, Wp, K + 1)``, as on the page."""
+        shown = self._components(model)
+        shown = np.concatenate([shown, np.full((*shown.shape[:-1], 1), self.rest)], axis=-1)
+        return shown / np.maximum(np.linalg.norm(shown, axis=-1, keepdims=True), 1e-12)  # type: ignore[no-any-return]
+
+    def stored(self, model: str) -> np.ndarray:
+        """Return what is stored of a model: its codes, or their difference to those of its origin, modulo 256."""
+        origin = self.origin[model]
+        return self.codes[model] if origin is None else self.codes[model] - self.codes[origin]
+
+    def _components(self, model: str) -> np.ndarray:
+        return np.moveaxis(self.codes[model] * self.step, 0, -1) + self.offset
 
 
-def pack(features: Mapping[str, np.ndarray], budget: int) -> Packed:
+def pack(features: Mapping[str, np.ndarray], reference: str, budget: int) -> Packed:
     """Pack features ``(M, Hp, Wp, C)`` by model.
 
     Args:
-        budget: bytes for all codes; at least ``LEAST`` components are kept all the same.
+        reference: the model that others are nearly equal to, and may be stored as differences to.
+        budget: bytes for all codes when they are deflated; coarser steps than ``COARSEST`` are not taken for it.
     """
     unit = {name: _unit(value) for name, value in features.items()}
     tokens = np.concatenate([value.reshape(-1, value.shape[-1]) for value in unit.values()])
     mean = tokens.mean(0)
     variances, vectors = np.linalg.eigh(np.cov((tokens - mean).T))
-    variances, vectors = np.maximum(variances[::-1], 0), vectors[:, ::-1]
+    variances = np.maximum(variances[::-1], 0)
     total = max(float(variances.sum()), 1e-24)
-    wanted = int(np.searchsorted(np.cumsum(variances) / total, VARIANCE)) + 1
-    count = min(wanted, max(LEAST, budget // len(tokens)), tokens.shape[1])
-    basis = vectors[:, :count]
-    centred = {name: (value - mean) @ basis for name, value in unit.items()}
-    largest = np.max([np.abs(value).reshape(-1, count).max(0) for value in centred.values()], axis=0)
-    scale = (np.maximum(largest, 1e-12) / LEVELS).astype(np.float32)
-    codes = {name: np.rint(value / scale).astype(np.int8) for name, value in centred.items()}
-    offset = basis.T @ mean
-    rest = float(np.linalg.norm(mean - basis @ offset))
-    kept = float(variances[:count].sum() / total)
-    packed = Packed(codes, scale, offset.astype(np.float32), rest, kept, tokens.shape[1], 0.0, 0.0)
+    count = min(int(np.searchsorted(np.cumsum(variances) / total, VARIANCE)) + 1, tokens.shape[1])
+    basis = vectors[:, ::-1][:, :count]
+    centred = {name: np.moveaxis((value - mean) @ basis, -1, 0) for name, value in unit.items()}
+    step = max(*(float(np.abs(value).max()) for value in centred.values()), 1e-9) / LEVELS
+    while True:
+        codes = {name: np.rint(value / step).astype(np.int8) for name, value in centred.items()}
+        origin, size = _origins(codes, reference)
+        if size <= budget or step * GROWTH > COARSEST:
+            break
+        step *= GROWTH
+    used = max(1, *(int(np.flatnonzero(c.any((1, 2, 3))).max(initial=0)) + 1 for c in codes.values()))
+    offset = basis[:, :used].T @ mean
+    rest = float(np.linalg.norm(mean - basis[:, :used] @ offset))
+    codes = {name: np.ascontiguousarray(value[:used]) for name, value in codes.items()}
+    packed = Packed(codes, origin, step, offset.astype(np.float32), rest, tokens.shape[1])
+    held = [np.moveaxis(codes[name] * step, 0, -1) @ basis[:, :used].T + mean for name in unit]
+    lost = sum(float(((a - b) ** 2).sum()) for a, b in zip(unit.values(), held))
     errors = np.concatenate([_errors(value, packed.vectors(name)) for name, value in unit.items()])
-    return Packed(**{**vars(packed), "error_p99": float(np.quantile(errors, 0.99)), "error_max": float(errors.max())})
+    kept = max(0.0, 1 - lost / max(float(((tokens - mean) ** 2).sum()), 1e-24))
+    return replace(packed, kept=kept, error_p99=float(np.quantile(errors, 0.99)), error_max=float(errors.max()))
 
 
 def array(values: np.ndarray) -> dict[str, Any]:
@@ -82,10 +101,33 @@ def array(values: np.ndarray) -> dict[str, Any]:
     return {"dtype": values.dtype.name, "shape": list(values.shape), "data": data}
 
 
+def _origins(codes: dict[str, np.ndarray], reference: str) -> tuple[dict[str, str | None], float]:
+    """Choose for each model whether its codes or the differences are smaller; return the bytes of all too."""
+    origin: dict[str, str | None] = {}
+    total = 0.0
+    for name, own in codes.items():
+        sizes: dict[str | None, float] = {None: _entropy(own)}
+        if name != reference:
+            sizes[reference] = _entropy(own - codes[reference])
+        origin[name] = min(sizes, key=lambda key: sizes[key])
+        total += sizes[origin[name]]
+    return origin, total
+
+
+def _entropy(codes: np.ndarray) -> float:
+    """Bytes that a code with its own table for each component takes, which deflate comes near to."""
+    size = 0.0
+    for component in codes.reshape(len(codes), -1):
+        counts = np.bincount(component.view(np.uint8), minlength=256)
+        share = counts[counts > 0] / component.size
+        size -= float((share * np.log2(share)).sum()) * component.size / 8
+    return size
+
+
 def _unit(features: np.ndarray) -> np.ndarray:
     # A broken bundle gets a page too.
     values = np.nan_to_num(features.astype(np.float64), posinf=0.0, neginf=0.0)
-    return values / np.maximum(np.linalg.norm(values, axis=-1, keepdims=True), 1e-12)
+    return values / np.maximum(np.linalg.norm(values, axis=-1, keepdims=True), 1e-12)  # type: ignore[no-any-return]
 
 
 def _errors(unit: np.ndarray, packed: np.ndarray) -> np.ndarray:

@@ -32,28 +32,40 @@ class Features {
     this.cache = new Map();
   }
 
+  // Codes of a model, with those of the model that they are stored as differences to; bytes wrap around.
+  codes(model) {
+    const { codes, origin } = this.packed;
+    if (origin[model] !== null) {
+      const other = this.codes(origin[model]).values;
+      codes[model].values = codes[model].values.map((value, i) => value + other[i]);
+      origin[model] = null;
+    }
+    return codes[model];
+  }
+
   // Tokens of one image as unit vectors: one row of K + 1 numbers for each patch.
   vectors(model, image) {
     const key = `${model} ${image}`;
     if (!this.cache.has(key)) {
-      const { codes, scale, offset, rest } = this.packed;
-      const width = scale.length;
-      const integers = ofImage(codes[model], image);
-      const count = integers.length / width;
-      const vectors = new Float32Array(count * (width + 1));
+      const { step, offset, rest } = this.packed;
+      const { values, shape } = this.codes(model);
+      const [components, images] = shape;
+      const count = shape[2] * shape[3];
+      const width = components + 1;
+      const vectors = new Float32Array(count * width);
       for (let token = 0; token < count; token++) {
-        const start = token * (width + 1);
+        const start = token * width;
         let square = rest * rest;
-        for (let k = 0; k < width; k++) {
-          const value = integers[token * width + k] * scale[k] + offset[k];
+        for (let k = 0; k < components; k++) {
+          const value = values[(k * images + image) * count + token] * step + offset[k];
           vectors[start + k] = value;
           square += value * value;
         }
-        vectors[start + width] = rest;
+        vectors[start + components] = rest;
         const length = Math.max(Math.sqrt(square), 1e-12);
-        for (let k = 0; k <= width; k++) vectors[start + k] /= length;
+        for (let k = 0; k < width; k++) vectors[start + k] /= length;
       }
-      this.cache.set(key, { vectors, width: width + 1, count });
+      this.cache.set(key, { vectors, width, count });
     }
     return this.cache.get(key);
   }

@@ -64,7 +64,7 @@ class Explorer {
     const board = find("board");
     const { naturalWidth: width, naturalHeight: height } = this.pictures[0];
     const aspect = width && height ? `${width} / ${height}` : `${this.columns} / ${this.rows}`;
-    board.style.gridTemplateColumns = `minmax(4rem, 7rem) repeat(${this.kinds.length}, minmax(110px, 1fr))`;
+    board.style.gridTemplateColumns = `minmax(5rem, 8.5rem) repeat(${this.kinds.length}, minmax(110px, 1fr))`;
     this.views = this.models.map((model) => {
       board.append(element("h3", {}, model));
       return Object.fromEntries(this.kinds.map((kind) => [kind, this.view(board, model, kind, aspect)]));
@@ -136,11 +136,9 @@ class Explorer {
     buttons.forEach((button, i) => button.setAttribute("aria-pressed", i === image));
     find("layer-name").textContent = this.layers[this.state.layer].name;
     this.shown = Object.fromEntries(this.models.map((model) => [model, this.values(model)]));
-    const differences = Object.values(this.shown).map(({ difference }) => (difference ? range(difference)[1] : 0));
-    const top = Math.max(...differences);
     this.views.forEach((views, i) => {
       for (const view of Object.values(views)) {
-        const said = this.drawView(view, this.shown[this.models[i]], top);
+        const said = this.drawView(view, this.shown[this.models[i]]);
         view.caption.textContent = `${view.kind}${said ? `: ${said}` : ""}`;
         view.map.setAttribute("aria-label", `${view.model}, ${view.caption.textContent}`);
         Object.assign(view.mark.style, {
@@ -153,7 +151,7 @@ class Explorer {
   }
 
   // Draw one map and return what its caption says.
-  drawView({ model, kind, canvas }, shown, top) {
+  drawView({ model, kind, canvas }, shown) {
     const { rows, columns } = this;
     const heat = (value) => heatColour(this.heat, value);
     if (kind === "features (PCA)") {
@@ -171,10 +169,11 @@ class Explorer {
       return `${digits(low)} to ${digits(high)}`;
     }
     if (kind === "difference") {
-      drawPixels(canvas, rows, columns, (i) => heat(shown.difference ? shown.difference[i] / Math.max(top, 1e-12) : 0));
-      const name = this.models[this.state.against];
+      // Logarithmic from 1e-6 to 1, so that those of 8 bits show beside those of another model.
+      const part = (value) => 1 + Math.log10(Math.max(value, 1e-6)) / 6;
+      drawPixels(canvas, rows, columns, (i) => heat(shown.difference ? part(shown.difference[i]) : 0));
       if (!shown.difference) return "none, the reference";
-      return `1 - cosine with ${name}, up to ${digits(range(shown.difference)[1])}`;
+      return `1 - cosine with ${this.models[this.state.against]}, up to ${digits(range(shown.difference)[1])}`;
     }
     canvas.className = "smooth";
     const picture = this.pictures[this.state.image];
@@ -225,9 +224,9 @@ class Explorer {
       swatch.style.background = `rgb(${head.colours[i].join(" ")})`;
       return element("span", {}, swatch, name);
     }));
-    const { kept, channels, scale, error_p99: usual, error_max: most } = this.packed[this.key];
+    const { kept, channels, offset, error_p99: usual, error_max: most } = this.packed[this.key];
     find("packing").textContent =
-      `Similarities are computed here from ${scale.length} of ${channels} principal components in 8 bits, which keep ` +
+      `Similarities are computed here from ${offset.length} of ${channels} principal components in 8 bits, which keep ` +
       `${digits(100 * kept)} % of the variance: off by at most ${digits(usual)} for 99 % of the pairs of patches, and ` +
       `by ${digits(most)} for the worst. Colours, norms and differences come from the whole features.`;
   }
