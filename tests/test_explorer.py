@@ -9,6 +9,7 @@ import pytest
 from phreg_deploy.explorer import explore
 from phreg_deploy.explorer.packing import array, pack
 from phreg_deploy.explorer.page import render
+from tests.broken_bundles import BrokenBundle, scale_outputs
 from tests.cli_helpers import invoke, run_python
 
 pytestmark = pytest.mark.usefixtures("torch")
@@ -18,7 +19,9 @@ BLOCKED = ("torch", "timm", "onnx", "onnxscript", "safetensors", "torchvision")
 
 def data_of(page):
     """The JSON that the page's scripts read."""
-    return json.loads(re.search(r'<script type="application/json" id="data">(.*?)</script>', page, re.S)[1])
+    text = re.search(r'<script type="application/json" id="data">(.*?)</script>', page, re.S)[1]
+    assert not re.search(r"\b(NaN|Infinity)\b", re.sub(r'"[^"]*"', "", text)), "JSON has no such numbers"
+    return json.loads(text)
 
 
 def draw(channels, tokens=64, models=2):
@@ -126,6 +129,19 @@ def test_a_missed_gate_is_on_the_page(bundle, photos, tmp_path):
     assert "✗ 1 gates missed" in text or "✗ 2 gates missed" in text
     assert "<td>✗ missed</td>" in text
     assert "models" not in data_of(text)
+
+
+@pytest.mark.parametrize("outputs", [{"features": float("nan")}, {"features": 0.0, "token_norm": float("inf")}])
+def test_a_bundle_that_answers_nonsense_gets_a_page(bundle, student, photos, tmp_path, outputs):
+    broken = BrokenBundle(bundle, tmp_path / "broken")
+    scale_outputs(broken, **outputs)
+    page = tmp_path / "page.html"
+    words = ["explore", broken.save(), "--reference", student, "--images", photos, "--limit", "2", *HERE, "-o", page]
+    done = invoke(*words, "--json")
+    assert done.code == 3, done.err
+    data = data_of(page.read_text(encoding="utf-8"))
+    assert data["models"] == ["student", "bundle"]
+    assert "gates missed" in page.read_text(encoding="utf-8")
 
 
 def test_the_page_has_no_outside_addresses_and_no_way_out_of_its_scripts(bundle, photos):

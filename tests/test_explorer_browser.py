@@ -1,12 +1,14 @@
 """The page of ``explore`` in headless Chromium, opened from disk: clicks, keys, layers, labels, themes, no network."""
 
 import colorsys
+import io
 import itertools
 import json
 import re
 
 import numpy as np
 import pytest
+from PIL import Image
 
 from phreg_deploy.explorer import explore
 from phreg_deploy.images.pictures import HEAT
@@ -171,6 +173,10 @@ def test_difference_maps_have_the_reference_that_is_chosen(opened, explored):
     assert opened.evaluate("explorer.state.image") == 2
 
 
+def brightness(screenshot):
+    return np.asarray(Image.open(io.BytesIO(screenshot)).convert("L")).mean()
+
+
 def test_charts_and_themes(opened):
     assert opened.locator("#norm-charts canvas").count() == 3
     assert opened.locator("#percentile-charts canvas").count() == 1
@@ -179,10 +185,12 @@ def test_charts_and_themes(opened):
     assert [re.match(r"Norms after block \d: base up to [\d.]+ medians, student", name) is not None for name in names]
     ground = "getComputedStyle(document.body).backgroundColor"
     light = opened.evaluate(ground)
+    assert brightness(opened.screenshot()) > 200
     opened.click("#theme")
     dark = opened.evaluate(ground)
     assert (light, dark) == ("rgb(250, 250, 248)", "rgb(22, 24, 27)")
     assert opened.inner_text("#theme") == "Light"
+    assert brightness(opened.screenshot()) < 90
     opened.emulate_media(color_scheme="dark")
     opened.reload()
     opened.evaluate("window.ready")

@@ -19,13 +19,14 @@ def torch_commands(w):
         "export": ["export", w.student, "-o", w.out, "--json"],
         "artifacts": ["artifacts", w.base, "--images", w.photos, "--json"],
         "check": ["check", w.bundle, "--images", w.photos, "--reference", w.student, "--json"],
+        "explore": ["explore", w.bundle, "--images", w.photos, "--base", w.base, "-o", w.out, "--json"],
     }
 
 
 @pytest.mark.parametrize(
     ("module", "extras"),
     [
-        ("torch", {"distill": DISTILL, "export": EXPORT, "artifacts": DISTILL, "check": DISTILL}),
+        ("torch", {"distill": DISTILL, "export": EXPORT, "artifacts": DISTILL, "check": DISTILL, "explore": DISTILL}),
         ("timm", {"distill": DISTILL, "export": EXPORT, "artifacts": DISTILL, "check": DISTILL}),
         ("safetensors", {"distill": DISTILL, "export": EXPORT, "artifacts": DISTILL, "check": DISTILL}),
         ("onnx", {"export": EXPORT}),
@@ -52,6 +53,7 @@ def test_all_that_is_missing_is_named_at_once_with_one_line(world):
         "export": (f"'ml_dtypes', 'onnx', 'onnxscript', {distil}", "[export]"),
         "artifacts": (distil, "[distill]"),
         "check": (f"'onnxruntime', {distil}", "[distill,cpu]"),
+        "explore": (f"'onnxruntime', {distil}", "[distill,cpu]"),
         "export in INT8": (f"'ml_dtypes', 'onnx', 'onnxruntime', 'onnxscript', {distil}", "[export,calibration]"),
         "calibrate": ("'ml_dtypes', 'onnx', 'onnxruntime'", "[calibration]"),
         "demo": (f"'ml_dtypes', 'onnx', 'onnxruntime', 'onnxscript', {distil}", "[export,calibration]"),

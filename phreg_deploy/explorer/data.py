@@ -17,12 +17,14 @@ from phreg_deploy.bundle.heads import ServedHead
 from phreg_deploy.explorer.exploration import Exploration
 from phreg_deploy.explorer.packing import Packed, array, pack
 from phreg_deploy.images.pictures import HEAT, components, data_url, rgb_values, span
-from phreg_deploy.layers import DEPTH, SEGMENTATION, Layers
+from phreg_deploy.layers import DEPTH, Layers
 from phreg_deploy.verify.maps import Maps
 from phreg_deploy.verify.measuring import STUDENT
 
 # Bytes of all packed features before base64, which makes 4 of 3.
 BUDGET = 1_200_000
+# Tokens of a model that choose the colours.
+TOKENS = 10_000
 # Longest side of a photograph and of a label map, in pixels.
 PHOTOGRAPH, LABELS = 336, 224
 
@@ -90,7 +92,8 @@ def _packed(packed: Packed) -> dict[str, Any]:
 def _colours(maps: Maps, key: str) -> dict[str, Any]:
     """Features as colours, uint8 ``(M, Hp, Wp, 3)``, over one basis for all models and images."""
     features = _of_layer(maps, "features", key)
-    basis = components(list(features.values()))
+    flat = [value.reshape(-1, value.shape[-1]) for value in features.values()]
+    basis = components([tokens[:: max(1, len(tokens) // TOKENS)] for tokens in flat])
     low, high = span(list(features.values()), basis)
     drawn = {name: np.rint(rgb_values(value, basis, low, high)).astype(np.uint8) for name, value in features.items()}
     return {name: array(value) for name, value in drawn.items()}
@@ -100,7 +103,7 @@ def _norms(maps: Maps, key: str) -> dict[str, Any]:
     """Norms in medians of the first model's, float32 ``(M, Hp, Wp)``, and the share of outliers in each image."""
     norms = _of_layer(maps, "token_norm", key)
     first = next(iter(norms.values()))
-    median = max(float(np.median(first)) if key else maps.median, 1e-12)
+    median = max(float(np.median(first)) if key else float(np.nan_to_num(maps.median)), 1e-12)
     return {
         name: {
             "values": array((value / median).astype(np.float32)),
@@ -133,17 +136,16 @@ def _head(maps: Maps, served: ServedHead) -> dict[str, Any] | None:
     answers: dict[str, np.ndarray] = {}
     for model, outputs in maps.outputs.items():
         value = outputs.get(served.output)
-        if value is not None and (served.kind != SEGMENTATION or value.shape[-1] == len(served.classes)):
-            value = value.argmax(-1) if served.kind == SEGMENTATION else value
+        if value is not None:
             step = -(-max(value.shape[1:]) // LABELS)
-            answers[model] = value[:, ::step, ::step]
+            answers[model] = np.nan_to_num(value[:, ::step, ::step], posinf=0.0, neginf=0.0)
     if not answers:
         return None
     facts: dict[str, Any] = {"output": served.output, "kind": served.kind, "ignore": served.ignore}
     if served.kind == DEPTH:
-        low, high = np.nanquantile(np.concatenate([v.reshape(-1) for v in answers.values()]), (0.01, 0.99))
+        low, high = np.quantile(np.concatenate([v.reshape(-1) for v in answers.values()]), (0.01, 0.99))
         scale = max(high - low, 1e-9)
-        answers = {m: np.clip(255 * (np.nan_to_num(v, nan=low) - low) / scale, 0, 255) for m, v in answers.items()}
+        answers = {m: np.clip(255 * (v - low) / scale, 0, 255) for m, v in answers.items()}
         facts |= {"low": float(low), "high": float(high)}
     else:
         facts |= {"classes": list(served.classes), "colours": served.colours or _palette(len(served.classes))}

@@ -18,6 +18,8 @@ VARIANCE = 0.9999
 LEVELS = 127
 # The step grows by this factor until the codes fit the budget, at most to COARSEST: cosines are then off by about 0.04.
 GROWTH, COARSEST = 1.25, 0.1
+# Tokens of all models on which sizes are estimated.
+TOKENS = 20_000
 # Pairs of tokens on which the error of the cosines is measured.
 PAIRS = 20_000
 
@@ -67,31 +69,52 @@ def pack(features: Mapping[str, np.ndarray], reference: str, budget: int) -> Pac
         budget: bytes for all codes when they are deflated; coarser steps than ``COARSEST`` are not taken for it.
     """
     unit = {name: _unit(value) for name, value in features.items()}
-    tokens = np.concatenate([value.reshape(-1, value.shape[-1]) for value in unit.values()])
-    mean = tokens.mean(0)
-    variances, vectors = np.linalg.eigh(np.cov((tokens - mean).T))
-    variances = np.maximum(variances[::-1], 0)
-    total = max(float(variances.sum()), 1e-24)
-    count = min(int(np.searchsorted(np.cumsum(variances) / total, VARIANCE)) + 1, tokens.shape[1])
-    basis = vectors[:, ::-1][:, :count]
+    mean = np.mean([value.reshape(-1, value.shape[-1]).mean(0, dtype=np.float64) for value in unit.values()], axis=0)
+    mean = mean.astype(np.float32)
+    basis, total = _basis(list(unit.values()), mean)
     centred = {name: np.moveaxis((value - mean) @ basis, -1, 0) for name, value in unit.items()}
-    step = max(*(float(np.abs(value).max()) for value in centred.values()), 1e-9) / LEVELS
-    while True:
-        codes = {name: np.rint(value / step).astype(np.int8) for name, value in centred.items()}
-        origin, size = _origins(codes, reference)
-        if size <= budget or step * GROWTH > COARSEST:
-            break
-        step *= GROWTH
+    step = _step(centred, reference, budget)
+    codes = {name: np.rint(value / step).astype(np.int8) for name, value in centred.items()}
     used = max(1, *(int(np.flatnonzero(c.any((1, 2, 3))).max(initial=0)) + 1 for c in codes.values()))
+    codes = {name: np.ascontiguousarray(value[:used]) for name, value in codes.items()}
+    origin, _ = _origins(codes, reference)
     offset = basis[:, :used].T @ mean
     rest = float(np.linalg.norm(mean - basis[:, :used] @ offset))
-    codes = {name: np.ascontiguousarray(value[:used]) for name, value in codes.items()}
-    packed = Packed(codes, origin, step, offset.astype(np.float32), rest, tokens.shape[1])
-    held = [np.moveaxis(codes[name] * step, 0, -1) @ basis[:, :used].T + mean for name in unit]
-    lost = sum(float(((a - b) ** 2).sum()) for a, b in zip(unit.values(), held))
+    packed = Packed(codes, origin, step, offset, rest, len(mean))
+    # Of the variance, the components hold their own less what rounding takes.
+    held = sum(float((z[:used] ** 2).sum() - ((z[:used] - codes[m] * step) ** 2).sum()) for m, z in centred.items())
     errors = np.concatenate([_errors(value, packed.vectors(name)) for name, value in unit.items()])
-    kept = max(0.0, 1 - lost / max(float(((tokens - mean) ** 2).sum()), 1e-24))
-    return replace(packed, kept=kept, error_p99=float(np.quantile(errors, 0.99)), error_max=float(errors.max()))
+    usual, worst = float(np.quantile(errors, 0.99)), float(errors.max())
+    return replace(packed, kept=min(1.0, max(0.0, held / total)), error_p99=usual, error_max=worst)
+
+
+def _basis(unit: list[np.ndarray], mean: np.ndarray) -> tuple[np.ndarray, float]:
+    """Principal axes as columns ``(C, K)``, for all models, and the sum of squares of all centred tokens."""
+    square = np.zeros((len(mean), len(mean)))
+    for value in unit:
+        tokens = value.reshape(-1, value.shape[-1]) - mean
+        square += tokens.T @ tokens
+    variances, vectors = np.linalg.eigh(square)
+    variances = np.maximum(variances[::-1], 0)
+    total = max(float(variances.sum()), 1e-24)
+    count = min(int(np.searchsorted(np.cumsum(variances) / total, VARIANCE)) + 1, len(mean))
+    return vectors[:, ::-1][:, :count].astype(np.float32), total
+
+
+def _step(centred: dict[str, np.ndarray], reference: str, budget: int) -> float:
+    """The finest step whose codes fit 8 bits and the budget; sizes are estimated on some of the tokens."""
+    flat = {name: value.reshape(len(value), -1) for name, value in centred.items()}
+    tokens = next(iter(flat.values())).shape[1]
+    every = max(1, len(flat) * tokens // TOKENS)
+    some = {name: np.ascontiguousarray(value[:, ::every]) for name, value in flat.items()}
+    scale = tokens / next(iter(some.values())).shape[1]
+    step = max(*(float(np.abs(value).max()) for value in centred.values()), 1e-9) / LEVELS
+    while step * GROWTH <= COARSEST:
+        codes = {name: np.rint(value / step).astype(np.int8) for name, value in some.items()}
+        if scale * _origins(codes, reference)[1] <= budget:
+            break
+        step *= GROWTH
+    return step
 
 
 def array(values: np.ndarray) -> dict[str, Any]:
@@ -126,7 +149,7 @@ def _entropy(codes: np.ndarray) -> float:
 
 def _unit(features: np.ndarray) -> np.ndarray:
     # A broken bundle gets a page too.
-    values = np.nan_to_num(features.astype(np.float64), posinf=0.0, neginf=0.0)
+    values = np.nan_to_num(features.astype(np.float32), posinf=0.0, neginf=0.0)
     return values / np.maximum(np.linalg.norm(values, axis=-1, keepdims=True), 1e-12)  # type: ignore[no-any-return]
 
 

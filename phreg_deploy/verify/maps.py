@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 
 from phreg_deploy.images.photographs import Photographs
+from phreg_deploy.layers import FEATURES, HEADS, NORM, SEGMENTATION, kind_of
 from phreg_deploy.spec import Stored
 
 # Of the patch cosines over all images.
@@ -59,7 +60,8 @@ class Maps:
     """Outputs on M images, the worst first.
 
     ``images`` uint8 ``(M, H, W, 3)``, with their ``names`` and the sha256 of their files, ``digests``. ``outputs``: by
-    model ("base", "student", and each bundle) and by name of output, ``(M, ...)``. ``norms``: by model and number of
+    model ("base", "student", and each bundle) and by name of output, ``(M, ...)``: features, token norms and answers of
+    heads, of logits the class, uint8. ``norms``: by model and number of
     blocks, the pre-norm norms of the patch tokens of every measured image, flat. ``median``: the base model's median
     norm, else that of the first model. ``digest``: of all measured images.
     """
@@ -81,11 +83,14 @@ class Gallery:
     _kept: list[tuple[float, int, dict[str, dict[str, np.ndarray]]]] = field(default_factory=list)
 
     def add(self, index: int, badness: float, outputs: dict[str, dict[str, np.ndarray]]) -> None:
-        """Add one image by its index; of equally bad ones the first stay."""
-        entry = (badness, -index, outputs)
+        """Add one image by its index; of equally bad ones the first stay. Its outputs are copied if they are kept."""
+        if len(self._kept) == self.size and (self.size == 0 or (badness, -index) < self._kept[0][:2]):
+            return
+        own = {model: _shown(of_model) for model, of_model in outputs.items()}
+        entry = (badness, -index, own)
         if len(self._kept) < self.size:
             heapq.heappush(self._kept, entry)
-        elif self._kept and entry[:2] > self._kept[0][:2]:
+        else:
             heapq.heapreplace(self._kept, entry)
 
     def maps(self, photographs: Photographs, norms: dict[str, dict[int, np.ndarray]], median: float) -> Maps | None:
@@ -100,3 +105,15 @@ class Gallery:
         }
         images = np.stack([chosen.array(i) for i in range(len(chosen))])
         return Maps(tuple(chosen.names), tuple(chosen.digests), images, outputs, norms, median, photographs.digest())
+
+
+def _shown(outputs: Outputs) -> dict[str, np.ndarray]:
+    """Copy what a page shows of one image."""
+    shown = {}
+    for name, value in outputs.items():
+        kind = kind_of(name)
+        if kind == SEGMENTATION:
+            shown[name] = value.argmax(-1).astype(np.uint8)
+        elif kind in (FEATURES, NORM, *HEADS):
+            shown[name] = value.copy()
+    return shown
