@@ -1,6 +1,5 @@
 """The page of ``explore`` in headless Chromium, opened from disk: clicks, keys, layers, labels, themes, no network."""
 
-import colorsys
 import io
 import itertools
 import json
@@ -11,9 +10,10 @@ import pytest
 from PIL import Image
 
 from phreg_deploy.explorer import explore
+from phreg_deploy.images.overlays import voc_colours
 from phreg_deploy.images.pictures import HEAT
 from phreg_deploy.runtime import FeatureExtractor
-from tests.test_attach import NAMES, head
+from tests.head_helpers import NAMES, head
 
 pytestmark = pytest.mark.usefixtures("torch")
 MODELS = ("base", "student", "bundle")
@@ -156,8 +156,7 @@ def test_labels_lie_over_the_photograph(opened, explored):
             return Array.from(canvas.getContext("2d").getImageData(0, 0, canvas.width, canvas.height).data); }"""
     )
     opaque = np.array(opaque).reshape(64, 64, 4)[2::4, 2::4, :3]
-    hue = [colorsys.hsv_to_rgb(0.618034 * i % 1, 0.75, 0.95 if i % 2 else 0.7) for i in range(len(NAMES))]
-    assert np.abs(opaque - 255 * np.array(hue)[labels]).max() <= 1
+    assert np.abs(opaque - np.array(voc_colours())[labels]).max() <= 1
 
 
 def test_difference_maps_have_the_reference_that_is_chosen(opened, explored):

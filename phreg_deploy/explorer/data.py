@@ -5,7 +5,6 @@ M images, (Hp, Wp) patch grid.
 
 from __future__ import annotations
 
-import colorsys
 from itertools import combinations
 from typing import Any
 
@@ -16,6 +15,7 @@ from phreg_deploy.artifacts.measures import cosine, outlier_mask
 from phreg_deploy.bundle.heads import ServedHead
 from phreg_deploy.explorer.exploration import Exploration
 from phreg_deploy.explorer.packing import Packed, array, pack
+from phreg_deploy.images.overlays import voc_colours
 from phreg_deploy.images.pictures import HEAT, components, data_url, rgb_values, span
 from phreg_deploy.layers import DEPTH, Layers
 from phreg_deploy.verify.maps import Maps
@@ -148,11 +148,5 @@ def _head(maps: Maps, served: ServedHead) -> dict[str, Any] | None:
         answers = {m: np.clip(255 * (v - low) / scale, 0, 255) for m, v in answers.items()}
         facts |= {"low": float(low), "high": float(high)}
     else:
-        facts |= {"classes": list(served.classes), "colours": served.colours or _palette(len(served.classes))}
+        facts |= {"classes": list(served.classes), "colours": served.colours or voc_colours()[: len(served.classes)]}
     return {**facts, "maps": {model: array(value.astype(np.uint8)) for model, value in answers.items()}}
-
-
-def _palette(count: int) -> list[list[int]]:
-    """Colours for classes that have none: hues apart by the golden angle, in two brightnesses."""
-    shades = [colorsys.hsv_to_rgb(0.618034 * i % 1, 0.75, 0.95 if i % 2 else 0.7) for i in range(count)]
-    return [[round(255 * part) for part in shade] for shade in shades]
