@@ -164,8 +164,8 @@ def table(caption: str, columns: Row, rows: Sequence[Row], classes: Sequence[str
     body = ""
     for i, (first, *rest) in enumerate(rows):
         kind = f' class="{classes[i]}"' if classes and classes[i] else ""
-        cells = "".join(f"<td>{html.escape(str(cell))}</td>" for cell in rest)
-        body += f"<tr{kind}><th scope=row>{html.escape(str(first))}</th>{cells}</tr>"
+        cells = "".join(f"<td{_kind(cell)}>{html.escape(cell)}</td>" for cell in rest)
+        body += f"<tr{kind}><th scope=row>{html.escape(first)}</th>{cells}</tr>"
     heads = f"<thead><tr>{head}</tr></thead>" if any(columns) else ""
     name = f"<caption>{html.escape(caption)}</caption>" if caption else ""
     return f'<div class="wide" tabindex=0><table>{name}{heads}<tbody>{body}</tbody></table></div>'
@@ -181,6 +181,11 @@ def _folded(name: str, columns: Row, rows: Sequence[Row], buttons: Sequence[int 
             text = text.replace(heading, button, 1)
     mark = " open" if open_ and len(rows) <= SHOWN else ""
     return f"<details{mark}><summary>{html.escape(name)} ({len(rows)})</summary>{text}</details>"
+
+
+def _kind(cell: str) -> str:
+    """The class of numbers, which are not broken at a minus sign."""
+    return " class=number" if cell[:1].isdigit() and len(cell) < SHOWN else ""
 
 
 def _passed(passed: bool) -> str:
