@@ -15,10 +15,11 @@ from phreg_deploy.calibration import calibrate
 from phreg_deploy.calibration.search import EvalSet, compare, run_session
 from phreg_deploy.errors import PhregError
 from phreg_deploy.export import export
+from phreg_deploy.extraction.sources import find_images
+from phreg_deploy.extraction.task import parse_outputs
 from phreg_deploy.models.answers import model_answers
 from phreg_deploy.models.loading import load_model, model_preprocess
 from phreg_deploy.runtime import FeatureExtractor
-from phreg_deploy.runtime.extraction import find_images, parse_outputs
 from phreg_deploy.runtime.parity import judge_exam, missed_gates
 from tests.broken_bundles import BrokenBundle, scale_outputs
 from tests.bundle_changes import rewrite_bundle
@@ -229,8 +230,8 @@ def test_files_of_layers_do_not_replace_each_other(photos, tmp_path):
     picture = next(iter(sorted(photos.glob("*.png"))))
     for name in ("a.png", "a.features.4.png"):
         shutil.copyfile(picture, tmp_path / name)
-    names = find_images([tmp_path], ("features", "features.4"))
-    files = {f"{name}.npy" for name in names.values()} | {f"{name}.features.4.npy" for name in names.values()}
+    names = [image.name for image in find_images([tmp_path], ("features", "features.4"))]
+    files = {f"{name}.npy" for name in names} | {f"{name}.features.4.npy" for name in names}
     assert len(files) == 4
 
 

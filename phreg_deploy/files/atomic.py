@@ -13,7 +13,15 @@ from phreg_deploy.files.renames import claim, exchange
 from phreg_deploy.files.temporary import make_locked_file, make_locked_folder, open_locked, remove_dead, temporary
 
 # A file that marks an output of this project: a student, a bundle, extracted features, the demo.
-MARKS = ("phreg.json", "manifest.json", "features.json", "demo.json", "head.json", "evaluation.json")
+MARKS = (
+    "phreg.json",
+    "manifest.json",
+    "features.json",
+    "extraction.json",
+    "demo.json",
+    "head.json",
+    "evaluation.json",
+)
 # Attempts at a name that other processes write too.
 ATTEMPTS = 100
 

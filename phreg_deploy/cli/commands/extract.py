@@ -9,7 +9,7 @@ import click
 
 from phreg_deploy.cli.console import Result
 from phreg_deploy.cli.options import force_option, output_options, tuning_options
-from phreg_deploy.cli.tables.extract import show_extraction, skipped_error
+from phreg_deploy.cli.tables.extract import show_extraction, show_shard, skipped_error
 from phreg_deploy.errors import PhregError
 from phreg_deploy.files.atomic import check_target
 
@@ -49,6 +49,8 @@ from phreg_deploy.files.atomic import check_target
 )
 @click.option("--exif/--no-exif", default=None, help="Turn photographs upright by EXIF; by default as the bundle says.")
 @click.option("--skip-bad", is_flag=True, help="Exit with 0 although files could not be read.")
+@click.option("--max-bad", help="Stop when more files cannot be read: a number, or 1% of all; else exit with 0.")
+@click.option("--shard", help="Extract one part of the images, e.g. 3/16, beside other processes; see docs/scale.md.")
 @click.option("--resume", is_flag=True, help="Keep what an interrupted run wrote, and extract the rest.")
 @force_option
 @output_options
@@ -70,15 +72,18 @@ def extract(
     pictures: bool,
     exif: bool | None,
     skip_bad: bool,
+    max_bad: str | None,
+    shard: str | None,
     resume: bool,
     force: bool,
     as_json: bool,
     quiet: bool,
 ) -> None:
-    """Write the dense features of IMAGES, files or folders, as NAME.npy, and an index of them, features.json.
+    """Write the dense features of IMAGES as NAME.npy, and an index of them, features.json.
 
-    Sub-folders keep their paths. A file that cannot be read is left out, whether it was named or found in a folder; all
-    others are written, each such file is listed, and the exit code is 2, or 0 with --skip-bad.
+    IMAGES are files, folders, or tar archives as WebDataset writes them. Sub-folders keep their paths. A file that
+    cannot be read is left out, whether it was named or found in a folder; all others are written, each such file is
+    listed, and the exit code is 2, or 0 with --skip-bad, or with --max-bad up to that limit.
 
     \b
     Examples:
@@ -86,28 +91,40 @@ def extract(
       phreg-deploy extract student.bundle photos/ -o features/ --outputs features,cls,token_norm --dtype float16
       phreg-deploy extract student.bundle aerial.jpg -o features/ --window 518 --stride 259
       phreg-deploy extract layers.bundle photos/ -o features/ --outputs features.6,features.12,attention
+      phreg-deploy extract student.bundle shard-*.tar -o features/ --shard 3/16 --resume --max-bad 1%
     """
-    from phreg_deploy.runtime.extraction import check_fit_and_window, extract_images, find_images, parse_outputs
+    from phreg_deploy.extraction.bad_files import check_max_bad
+    from phreg_deploy.extraction.extraction import extract_images
+    from phreg_deploy.extraction.sharded import extract_shard
+    from phreg_deploy.extraction.shards import Shard
+    from phreg_deploy.extraction.sources import find_images
+    from phreg_deploy.extraction.task import ExtractionOptions, parse_outputs
     from phreg_deploy.runtime.features import FeatureExtractor
     from phreg_deploy.spec import parse_size
 
     result = Result(as_json, quiet)
     if resume and force:
         raise PhregError("extract: got --resume and --force; expected one of them. --force starts over.")
+    if skip_bad and max_bad is not None:
+        raise PhregError("extract: got --skip-bad and --max-bad; expected one of them. --skip-bad sets no limit.")
     # Loading takes seconds, so the arguments are checked first.
-    check_target(output, force or resume, [bundle, *images])
+    part = None if shard is None else Shard.parse(shard)
+    check_max_bad(max_bad)
+    check_target(output, force or resume or part is not None, [bundle, *images])
     size, tile, step = (parse_size(text) if text else None for text in (image_size, window, stride))
-    check_fit_and_window(size, fit, tile, step)
-    names = parse_outputs(outputs)
-    paths = find_images(images, names)
-    reading: dict[str, Any] = {"size": size, "fit": fit, "window": tile, "stride": step}
-    files: dict[str, Any] = {"outputs": names, "dtype": dtype, "pictures": pictures, "force": force, "resume": resume}
+    options = ExtractionOptions(size, fit, tile, step, parse_outputs(outputs), dtype, pictures)
+    options.check()
+    sources = find_images(images, options.outputs)
+    how: dict[str, Any] = {"max_bad": max_bad, "force": force, "resume": resume, "progress": result.progress}
     with FeatureExtractor.load(
         bundle, backend, threads=threads, compute=compute, mode=mode, device=device, exif=exif
     ) as extractor:
         result.chosen(extractor.choice, backend)
-        index = extract_images(extractor, paths, output, progress=result.progress, **reading, **files)
-    show_extraction(index, result)
-    if index.skipped and not skip_bad:
+        if part is None:
+            index: Any = extract_images(extractor, sources, output, options, **how)
+        else:
+            index = extract_shard(extractor, sources, output, options, part, **how)
+    (show_extraction if part is None else show_shard)(index, result)
+    if index.skipped and not skip_bad and max_bad is None:
         raise skipped_error(index)
     result.json(index.to_json())

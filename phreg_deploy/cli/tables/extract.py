@@ -8,7 +8,8 @@ from phreg_deploy.cli.console import Result, percent
 from phreg_deploy.errors import PhregError
 
 if TYPE_CHECKING:
-    from phreg_deploy.runtime.extraction import Extraction
+    from phreg_deploy.extraction.extraction import Extraction
+    from phreg_deploy.extraction.sharded import ShardExtraction
 
 # Images that the table lists.
 ROWS = 20
@@ -22,12 +23,25 @@ def show_extraction(index: Extraction, result: Result) -> None:
         result.say(f"Left out: {reason}")
 
 
-def skipped_error(index: Extraction) -> PhregError:
+def show_shard(done: ShardExtraction, result: Result) -> None:
+    """What this process did of its shard, every file that was left out, and whether the index is there."""
+    row = [done.images, done.kept, done.extracted, len(done.skipped)]
+    result.table(f"Shard {done.shard} of {done.output}", ["images", "kept", "extracted", "left out"], [row])
+    for reason in done.skipped.values():
+        result.say(f"Left out: {reason}")
+    if done.joined:
+        result.say(f"Every shard is done; features.json in {done.output} lists all images.")
+    else:
+        result.say("Other shards are not done; the process that finishes the last one writes features.json.")
+
+
+def skipped_error(index: Extraction | ShardExtraction) -> PhregError:
     """The error that names the unreadable files; its report is the index."""
-    names, count = list(index.skipped), len(index.skipped) + len(index.images)
+    done = index.images if isinstance(index.images, int) else len(index.images) + len(index.skipped)
+    names = list(index.skipped)
     more = f" and {len(names) - 5} more" if len(names) > 5 else ""
     return PhregError(
-        f"extract: {len(names)} of {count} files cannot be read: {', '.join(names[:5])}{more}. {index.output} holds "
-        "the features of the others. Fix or remove these files, or add --skip-bad.",
+        f"extract: {len(names)} of {done} files cannot be read: {', '.join(names[:5])}{more}. {index.output} holds "
+        "the features of the others. Fix or remove these files, or add --skip-bad or --max-bad.",
         index.to_json(),
     )

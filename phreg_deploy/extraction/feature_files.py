@@ -7,7 +7,7 @@ import io
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 from PIL import Image
@@ -23,6 +23,13 @@ from phreg_deploy.runtime.dense_features import DenseFeatures
 MASK = "mask"
 # Types that ``--dtype`` does not change.
 FIXED_DTYPES = {"token_norm": "float32", MASK: "bool", LABELS: "uint8"}
+
+
+class Stamped(Protocol):
+    """An image with a ``stamp``; see ``stamp_of``."""
+
+    @property
+    def stamp(self) -> list[int]: ...
 
 
 @dataclass(frozen=True)
@@ -48,12 +55,12 @@ class FeatureWriter:
         self.basis: np.ndarray | None = None
 
     def write(
-        self, path: Path, files: dict[str, str], image: Image.Image | np.ndarray, dense: DenseFeatures
+        self, source: Stamped, files: dict[str, str], image: Image.Image | np.ndarray, dense: DenseFeatures
     ) -> ExtractedImage:
         """Write what ``files`` of ``file_names`` asks for.
 
         Args:
-            path: the image's file. image: its pixels, for the picture.
+            source: the image's source, whose text is its name. image: its pixels, for the picture.
 
         Raises:
             PhregError: values beyond float16.
@@ -68,7 +75,7 @@ class FeatureWriter:
             else:
                 _save(self.folder / file, arrays[kind][0], FIXED_DTYPES.get(kind_of(kind), self.dtype))
         shape, rate = list(dense.features.shape[1:]), float(dense.artifact_rate[0])
-        return ExtractedImage(str(path), files, shape, rate, stamp_of(path))
+        return ExtractedImage(str(source), files, shape, rate, source.stamp)
 
 
 def stamp_of(path: Path) -> list[int]:
