@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 
 from phreg_deploy.errors import PhregError
-from phreg_deploy.extraction.archives import ArchiveReader, list_members
-from phreg_deploy.extraction.sources import find_images
+from phreg_deploy.extraction.inputs.archives import ArchiveReader, list_members
+from phreg_deploy.extraction.inputs.sources import find_images
 from tests.cli_helpers import photograph
 from tests.extraction_helpers import extract, files_of, index_of
 

@@ -15,7 +15,7 @@ from phreg_deploy.calibration import calibrate
 from phreg_deploy.calibration.search import EvalSet, compare, run_session
 from phreg_deploy.errors import PhregError
 from phreg_deploy.export import export
-from phreg_deploy.extraction.sources import find_images
+from phreg_deploy.extraction.inputs.sources import find_images
 from phreg_deploy.extraction.task import parse_outputs
 from phreg_deploy.models.answers import model_answers
 from phreg_deploy.models.loading import load_model, model_preprocess

@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 
 from phreg_deploy.errors import PhregError
-from phreg_deploy.extraction.bad_files import BadFiles, check_max_bad
-from phreg_deploy.extraction.shards import Shard
+from phreg_deploy.extraction.inputs.bad_files import BadFiles, check_max_bad
+from phreg_deploy.extraction.inputs.shards import Shard
 from tests.cli_helpers import leftovers, photograph
 from tests.extraction_helpers import extract, files_of, index_of, journaled, journals, kill_in
 
@@ -56,8 +56,8 @@ def assert_same(out, plain):
 
 def test_shards_at_once_write_what_one_process_writes(bundle, images, plain, tmp_path):
     """Threads call the command at once; each opens the lock anew, as a process does."""
+    from phreg_deploy.extraction.inputs.sources import find_images
     from phreg_deploy.extraction.sharded import extract_shard
-    from phreg_deploy.extraction.sources import find_images
     from phreg_deploy.extraction.task import ExtractionOptions
     from phreg_deploy.runtime import FeatureExtractor
 

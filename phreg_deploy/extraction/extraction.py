@@ -11,10 +11,10 @@ from pathlib import Path
 from typing import Any
 
 from phreg_deploy.errors import Interrupted, PhregError
-from phreg_deploy.extraction.archives import ArchiveReader
-from phreg_deploy.extraction.bad_files import BadFiles
 from phreg_deploy.extraction.feature_files import ExtractedImage, FeatureWriter, file_names
-from phreg_deploy.extraction.sources import ImageSource
+from phreg_deploy.extraction.inputs.archives import ArchiveReader
+from phreg_deploy.extraction.inputs.bad_files import BadFiles
+from phreg_deploy.extraction.inputs.sources import ImageSource
 from phreg_deploy.extraction.task import ExtractionOptions, ExtractionTask
 from phreg_deploy.files.atomic import atomic_folder
 from phreg_deploy.progress import SILENT, Progress

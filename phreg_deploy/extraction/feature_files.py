@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import io
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -14,13 +13,12 @@ from PIL import Image
 
 from phreg_deploy.bundle.heads import ServedHead
 from phreg_deploy.errors import PhregError
+from phreg_deploy.extraction.inputs.sources import MASK
 from phreg_deploy.images.overlays import draw_answer
 from phreg_deploy.images.pictures import colours, components, heat, sheet
 from phreg_deploy.layers import LABELS, kind_of
 from phreg_deploy.runtime.dense_features import DenseFeatures
 
-# The name of the mask among the outputs; it is none of the graph's.
-MASK = "mask"
 # Types that ``--dtype`` does not change.
 FIXED_DTYPES = {"token_norm": "float32", MASK: "bool", LABELS: "uint8"}
 
@@ -65,24 +63,16 @@ class FeatureWriter:
         Raises:
             PhregError: values beyond float16.
         """
-        others = {MASK: dense.mask, LABELS: dense.labels}
-        arrays = dense.outputs() | {name: value for name, value in others.items() if value is not None}
+        arrays = output_arrays(dense, [kind for kind in files if kind != "picture"], self.dtype)
         for kind, file in files.items():
             (self.folder / file).parent.mkdir(parents=True, exist_ok=True)
             if kind == "picture":
                 self.basis = components([dense.features[0]]) if self.basis is None else self.basis
                 _picture(image, dense, self.basis, self.heads).save(self.folder / file)
             else:
-                _save(self.folder / file, arrays[kind][0], FIXED_DTYPES.get(kind_of(kind), self.dtype))
+                _save(self.folder / file, arrays[kind])
         shape, rate = list(dense.features.shape[1:]), float(dense.artifact_rate[0])
         return ExtractedImage(str(source), files, shape, rate, source.stamp)
-
-
-def stamp_of(path: Path) -> list[int]:
-    """A file's size in bytes and the time of its last change in nanoseconds; they change when it is replaced."""
-    with contextlib.suppress(OSError):
-        return [path.stat().st_size, path.stat().st_mtime_ns]
-    return []
 
 
 def file_name(name: str, kind: str) -> str:
@@ -95,14 +85,28 @@ def file_names(name: str, outputs: tuple[str, ...], pictures: bool) -> dict[str,
     return {kind: file_name(name, kind) for kind in outputs} | ({"picture": f"{name}.png"} if pictures else {})
 
 
-def _save(path: Path, array: np.ndarray, dtype: str) -> None:
-    """Write one ``.npy`` at once: ``np.save`` to a file does not report a full disk as such."""
+def output_arrays(dense: DenseFeatures, outputs: Sequence[str], dtype: str) -> dict[str, np.ndarray]:
+    """The arrays of the first image by output, in the types that are written. ``dtype``: of all without a fixed one.
+
+    Raises ``PhregError`` for values beyond float16.
+    """
+    others = {MASK: dense.mask, LABELS: dense.labels}
+    arrays = dense.outputs() | {name: value for name, value in others.items() if value is not None}
+    return {kind: _narrow(arrays[kind][0], FIXED_DTYPES.get(kind_of(kind), dtype)) for kind in outputs}
+
+
+def _narrow(array: np.ndarray, dtype: str) -> np.ndarray:
     with np.errstate(over="ignore"):
         narrow = array.astype(dtype)
     if not np.isfinite(narrow).all() and np.isfinite(array).all():
         raise PhregError(f"dtype: features reach {np.abs(array).max():.0f}, beyond float16; use --dtype float32.")
+    return narrow
+
+
+def _save(path: Path, array: np.ndarray) -> None:
+    """Write one ``.npy`` at once: ``np.save`` to a file does not report a full disk as such."""
     data = io.BytesIO()
-    np.save(data, narrow, allow_pickle=False)
+    np.save(data, array, allow_pickle=False)
     path.write_bytes(data.getbuffer())
 
 

@@ -8,8 +8,8 @@ from pathlib import Path
 
 from phreg_deploy.errors import PhregError
 from phreg_deploy.extraction.extraction import INDEX
+from phreg_deploy.extraction.inputs.shards import Shard
 from phreg_deploy.extraction.parts import PARTS, PLAN, Journal, journal_path, read_groups
-from phreg_deploy.extraction.shards import Shard
 from phreg_deploy.files.temporary import make_locked_file, remove_dead
 from phreg_deploy.json_files import read_json
 
@@ -39,7 +39,7 @@ def join_parts(output: Path) -> bool:
         "output": str(output),
         "backend": ", ".join(sorted(set(whole.backends))),
         "settings": plan["settings"],
-        "format": plan["output_format"],
+        "format": plan["format"],
         "shards": plan["shards"],
         "complete": True,
         "skipped": whole.skipped,

@@ -19,8 +19,8 @@ from pathlib import Path
 from typing import Any
 
 from phreg_deploy.errors import PhregError
-from phreg_deploy.extraction.shards import Shard
-from phreg_deploy.extraction.sources import ImageSource
+from phreg_deploy.extraction.inputs.shards import Shard
+from phreg_deploy.extraction.inputs.sources import ImageSource
 from phreg_deploy.files.atomic import check_target
 from phreg_deploy.files.temporary import make_locked_folder, open_locked
 from phreg_deploy.json_files import read_json
@@ -93,7 +93,7 @@ class Part(AbstractContextManager["Part"]):
         self.scratch = self.path.with_suffix(".writing")
         self.done: dict[str, dict[str, Any]] = {}
         self._locked = self._file = -1
-        _agree(output, {"format": 1, "shards": shard.count, **plan})
+        _agree(output, {"version": 1, "shards": shard.count, **plan})
         lock = self.path.with_suffix(".lock")
         lock.touch()
         try:

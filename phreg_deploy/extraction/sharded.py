@@ -5,19 +5,18 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 from phreg_deploy.errors import Interrupted, PhregError, write_error
-from phreg_deploy.extraction.archives import ArchiveReader
-from phreg_deploy.extraction.bad_files import BadFiles
-from phreg_deploy.extraction.feature_files import FeatureWriter, file_names
+from phreg_deploy.extraction.formats import ImageWriter, check_format, open_writer
+from phreg_deploy.extraction.inputs.archives import ArchiveReader
+from phreg_deploy.extraction.inputs.bad_files import BadFiles
+from phreg_deploy.extraction.inputs.shards import Shard
+from phreg_deploy.extraction.inputs.sources import ImageSource
 from phreg_deploy.extraction.joining import join_parts
 from phreg_deploy.extraction.parts import Part
-from phreg_deploy.extraction.shards import Shard
-from phreg_deploy.extraction.sources import ImageSource
 from phreg_deploy.extraction.task import ExtractionOptions, ExtractionTask
 from phreg_deploy.progress import SILENT, Progress
-from phreg_deploy.runtime.dense_features import DenseFeatures
 from phreg_deploy.runtime.features import FeatureExtractor
 
 
@@ -44,31 +43,6 @@ class ShardExtraction:
         return asdict(self)
 
 
-class ImageWriter(Protocol):
-    """Writes one image after another into a part."""
-
-    def add(self, source: ImageSource, pixels: Any, dense: DenseFeatures) -> None: ...
-
-    def flush(self) -> None:
-        """Publish what is not yet published."""
-
-
-class NpyWriter:
-    """``NAME.npy`` for each image and output; each image is published at once."""
-
-    def __init__(self, part: Part, task: ExtractionTask) -> None:
-        self.part, self.task = part, task
-        self.files = FeatureWriter(part.scratch, task.dtype, task.extractor.manifest.heads)
-
-    def add(self, source: ImageSource, pixels: Any, dense: DenseFeatures) -> None:
-        files = file_names(source.name, self.task.outputs, self.task.pictures)
-        image = self.files.write(source, files, pixels, dense)
-        self.part.publish(list(files.values()), [{"name": source.name, **image.to_json()}])
-
-    def flush(self) -> None:
-        pass
-
-
 def extract_shard(
     extractor: FeatureExtractor,
     images: Sequence[ImageSource],
@@ -76,6 +50,7 @@ def extract_shard(
     options: ExtractionOptions,
     shard: Shard,
     *,
+    format: str = "npy",
     max_bad: str | None = None,
     force: bool = False,
     resume: bool = False,
@@ -87,6 +62,7 @@ def extract_shard(
 
     Args:
         images: all images of all shards, see ``find_images``.
+        format: of ``formats.FORMATS``.
         max_bad: the largest number of unreadable files in this shard, or "1%" of its images; None for any number.
         force: start this shard over. Other shards are not touched.
 
@@ -95,17 +71,18 @@ def extract_shard(
             shards were begun with other options; or as ``extract_images``.
         Interrupted: by Ctrl-C; its report is what is done.
     """
+    check_format(format, options)
     task = ExtractionTask(extractor, options)
     mine = [image for image in images if shard.holds(image.key)]
     bad = BadFiles(max_bad, len(mine))
     result = ShardExtraction(str(output), extractor.backend, task.settings, str(shard), len(mine), skipped=bad.files)
-    plan = {"settings": task.settings, "output_format": "npy"}
+    plan = {"settings": task.settings, "format": format}
     try:
         with Part(output, shard, plan, extractor.backend, resume=resume, force=force) as part:
             part.begin(mine, resume)
             result.kept = len(part.done)
             try:
-                _extract(task, part, mine, bad, progress)
+                _extract(task, part, mine, bad, open_writer(format, part, task), progress)
             finally:
                 result.extracted = len(part.done) - result.kept
             if not bad.too_many:
@@ -125,10 +102,14 @@ def extract_shard(
 
 
 def _extract(
-    task: ExtractionTask, part: Part, images: Sequence[ImageSource], bad: BadFiles, progress: Progress
+    task: ExtractionTask,
+    part: Part,
+    images: Sequence[ImageSource],
+    bad: BadFiles,
+    writer: ImageWriter,
+    progress: Progress,
 ) -> None:
     """Extract what is not done; stop at too many bad files."""
-    writer: ImageWriter = NpyWriter(part, task)
     with ArchiveReader() as archives, progress.task("extracting", len(images)) as advance:
         advance(len(part.done))
         try:

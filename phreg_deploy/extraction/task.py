@@ -10,9 +10,8 @@ from typing import Any
 
 from phreg_deploy.bundle.heads import NAME
 from phreg_deploy.errors import PhregError
-from phreg_deploy.extraction.archives import ArchiveReader
-from phreg_deploy.extraction.feature_files import MASK
-from phreg_deploy.extraction.sources import OUTPUTS, ImageSource
+from phreg_deploy.extraction.inputs.archives import ArchiveReader
+from phreg_deploy.extraction.inputs.sources import MASK, OUTPUTS, ImageSource
 from phreg_deploy.images.fitting import check_fit
 from phreg_deploy.images.intake import rgb
 from phreg_deploy.layers import ATTENTION, HEADS, LABELS, SEGMENTATION

@@ -49,6 +49,14 @@ from phreg_deploy.files.atomic import check_target
 )
 @click.option("--exif/--no-exif", default=None, help="Turn photographs upright by EXIF; by default as the bundle says.")
 @click.option("--skip-bad", is_flag=True, help="Exit with 0 although files could not be read.")
+@click.option(
+    "--format",
+    "kind",
+    type=click.Choice(["npy", "parquet", "zarr"]),
+    default="npy",
+    show_default=True,
+    help="Files for each image, or many images in a file.",
+)
 @click.option("--max-bad", help="Stop when more files cannot be read: a number, or 1% of all; else exit with 0.")
 @click.option("--shard", help="Extract one part of the images, e.g. 3/16, beside other processes; see docs/scale.md.")
 @click.option("--resume", is_flag=True, help="Keep what an interrupted run wrote, and extract the rest.")
@@ -72,6 +80,7 @@ def extract(
     pictures: bool,
     exif: bool | None,
     skip_bad: bool,
+    kind: str,
     max_bad: str | None,
     shard: str | None,
     resume: bool,
@@ -93,11 +102,12 @@ def extract(
       phreg-deploy extract layers.bundle photos/ -o features/ --outputs features.6,features.12,attention
       phreg-deploy extract student.bundle shard-*.tar -o features/ --shard 3/16 --resume --max-bad 1%
     """
-    from phreg_deploy.extraction.bad_files import check_max_bad
     from phreg_deploy.extraction.extraction import extract_images
+    from phreg_deploy.extraction.formats import check_format
+    from phreg_deploy.extraction.inputs.bad_files import check_max_bad
+    from phreg_deploy.extraction.inputs.shards import Shard
+    from phreg_deploy.extraction.inputs.sources import find_images
     from phreg_deploy.extraction.sharded import extract_shard
-    from phreg_deploy.extraction.shards import Shard
-    from phreg_deploy.extraction.sources import find_images
     from phreg_deploy.extraction.task import ExtractionOptions, parse_outputs
     from phreg_deploy.runtime.features import FeatureExtractor
     from phreg_deploy.spec import parse_size
@@ -108,12 +118,13 @@ def extract(
     if skip_bad and max_bad is not None:
         raise PhregError("extract: got --skip-bad and --max-bad; expected one of them. --skip-bad sets no limit.")
     # Loading takes seconds, so the arguments are checked first.
-    part = None if shard is None else Shard.parse(shard)
+    part = Shard.parse(shard or "1/1") if shard or kind != "npy" else None
     check_max_bad(max_bad)
     check_target(output, force or resume or part is not None, [bundle, *images])
     size, tile, step = (parse_size(text) if text else None for text in (image_size, window, stride))
     options = ExtractionOptions(size, fit, tile, step, parse_outputs(outputs), dtype, pictures)
     options.check()
+    check_format(kind, options)
     sources = find_images(images, options.outputs)
     how: dict[str, Any] = {"max_bad": max_bad, "force": force, "resume": resume, "progress": result.progress}
     with FeatureExtractor.load(
@@ -123,7 +134,7 @@ def extract(
         if part is None:
             index: Any = extract_images(extractor, sources, output, options, **how)
         else:
-            index = extract_shard(extractor, sources, output, options, part, **how)
+            index = extract_shard(extractor, sources, output, options, part, format=kind, **how)
     (show_extraction if part is None else show_shard)(index, result)
     if index.skipped and not skip_bad and max_bad is None:
         raise skipped_error(index)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -9,11 +10,12 @@ from pathlib import Path
 
 from phreg_deploy.arguments import refuse_url
 from phreg_deploy.errors import PhregError
-from phreg_deploy.extraction.archives import Member, is_archive, list_members
-from phreg_deploy.extraction.feature_files import MASK, stamp_of
+from phreg_deploy.extraction.inputs.archives import Member, is_archive, list_members
 from phreg_deploy.images.photographs import list_images
 
 OUTPUTS = ("features", "cls", "token_norm")
+# The name of the mask among the outputs; it is none of the graph's.
+MASK = "mask"
 
 
 @dataclass(frozen=True)
@@ -72,6 +74,13 @@ def find_images(images: Iterable[Path], outputs: Sequence[str] = ()) -> list[Ima
             taken.add(name.lower())
             found.append(source if count == 1 else replace(source, name=name))
     return found
+
+
+def stamp_of(path: Path) -> list[int]:
+    """A file's size in bytes and the time of its last change in nanoseconds; they change when it is replaced."""
+    with contextlib.suppress(OSError):
+        return [path.stat().st_size, path.stat().st_mtime_ns]
+    return []
 
 
 def _listed(given: Path) -> Iterator[ImageSource]:
