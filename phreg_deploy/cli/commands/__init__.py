@@ -17,7 +17,7 @@ VERBS = {
     "check": _NOTHING,
     "explore": _ATOMIC,
     "profile": _NOTHING,
-    "extract": "Without --shard, nothing was written to OUTPUT; run the command again.",
+    "extract": "OUTPUT keeps what --shard or --ray finished, and nothing otherwise; run the command again.",
     "watch": _NOTHING,
     "artifacts": _NOTHING,
     "evaluate": "No report was written. Features that were computed stay in the cache; run the command again.",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +10,7 @@ import click
 
 from phreg_deploy.cli.console import Result
 from phreg_deploy.cli.options import force_option, output_options, tuning_options
-from phreg_deploy.cli.tables.extract import show_extraction, show_shard, skipped_error
+from phreg_deploy.cli.tables.extract import show_extraction, show_ray, show_shard, skipped_error
 from phreg_deploy.errors import PhregError
 from phreg_deploy.files.atomic import check_target
 
@@ -59,6 +60,7 @@ from phreg_deploy.files.atomic import check_target
 )
 @click.option("--max-bad", help="Stop when more files cannot be read: a number, or 1% of all; else exit with 0.")
 @click.option("--shard", help="Extract one part of the images, e.g. 3/16, beside other processes; see docs/scale.md.")
+@click.option("--ray", type=click.IntRange(1), help="Extract by so many actors of Ray Data; see docs/scale.md.")
 @click.option("--resume", is_flag=True, help="Keep what an interrupted run wrote, and extract the rest.")
 @force_option
 @output_options
@@ -83,6 +85,7 @@ def extract(
     kind: str,
     max_bad: str | None,
     shard: str | None,
+    ray: int | None,
     resume: bool,
     force: bool,
     as_json: bool,
@@ -107,6 +110,7 @@ def extract(
     from phreg_deploy.extraction.inputs.bad_files import check_max_bad
     from phreg_deploy.extraction.inputs.shards import Shard
     from phreg_deploy.extraction.inputs.sources import find_images
+    from phreg_deploy.extraction.ray_data import RayRequest, check_ray, extract_on_ray
     from phreg_deploy.extraction.sharded import extract_shard
     from phreg_deploy.extraction.task import ExtractionOptions, parse_outputs
     from phreg_deploy.runtime.features import FeatureExtractor
@@ -120,22 +124,32 @@ def extract(
     # Loading takes seconds, so the arguments are checked first.
     part = Shard.parse(shard or "1/1") if shard or kind != "npy" else None
     check_max_bad(max_bad)
-    check_target(output, force or resume or part is not None, [bundle, *images])
+    if ray is not None:
+        check_ray(ray, shard, force)
+    check_target(output, force or resume or part is not None or ray is not None, [bundle, *images])
     size, tile, step = (parse_size(text) if text else None for text in (image_size, window, stride))
     options = ExtractionOptions(size, fit, tile, step, parse_outputs(outputs), dtype, pictures)
     options.check()
     check_format(kind, options)
-    sources = find_images(images, options.outputs)
+    load: dict[str, Any] = {"backend": backend, "threads": threads, "compute": compute, "mode": mode, "device": device}
+    load["exif"] = exif
     how: dict[str, Any] = {"max_bad": max_bad, "force": force, "resume": resume, "progress": result.progress}
-    with FeatureExtractor.load(
-        bundle, backend, threads=threads, compute=compute, mode=mode, device=device, exif=exif
-    ) as extractor:
-        result.chosen(extractor.choice, backend)
-        if part is None:
-            index: Any = extract_images(extractor, sources, output, options, **how)
-        else:
-            index = extract_shard(extractor, sources, output, options, part, format=kind, **how)
-    (show_extraction if part is None else show_shard)(index, result)
+    index: Any
+    if ray is not None:
+        find_images(images, options.outputs)
+        paths, load = tuple(os.path.abspath(image) for image in images), {**load, "path": os.path.abspath(bundle)}
+        request = RayRequest(paths, os.path.abspath(output), {**load, "threads": threads or 1}, options, kind, max_bad)
+        index = extract_on_ray(request, ray, resume=resume, progress=result.progress)
+        show_ray(index, result)
+    else:
+        sources = find_images(images, options.outputs)
+        with FeatureExtractor.load(bundle, **load) as extractor:
+            result.chosen(extractor.choice, backend)
+            if part is None:
+                index = extract_images(extractor, sources, output, options, **how)
+            else:
+                index = extract_shard(extractor, sources, output, options, part, format=kind, **how)
+        (show_extraction if part is None else show_shard)(index, result)
     if index.skipped and not skip_bad and max_bad is None:
         raise skipped_error(index)
     result.json(index.to_json())

@@ -9,6 +9,7 @@ from phreg_deploy.errors import PhregError
 
 if TYPE_CHECKING:
     from phreg_deploy.extraction.extraction import Extraction
+    from phreg_deploy.extraction.ray_data import RayExtraction
     from phreg_deploy.extraction.sharded import ShardExtraction
 
 # Images that the table lists.
@@ -35,7 +36,16 @@ def show_shard(done: ShardExtraction, result: Result) -> None:
         result.say("Other shards are not done; the process that finishes the last one writes features.json.")
 
 
-def skipped_error(index: Extraction | ShardExtraction) -> PhregError:
+def show_ray(done: RayExtraction, result: Result) -> None:
+    """What all actors did, and every file that was left out."""
+    row = [done.images, done.kept, done.extracted, len(done.skipped), done.shards, done.workers]
+    columns = ["images", "kept", "extracted", "left out", "shards", "actors"]
+    result.table(f"Features in {done.output}", columns, [row])
+    for reason in done.skipped.values():
+        result.say(f"Left out: {reason}")
+
+
+def skipped_error(index: Extraction | ShardExtraction | RayExtraction) -> PhregError:
     """The error that names the unreadable files; its report is the index."""
     done = index.images if isinstance(index.images, int) else len(index.images) + len(index.skipped)
     names = list(index.skipped)
