@@ -12,8 +12,8 @@ import functools
 
 import numpy as np
 
-# Deviations of the two Gaussians: in patches, and in levels of 8-bit RGB (Euclidean). Chosen on two drives of CamVid's
-# training images with ViT-Tiny and DeiT-Tiny (``benchmarks/upsampling.py``).
+# Deviations of the two Gaussians: in patches, and in levels of 8-bit RGB (Euclidean). Chosen on the drive
+# 0006R0 of CamVid's training images with ViT-Tiny and DeiT-Tiny (docs/figures.md, "Finer maps").
 SPATIAL, COLOUR = 0.5, 25.5
 
 
