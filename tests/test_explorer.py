@@ -122,11 +122,11 @@ def test_the_worst_images_are_shown(bundle, student, base, photos, tmp_path):
 def test_a_missed_gate_is_on_the_page(bundle, photos, tmp_path):
     page = tmp_path / "page.html"
     done = invoke("explore", bundle, "--images", photos, "--limit", "1", "--cosine", "1", *HERE, "-o", page, "--json")
-    assert (done.code == 3) == ("gates missed" in page.read_text(encoding="utf-8"))
+    assert (done.code == 3) == (" missed</strong>" in page.read_text(encoding="utf-8"))
     done = invoke("check", bundle, "--outlier-points", "-1", *HERE, "--report", page)
     assert done.code == 3
     text = page.read_text(encoding="utf-8")
-    assert "✗ 1 gates missed" in text or "✗ 2 gates missed" in text
+    assert "✗ 1 gate missed" in text or "✗ 2 gates missed" in text
     assert "<td>✗ missed</td>" in text
     assert "models" not in data_of(text)
 
@@ -141,7 +141,7 @@ def test_a_bundle_that_answers_nonsense_gets_a_page(bundle, student, photos, tmp
     assert done.code == 3, done.err
     data = data_of(page.read_text(encoding="utf-8"))
     assert data["models"] == ["student", "bundle"]
-    assert "gates missed" in page.read_text(encoding="utf-8")
+    assert " missed</strong>" in page.read_text(encoding="utf-8")
 
 
 def test_the_page_has_no_outside_addresses_and_no_way_out_of_its_scripts(bundle, photos):

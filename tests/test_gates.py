@@ -20,7 +20,7 @@ def test_a_missed_parity_gate_is_exit_code_3(world, run_cli, monkeypatch):
     outcome.refused(3, str(world.bundle), "1st-percentile patch cosine", "expected at least 1.1")
     assert len(outcome.out.splitlines()) == 1, "one JSON document, with the figures and the error"
     assert outcome.document["missed"] == [outcome.document["error"].split(": ", 2)[2].rstrip(".")]
-    assert "Gates missed" in page.read_text()
+    assert "1 gate missed</strong>" in page.read_text()
 
 
 @pytest.mark.parametrize("bar", ["1.5", "0", "-1", "nan"])

@@ -112,6 +112,8 @@ def test_the_plugin_imports_nothing_but_itself_until_a_test_uses_it():
 
 def test_a_run_that_does_not_use_it_loads_nothing_more(pytester, monkeypatch):
     monkeypatch.setenv("PYTHONPATH", str(ROOT))
+    # Plugins of other packages, such as zarr's, import numpy.
+    monkeypatch.setenv("PYTEST_DISABLE_PLUGIN_AUTOLOAD", "1")
     pytester.makepyfile(
         """
         import sys

@@ -19,7 +19,8 @@ def verdict(exploration: Exploration) -> str:
     missed = exploration.missed
     if missed:
         items = "".join(f"<li>{html.escape(gate)}</li>" for gate in missed)
-        return f'<p class="verdict bad"><strong>✗ {len(missed)} gates missed</strong></p><ul class="bad">{items}</ul>'
+        count = f"{len(missed)} gate{'s' * (len(missed) > 1)} missed"
+        return f'<p class="verdict bad"><strong>✗ {count}</strong></p><ul class="bad">{items}</ul>'
     notes = [
         f"{b.name} missed when it was calibrated: {'; '.join(b.check.missed_when_calibrated)}."
         for b in exploration.bundles
