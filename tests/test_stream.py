@@ -101,8 +101,11 @@ def test_counts_balance_at_every_moment(extractor):
     assert (figures.received, figures.pending) == (400, 0)
 
 
-def test_an_early_stop_counts_what_was_left(extractor):
-    for every in (True, False):
+@pytest.mark.parametrize("every", [True, False])
+def test_an_early_stop_counts_what_was_left(extractor, every):
+    """At the moment of the stop a source may be between two frames, and then none is left; so it is tried again."""
+    left = 0
+    for _ in range(10):
         with Stream(extractor, cycle(10**9), every_frame=every) as stream:
             for _ in zip(range(3), stream):
                 pass
@@ -110,7 +113,10 @@ def test_an_early_stop_counts_what_was_left(extractor):
         balance(figures)
         assert figures.pending == 0
         assert figures.served >= 3
-        assert figures.dropped_by["stopped"] >= 1
+        left += figures.dropped_by.get("stopped", 0)
+        if left:
+            break
+    assert left
 
 
 def test_cameras_take_turns(extractor):
