@@ -5,7 +5,6 @@ and the other files out of the npm package ``onnxruntime-web``. No package of th
 that the C++ example links is that of the installed Python package ``onnxruntime``; its C API serves older headers.
 """
 
-import argparse
 import os
 import re
 import shutil
@@ -14,6 +13,8 @@ import tarfile
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
+
+from tests.downloading import download_all
 
 WEB = "onnxruntime-web@1.30.0"
 # What a page needs to run on the processor, by WebAssembly.
@@ -90,13 +91,5 @@ def _web(made: Path) -> Path:
 WANTED: dict[str, Callable[[Path], Path]] = {"onnxruntime-headers": _headers, "onnxruntime-web": _web}
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("folder", nargs="?", type=Path, default=default_folder())
-    folder = parser.parse_args().folder
-    for name in WANTED:
-        print(fetch(folder, name), flush=True)  # noqa: T201
-
-
 if __name__ == "__main__":
-    main()
+    download_all(__doc__.splitlines()[0], default_folder(), WANTED, fetch)

@@ -5,7 +5,6 @@ bindings alone show which names each version of TensorRT has; the libraries for 
 without a GPU. No package of this project contains these files.
 """
 
-import argparse
 import os
 import shutil
 import subprocess
@@ -13,6 +12,8 @@ import sys
 import tempfile
 import zipfile
 from pathlib import Path
+
+from tests.downloading import download_all
 
 BINDINGS = "tensorrt-cu12-bindings"
 # Of JetPack 6.2, of JetPack 7.2, and the newest.
@@ -73,13 +74,5 @@ def _reason(said: str, version: str) -> str:
     return lines[-1] if lines else "pip wrote no wheel and no reason."
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("folder", nargs="?", type=Path, default=default_folder())
-    folder = parser.parse_args().folder
-    for name in WANTED:
-        print(fetch(folder, name), flush=True)  # noqa: T201
-
-
 if __name__ == "__main__":
-    main()
+    download_all(__doc__.splitlines()[0], default_folder(), WANTED, fetch)
