@@ -13,11 +13,12 @@ from PIL import Image, ImageDraw
 from phreg_deploy.evaluation.data.sources import Source
 from phreg_deploy.evaluation.data.splits import Split
 from phreg_deploy.evaluation.data.store import FeatureStore
-from phreg_deploy.evaluation.data.truth import VOID, Depths, Masks, Truth, scored
+from phreg_deploy.evaluation.data.truth import Depths, Masks, Truth, scored
 from phreg_deploy.evaluation.report import Evaluation
 from phreg_deploy.files.atomic import atomic_folder
 from phreg_deploy.heads.head import Head
 from phreg_deploy.images.decoding import read_image
+from phreg_deploy.images.overlays import mask_palette
 from phreg_deploy.images.photographs import fit
 from phreg_deploy.images.pictures import heat
 from phreg_deploy.images.upsampling import upsample
@@ -25,8 +26,6 @@ from phreg_deploy.images.upsampling import upsample
 # Images in a report, evenly spaced over those that were read on.
 MOST = 8
 HEIGHT, GAP, CAPTION = 240, 12, 20
-# Pixels of no class, as PASCAL VOC draws them.
-NO_CLASS = (224, 224, 192)
 REPORT = "evaluation.json"
 
 
@@ -90,11 +89,8 @@ def write_report(
 
 
 def colour(labels: np.ndarray, masks: Masks) -> Image.Image:
-    """Draw classes ``(H, W)`` in the colours of the masks; pixels of no class in ``NO_CLASS``."""
-    palette = np.zeros((VOID + 1, 3), np.uint8)
-    palette[: len(masks.colours)] = masks.colours
-    palette[VOID] = NO_CLASS
-    return Image.fromarray(palette[labels])
+    """Draw classes ``(H, W)`` in the colours of the masks, and pixels of no class as PASCAL VOC does."""
+    return Image.fromarray(mask_palette(masks.colours)[labels])
 
 
 def _sized(picture: Image.Image) -> Image.Image:

@@ -13,6 +13,8 @@ from phreg_deploy.layers import DEPTH, SEGMENTATION
 Colours = Sequence[tuple[int, int, int]]
 # Share of the colours over the image.
 SHARE = 0.5
+# Pixels of no class, as PASCAL VOC draws them.
+NO_CLASS = (224, 224, 192)
 
 
 def voc_colours() -> tuple[tuple[int, int, int], ...]:
@@ -22,6 +24,21 @@ def voc_colours() -> tuple[tuple[int, int, int], ...]:
     return tuple((int(r), int(g), int(b)) for r, g, b in zip(*levels))
 
 
+def palette(colours: Colours | None = None) -> np.ndarray:
+    """Return a colour for each of 256 classes, uint8 ``(256, 3)``: those given, then those of PASCAL VOC."""
+    table = np.array(voc_colours(), np.uint8)
+    if colours is not None:
+        table[: len(colours)] = colours
+    return table
+
+
+def mask_palette(colours: Colours | None = None) -> np.ndarray:
+    """Return the ``palette`` of masks, whose value 255 means no class and is drawn in ``NO_CLASS``."""
+    table = palette(colours)
+    table[-1] = NO_CLASS
+    return table
+
+
 def overlay(image: Image.Image | np.ndarray, labels: np.ndarray, colours: Colours | None = None) -> Image.Image:
     """Draw classes ``(h, w)``, enlarged to the image by the nearest one, over an RGB image.
 
@@ -29,10 +46,7 @@ def overlay(image: Image.Image | np.ndarray, labels: np.ndarray, colours: Colour
         colours: 8-bit RGB by class; None takes those of PASCAL VOC.
     """
     picture = Image.fromarray(image) if isinstance(image, np.ndarray) else image.convert("RGB")
-    table = np.zeros((256, 3), np.uint8)
-    chosen = voc_colours() if colours is None else colours
-    table[: len(chosen)] = chosen
-    drawn = Image.fromarray(table[labels]).resize(picture.size, Image.Resampling.NEAREST)
+    drawn = Image.fromarray(palette(colours)[labels]).resize(picture.size, Image.Resampling.NEAREST)
     return Image.blend(picture, drawn, SHARE)
 
 

@@ -10,7 +10,7 @@ from phreg_deploy.artifacts.measures import norm_outliers, outlier_mask
 from phreg_deploy.errors import PhregError
 from phreg_deploy.images.photographs import Photographs, read_photographs
 from phreg_deploy.images.pictures import sheet
-from phreg_deploy.pytest_plugin.context import CaseContext, refusing
+from phreg_deploy.pytest_plugin.context import Assertion, CaseContext, refusing
 from phreg_deploy.pytest_plugin.failures import IMAGES, Miss, Place, Verdict
 from phreg_deploy.pytest_plugin.parity import LIMIT
 from phreg_deploy.pytest_plugin.pictures import artifact_row
@@ -47,11 +47,8 @@ class Norms:
         return Place(found.image, MEASURE, found.grid, patches)
 
 
-class AssertArtifactRate:
+class AssertArtifactRate(Assertion):
     """The fixture ``assert_artifact_rate``."""
-
-    def __init__(self, context: CaseContext) -> None:
-        self._context = context
 
     @refusing
     def __call__(
@@ -96,12 +93,11 @@ def _measure(extractor: FeatureExtractor, folder: PathLike, limit: int | None) -
 
 def _settle(context: CaseContext, extractor: FeatureExtractor, measured: Norms, bar: float) -> None:
     __tracebackhide__ = True
-    label = context.label("artifact_rate")
+    label = context.label("artifact_rate", extractor)
     found = norm_outliers(measured.norms, measured.median)
     photographs, rates = measured.photographs, measured.outliers.mean((1, 2))
     figures = {"rate": found.rate, "upper": found.upper, "lower": found.lower, "largest": found.largest}
-    where = {"bundle": str(extractor.bundle.folder), "backend": extractor.backend}
-    context.record(label, {**where, **figures, "images": len(photographs)})
+    context.record(label, {**figures, "images": len(photographs)})
     document = {
         "norm_outliers": found.to_json(),
         "images": [{"image": name, "rate": float(rate)} for name, rate in zip(photographs.names, rates)],

@@ -68,11 +68,16 @@ class CaseContext:
         name = self.settings.text("backend", backend) or "auto"
         return self._extractors.load(bundle, name, self.settings.count("threads"))
 
-    def label(self, assertion: str) -> str:
-        """Return a name for a call's files and properties: "parity", and "parity-2" for a second call in the test."""
+    def label(self, assertion: str, extractor: FeatureExtractor) -> str:
+        """Name a call's files and properties, and record its bundle and backend.
+
+        The name is "parity", and "parity-2" for a second call in the test.
+        """
         self._calls[assertion] = self._calls.get(assertion, 0) + 1
         number = self._calls[assertion]
-        return assertion if number == 1 else f"{assertion}-{number}"
+        label = assertion if number == 1 else f"{assertion}-{number}"
+        self.record(label, {"bundle": str(extractor.bundle.folder), "backend": extractor.backend})
+        return label
 
     def record(self, label: str, figures: Mapping[str, object]) -> None:
         """Add JUnit properties, ``phreg.LABEL.FIGURE``, as the fixture ``record_property`` does; None is left out.
@@ -100,6 +105,13 @@ class CaseContext:
         except OSError:
             pass
         return self._temporary.getbasetemp() / FOLDER
+
+
+class Assertion:
+    """A fixture that a test calls: the call's arguments, else the settings, say what is asserted."""
+
+    def __init__(self, context: CaseContext) -> None:
+        self._context = context
 
 
 def refusing(call: Callable[P, None]) -> Callable[P, None]:

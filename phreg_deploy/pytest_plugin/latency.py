@@ -9,7 +9,7 @@ from phreg_deploy.profiling.baseline import Baseline
 from phreg_deploy.profiling.latency import conditions, measure_bundle, measured_cases
 from phreg_deploy.profiling.report import BatchLatency, Comparison
 from phreg_deploy.progress import SILENT
-from phreg_deploy.pytest_plugin.context import CaseContext, refusing
+from phreg_deploy.pytest_plugin.context import Assertion, CaseContext, refusing
 from phreg_deploy.pytest_plugin.failures import Miss, Verdict
 from phreg_deploy.pytest_plugin.settings import PathLike
 from phreg_deploy.runtime.features import FeatureExtractor
@@ -22,11 +22,8 @@ FRAME = (480, 640)
 TOLERANCE = 0.1
 
 
-class AssertLatency:
+class AssertLatency(Assertion):
     """The fixture ``assert_latency``."""
-
-    def __init__(self, context: CaseContext) -> None:
-        self._context = context
 
     @refusing
     def __call__(
@@ -125,15 +122,14 @@ def _settle(
     context: CaseContext, extractor: FeatureExtractor, attempts: list[BatchLatency], misses: list[Miss]
 ) -> None:
     __tracebackhide__ = True
-    label = context.label("latency")
+    label = context.label("latency", extractor)
     fastest = min(attempts, key=lambda attempt: attempt.extractor.p50)
     figures = {
         f"{part}.{figure}_ms": float(getattr(getattr(fastest, part), figure))
         for part in ("graph", "extractor", "preprocess")
         for figure in ("p50", "p99")
     }
-    where = {"bundle": str(extractor.bundle.folder), "backend": extractor.backend}
-    context.record(label, {**where, **figures, "attempts": len(attempts), "stable": fastest.extractor.stable})
+    context.record(label, {**figures, "attempts": len(attempts), "stable": fastest.extractor.stable})
     now = conditions(extractor, context.settings.count("threads"), "latency", FRAME, fastest.size)
     document = {"conditions": now.to_json(), "attempts": [attempt.to_json() for attempt in attempts]}
     Verdict("assert_latency", label, extractor, misses, document).settle(context)

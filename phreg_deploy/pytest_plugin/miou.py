@@ -13,21 +13,19 @@ from phreg_deploy.errors import PhregError
 from phreg_deploy.evaluation.data.truth import VOID, Masks, check_sides, find_truth, read_masks, scored
 from phreg_deploy.evaluation.scores import COUNTS, ClassParts, class_row, per_image
 from phreg_deploy.images.decoding import read_image
-from phreg_deploy.images.overlays import voc_colours
+from phreg_deploy.images.overlays import mask_palette
 from phreg_deploy.images.photographs import fit
 from phreg_deploy.images.pictures import sheet
 from phreg_deploy.images.upsampling import upsample
 from phreg_deploy.layers import LABELS, SEGMENTATION
 from phreg_deploy.progress import SILENT
-from phreg_deploy.pytest_plugin.context import CaseContext, refusing
+from phreg_deploy.pytest_plugin.context import Assertion, CaseContext, refusing
 from phreg_deploy.pytest_plugin.failures import IMAGES, Miss, Place, Verdict
 from phreg_deploy.pytest_plugin.pictures import Rows, label_row
 from phreg_deploy.pytest_plugin.settings import PathLike
 from phreg_deploy.runtime.features import FeatureExtractor
 
 MEASURE = "share of wrong pixels"
-# The colour of pixels of no class, as PASCAL VOC draws them.
-NO_CLASS = (224, 224, 192)
 
 
 @dataclass(frozen=True)
@@ -49,11 +47,8 @@ class Labelled:
         return (np.bincount(patch[wrong], minlength=len(count)) / np.maximum(count, 1)).reshape(grid)
 
 
-class AssertMiou:
+class AssertMiou(Assertion):
     """The fixture ``assert_miou``."""
-
-    def __init__(self, context: CaseContext) -> None:
-        self._context = context
 
     @refusing
     def __call__(
@@ -138,15 +133,14 @@ def _settle(
     missing: list[str],
 ) -> None:
     __tracebackhide__ = True
-    label = context.label("miou")
+    label = context.label("miou", extractor)
     rows = np.stack([class_row(one.predicted, one.truth, len(head.classes)) for one in labelled])
     parts = ClassParts(rows, np.zeros_like(rows), np.zeros((len(rows), len(COUNTS))))
     figure = float(parts.figures(np.ones((1, len(rows))))["miou"][0])
     by_class = dict(zip(head.classes, parts.class_iou()))
     by_image = np.nan_to_num(per_image(parts, "miou"), nan=1.0)
-    where = {"bundle": str(extractor.bundle.folder), "backend": extractor.backend, "head": head.output}
     classes = {f"class.{name}": iou for name, iou in by_class.items()}
-    context.record(label, {**where, "miou": figure, "images": len(rows), **classes})
+    context.record(label, {"head": head.output, "miou": figure, "images": len(rows), **classes})
     document = {
         "head": head.output,
         "miou": figure,
@@ -161,7 +155,7 @@ def _settle(
     worst = [labelled[i] for i in np.argsort(by_image, kind="stable")[:IMAGES]]
     wrong = [one.wrong((grid[0], grid[1])) for one in worst]
     places = [Place.of(one.name, MEASURE, errors) for one, errors in zip(worst, wrong)]
-    colours = _palette(head)
+    colours = mask_palette(head.colours)
     pictures: Rows = [
         label_row(one.pixels, one.truth, one.predicted, colours, errors, place)
         for one, errors, place in zip(worst, wrong, places)
@@ -169,12 +163,3 @@ def _settle(
     sentence = f"mean IoU of {head.output} on {len(rows)} images is {figure:.4f}, expected at least {bar:g}"
     miss = Miss("miou", figure, bar, sentence, tuple(places))
     Verdict("assert_miou", label, extractor, [miss], document, sheet(pictures)).settle(context)
-
-
-def _palette(head: ServedHead) -> np.ndarray:
-    """Return a colour for each of 256 values, uint8 ``(256, 3)``: the head's own, else those of PASCAL VOC."""
-    palette = np.array(voc_colours(), np.uint8)
-    if head.colours is not None:
-        palette[: len(head.colours)] = head.colours
-    palette[VOID] = NO_CLASS
-    return palette

@@ -10,7 +10,7 @@ from phreg_deploy.errors import PhregError
 from phreg_deploy.images.photographs import read_photographs
 from phreg_deploy.images.pictures import sheet
 from phreg_deploy.pytest_plugin.comparison import Answers, Comparison, compare_exam, compare_photographs
-from phreg_deploy.pytest_plugin.context import CaseContext, refusing
+from phreg_deploy.pytest_plugin.context import Assertion, CaseContext, refusing
 from phreg_deploy.pytest_plugin.failures import Miss, Verdict
 from phreg_deploy.pytest_plugin.pictures import Rows, parity_row
 from phreg_deploy.pytest_plugin.settings import PathLike, Settings
@@ -21,11 +21,8 @@ from phreg_deploy.runtime.parity import gates_of, writes_exams
 LIMIT = 64
 
 
-class AssertParity:
+class AssertParity(Assertion):
     """The fixture ``assert_parity``."""
-
-    def __init__(self, context: CaseContext) -> None:
-        self._context = context
 
     @refusing
     def __call__(
@@ -87,13 +84,12 @@ def _settle(
     bars: tuple[float | None, float | None],
 ) -> None:
     __tracebackhide__ = True
-    label = context.label("parity")
+    label = context.label("parity", extractor)
     again = writes_exams(extractor.manifest, extractor.backend)
     misses: list[Miss] = []
     document: list[dict[str, Any]] = []
     rows: Rows = []
     drawn: set[str] = set()
-    context.record(label, {"bundle": str(extractor.bundle.folder), "backend": extractor.backend})
     for comparison in comparisons:
         parity = comparison.parity
         context.record(f"{label}.{comparison.label}", parity.to_json())
