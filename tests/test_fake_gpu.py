@@ -6,6 +6,7 @@ import threading
 import pytest
 
 from tests import fake_gpu, nvidia
+from tests.fake_gpu.kernels import FakeNvrtc, nvrtcResult
 
 PROBE = """
 import tensorrt
@@ -38,10 +39,26 @@ def test_the_fake_has_no_name_that_cuda_does_not_have():
 
 def test_the_fake_driver_answers_as_the_real_one():
     driver = pytest.importorskip("cuda.bindings.driver")
-    names = [name for name in vars(fake_gpu.Driver) if not name.startswith("_")]
-    assert names == ["cuDevicePrimaryCtxGetState"]
-    said = driver.cuDevicePrimaryCtxGetState.__doc__
-    assert [line for line in said.splitlines() if line.startswith(("CUresult", "flags", "active"))], said
+    results = {
+        "cuDevicePrimaryCtxGetState": ("CUresult", "flags", "active"),
+        "cuModuleLoadData": ("CUresult", "module"),
+        "cuModuleGetFunction": ("CUresult", "hfunc"),
+        "cuModuleUnload": ("CUresult",),
+        "cuLaunchKernel": ("CUresult",),
+    }
+    assert [name for name in vars(fake_gpu.Driver) if not name.startswith("_")] == list(results)
+    for name, words in results.items():
+        said = getattr(driver, name).__doc__.partition("Returns\n")[2].partition("See Also")[0]
+        assert [line.split()[0] for line in said.splitlines() if line and line[0] not in " :-"] == list(words), said
+
+
+def test_the_fake_compiler_has_no_name_that_nvrtc_does_not_have():
+    nvrtc = pytest.importorskip("cuda.bindings.nvrtc")
+    for name in (n for n in vars(FakeNvrtc) if not n.startswith("_")):
+        assert callable(getattr(nvrtc, name))
+    assert {m: int(getattr(nvrtc.nvrtcResult, m)) for m in nvrtcResult.__members__} == {
+        m: int(v) for m, v in nvrtcResult.__members__.items()
+    }
 
 
 def test_the_fake_refuses_what_cuda_refuses():

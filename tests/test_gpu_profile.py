@@ -21,7 +21,8 @@ def fake_extractor(parts=True):
 
     ``parts``: whether its backend times the parts of a call and the layers.
     """
-    runs, backend = [], SimpleNamespace(name="fake", cuda=FakeCuda(), run_device=lambda *_: {})
+    unused = {"run_device": lambda *_: {}, "run_to_host": lambda *_: {}}
+    runs, backend = [], SimpleNamespace(name="fake", cuda=FakeCuda(), **unused)
 
     def split(feed, graph):
         time.sleep(0.001)

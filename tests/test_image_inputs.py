@@ -161,7 +161,7 @@ REFUSED = {
     "a number": (lambda: 7, "got int, expected a path"),
     "a dictionary": (lambda: {"image": FRAME}, "got dict, expected a path"),
     "a nested list": (lambda: [[FRAME]], "got list, expected a path"),
-    "on a GPU": (OnDevice, "got an array on a GPU"),
+    "on a GPU": (OnDevice, "reads host memory only; got OnDevice on a GPU"),
     "a URL": (lambda: URL, f"got the URL {URL}, expected a file or a folder on this machine"),
 }  # fmt: skip
 

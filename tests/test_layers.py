@@ -27,8 +27,9 @@ MAY = {
     "distill": {"files", "images", "artifacts", "models", "distill/devices", "distill/neurons"},
     "runtime/gpu": {"bundle", "images"},
     "runtime/trt": {"bundle", "runtime/gpu"},
+    "runtime/gpu_images": {"images", "runtime/gpu"},
     "runtime/backends": {"bundle", "runtime/gpu", "runtime/trt"},
-    "runtime": {"files", "images", "artifacts", "bundle", "runtime/gpu", "runtime/backends"},
+    "runtime": {"files", "images", "artifacts", "bundle", "runtime/gpu", "runtime/gpu_images", "runtime/backends"},
     "extraction/inputs": {"images"},
     "extraction": {"files", "images", "bundle", "runtime", "extraction/inputs"},
     "stream/sources": {"images"},
@@ -128,6 +129,7 @@ NEEDS = {
 WITHOUT_TORCH = {
     "runtime",
     "runtime/gpu",
+    "runtime/gpu_images",
     "runtime/trt",
     "runtime/backends",
     "extraction",

@@ -48,9 +48,8 @@ def fit_as(
     Raises:
         PhregError: another name, or an image so long and narrow that it would take gigabytes.
     """
-    if check_fit(name) is not None:
-        preprocess = replace(preprocess, crop_mode="center" if name == "crop" else "squash", crop_pct=1.0)
-    inner = _inside(image, size) if name == "pad" else size
+    old = image.size if isinstance(image, Image.Image) else (image.shape[1], image.shape[0])
+    inner, preprocess = fitted_steps(old, size, preprocess, name)
     array = fit(image, inner, preprocess)
     if bgr:
         array = np.ascontiguousarray(array[..., ::-1])
@@ -60,12 +59,30 @@ def fit_as(
     return Fitted(pad(array, size, preprocess), patch_mask(inner, grid, patch))
 
 
+def fitted_steps(
+    old: tuple[int, int], size: tuple[int, int], preprocess: Preprocess, name: str | None
+) -> tuple[tuple[int, int], Preprocess]:
+    """How ``fit_as`` fits an image of ``old`` (width, height) pixels into ``size`` (height, width).
+
+    Returns the (height, width) of the image within the input, and the steps to it. Raises ``PhregError`` for another
+    name.
+    """
+    if check_fit(name) is not None:
+        preprocess = replace(preprocess, crop_mode="center" if name == "crop" else "squash", crop_pct=1.0)
+    return _inside(old, size) if name == "pad" else size, preprocess
+
+
+def padding_colour(preprocess: Preprocess) -> np.ndarray:
+    """The model's mean colour, with which "pad" fills: uint8 RGB ``(3,)``."""
+    return np.rint(255 * np.array(preprocess.mean)).astype(np.uint8)
+
+
 def pad(array: np.ndarray, size: tuple[int, int], preprocess: Preprocess) -> np.ndarray:
     """Put uint8 RGB ``(h, w, 3)`` into the top left corner of an image ``(H, W, 3)`` of the model's mean colour."""
     if array.shape[:2] == tuple(size):
         return array
     canvas = np.empty((*size, 3), np.uint8)
-    canvas[:] = np.rint(255 * np.array(preprocess.mean)).astype(np.uint8)
+    canvas[:] = padding_colour(preprocess)
     canvas[: array.shape[0], : array.shape[1]] = array
     return canvas
 
@@ -79,8 +96,8 @@ def patch_mask(pixels: tuple[int, int], grid: tuple[int, int], patch: tuple[int,
     return mask
 
 
-def _inside(image: Image.Image | np.ndarray, size: tuple[int, int]) -> tuple[int, int]:
-    """Return the largest (height, width) of the image's aspect within ``size``; at least a pixel each."""
-    width, height = image.size if isinstance(image, Image.Image) else (image.shape[1], image.shape[0])
+def _inside(old: tuple[int, int], size: tuple[int, int]) -> tuple[int, int]:
+    """Return the largest (height, width) of an image's aspect within ``size``; at least a pixel each."""
+    width, height = old
     scale = min(size[0] / height, size[1] / width)
     return max(1, round(height * scale)), max(1, round(width * scale))

@@ -8,8 +8,9 @@ from __future__ import annotations
 import io
 import os
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import numpy as np
 from PIL import Image
@@ -17,11 +18,12 @@ from PIL import Image
 from phreg_deploy.arguments import refuse_url
 from phreg_deploy.errors import PhregError
 from phreg_deploy.images.decoding import read_image, to_rgb, upright
+from phreg_deploy.images.nv12 import Nv12Frame
 
 COLORS = ("rgb", "bgr")
 # kDLCPU, kDLCUDA and kDLCUDAManaged of dlpack.h.
 CPU, GPU, MANAGED = 1, 2, 13
-EXPECTED = "a path, encoded bytes, a binary file, a PIL image, or a uint8 array (H, W, 3), (H, W) or (B, H, W, 3)"
+EXPECTED = "a path, encoded bytes, a binary file, a PIL image, an Nv12Frame, or uint8 (H, W, 3), (H, W) or (B, H, W, 3)"
 
 
 def check_color(color: str) -> str:
@@ -32,7 +34,7 @@ def check_color(color: str) -> str:
 
 
 def single_pictures(images: Any) -> list[Any]:
-    """List the pictures one by one, in order, as ``rgb`` takes them.
+    """List the pictures one by one, in order, as ``rgb`` takes them; arrays on a GPU stay as they are.
 
     Args:
         images: one picture, an array of several, or a list, tuple or generator of these.
@@ -65,7 +67,14 @@ def rgb(picture: Any, exif: bool, whole: bool = False) -> Image.Image | np.ndarr
     Args:
         exif: turn files and Pillow images upright by their EXIF orientation.
         whole: see ``read_image``.
+
+    Raises:
+        PhregError: an array on a GPU, or a picture that cannot be decoded.
     """
+    if isinstance(picture, Nv12Frame):
+        return Image.fromarray(_on_host(picture).rgb())
+    if on_gpu(picture):
+        _refuse_gpu("image")
     if isinstance(picture, np.ndarray):
         return to_rgb(Image.fromarray(picture)) if picture.ndim == 2 else picture
     if isinstance(picture, Image.Image):
@@ -97,10 +106,7 @@ def host_array(value: Any, what: str = "image") -> np.ndarray | None:
     ):
         return None
     if on_gpu(value):
-        raise PhregError(
-            f"{what}: got an array on a GPU, expected one in the host's memory. Resize it there and hand it to run(), "
-            "or copy it to the host."
-        )
+        _refuse_gpu(what)
     try:
         return np.asarray(value) if hasattr(value, "__array__") else np.from_dlpack(value)
     except (TypeError, ValueError, RuntimeError, BufferError) as error:
@@ -109,13 +115,31 @@ def host_array(value: Any, what: str = "image") -> np.ndarray | None:
 
 
 def on_gpu(value: Any) -> bool:
-    """Whether a value is an array on a GPU, of any library."""
+    """Whether a value is an array on a GPU, of any library, or an ``Nv12Frame`` of such arrays."""
+    if isinstance(value, Nv12Frame):
+        return on_gpu(value.y)
     if isinstance(value, np.ndarray):
         return False
     # DLPack first: torch raises for __cuda_array_interface__ of a tensor that requires a gradient.
     if hasattr(value, "__dlpack_device__"):
         return int(value.__dlpack_device__()[0]) in (GPU, MANAGED)
     return hasattr(value, "__cuda_array_interface__")
+
+
+def _refuse_gpu(what: str) -> NoReturn:
+    raise PhregError(
+        f"{what}: got an array on a GPU, expected one in the host's memory. Call the extractor itself with it, or copy "
+        "it to the host."
+    )
+
+
+def _on_host(frame: Nv12Frame) -> Nv12Frame:
+    """The frame with numpy's planes. Raises ``PhregError`` for planes that are no arrays in the host's memory."""
+    luma, pairs = (host_array(plane, "NV12") for plane in (frame.y, frame.uv))
+    if luma is None or pairs is None:
+        got = f"{type(frame.y).__name__} and {type(frame.uv).__name__}"
+        raise PhregError(f"NV12: got y and uv as {got}, expected uint8 arrays.")
+    return replace(frame, y=luma, uv=pairs)
 
 
 def _pictures(value: Any, what: str) -> list[Any]:
@@ -131,7 +155,7 @@ def _pictures(value: Any, what: str) -> list[Any]:
         if not isinstance(data, bytes):
             raise PhregError(f"{what}: got a file that is open as text, expected one open for bytes: open(path, 'rb').")
         return [_encoded(data, what)]
-    if isinstance(value, Image.Image):
+    if isinstance(value, (Image.Image, Nv12Frame)) or on_gpu(value):
         return [value]
     array = host_array(value, what)
     if array is None:

@@ -71,14 +71,8 @@ def fit(image: Image.Image | np.ndarray, size: tuple[int, int], preprocess: Prep
     Raises:
         PhregError: an image so long and narrow that it would take gigabytes.
     """
-    height, width = size
     old = image.size if isinstance(image, Image.Image) else (image.shape[1], image.shape[0])
-    new = _resized(old, size, preprocess)
-    if max(new) > LONGEST * max(size):
-        got = f"{old[0]}x{old[1]}"
-        raise PhregError(f"image: got {got} pixels, too long and narrow for {height}x{width}; cut it into parts.")
-    left, top = round((new[0] - width) / 2), round((new[1] - height) / 2)
-    box = (left, top, left + width, top + height)
+    new, box = placement(old, size, preprocess)
     if resizes_fast(old, size, preprocess):
         return shrink(image, new, box, preprocess.interpolation)
     picture = image if isinstance(image, Image.Image) else Image.fromarray(image)
@@ -86,6 +80,25 @@ def fit(image: Image.Image | np.ndarray, size: tuple[int, int], preprocess: Prep
         picture = picture.resize(new, RESAMPLING[preprocess.interpolation])
     # A copy, since PyTorch warns of read-only arrays.
     return np.array(picture.crop(box), dtype=np.uint8)
+
+
+def placement(
+    old: tuple[int, int], size: tuple[int, int], preprocess: Preprocess
+) -> tuple[tuple[int, int], tuple[int, int, int, int]]:
+    """Where the input of ``size`` (height, width) lies in an image of ``old`` (width, height) pixels after its resize.
+
+    Returns (width, height) after the resize, and the (left, top, right, bottom) of the input there.
+
+    Raises:
+        PhregError: an image so long and narrow that it would take gigabytes.
+    """
+    height, width = size
+    new = _resized(old, size, preprocess)
+    if max(new) > LONGEST * max(size):
+        got = f"{old[0]}x{old[1]}"
+        raise PhregError(f"image: got {got} pixels, too long and narrow for {height}x{width}; cut it into parts.")
+    left, top = round((new[0] - width) / 2), round((new[1] - height) / 2)
+    return new, (left, top, left + width, top + height)
 
 
 def resizes_fast(old: tuple[int, int], size: tuple[int, int], preprocess: Preprocess) -> bool:

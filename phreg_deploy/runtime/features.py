@@ -12,19 +12,21 @@ from typing import Any
 import numpy as np
 
 from phreg_deploy.bundle.bundle import Bundle
-from phreg_deploy.bundle.exam import check_shapes
 from phreg_deploy.errors import PhregError
-from phreg_deploy.images.fitting import Fitted, fit_as
+from phreg_deploy.images.fitting import Fitted, check_fit, fit_as
 from phreg_deploy.images.intake import check_color, on_gpu, rgb, single_picture, single_pictures
 from phreg_deploy.runtime.auto import choose
 from phreg_deploy.runtime.backends.instructions import advice
-from phreg_deploy.runtime.backends.interface import Backend, DeviceBackend
+from phreg_deploy.runtime.backends.interface import Backend
 from phreg_deploy.runtime.backends.options import BackendOptions
 from phreg_deploy.runtime.backends.registry import GPU, open_backend
 from phreg_deploy.runtime.dense_features import DenseFeatures
+from phreg_deploy.runtime.device_runs import DeviceRuns, Steps
 from phreg_deploy.runtime.feed import InputFeed, check_batch, pad_batch
 from phreg_deploy.runtime.forking import ForkSafeBackend
+from phreg_deploy.runtime.gpu_images.fitter import FittedFrames
 from phreg_deploy.runtime.parity import gate_precision
+from phreg_deploy.runtime.parts import dense_in_parts
 from phreg_deploy.runtime.tiling import Report, TiledFeatures, tile, window_sizes
 
 
@@ -43,6 +45,7 @@ class FeatureExtractor(AbstractContextManager["FeatureExtractor"]):
         # The arguments of ``load``, for pickle.
         self._arguments: dict[str, Any] | None = None
         self.feed = InputFeed(bundle)
+        self._device = DeviceRuns(self.manifest, self.feed)
         self.choice = f"{backend.name}: as given"
 
     @classmethod
@@ -147,7 +150,10 @@ class FeatureExtractor(AbstractContextManager["FeatureExtractor"]):
         Raises:
             PhregError: an input that is no image, an array without pixels or of another type, or an unreadable file.
         """
-        fitted = [self._fit(picture, size, color, exif, fit) for picture in single_pictures(images)]
+        pictures = single_pictures(images)
+        if any(map(on_gpu, pictures)):
+            return self._device.dense(self.opened, pictures, self._steps(size, color, fit))
+        fitted = [self._fit(picture, size, color, exif, fit) for picture in pictures]
         masks = [one.mask for one in fitted if one.mask is not None]
         return self.dense(np.stack([one.image for one in fitted])).masked(np.stack(masks) if masks else None)
 
@@ -203,27 +209,43 @@ class FeatureExtractor(AbstractContextManager["FeatureExtractor"]):
         bgr = order == "bgr" and isinstance(array, np.ndarray)
         return tile(array, self.dense, self.manifest, self.preprocess, *sizes, bgr=bgr, report=report)
 
+    def fitted_on_gpu(
+        self,
+        frames: Any,
+        size: tuple[int, int] | None = None,
+        *,
+        color: str | None = None,
+        fit: str | None = None,
+        stream: int | None = None,
+    ) -> FittedFrames:
+        """Preprocess frames on the GPU, and leave them there, for ``run``; arguments of a call.
+
+        Args:
+            stream: your ``cudaStream_t``: the call comes after the work in it and before what you queue next, and does
+                not wait.
+
+        Raises:
+            PhregError: as a call; frames on the host, or a backend on the processor. BackendMissing: no NVRTC.
+        """
+        return self._device.fit(self.opened, single_pictures(frames), self._steps(size, color, fit), stream)
+
+    def _steps(self, size: tuple[int, int] | None, color: str | None, fit: str | None) -> Steps:
+        order = self.color if color is None else check_color(color)
+        return size or self.manifest.sizes.default, self.preprocess, check_fit(fit), order == "bgr"
+
     def _fit(
         self, picture: Any, size: tuple[int, int] | None, color: str | None, exif: bool | None, fit: str | None
     ) -> Fitted:
-        order = self.color if color is None else check_color(color)
+        shape, preprocess, fit, bgr = steps = self._steps(size, color, fit)
+        if on_gpu(picture):
+            return self._device.fit(self.opened, [picture], steps).on_host()
         image = rgb(picture, self.preprocess.exif if exif is None else exif)
-        bgr = order == "bgr" and isinstance(image, np.ndarray)
-        return fit_as(image, size or self.manifest.sizes.default, self.preprocess, self.spec.patch, fit, bgr)
+        return fit_as(image, shape, preprocess, self.spec.patch, fit, bgr and isinstance(image, np.ndarray))
 
     def dense(self, batch: Any) -> DenseFeatures:
         """Features of uint8 RGB images ``(B, H, W, 3)`` at a size that the bundle serves, for any B."""
-        batch = check_batch(batch)
-        lowest, highest = self.manifest.batches.lowest, self.manifest.batches.highest
-        parts = []
-        for start in range(0, len(batch), highest):
-            part = batch[start : start + highest]
-            padded = pad_batch(part, lowest)
-            outputs = self.run(padded)
-            check_shapes(self.manifest, outputs, padded.shape)
-            parts.append({name: value[: len(part)] for name, value in outputs.items()})
-        joined = parts[0] if len(parts) == 1 else {name: np.concatenate([p[name] for p in parts]) for name in parts[0]}
-        return DenseFeatures.of(joined, self.manifest.norm_median, self.manifest.heads)
+        batch, lowest = check_batch(batch), self.manifest.batches.lowest
+        return dense_in_parts(self.manifest, batch, batch.shape[1:3], lambda part: self.run(pad_batch(part, lowest)))
 
     def run(self, batch: Any, *, out: Mapping[str, Any] | None = None, stream: int | None = None) -> dict[str, Any]:
         """Run the graph: uint8 ``(B, H, W, 3)`` at a served size and batch -> its outputs by name, in its own types.
@@ -240,36 +262,10 @@ class FeatureExtractor(AbstractContextManager["FeatureExtractor"]):
             PhregError: a size or batch that is not served, another type, or a backend that does not run on a GPU.
         """
         if not isinstance(batch, np.ndarray) and on_gpu(batch):
-            return self._run_device(batch, out or {}, stream)
+            return self._device.run(self.opened, batch, out or {}, stream)
         if out is not None or stream is not None:
             raise PhregError("extract: out and stream are for a batch on the GPU; got one on the host.")
         return self.opened.run(self.feed(batch))
-
-    def _run_device(self, batch: Any, out: Mapping[str, Any], stream: int | None) -> dict[str, Any]:
-        from phreg_deploy.runtime.gpu.arrays import as_device
-
-        backend = self.opened
-        if not isinstance(backend, DeviceBackend):
-            raise PhregError(
-                f"extract: {backend.name} reads host memory only; got {type(batch).__name__}. "
-                "Use --backend tensorrt or onnxruntime-cuda."
-            )
-        image = as_device(batch, stream)
-        if image.dtype != np.uint8 or len(image.shape) != 4 or image.shape[3] != 3:
-            raise PhregError(f"extract: got {image.dtype} {image.shape} on the GPU, expected uint8 RGB (B, H, W, 3).")
-        number, own = image.device[1], backend.cuda.index
-        if hasattr(batch, "__dlpack_device__") and number != own:
-            raise PhregError(
-                f"extract: got an array on GPU {number}, but the extractor runs on GPU {own}. "
-                f"Load it with device={number}."
-            )
-        self.feed.check(image.shape)
-        unknown = set(out) - set(self.manifest.outputs)
-        if unknown:
-            raise PhregError(f"out: got {', '.join(sorted(unknown))}, expected {', '.join(self.manifest.outputs)}.")
-        others = self.feed.others((image.shape[1], image.shape[2]))
-        written = {name: as_device(value, stream) for name, value in out.items()}
-        return dict(backend.run_device(image, others, stream, written))
 
     def graph_call(self, batch: Any) -> Callable[[], object]:
         """A function that runs the graph alone on this batch, to measure the extractor's own cost against it."""
@@ -278,7 +274,10 @@ class FeatureExtractor(AbstractContextManager["FeatureExtractor"]):
 
     def close(self) -> None:
         """Free the session and the device. A later call raises an error."""
-        self._fork_safe.close()
+        try:
+            self._device.close()
+        finally:
+            self._fork_safe.close()
 
     def __exit__(self, *_error: object) -> None:
         self.close()

@@ -5,6 +5,7 @@ import functools
 import threading
 import types
 
+from tests.fake_gpu import kernels
 from tests.fake_gpu.cuda_types import Event, Refused, Stream, Work, cudaError_t, cudaMemcpyKind, cudaStreamCaptureMode
 
 
@@ -266,10 +267,57 @@ class Runtime:
 
 
 class Driver:
-    """``cuda.bindings.driver``."""
+    """``cuda.bindings.driver``. Its modules are those of ``FakeNvrtc``."""
 
     def __init__(self, device):
         self._device = device
 
     def cuDevicePrimaryCtxGetState(self, index):
         return cudaError_t.cudaSuccess, 0, int(index in self._device.started)
+
+    def cuModuleLoadData(self, image):
+        return self._answer("cuModuleLoadData", image)
+
+    def cuModuleGetFunction(self, module, name):
+        return self._answer("cuModuleGetFunction", module, name)
+
+    def cuModuleUnload(self, module):
+        return self._answer("cuModuleUnload", module)
+
+    def cuLaunchKernel(self, *arguments):
+        return self._answer("cuLaunchKernel", *arguments)
+
+    def _answer(self, name, *arguments):
+        return _call(getattr(_Modules, name))(types.SimpleNamespace(_device=self._device), *arguments)
+
+
+class _Modules:
+    """Modules and launches of kernels, on a device."""
+
+    def cuModuleLoadData(device, image):
+        architecture, source = kernels.read_code(image)
+        if architecture != device.architecture:
+            raise Refused(cudaError_t.cudaErrorNoKernelImageForDevice)
+        return (device.add(device.modules, kernels.compiled(source)),)
+
+    def cuModuleGetFunction(device, module, name):
+        function = kernels.find(device.look_up(device.modules, module), name.decode())
+        if function is None:
+            raise Refused(cudaError_t.cudaErrorSymbolNotFound)
+        return (device.add(device.functions, (device.index, function)),)
+
+    def cuModuleUnload(device, module):
+        if device.in_flight(lambda work: work.owner is None and getattr(work.run, "is_kernel", False)):
+            device.undefined.append("a module was unloaded while queued work uses it")
+        device.look_up(device.modules, module)
+        del device.modules[int(module)]
+
+    def cuLaunchKernel(device, function, gx, gy, gz, bx, by, bz, shared, handle, addresses, extra):
+        stream = device.stream_of(handle)
+        index, kernel = device.look_up(device.functions, function)
+        # "the number of threads per block" and the grid are bounded: "Technical Specifications per Compute Capability".
+        if index != device.index or not (0 < bx * by * bz <= 1024 and 0 < gx < 1 << 31 and 0 < gy < 1 << 16):
+            raise Refused(cudaError_t.cudaErrorInvalidValue)
+        # The arguments are copied before the call returns.
+        launch = kernels.Launch(device, kernel, addresses, (gx, gy), (bx, by))
+        device.queue(stream, Work(launch, touches=launch.touches()))

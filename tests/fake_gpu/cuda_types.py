@@ -12,7 +12,9 @@ class cudaError_t(enum.IntEnum):
     cudaErrorInsufficientDriver = 35
     cudaErrorNoDevice = 100
     cudaErrorInvalidDevice = 101
+    cudaErrorNoKernelImageForDevice = 209
     cudaErrorInvalidResourceHandle = 400
+    cudaErrorSymbolNotFound = 500
     cudaErrorNotReady = 600
     cudaErrorIllegalAddress = 700
     cudaErrorMisalignedAddress = 716

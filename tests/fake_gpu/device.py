@@ -28,6 +28,7 @@ class Device:
         self.lock = threading.RLock()
         self.calls, self.waits, self.undefined = [], [], []
         self.streams, self.events, self.graphs, self.programs = {}, {}, {}, {}
+        self.modules, self.functions = {}, {}
         self._defaults, self._per_thread = {}, {}  # GPU -> its default stream; (GPU, thread) -> its own
         self.chosen, self.started = threading.local(), set()
         self.fault = None  # an error that every later call answers with
@@ -47,6 +48,7 @@ class Device:
             "streams": len(self.streams),
             "events": len(self.events),
             "graphs": len(self.graphs) + len(self.programs),
+            "modules": len(self.modules),
         }
         return {kind: count for kind, count in left.items() if count}
 

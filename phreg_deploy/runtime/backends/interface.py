@@ -41,6 +41,8 @@ class DeviceBackend(Protocol):
         self, image: DeviceArray, others: Feed, stream: int | None = None, out: Mapping[str, DeviceArray] | None = None
     ) -> dict[str, DeviceArray]: ...
 
+    def run_to_host(self, image: DeviceArray, others: Feed) -> Feed: ...
+
 
 @runtime_checkable
 class ProfiledBackend(Protocol):

@@ -66,6 +66,10 @@ class OrtGpuBackend(OrtBackend):
         with self.cuda.selected():
             return self._run_selected(image, others, out or {})
 
+    def run_to_host(self, image: DeviceArray, others: Feed) -> Feed:
+        """Device memory to host arrays."""
+        return {name: array.numpy() for name, array in self.run_device(image, others).items()}
+
     def _run_selected(self, image: DeviceArray, others: Feed, out: Mapping[str, DeviceArray]) -> dict[str, DeviceArray]:
         outputs = self._outputs(image.shape, out)
         for other in {array.stream for array in (image, *out.values())} - {None}:

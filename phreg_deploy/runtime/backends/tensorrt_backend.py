@@ -70,6 +70,11 @@ class Plan(Closing):
         with self.context() as context:
             return context.run_device(image, others, stream, out)
 
+    def run_to_host(self, image: DeviceArray, others: Feed) -> Feed:
+        """Device memory to host arrays, see ``TrtContext.run_to_host``."""
+        with self.context() as context:
+            return context.run_to_host(image, others)
+
     def split(self, feed: Feed, graph: bool = True) -> dict[str, float]:
         """Milliseconds of each part of one inference, see ``time_parts``."""
         with self.context() as context:

@@ -12,7 +12,7 @@ from phreg_deploy.errors import PhregError
 from phreg_deploy.images.intake import CPU, MANAGED, on_gpu
 from phreg_deploy.images.intake import GPU as GPU
 from phreg_deploy.runtime.gpu.cuda import Cuda, Event
-from phreg_deploy.runtime.gpu.dlpack import Place, check_contiguous, read_capsule, write_capsule
+from phreg_deploy.runtime.gpu.dlpack import Place, read_capsule, write_capsule
 from phreg_deploy.runtime.gpu.memory import DeviceBuffer
 
 
@@ -68,7 +68,7 @@ class DeviceArray:
     def __cuda_array_interface__(self) -> dict[str, Any]:
         if self.device[0] == CPU:
             raise AttributeError("__cuda_array_interface__")
-        self._lend(None)
+        self.read_on(None)
         return {
             "shape": self.shape,
             "typestr": self.dtype.str,
@@ -93,7 +93,7 @@ class DeviceArray:
                 driver = self._driver()
                 with driver.selected(), Event(driver, timing=False) as event:
                     event.order(self.stream, reader)
-            self._lend(reader)
+            self.read_on(reader)
         return write_capsule(Place(self.pointer, self.shape, self.dtype, self.device, self))
 
     def filled_on(self, stream: int | None, given: bool = False) -> None:
@@ -105,9 +105,10 @@ class DeviceArray:
         if isinstance(self._owner, Owner) and not given:
             self._owner.filled(stream)
         elif stream is not None:
-            self._lend(stream)
+            self.read_on(stream)
 
-    def _lend(self, stream: int | None) -> None:
+    def read_on(self, stream: int | None) -> None:
+        """Note that work in ``stream`` reads the array; None for a stream that is not known."""
         if isinstance(self._owner, Owner):
             self._owner.lend(stream)
 
@@ -150,6 +151,22 @@ def as_device(value: Any, stream: int | None = None) -> DeviceArray:
     """
     if isinstance(value, DeviceArray):
         return value
+    place, filled = place_of(value, stream)
+    place.contiguous()
+    return DeviceArray(place.pointer, place.shape, place.dtype, place.owner, filled, place.device)
+
+
+def place_of(value: Any, stream: int | None = None) -> tuple[Place, int | None]:
+    """Where an array of any library lies, with any strides, and the stream in which it is filled, or None.
+
+    Args:
+        stream: as of ``as_device``.
+
+    Raises:
+        PhregError: the array is not on a GPU.
+    """
+    if isinstance(value, DeviceArray):
+        return Place(value.pointer, value.shape, value.dtype, value.device, value), value.stream
     if not on_gpu(value):
         raise PhregError(
             f"device array: got {type(value).__name__}, expected an array on a GPU with __cuda_array_interface__ or "
@@ -163,16 +180,15 @@ def as_device(value: Any, stream: int | None = None) -> DeviceArray:
             capsule = value.__dlpack__(stream=reader)
         except (BufferError, TypeError, RuntimeError, ValueError) as error:
             raise PhregError(f"device array: {type(value).__name__} cannot be read: {error}.") from None
-        array = from_capsule(capsule)
-        array.stream = reader
-        return array
+        return read_capsule(capsule, (GPU, MANAGED)), reader
     facts = value.__cuda_array_interface__
     dtype, shape = np.dtype(facts["typestr"]), tuple(facts["shape"])
-    check_contiguous(facts.get("strides"), shape, dtype.itemsize)
-    return DeviceArray(int(facts["data"][0]), shape, dtype, value, facts.get("stream"))
+    strides = facts.get("strides")
+    place = Place(int(facts["data"][0]), shape, dtype, (GPU, 0), value, None if strides is None else tuple(strides))
+    return place, facts.get("stream")
 
 
 def from_capsule(capsule: Any, expected: tuple[int, ...] = (GPU, MANAGED)) -> DeviceArray:
-    """Consume a DLPack capsule as an array; raises as ``read_capsule``."""
-    place = read_capsule(capsule, expected)
+    """Consume a DLPack capsule as an array; raises as ``read_capsule``, and for one that is not contiguous."""
+    place = read_capsule(capsule, expected).contiguous()
     return DeviceArray(place.pointer, place.shape, place.dtype, place.owner, None, place.device)

@@ -77,8 +77,15 @@ class Cuda:
             BackendMissing: no driver or no device.
             PhregError: any other status.
         """
+        return self._call(self.api, name, arguments)
+
+    def call_driver(self, name: str, *arguments: Any) -> Any:
+        """Call a function of the CUDA driver, as ``call`` does."""
+        return self._call(_load_driver(), name, arguments)
+
+    def _call(self, api: Any, name: str, arguments: tuple[Any, ...]) -> Any:
         try:
-            status, *results = getattr(self.api, name)(*arguments)
+            status, *results = getattr(api, name)(*arguments)
         except RuntimeError as error:
             # cuda-python raises this if there is no libcuda.so.1.
             raise BackendMissing(

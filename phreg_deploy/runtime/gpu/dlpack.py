@@ -17,13 +17,20 @@ CODES = {"i": 0, "u": 1, "f": 2}
 
 @dataclass(frozen=True)
 class Place:
-    """Where a contiguous array lies. ``device``: (type, number). ``owner`` lives as long as the array."""
+    """Where an array lies. ``device``: (type, number). ``owner`` lives as long as the array. ``strides``: in bytes;
+    None for a contiguous array."""
 
     pointer: int
     shape: tuple[int, ...]
     dtype: np.dtype[Any]
     device: tuple[int, int]
     owner: Any
+    strides: tuple[int, ...] | None = None
+
+    def contiguous(self) -> Place:
+        """The same place. Raises ``PhregError`` unless the array is contiguous."""
+        check_contiguous(self.strides, self.shape, self.dtype.itemsize)
+        return self
 
 
 # DLPack 0.x, the default of every library.
@@ -98,8 +105,7 @@ def read_capsule(capsule: Any, expected: tuple[int, ...]) -> Place:
     """Consume a capsule.
 
     Raises:
-        PhregError: the array is on another kind of device than ``expected``, is not contiguous, or has a type that
-            numpy does not know.
+        PhregError: the array is on another kind of device than ``expected``, or has a type that numpy does not know.
     """
     managed = ctypes.cast(_api.PyCapsule_GetPointer(capsule, _NEW), ctypes.POINTER(_Managed))
     tensor = managed.contents.tensor
@@ -114,11 +120,10 @@ def read_capsule(capsule: Any, expected: tuple[int, ...]) -> Place:
         )
     dtype = np.dtype(f"{kinds[tensor.code]}{tensor.bits // 8}")
     strides = None if not tensor.strides else tuple(tensor.strides[i] * dtype.itemsize for i in range(tensor.ndim))
-    check_contiguous(strides, shape, dtype.itemsize)
     _api.PyCapsule_SetName(capsule, _USED)
     device = (int(tensor.device_type), int(tensor.device_id))
     pointer = int(tensor.data or 0) + int(tensor.byte_offset)
-    return Place(pointer, shape, dtype, device, _Borrowed(capsule, managed))
+    return Place(pointer, shape, dtype, device, _Borrowed(capsule, managed), strides)
 
 
 def check_contiguous(strides: tuple[int, ...] | None, shape: tuple[int, ...], itemsize: int) -> None:

@@ -93,9 +93,25 @@ class TrtContext(Closing):
                 self._after.order(self.stream.handle, stream)
         if stream is None:
             self.wait()
+        else:
+            image.read_on(stream)
         for name, array in outputs.items():
             array.filled_on(stream, name in given)
         return outputs
+
+    def run_to_host(self, image: DeviceArray, others: Feed) -> Feed:
+        """Run on device memory at any address, and return host arrays."""
+        self._set_shapes({"image": image.shape, **{name: value.shape for name, value in others.items()}})
+        self._buffers.pin(self.outputs)
+        self._load(others)
+        with self._settled_after_errors():
+            if image.stream is not None:
+                self._before.order(image.stream, self.stream.handle)
+            self._buffers.fetch("image", image.pointer)
+            self.queue_inference()
+            self.download()
+        self.wait()
+        return {name: self._buffers.view(name).copy() for name in self.outputs}
 
     def prepare(self, feed: Feed) -> None:
         """Set the shapes of the inputs, and put the image where ``upload`` finds it."""
