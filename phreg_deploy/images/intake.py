@@ -150,13 +150,13 @@ def _pictures(value: Any, what: str) -> list[Any]:
         return [Path(value)]
     if isinstance(value, (bytes, bytearray, memoryview)):
         return [_encoded(bytes(value), what)]
-    if hasattr(value, "read") and not isinstance(value, Image.Image):
+    if isinstance(value, (Image.Image, Nv12Frame)) or on_gpu(value):
+        return [value]
+    if hasattr(value, "read"):
         data = value.read()
         if not isinstance(data, bytes):
             raise PhregError(f"{what}: got a file that is open as text, expected one open for bytes: open(path, 'rb').")
         return [_encoded(data, what)]
-    if isinstance(value, (Image.Image, Nv12Frame)) or on_gpu(value):
-        return [value]
     array = host_array(value, what)
     if array is None:
         raise PhregError(f"{what}: got {type(value).__name__}, expected {EXPECTED}.")
