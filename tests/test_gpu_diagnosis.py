@@ -35,7 +35,7 @@ def test_a_complete_workstation_needs_nothing(tmp_path):
         FakeDriver(13020, (("NVIDIA H100", 90, 80 << 30), ("NVIDIA RTX A2000", 86, 12 << 30))),
         ["libnvidia-ml.so.1"],
         {"cuda-bindings": "13.2.0", "nvidia-ml-py": "13.580"},
-        {"tensorrt": "11.4.0.106", "cuda.bindings.runtime": "ok"},
+        {"tensorrt": "11.4.0.106", "cuda.bindings.runtime": "ok", "cuda.bindings.nvrtc": "13.0"},
     )
     add_tensorrt_wheel(machine, 11, ("_sm80", "_sm90"))
     add_onnxruntime_gpu(machine, [*ORT_CUDA, "libcudnn.so.9"])
@@ -43,7 +43,7 @@ def test_a_complete_workstation_needs_nothing(tmp_path):
     assert found["NVIDIA driver"].state == (
         "CUDA 13.2, 2 GPUs: NVIDIA H100, SM 9.0, 80.0 GiB; NVIDIA RTX A2000, SM 8.6, 12.0 GiB"
     )
-    for part in ("NVIDIA driver", "cuda-python", "TensorRT", "onnxruntime on CUDA", "nvidia-ml-py"):
+    for part in ("NVIDIA driver", "cuda-python", "NVRTC", "TensorRT", "onnxruntime on CUDA", "nvidia-ml-py"):
         assert (found[part].usable, found[part].mend) == (True, None), found[part]
     assert "JetPack" not in found
     assert "waits" not in str(found)
@@ -67,6 +67,17 @@ def test_cuda_python_must_match_the_driver(tmp_path, driver, bindings, said, men
     machine = FakeMachine(tmp_path, FakeDriver(driver), packages=packages, modules={"cuda.bindings.runtime": said})
     found = machine.findings()["cuda-python"]
     assert (found.usable, found.mend) == (mend is None, mend), found
+
+
+@pytest.mark.parametrize(
+    ("driver", "said", "usable"),
+    [(12080, "13.0", False), (12080, "12.9", True), (13000, "12.9", True), (13000, ABSENT.format("cuda"), False)],
+)
+def test_nvrtc_must_match_the_driver(tmp_path, driver, said, usable):
+    machine = FakeMachine(tmp_path, FakeDriver(driver), modules={"cuda.bindings.nvrtc": said})
+    found = machine.findings()["NVRTC"]
+    mend = f'pip install "cuda-toolkit[nvrtc]<{driver // 1000 + 1}"'
+    assert (found.usable, found.mend) == (usable, None if usable else mend), found
 
 
 @pytest.mark.parametrize(("wheel", "driver", "usable"), [(13, 12080, False), (12, 12080, True), (12, 13020, True)])
@@ -166,7 +177,7 @@ def test_an_error_in_any_probe_is_a_finding(tmp_path):
         raise RuntimeError("anything")
 
     around = System(tmp_path, raising, raising, raising, (tmp_path,))
-    assert [f.usable for f in find_gpu_parts(around)] == [False] * 6
+    assert [f.usable for f in find_gpu_parts(around)] == [False] * (1 + len(PARTS))
 
 
 def test_an_import_that_crashes_its_process_is_reported():

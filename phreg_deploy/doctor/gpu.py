@@ -25,13 +25,14 @@ TENSORRT_LIBRARIES = ("libnvinfer", "libnvinfer_plugin", "libnvonnxparser")
 # Part -> the commands that need it.
 PARTS = {
     "cuda-python": "build, and serve on TensorRT",
+    "NVRTC": "serve frames of any size that are on the GPU",
     "TensorRT": "build, and serve on TensorRT",
     "onnxruntime on CUDA": "serve on onnxruntime-cuda",
     "onnxruntime on TensorRT": "TensorRT inside ONNX Runtime",
     "nvidia-ml-py": "power and clocks in profile",
 }
 # Part -> the extra that installs it, unless it is "gpu".
-EXTRAS = {"cuda-python": "cuda", "TensorRT": "trt", "nvidia-ml-py": "cuda"}
+EXTRAS = {"cuda-python": "cuda", "NVRTC": "gpu-images", "TensorRT": "trt", "nvidia-ml-py": "cuda"}
 DRIVER = Part("NVIDIA driver", "everything on a GPU")
 # CUresult of cuInit -> the cause, and what to do.
 CUDA_ERRORS = {
@@ -81,6 +82,7 @@ def find_gpu_parts(system: System | None = None) -> list[Finding]:
         findings.append(Part("JetPack", "the versions that fit this Jetson").usable(str(jetson)))
     checks: dict[str, Callable[[Part], Finding]] = {
         "cuda-python": lambda part: _cuda_python(part, system, driver),
+        "NVRTC": lambda part: _nvrtc(part, system, driver, jetson),
         "TensorRT": lambda part: _tensorrt(part, system, driver, jetson),
         "onnxruntime on CUDA": lambda part: _provider(part, system, driver, "cuda"),
         "onnxruntime on TensorRT": lambda part: _provider(part, system, driver, "tensorrt"),
@@ -161,6 +163,20 @@ def _cuda_python(part: Part, system: System, driver: Driver) -> Finding:
         state = f"{version}; import fails: {output[:120]}"
         return part.unusable(state, older.replace("install", "install --force-reinstall"))
     return driver.needed_for(part, version)
+
+
+def _nvrtc(part: Part, system: System, driver: Driver, jetson: Jetson | None) -> Finding:
+    """NVRTC, whose machine code a driver of an older major version may refuse."""
+    fitting = f"<{driver.major + 1}" if driver.major else ""
+    fix = "sudo apt install nvidia-jetpack" if jetson else f'pip install "cuda-toolkit[nvrtc]{fitting}"'
+    worked, output = system.attempt(
+        "import cuda.bindings.nvrtc; print(*cuda.bindings.nvrtc.nvrtcVersion()[1:], sep='.')"
+    )
+    if not worked:
+        return part.unusable(f"cannot be loaded: {output[:120]}", fix)
+    if driver.major and int(output.split(".")[0]) > driver.major:
+        return part.unusable(f"{output} is newer than the driver, which is of CUDA {driver.major}", fix)
+    return driver.needed_for(part, output)
 
 
 def _tensorrt(part: Part, system: System, driver: Driver, jetson: Jetson | None) -> Finding:

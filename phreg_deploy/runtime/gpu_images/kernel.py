@@ -59,7 +59,7 @@ class ResampleKernel(Closing):
             raise PhregError(
                 f"{error} The driver is of CUDA {cuda.gpu.driver // 1000}.{cuda.gpu.driver % 1000 // 10}, and may be "
                 "older than NVRTC; install NVRTC of the driver's major version: "
-                f'pip install "cuda-toolkit[nvrtc]=={cuda.gpu.driver // 1000}.*"'
+                f'pip install "cuda-toolkit[nvrtc]<{cuda.gpu.driver // 1000 + 1}"'
             ) from None
         self._function = cuda.call_driver("cuModuleGetFunction", self._module, SOURCE.stem.encode())
 

@@ -8,8 +8,8 @@ from typing import Any
 from phreg_deploy.errors import BackendMissing, PhregError
 
 EXTRA = (
-    'Run: pip install "phreg-deploy[gpu-images]" (for CUDA 12: pip install "cuda-toolkit[nvrtc]==12.*"; on a Jetson '
-    "it comes with nvidia-jetpack)"
+    'Run: pip install "phreg-deploy[gpu-images]" (for CUDA 12 add "cuda-python<13" "cuda-toolkit<13"; on a Jetson it '
+    "comes with nvidia-jetpack)"
 )
 
 
@@ -30,7 +30,7 @@ def compile_source(source: str, name: str, architecture: int) -> bytes:
     if not below:
         raise BackendMissing(
             f"NVRTC: version {version} compiles for GPUs from {min(known) / 10} on; got {architecture / 10}. "
-            'Install an older one: pip install "cuda-toolkit[nvrtc]==12.*"'
+            'Install an older one: pip install "cuda-toolkit[nvrtc]<13"'
         )
     exact = architecture in known
     target = f"--gpu-architecture={'sm' if exact else 'compute'}_{max(below)}"
