@@ -34,6 +34,11 @@ def three(value: float | None) -> str:
     return "-" if value is None else "1" if value > 0.99995 else f"{value:.3f}".removeprefix("0")
 
 
+def four(value: float) -> str:
+    """A cosine with four digits, as ".9671"; "1" above .99995."""
+    return "1" if value > 0.99995 else f"{value:.4f}".removeprefix("0")
+
+
 def percent(value: float | None, digits: int = 1) -> str:
     return "-" if value is None else f"{100 * value:.{digits}f} %"
 
@@ -272,6 +277,23 @@ def heads_cost(name: str) -> str:
     return table(["", *columns, "pixels that INT8 changes, ViT-Tiny", "DeiT-Tiny"], rows)
 
 
+def gpu_images(_name: str) -> str:
+    """``gpu_images.json``: ways to resize a frame on a GPU, against Pillow."""
+    report = load("gpu_images")
+    rows = []
+    for way in next(iter(report["models"].values())):
+        cells = [way]
+        for figures in (model[way] for model in report["models"].values()):
+            levels = "0, 0" if not figures["levels_max"] else f"{figures['levels_max']}, {figures['levels_mean']:.4f}"
+            cells += [levels, f"{four(figures['cosine_p1'])}, {four(figures['cosine_mean'])}"]
+        taken = report["parsed"].get(way)
+        rows.append([*cells, "-" if taken is None else "yes" if taken[0] else "no"])
+    columns = [
+        f"{name}: {what}" for name in report["models"] for what in ("levels, most and mean", "cosine, p1 and mean")
+    ]
+    return table(["", *columns, "TensorRT's parser takes it"], rows)
+
+
 TABLES: dict[str, Callable[[str], str]] = {
     "heads": heads,
     "heads-deit": heads,
@@ -290,6 +312,7 @@ TABLES: dict[str, Callable[[str], str]] = {
     "int8-without-vnni": no_vnni,
     "int8-choices": choices,
     "gates": gates,
+    "gpu-images": gpu_images,
 }
 
 
