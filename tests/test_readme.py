@@ -20,7 +20,8 @@ MAKEFILE = (ROOT / "Makefile").read_text()
 PYPROJECT = (ROOT / "pyproject.toml").read_text()
 NEEDS_GPU = "<!-- needs a GPU -->"
 # Programs of the system, which the project does not define.
-OTHER_PROGRAMS = {"sudo", "apt-get", "git", "cd", "python3", ".", "VIT", "curl", "g++", "./dense_features", "npm", "cp"}
+SYSTEM = {"sudo", "apt-get", "git", "cd", "python3", ".", "curl", "g++", "npm", "cp", "docker"}
+OTHER_PROGRAMS = SYSTEM | {"VIT", "./dense_features"}
 
 
 def code_blocks(page: Path, language: str) -> list[tuple[int, str, bool]]:
