@@ -97,12 +97,14 @@ class Result:
             echo(json.dumps(plain(document), sort_keys=True))
 
 
-def figure(value: Any) -> str:
-    """A cell of a table: numbers with the digits that matter, None as "-"."""
+def figure(value: Any, form: str = "") -> str:
+    """A cell of a table: numbers in the format ``form`` or with the digits that matter, None as "-"."""
     if value is None:
         return "-"
     if isinstance(value, bool) or not isinstance(value, float):
         return str(value)
+    if form:
+        return format(value, form)
     return f"{value:.4g}" if abs(value) < 0.9 or abs(value) >= 1.1 else f"{value:.6f}".rstrip("0").rstrip(".")
 
 
