@@ -57,7 +57,7 @@ def head_options(command: Callable[..., Any]) -> Callable[..., Any]:
         click.option(
             "--only-head",
             is_flag=True,
-            help="Serve the answers of all heads and the token norms, and no features: less to compute and to copy.",
+            help="Serve the answers of all heads and the token norms, and no features: far less to copy.",
         ),
     )
 

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from phreg_deploy.cli.console import Result
-from phreg_deploy.cli.tables.export import agreement
+from phreg_deploy.cli.console import Result, agreement
 
 if TYPE_CHECKING:
     from phreg_deploy.export.engine.report import BuildReport

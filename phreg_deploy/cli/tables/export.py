@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from phreg_deploy.bundle.bundle import Bundle
-from phreg_deploy.cli.console import Result, figure
+from phreg_deploy.cli.console import Result, agreement
 
 if TYPE_CHECKING:
     from phreg_deploy.runtime.features import FeatureExtractor
@@ -24,10 +24,3 @@ def show_parity(parity: Parity, extractor: FeatureExtractor, result: Result) -> 
     """Print how close the answers of the written bundle are to those in its exam."""
     other = "PyTorch" if extractor.manifest.quantisation is None else "ONNX Runtime's INT8"
     result.say(f"Parity with {other} on {extractor.backend}: {agreement(parity.to_json())}.")
-
-
-def agreement(parity: dict[str, Any]) -> str:
-    """Say how close features are or, where only heads are served, their answers; ``parity`` as JSON."""
-    if parity["cosine_p1"] is None:
-        return f"the heads' answers change at {figure(parity['head_change'])} of the places"
-    return f"1st-percentile patch cosine {parity['cosine_p1']:.8f}, relative L2 {parity['relative_l2']:.2e}"
