@@ -294,10 +294,27 @@ def gpu_images(_name: str) -> str:
     return table(["", *columns, "TensorRT's parser takes it"], rows)
 
 
+def upsamplers(name: str) -> str:
+    """``upsamplers.json``: what a label map adds, and what a learned upsampler would."""
+    sizes = load(name)["sizes"]
+    columns = [f"{size} px, backbone {facts['backbone_ms']:.1f} ms" for size, facts in sizes.items()]
+
+    def cell(facts: Row, row: str) -> str:
+        return f"{facts['added_ms'][row]:.1f} ms, {percent(facts['share'][row][1])}"
+
+    rows = [[row, *(cell(facts, row) for facts in sizes.values())] for row in next(iter(sizes.values()))["share"]]
+    saved = [facts["saved_by_labels_alone"] for facts in sizes.values()]
+    spread = [f"{percent(middle)} ({percent(low)} to {percent(high)})" for low, middle, high in saved]
+    copied = [f"{f['bytes']['labels beside features']} / {f['bytes']['labels alone']}" for f in sizes.values()]
+    rows += [["time saved by labels alone (quartiles)", *spread], ["bytes of outputs, beside / alone", *copied]]
+    return table(["", *columns], rows)
+
+
 TABLES: dict[str, Callable[[str], str]] = {
     "heads": heads,
     "heads-deit": heads,
     "heads-cost": heads_cost,
+    "upsamplers": upsamplers,
     "tiling": tiling,
     "stream": stream,
     "present-recipe": present_recipe,

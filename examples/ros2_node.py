@@ -5,7 +5,8 @@
 It reads `image` (sensor_msgs/Image: rgb8, bgr8 or mono8) and publishes, with the stamp and frame of the image,
 
 - `~/labels`, sensor_msgs/Image, mono8: the class of each pixel, at the camera's size; only from a bundle with a head;
-- `~/features`, sensor_msgs/Image, 32FC<C>: the features (Hp, Wp, C), while somebody subscribes;
+- `~/features`, sensor_msgs/Image, 32FC<C>: the features (Hp, Wp, C), while somebody subscribes; not from a
+  bundle that serves heads alone;
 - `~/artifact_rate`, std_msgs/Float32: the share of artifact tokens, 0 to 1.
 
 Parameters: `bundle`; `backend` ("auto"); `threads` (0: the backend's own choice); `fallback` (a backend that takes over
@@ -138,7 +139,8 @@ class DenseFeaturesNode(Node):
             self.extractor.close()
             raise
         self.labels = self.create_publisher(Image, "~/labels", 1)
-        self.features = self.create_publisher(Image, "~/features", 1)
+        alone = self.extractor.manifest.only_heads
+        self.features = None if alone else self.create_publisher(Image, "~/features", 1)
         self.rate = self.create_publisher(Float32, "~/artifact_rate", 1)
         self.stream.start()
         # One image waits in the middleware, and an image that is lost is not sent again: only the newest counts.
@@ -163,7 +165,7 @@ class DenseFeaturesNode(Node):
             size = (message.width, message.height)
             labels = np.asarray(picture.resize(size, Picture.Resampling.NEAREST))
             self.labels.publish(message_of(labels, "mono8", message.header))
-        if self.features.get_subscription_count():
+        if self.features is not None and self.features.get_subscription_count():
             values = dense.features[0]
             self.features.publish(message_of(values, f"32FC{values.shape[-1]}", message.header))
         self.rate.publish(Float32(data=float(dense.artifact_rate[0])))

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from phreg_deploy.export import export
-from phreg_deploy.heads import Head
+from phreg_deploy.heads import Head, attach
 
 NAMES = ("road", "car", "tree", "sky", "person")
 COLOURS = ((128, 64, 128), (0, 0, 142), (107, 142, 35), (70, 130, 180), (220, 20, 60))
@@ -32,3 +32,17 @@ def ranging(student, tmp_path_factory):
 @pytest.fixture(scope="module")
 def frames():
     return np.random.default_rng(1).integers(0, 256, (2, 80, 64, 3), dtype=np.uint8)
+
+
+@pytest.fixture(scope="module")
+def alone(bundle, street, tmp_path_factory):
+    """Labels at a stride of 2 and nothing else."""
+    folder = tmp_path_factory.mktemp("alone") / "alone.bundle"
+    return attach(bundle, {"": street}, folder, labels=True, upsample="bilinear", stride=2, only_head=True).folder
+
+
+@pytest.fixture(scope="module")
+def beside(bundle, street, tmp_path_factory):
+    """The same beside the features."""
+    folder = tmp_path_factory.mktemp("beside") / "beside.bundle"
+    return attach(bundle, {"": street}, folder, labels=True, upsample="bilinear", stride=2).folder

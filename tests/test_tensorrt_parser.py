@@ -15,6 +15,7 @@ from phreg_deploy.errors import PhregError
 from phreg_deploy.export.engine.inspection import take_census
 from phreg_deploy.layers import Layers
 from phreg_deploy.onnx_graph.heads import append_head
+from phreg_deploy.onnx_graph.wiring import keep_outputs
 from phreg_deploy.readout import Readout
 from tests import nvidia
 from tests.small_models import FAMILIES
@@ -113,8 +114,8 @@ def describe_layers(steps):
     return [layer(step) for step in steps]
 
 
-@pytest.mark.parametrize("sizes", ["fixed", "range"])
-def test_heads_are_built_and_read_every_layer_as_before(sizes, tmp_path):
+@pytest.mark.parametrize(("sizes", "alone"), [("fixed", False), ("range", True)])
+def test_heads_are_built_and_read_every_layer_as_before(sizes, alone, tmp_path):
     here = graphs("augreg", sizes)
     graph = here.write("fp16")
     rng = np.random.default_rng(0)
@@ -123,6 +124,8 @@ def test_heads_are_built_and_read_every_layer_as_before(sizes, tmp_path):
         served = ServedHead("", kind, method, stride, None, ("a", "b", "c"), None, None)
         weight = rng.standard_normal((3, WIDTH)).astype(np.float32)
         append_head(graph, served, weight, np.zeros(3, np.float32), inputs=("features",), patch=patch)
+    if alone:
+        keep_outputs(graph, {"labels", "segmentation", "token_norm"})
     onnx.checker.check_model(graph)
     steps = steps_of(graph, here, tmp_path)
     assert not isinstance(steps, str), steps

@@ -15,6 +15,7 @@ export class DenseFeatures {
     const manifest = await response.json();
     if (manifest.format > FORMAT) throw new Error(`The bundle has format ${manifest.format}; this page knows ${FORMAT}.`);
     if (manifest.sizes.mode !== "fixed") throw new Error("This page serves bundles of one fixed size; export one.");
+    if (manifest.only_heads) throw new Error("This page draws features, and the bundle serves its heads alone.");
     if (manifest.weights) throw new Error("This page serves bundles whose weights are inside model.onnx.");
     return new DenseFeatures(manifest, await ort.InferenceSession.create(`${folder}/model.onnx`));
   }

@@ -8,18 +8,21 @@ import numpy as np
 
 from phreg_deploy.artifacts.measures import cosine, norm_outliers
 from phreg_deploy.errors import PhregError
-from phreg_deploy.layers import ATTENTION, DEPTH, HEADS, SEGMENTATION, kind_of
+from phreg_deploy.layers import ATTENTION, DEPTH, FEATURES, HEADS, NORM, SEGMENTATION, kind_of
 from phreg_deploy.spec import Stored
 
 # The kinds of outputs that are compared.
 OUTPUTS = ("features", "cls", "token_norm", ATTENTION)
+# The figures of ``Parity`` that only features have, from ``cosine_mean`` to ``neighbours``.
+NO_FEATURES = (None, None, None, None, None, None)
 # At most so many patch tokens of an image take part in the search for nearest neighbours.
 NEIGHBOURS = 1024
 
 
 @dataclass(frozen=True)
 class Parity(Stored):
-    """Agreement of dense features ``(B, Hp, Wp, C)`` with a reference.
+    """Agreement of dense features ``(B, Hp, Wp, C)`` with a reference; where only heads are compared, the figures
+    before ``outlier_points`` are None.
 
     ``cosine_*`` per patch token; ``relative_l2`` and ``largest_difference`` over all values; ``neighbours``: share of
     patches whose nearest other patch is the same; ``outlier_points``: change of the norm-outlier rate in percentage
@@ -28,12 +31,12 @@ class Parity(Stored):
     worst head, the share of places with another class or, for depth, the mean relative difference; None without heads.
     """
 
-    cosine_mean: float
-    cosine_p1: float
-    cosine_min: float
-    relative_l2: float
-    largest_difference: float
-    neighbours: float
+    cosine_mean: float | None
+    cosine_p1: float | None
+    cosine_min: float | None
+    relative_l2: float | None
+    largest_difference: float | None
+    neighbours: float | None
     outlier_points: float
     norm_difference: float
     norm_bias: float
@@ -45,7 +48,8 @@ class Parity(Stored):
 class ParityAccumulator:
     """Add up parity batch by batch, with one figure per patch token in memory and no features.
 
-    Further layers of the reference, and its attention, are compared apart; ``parity`` is the worst of all.
+    Further layers of the reference, and its attention, are compared apart; ``parity`` is the worst of all. Without
+    features in the reference, token norms and heads are compared.
 
     ``median``: the base model's median norm after the last block; None for the median of all expected norms, which is
     what further layers take.
@@ -59,7 +63,7 @@ class ParityAccumulator:
         self._squares = [0.0, 0.0]
         self._largest = 0.0
         self._cls: list[float] = []
-        self._bad = 0
+        self._bad, self._dense = 0, True
         self._heads: dict[str, list[np.ndarray]] = {}
         self._parts: dict[str, ParityAccumulator] = {}
 
@@ -81,22 +85,28 @@ class ParityAccumulator:
         got, expected = parts.pop(""), wanted.pop("")
         for part, reference in wanted.items():
             self._parts.setdefault(part, ParityAccumulator()).add(parts[part], reference)
-        a, b = got["features"].astype(np.float64), expected["features"].astype(np.float64)
-        if a.shape != b.shape:
-            raise PhregError(f"parity: got features of shape {a.shape}, expected {b.shape}.")
+        self._dense = FEATURES in expected
+        first = FEATURES if self._dense else NORM
+        if got[first].shape != expected[first].shape:
+            raise PhregError(f"parity: got {first} of shape {got[first].shape}, expected {expected[first].shape}.")
         bad = int(sum((~np.isfinite(v)).sum() for v in got.values()))
         self._bad += bad
         if bad:
             return
+        self._norms.append((got[NORM].astype(np.float64), expected[NORM].astype(np.float64)))
+        if "cls" in got and "cls" in expected:
+            self._cls.append(float(cosine(got["cls"], expected["cls"]).min()))
+        if self._dense:
+            self._add_features(got[FEATURES].astype(np.float64), expected[FEATURES].astype(np.float64))
+
+    def _add_features(self, a: np.ndarray, b: np.ndarray) -> None:
+        """Add features and those of the reference, float64 ``(B, Hp, Wp, C)``."""
         self._cosines.append(cosine(a, b).reshape(-1))
-        self._norms.append((got["token_norm"].astype(np.float64), expected["token_norm"].astype(np.float64)))
         self._same.append((_nearest(a) == _nearest(b)).reshape(-1))
         difference = a - b
         self._squares[0] += float(np.vdot(difference, difference))
         self._squares[1] += float(np.vdot(b, b))
         self._largest = max(self._largest, float(np.abs(difference).max()))
-        if "cls" in got and "cls" in expected:
-            self._cls.append(float(cosine(got["cls"], expected["cls"]).min()))
 
     def parity(self) -> Parity:
         """Return the parity of all batches, the worst of each figure over the layers.
@@ -114,27 +124,35 @@ class ParityAccumulator:
         return parts
 
     def _own(self) -> Parity:
-        if self._bad or not self._cosines:
+        if self._bad or not self._norms:
             worst = float("inf")
+            if not self._dense:
+                return Parity(*NO_FEATURES, 100.0, worst, worst, None, self._bad)
             return Parity(0.0, 0.0, 0.0, worst, worst, 0.0, 100.0, worst, worst, None, self._bad)
-        values = np.concatenate(self._cosines)
         norms, wanted = (np.concatenate([pair[i].reshape(-1) for pair in self._norms]) for i in (0, 1))
         ratios = norms / np.maximum(wanted, 1e-12)
         centre = float(np.median(wanted)) if self.median is None else self.median
         shift = abs(norm_outliers(norms, centre).rate - norm_outliers(wanted, centre).rate)
-        return Parity(
-            cosine_mean=float(values.mean()),
-            cosine_p1=float(np.quantile(values, 0.01)),
-            cosine_min=float(values.min()),
-            relative_l2=float((self._squares[0] / max(self._squares[1], 1e-24)) ** 0.5),
-            largest_difference=self._largest,
-            neighbours=float(np.concatenate(self._same).mean()),
+        own = Parity(
+            *NO_FEATURES,
             outlier_points=100 * shift,
             norm_difference=float(np.abs(ratios - 1).max()),
             norm_bias=float(abs(np.median(ratios) - 1)),
             cls_cosine=min(self._cls, default=None),
             bad_values=0,
             head_change=max((float(np.mean(np.concatenate(parts))) for parts in self._heads.values()), default=None),
+        )
+        if not self._cosines:
+            return own
+        values = np.concatenate(self._cosines)
+        return replace(
+            own,
+            cosine_mean=float(values.mean()),
+            cosine_p1=float(np.quantile(values, 0.01)),
+            cosine_min=float(values.min()),
+            relative_l2=float((self._squares[0] / max(self._squares[1], 1e-24)) ** 0.5),
+            largest_difference=self._largest,
+            neighbours=float(np.concatenate(self._same).mean()),
         )
 
 
@@ -152,7 +170,7 @@ def worst(parities: list[Parity]) -> Parity:
         for name in Parity.__dataclass_fields__
         if (values := [getattr(p, name) for p in parities if getattr(p, name) is not None])
     }
-    return Parity(**{"cls_cosine": None, **pick})
+    return Parity(**{**dict.fromkeys(Parity.__dataclass_fields__), **pick})
 
 
 def _changes(kind: str, got: np.ndarray, expected: np.ndarray) -> np.ndarray:

@@ -27,13 +27,14 @@ class Scores:
     """``norm_outliers`` at the pre-norm tap, ``shift_incoherence`` at the served tap, over so many ``images``.
 
     ``first_norms`` ``(Hp, Wp)`` and ``first_features`` ``(Hp, Wp, C)`` are those of the first image, for pictures.
+    Without features, ``shift_incoherence`` and ``first_features`` are None.
     """
 
     norm_outliers: NormOutliers
-    shift_incoherence: ShiftIncoherence
+    shift_incoherence: ShiftIncoherence | None
     images: int
     first_norms: np.ndarray
-    first_features: np.ndarray
+    first_features: np.ndarray | None
 
     def to_json(self) -> dict[str, Any]:
         return {name: plain(getattr(self, name)) for name in ("norm_outliers", "shift_incoherence", "images")}
@@ -65,3 +66,20 @@ def score(
     centre = np.mean([features.mean((0, 1)) for features in unshifted], axis=0)
     incoherence = shift_incoherence(np.stack(unshifted), np.stack(others), np.stack(covered), centre)
     return Scores(norm_outliers(np.stack(norms), median), incoherence, len(photographs), norms[0], unshifted[0])
+
+
+def score_norms(
+    run: Callable[[np.ndarray], np.ndarray],
+    photographs: Photographs,
+    *,
+    median: float | None = None,
+    progress: Progress,
+    name: str = "scoring",
+) -> Scores:
+    """Score token norms alone: ``run`` turns uint8 images ``(1, H, W, 3)`` into norms ``(1, Hp, Wp)``."""
+    norms = []
+    with progress.task(name, len(photographs)) as advance:
+        for i in range(len(photographs)):
+            norms.append(np.asarray(run(photographs.array(i)[None])[0], dtype=np.float32))
+            advance()
+    return Scores(norm_outliers(np.stack(norms), median), None, len(photographs), norms[0], None)

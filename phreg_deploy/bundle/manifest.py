@@ -15,7 +15,7 @@ FORMAT = 4
 MANIFEST, GRAPH, REFERENCE, POSITIONS = "manifest.json", "model.onnx", "reference.npz", "pos_embed.npy"
 ROTARY, CALIBRATION, WEIGHTS = "rotary.npy", "calibration.json", "weights.bin"
 # Keys that are stored only where they have another value.
-UNUSED: dict[str, Any] = {"layers": None, "readout": PLAIN, "heads": ()}
+UNUSED: dict[str, Any] = {"layers": None, "readout": PLAIN, "heads": (), "only_heads": False}
 # Inputs of the graph beside the images, and the file that each is computed from.
 TABLES = {"pos_embed": POSITIONS, "rotary": ROTARY}
 
@@ -31,7 +31,8 @@ class Manifest:
     graph that holds its weights; None if the graph holds them.
     ``layers``: further layers that are served; None for the last alone, and then not stored.
     ``readout``: what the features of the last layer are; not stored if they are the model's final tokens.
-    ``heads``: whose answers are served too; not stored if there are none.
+    ``heads``: whose answers are served too; not stored if there are none. ``only_heads``: nothing else is served but
+    ``token_norm``, and ``layers`` are those that heads read; stored only where it is true.
     ``quantisation``: what ``calibrate`` did and measured; None if the bundle was not calibrated. ``files``: name ->
     sha256.
     """
@@ -55,6 +56,7 @@ class Manifest:
     layers: Layers | None = None
     readout: Readout = PLAIN
     heads: tuple[ServedHead, ...] = ()
+    only_heads: bool = False
     files: dict[str, str] = field(default_factory=dict)
 
     def to_json(self) -> dict[str, Any]:
@@ -71,8 +73,16 @@ class Manifest:
 
         ``validity.read_manifest`` has checked the shape that a projected width is taken from.
         """
-        projected = self.readout.project and output == kind_of(output)
+        projected = self.readout.project and output == kind_of(output) and not self.only_heads
         return int(self.outputs["features"]["shape"][-1]) if projected else self.model.width
+
+    def need_features(self, verb: str, advice: str) -> None:
+        """Raise ``PhregError`` where only heads are served; ``advice``: a sentence that says what to do."""
+        if self.only_heads:
+            outputs = ", ".join(self.outputs)
+            raise PhregError(
+                f"{verb}: the bundle serves {outputs} and no features, since it was written with --only-head. {advice}"
+            )
 
     @classmethod
     def from_json(cls, data: Any) -> Manifest:
@@ -93,7 +103,7 @@ class Manifest:
         # Format 3 is older than inputs for rotary embeddings and than weights beside the graph.
         if version < 4:
             fields = {"rotary": None, "weights": None, **fields}
-        fields = {"layers": None, "readout": PLAIN.to_json(), "heads": [], **fields}
+        fields = {"layers": None, "readout": PLAIN.to_json(), "heads": [], "only_heads": False, **fields}
         missing = sorted(set(cls.__dataclass_fields__) - set(fields))
         unknown = sorted(set(fields) - set(cls.__dataclass_fields__))
         if missing or unknown:

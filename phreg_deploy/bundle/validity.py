@@ -9,7 +9,7 @@ from typing import Any
 from phreg_deploy.bundle.gates import GATES
 from phreg_deploy.bundle.manifest import WEIGHTS, Manifest
 from phreg_deploy.errors import PhregError
-from phreg_deploy.layers import ATTENTION, kind_of, output_names
+from phreg_deploy.layers import ATTENTION, NORM, kind_of, output_names
 from phreg_deploy.readout import FINAL
 from phreg_deploy.spec import Batches, Rotary, Sizes
 
@@ -54,6 +54,7 @@ def read_manifest(data: Any) -> Manifest:
     known = isinstance(manifest.precision, str) and manifest.precision in GATES
     _expect(known, "precision", manifest.precision, f"one of {', '.join(GATES)}")
     _expect(_is_integer(manifest.opset, 1, 1000), "opset", manifest.opset, "a whole number")
+    _expect(type(manifest.only_heads) is bool, "only_heads", manifest.only_heads, "true or false")
     _check_tensors(manifest)
     source, versions = manifest.source, manifest.versions
     for key in ("model", "weights_sha256"):
@@ -194,7 +195,9 @@ def _check_tensors(manifest: Manifest) -> None:
         two, layers, heads, pairs = (({n}, False) for n in fixed)
         shapes["rotary"] = [two, layers, heads, tokens, pairs]
     attention = manifest.model.class_token and manifest.readout.name == FINAL and ATTENTION in manifest.outputs
-    outputs = set(output_names(manifest.model.class_token, manifest.layers, attention))
+    outputs = (
+        {NORM} if manifest.only_heads else set(output_names(manifest.model.class_token, manifest.layers, attention))
+    )
     _check_heads(manifest)
     outputs |= {head.output for head in manifest.heads}
     for key, described, names in (("inputs", manifest.inputs, inputs), ("outputs", manifest.outputs, outputs)):
@@ -220,6 +223,7 @@ def _check_tensors(manifest: Manifest) -> None:
 def _check_heads(manifest: Manifest) -> None:
     names = [head.output for head in manifest.heads]
     _expect(len(set(names)) == len(names) <= MOST_HEADS, "heads", names, f"at most {MOST_HEADS} with different outputs")
+    _expect(bool(names) or not manifest.only_heads, "heads", "none", "at least one with only_heads")
     served = () if manifest.layers is None else manifest.layers.blocks
     for head in manifest.heads:
         fits = head.layers is None or set(head.layers) <= set(served)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from phreg_deploy.bundle.bundle import Bundle
 from phreg_deploy.calibration.report import CalibrationReport
 from phreg_deploy.calibration.request import CalibrationRequest
 from phreg_deploy.extras import CALIBRATION, require
@@ -49,6 +50,8 @@ def calibrate(
     """
     target = target or ("trt" if mode == "fp8" else "cpu")
     request = CalibrationRequest(bundle, images, mode, target, float_macs, cosine_p1, smoothing, keep)
+    advice = "Calibrate the bundle that has features too, then take them out: `phreg-deploy attach INT8 --only-head`."
+    Bundle.read(bundle).manifest.need_features("calibrate", advice)
     list_images(images)
     check_target(output, force, [bundle, images])
     require("phreg_deploy.calibration", calibration=CALIBRATION)

@@ -145,7 +145,7 @@ class Search:
                 candidate = replace(best, **change)
                 parity = self.score(candidate, set())
                 trials.append(Trial(candidate, parity))
-                if 1 - parity.cosine_p1 < WORTH * (1 - score.cosine_p1):
+                if 1 - _cosines(parity)[1] < WORTH * (1 - _cosines(score)[1]):
                     best, score = candidate, parity
             advance(1)
         return best, trials
@@ -165,7 +165,7 @@ class Search:
             if block > 0 and walk.at < starts[block]:
                 walk.step(starts[block])
             alone = self._alone(smoothing, linear, images, walk)
-            mean, p1 = alone.cosine_mean - whole.cosine_mean, alone.cosine_p1 - whole.cosine_p1
+            mean, p1 = (own - of_all for own, of_all in zip(_cosines(alone), _cosines(whole)))
             gains[linear.name] = Sensitivity(mean, p1, len(images))
             advance(1)
         return gains
@@ -213,3 +213,10 @@ class Search:
             or not np.array_equal(parts["all"].high, parts["others"].high)
             for parts in self.ranges.values()
         )
+
+
+def _cosines(parity: Parity) -> tuple[float, float]:
+    """Return the mean and the 1st-percentile cosine; ``calibrate`` has refused bundles without features."""
+    assert parity.cosine_mean is not None
+    assert parity.cosine_p1 is not None
+    return parity.cosine_mean, parity.cosine_p1

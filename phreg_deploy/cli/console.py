@@ -97,13 +97,22 @@ class Result:
             echo(json.dumps(plain(document), sort_keys=True))
 
 
-def figure(value: Any) -> str:
-    """A cell of a table: numbers with the digits that matter, None as "-"."""
+def figure(value: Any, form: str = "") -> str:
+    """A cell of a table: numbers in the format ``form`` or with the digits that matter, None as "-"."""
     if value is None:
         return "-"
     if isinstance(value, bool) or not isinstance(value, float):
         return str(value)
+    if form:
+        return format(value, form)
     return f"{value:.4g}" if abs(value) < 0.9 or abs(value) >= 1.1 else f"{value:.6f}".rstrip("0").rstrip(".")
+
+
+def agreement(parity: dict[str, Any]) -> str:
+    """Say how close features are or, where only heads are served, their answers; ``parity`` as JSON."""
+    if parity["cosine_p1"] is None:
+        return f"the heads' answers change at {figure(parity['head_change'])} of the places"
+    return f"1st-percentile patch cosine {parity['cosine_p1']:.8f}, relative L2 {parity['relative_l2']:.2e}"
 
 
 def percent(share: float | None) -> str:

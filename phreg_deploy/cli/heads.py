@@ -20,7 +20,7 @@ SOURCES = ("heads", "classes", "scale", "background")
 
 
 def head_options(command: Callable[..., Any]) -> Callable[..., Any]:
-    """Add ``--head``, ``--classes``, ``--scale``, ``--background``, ``--upsample``, ``--stride`` and ``--labels``."""
+    """Add ``--head``, ``--classes``, and the options that say how heads are served."""
     options = (
         click.option(
             "--head",
@@ -54,6 +54,11 @@ def head_options(command: Callable[..., Any]) -> Callable[..., Any]:
         ),
         click.option("--stride", type=int, default=1, show_default=True, help="With --upsample: pixels per answer."),
         click.option("--labels", is_flag=True, help="Serve the class of each place, uint8, in place of the logits."),
+        click.option(
+            "--only-head",
+            is_flag=True,
+            help="Serve the answers of all heads and the token norms, and no features: far less to copy.",
+        ),
     )
 
     for option in reversed(options):
@@ -101,13 +106,14 @@ def check_head_options(
     upsample: str | None,
     stride: int,
     labels: bool,
+    only_head: bool,
 ) -> None:
     """Read the heads before slow work. Raises ``PhregError`` for heads or options that do not fit."""
     from phreg_deploy.bundle.heads import check_upsampling
     from phreg_deploy.heads import Head
 
     check_upsampling(upsample, stride)
-    for name, given in (("upsample", upsample), ("labels", labels)):
+    for name, given in (("upsample", upsample), ("labels", labels), ("only-head", only_head)):
         if given and not heads and not classes:
             raise PhregError(f"{name}: got --{name} without a head; expected both: --head HEAD --{name}.")
     for head in read_heads(heads, classes, scale, background).values():

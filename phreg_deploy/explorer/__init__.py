@@ -44,7 +44,8 @@ def explore(
 ) -> Exploration:
     """Check bundles together, keep their outputs on the worst images, and write the page ``output`` if it is given.
 
-    A missed gate is on the page and in the result; it is not raised.
+    A missed gate is on the page and in the result; it is not raised. Bundles that serve heads alone have no features to
+    draw: their page has the gates, figures and artifact rates.
 
     Args:
         bundles: of one input size, preprocessing and readout; the first is the reference of the others if there is no
@@ -72,6 +73,8 @@ def explore(
     if not bundles:
         raise PhregError(f"{verb}: got no bundle, expected at least one.")
     manifests = [Bundle.read(bundle).manifest for bundle in bundles]
+    if cosine is not None:
+        manifests[0].need_features(f"{verb}: --cosine", "Leave the bar out, or take bundles that have features too.")
     for path, manifest in zip(bundles, manifests):
         _check_alike(str(bundles[0]), manifests[0], str(path), manifest)
     require_models(f"`phreg-deploy {verb} --reference` or --base", models, backend)
@@ -119,6 +122,7 @@ def _check_alike(first: str, one: Manifest, second: str, other: Manifest) -> Non
         "the input size": lambda m: "{}x{}".format(*m.sizes.default),
         "the preprocessing": lambda m: m.preprocess,
         "the patch": lambda m: m.model.patch,
+        "whether they serve features": lambda m: not m.only_heads,
         "the width": lambda m: m.channels("features"),
         "the number of blocks": lambda m: m.model.depth,
         "the readout": lambda m: m.readout,

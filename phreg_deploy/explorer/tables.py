@@ -191,7 +191,9 @@ def _passed(passed: bool) -> str:
     return "✓ passed" if passed else "✗ missed"
 
 
-def _number(value: float) -> str:
+def _number(value: float | None) -> str:
+    if value is None:
+        return "-"
     return f"{value:.8f}" if 0.9 < abs(value) < 1 else f"{value:.4g}"
 
 

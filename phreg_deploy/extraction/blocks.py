@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from phreg_deploy.extraction.feature_files import output_arrays
+from phreg_deploy.extraction.feature_files import output_arrays, shape_of
 from phreg_deploy.extraction.inputs.sources import ImageSource
 from phreg_deploy.extraction.parts import Part
 from phreg_deploy.extraction.task import ExtractionTask
@@ -21,7 +21,7 @@ MOST_ROWS = 4096
 
 @dataclass(frozen=True)
 class Row:
-    """One image: its source, its ``arrays`` by output, the ``shape`` of its features, and its artifact rate."""
+    """One image: its source, its ``arrays`` by output, its ``shape`` (``shape_of``), and its artifact rate."""
 
     source: ImageSource
     arrays: dict[str, np.ndarray]
@@ -52,7 +52,7 @@ class BlockWriter(ABC):
     def add(self, source: ImageSource, pixels: Any, dense: DenseFeatures) -> None:
         """Collect one image; ``pixels`` are not written. Raises ``PhregError`` for values beyond float16."""
         arrays = output_arrays(dense, self.task.outputs, self.task.dtype)
-        row = Row(source, arrays, list(dense.features.shape[1:]), float(dense.artifact_rate[0]))
+        row = Row(source, arrays, shape_of(dense), float(dense.artifact_rate[0]))
         self.rows = self.rows or self.rows_like(row)
         self.pending.append(row)
         if len(self.pending) >= self.rows:

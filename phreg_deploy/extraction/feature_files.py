@@ -16,7 +16,7 @@ from phreg_deploy.errors import PhregError
 from phreg_deploy.extraction.inputs.sources import MASK
 from phreg_deploy.images.overlays import draw_answer
 from phreg_deploy.images.pictures import colours, components, heat, sheet
-from phreg_deploy.layers import LABELS, kind_of
+from phreg_deploy.layers import FEATURES, LABELS, NORM, kind_of
 from phreg_deploy.runtime.dense_features import DenseFeatures
 
 # Types that ``--dtype`` does not change.
@@ -32,7 +32,7 @@ class Stamped(Protocol):
 
 @dataclass(frozen=True)
 class ExtractedImage:
-    """One image and its ``files`` by output; ``shape`` of its features; ``stamp``: see ``stamp_of``."""
+    """One image and its ``files`` by output; ``shape``: see ``shape_of``; ``stamp``: see ``stamp_of``."""
 
     image: str
     files: dict[str, str]
@@ -67,12 +67,18 @@ class FeatureWriter:
         for kind, file in files.items():
             (self.folder / file).parent.mkdir(parents=True, exist_ok=True)
             if kind == "picture":
-                self.basis = components([dense.features[0]]) if self.basis is None else self.basis
+                if self.basis is None and FEATURES in dense.outputs():
+                    self.basis = components([dense.features[0]])
                 _picture(image, dense, self.basis, self.heads).save(self.folder / file)
             else:
                 _save(self.folder / file, arrays[kind])
-        shape, rate = list(dense.features.shape[1:]), float(dense.artifact_rate[0])
-        return ExtractedImage(str(source), files, shape, rate, source.stamp)
+        return ExtractedImage(str(source), files, shape_of(dense), float(dense.artifact_rate[0]), source.stamp)
+
+
+def shape_of(dense: DenseFeatures) -> list[int]:
+    """Return the shape of an image's features, or its patch grid where only heads are served."""
+    outputs = dense.outputs()
+    return list(outputs.get(FEATURES, outputs[NORM]).shape[1:])
 
 
 def file_name(name: str, kind: str) -> str:
@@ -111,12 +117,14 @@ def _save(path: Path, array: np.ndarray) -> None:
 
 
 def _picture(
-    image: Image.Image | np.ndarray, dense: DenseFeatures, basis: np.ndarray, heads: Sequence[ServedHead]
+    image: Image.Image | np.ndarray, dense: DenseFeatures, basis: np.ndarray | None, heads: Sequence[ServedHead]
 ) -> Image.Image:
     top = 3 * (dense.norm_median or float(np.median(dense.token_norm)))
-    features, norms = colours(dense.features[0], basis), heat(dense.token_norm[0], top)
     picture = Image.fromarray(image) if isinstance(image, np.ndarray) else image
-    row = [("image", picture), ("features (PCA)", features), ("token norms", norms)]
+    row = [("image", picture)]
+    if basis is not None:
+        row.append(("features (PCA)", colours(dense.features[0], basis)))
+    row.append(("token norms", heat(dense.token_norm[0], top)))
     for head in heads:
         row.append((head.output, draw_answer(picture, head.kind, dense.heads[head.output][0], head.colours)))
     return sheet([row])

@@ -67,7 +67,8 @@ class ExtractionTask:
         self.outputs = _with_mask(options.outputs, masked=options.fit == "pad" or options.window is not None)
         served = {MASK, *manifest.outputs, *([LABELS] if SEGMENTATION in manifest.outputs else [])}
         if missing := [name for name in self.outputs if name not in served]:
-            raise PhregError(f"outputs: this bundle has no {missing[0]}; it has {', '.join(manifest.outputs)}.")
+            advice = f" Choose, e.g. --outputs {manifest.heads[0].output}." if manifest.only_heads else ""
+            raise PhregError(f"outputs: this bundle has no {missing[0]}; it has {', '.join(manifest.outputs)}.{advice}")
         self.size = options.size or options.window or manifest.sizes.default
         manifest.sizes.check(self.size, extractor.spec.patch)
         windowed = options.window is not None

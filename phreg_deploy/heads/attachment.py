@@ -1,4 +1,4 @@
-"""Fold heads into a bundle's graph: the new bundle serves label maps, logits or depth beside the features."""
+"""Fold heads into a bundle's graph: the new bundle serves label maps, logits or depth beside the features or alone."""
 
 from __future__ import annotations
 
@@ -19,8 +19,9 @@ from phreg_deploy.files.atomic import atomic_folder
 from phreg_deploy.heads.answers import head_answer
 from phreg_deploy.heads.head import Head
 from phreg_deploy.heads.text_head import TextHead, check_space
-from phreg_deploy.layers import DEPTH, LABELS, SEGMENTATION
+from phreg_deploy.layers import DEPTH, LABELS, NORM, SEGMENTATION
 from phreg_deploy.onnx_graph.heads import append_head
+from phreg_deploy.onnx_graph.wiring import keep_outputs
 
 
 def attach_heads(
@@ -31,6 +32,7 @@ def attach_heads(
     upsample: str | None,
     stride: int,
     labels: bool,
+    only_head: bool,
     force: bool,
 ) -> Bundle:
     """Write the bundle with heads; arguments and errors as of ``phreg_deploy.heads.attach``."""
@@ -71,6 +73,9 @@ def attach_heads(
         outputs={**manifest.outputs, **shapes},
         versions={**manifest.versions, "onnx": onnx.__version__},
     )
+    if only_head:
+        manifest = _heads_alone(manifest)
+        keep_outputs(graph, manifest.outputs)
     write_onnx_metadata(graph, manifest)
     with atomic_folder(output, force, [bundle.folder]) as folder:
         for name in manifest.required():
@@ -79,7 +84,8 @@ def attach_heads(
         (folder / GRAPH).write_bytes(graph.SerializeToString(deterministic=True))
         # By its path: weights beside the graph are looked for there.
         onnx.checker.check_model(str(folder / GRAPH))
-        write_npz(folder / REFERENCE, _exam(bundle, list(zip(served, heads.values()))))
+        exam = _exam(bundle, list(zip(served, heads.values())), {"image", *manifest.outputs})
+        write_npz(folder / REFERENCE, exam)
         write_manifest(folder, manifest)
     return Bundle.read(output)
 
@@ -110,11 +116,19 @@ def _check(manifest: Manifest, served: ServedHead, head: Head | TextHead) -> Non
         )
 
 
-def _exam(bundle: Bundle, heads: list[tuple[ServedHead, Head | TextHead]]) -> dict[str, np.ndarray]:
-    """Return the bundle's exam with the heads' answers to its features, computed by numpy."""
+def _heads_alone(manifest: Manifest) -> Manifest:
+    """Drop the outputs that are no head's, but the token norms, and the layers that no head reads."""
+    kept = [NORM, *(head.output for head in manifest.heads)]
+    read = {layer for head in manifest.heads for layer in head.layers or ()}
+    layers = None if manifest.layers is None or not read else replace(manifest.layers, blocks=tuple(sorted(read)))
+    return replace(manifest, only_heads=True, layers=layers, outputs={name: manifest.outputs[name] for name in kept})
+
+
+def _exam(bundle: Bundle, heads: list[tuple[ServedHead, Head | TextHead]], tensors: set[str]) -> dict[str, np.ndarray]:
+    """Return ``tensors`` of the bundle's exam with the heads' answers to its features, computed by numpy."""
     exam: dict[str, np.ndarray] = {}
     for case, arrays in enumerate(bundle.cases()):
         answers = {spec.output: head_answer(spec, head, arrays, arrays["image"]) for spec, head in heads}
         arrays = {**arrays, **answers}
-        exam.update({f"{case}/{name}": value for name, value in arrays.items()})
+        exam.update({f"{case}/{name}": value for name, value in arrays.items() if name in tensors})
     return exam

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 
 import numpy as np
 from onnx import ModelProto, NodeProto, TensorProto, numpy_helper
@@ -57,6 +57,20 @@ def copy_without(model: ModelProto, weights: set[str]) -> ModelProto:
     copy.graph.node.extend(model.graph.node)
     copy.graph.initializer.extend(i for i in model.graph.initializer if i.name not in weights)
     return copy
+
+
+def keep_outputs(model: ModelProto, names: Collection[str]) -> None:
+    """Drop the other outputs of a graph, and the nodes and constants that only they need, in place."""
+    outputs = [value for value in model.graph.output if value.name in names]
+    del model.graph.output[:]
+    model.graph.output.extend(outputs)
+    needed, kept = {value.name for value in outputs}, []
+    # Nodes stand after those that they read.
+    for node in reversed(model.graph.node):
+        if needed.intersection(node.output):
+            needed.update(node.input)
+            kept.append(node)
+    replace_nodes(model, kept[::-1])
 
 
 def replace_nodes(model: ModelProto, nodes: list[NodeProto]) -> None:

@@ -30,15 +30,15 @@ class Compared:
     again: Callable[[], tuple[np.ndarray, Outputs, Outputs]]
 
     def to_json(self) -> dict[str, object]:
-        errors = self.errors[""]
-        values = 1 - errors["cosine"]
-        return {
-            "image": self.name,
-            "cosine_mean": float(values.mean()),
-            "cosine_p1": float(np.quantile(values, 0.01)),
-            "cosine_min": float(values.min()),
-            "norm_difference": float(errors["norm"].max()),
-        }
+        errors, cosines = self.errors[""], {}
+        if "cosine" in errors:
+            values = 1 - errors["cosine"]
+            cosines = {
+                "cosine_mean": float(values.mean()),
+                "cosine_p1": float(np.quantile(values, 0.01)),
+                "cosine_min": float(values.min()),
+            }
+        return {"image": self.name, **cosines, "norm_difference": float(errors["norm"].max())}
 
 
 @dataclass
@@ -136,18 +136,26 @@ def compare_exam(extractor: FeatureExtractor) -> Comparison:
 def compare_photographs(
     extractor: FeatureExtractor, reference: str, answers: Answers, photographs: Photographs
 ) -> Comparison:
-    """Compare a bundle with ``answers`` on photographs, in the largest batches that it serves."""
+    """Compare a bundle with ``answers`` on photographs, in the largest batches that it serves.
+
+    Of a bundle with heads alone, nothing but its own outputs is compared.
+    """
+    manifest = extractor.manifest
     comparison = Comparison("reference", reference, extractor.manifest.norm_median)
     comparison.new_case()
     step = extractor.manifest.batches.highest
 
+    def wanted(images: np.ndarray) -> dict[str, np.ndarray]:
+        outputs = answers(images)
+        return {k: v for k, v in outputs.items() if k in manifest.outputs} if manifest.only_heads else outputs
+
     def again(images: np.ndarray, i: int, reference: bool = False) -> Outputs:
         one = images[i : i + 1]
-        outputs = answers(one) if reference else extractor.dense(one).outputs()
+        outputs = wanted(one) if reference else extractor.dense(one).outputs()
         return {name: value[0] for name, value in outputs.items()}
 
     for start in range(0, len(photographs), step):
         batch = photographs.batch(start, start + step)
         got, names = extractor.dense(batch).outputs(), photographs.names[start : start + step]
-        comparison.add(names, batch, got, answers(batch), again)
+        comparison.add(names, batch, got, wanted(batch), again)
     return comparison

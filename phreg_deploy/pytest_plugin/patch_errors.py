@@ -7,7 +7,7 @@ from collections.abc import Mapping
 import numpy as np
 
 from phreg_deploy.artifacts.measures import cosine, outlier_mask
-from phreg_deploy.layers import ATTENTION, DEPTH, HEADS, SEGMENTATION, kind_of
+from phreg_deploy.layers import ATTENTION, DEPTH, HEADS, NORM, SEGMENTATION, kind_of
 
 # Gate -> the kind of error that it is about; the class token has no patches.
 KINDS = {
@@ -51,7 +51,7 @@ def patch_errors(got: Outputs, expected: Outputs, median: float | None) -> dict[
     Returns:
         Errors float64 by layer, as ``ParityAccumulator.parts`` names them: "" for the last, "6", "attention".
     """
-    layers = [name.partition(".")[2] for name in expected if kind_of(name) == "features"]
+    layers = [name.partition(".")[2] for name in expected if kind_of(name) == NORM]
     errors = {}
     for layer in layers:
         names = {kind: f"{kind}.{layer}" if layer else kind for kind in ("features", "token_norm", "cls")}
@@ -62,7 +62,7 @@ def patch_errors(got: Outputs, expected: Outputs, median: float | None) -> dict[
         errors[ATTENTION] = dict.fromkeys(("cosine", "distance", "norm"), distance) | {"bad": bad}
     changes = [_head(kind_of(name), got[name], expected[name]) for name in expected if kind_of(name) in HEADS]
     if changes:
-        grid = expected["features"].shape[1:3]
+        grid = expected[NORM].shape[1:3]
         errors[""]["head"] = np.max([_pooled(change, grid) for change in changes], axis=0)
         answers = [got[name] for name in expected if kind_of(name) in HEADS]
         bad = [_pooled(1 - np.isfinite(a).reshape(*a.shape[:3], -1).min(-1), grid) for a in answers]
@@ -71,18 +71,20 @@ def patch_errors(got: Outputs, expected: Outputs, median: float | None) -> dict[
 
 
 def _layer(names: Mapping[str, str], got: Outputs, expected: Outputs, median: float | None) -> Errors:
-    a, b = (outputs[names["features"]].astype(np.float64) for outputs in (got, expected))
     norms, wanted = (outputs[names["token_norm"]].astype(np.float64) for outputs in (got, expected))
     centre = float(np.median(wanted)) if median is None else median
     with np.errstate(invalid="ignore", over="ignore"):
-        distance = np.linalg.norm(a - b, axis=-1) / np.maximum(np.linalg.norm(b, axis=-1), 1e-12)
         errors = {
-            "bad": (~np.isfinite(a)).sum(-1) + ~np.isfinite(norms),
-            "cosine": 1 - cosine(a, b),
-            "distance": distance,
+            "bad": (~np.isfinite(norms)).astype(np.int64),
             "norm": np.abs(norms / np.maximum(wanted, 1e-12) - 1),
             "outlier": outlier_mask(norms, centre) != outlier_mask(wanted, centre),
         }
+        # Where only heads are served there are none.
+        if names["features"] in expected:
+            a, b = (outputs[names["features"]].astype(np.float64) for outputs in (got, expected))
+            errors["bad"] += (~np.isfinite(a)).sum(-1)
+            errors["cosine"] = 1 - cosine(a, b)
+            errors["distance"] = np.linalg.norm(a - b, axis=-1) / np.maximum(np.linalg.norm(b, axis=-1), 1e-12)
         if names["cls"] in expected:
             errors["cls"] = (1 - cosine(got[names["cls"]], expected[names["cls"]]))[:, None, None]
     return {kind: _filled(value) for kind, value in errors.items()}

@@ -6,6 +6,7 @@ import numpy as np
 from PIL import Image, ImageDraw
 
 from phreg_deploy.images.pictures import SIDE, colours, components, heat
+from phreg_deploy.layers import FEATURES
 from phreg_deploy.pytest_plugin.comparison import Compared
 from phreg_deploy.pytest_plugin.failures import Place
 
@@ -35,13 +36,16 @@ def marked(picture: Image.Image, place: Place) -> Image.Image:
 def parity_row(image: Compared, place: Place, errors: np.ndarray) -> list[tuple[str, Image.Image]]:
     """Draw an image, its features and norms by reference and bundle, and the errors ``(Hp, Wp)`` of a gate."""
     pixels, got, expected = image.again()
-    wanted, features = (_sound(outputs["features"]) for outputs in (expected, got))
     norms = [_sound(outputs["token_norm"]) for outputs in (expected, got)]
-    basis, top = components([wanted]), 3 * float(np.median(norms[0]))
+    top = 3 * float(np.median(norms[0]))
+    row = [(_caption(image.name), marked(Image.fromarray(pixels), place))]
+    if FEATURES in expected:
+        wanted, features = (_sound(outputs[FEATURES]) for outputs in (expected, got))
+        basis = components([wanted])
+        row.append(("reference: features (PCA)", colours(wanted, basis)))
+        row.append(("bundle: features (PCA)", marked(colours(features, basis), place)))
     return [
-        (_caption(image.name), marked(Image.fromarray(pixels), place)),
-        ("reference: features (PCA)", colours(wanted, basis)),
-        ("bundle: features (PCA)", marked(colours(features, basis), place)),
+        *row,
         ("reference: token norms", heat(norms[0], top)),
         ("bundle: token norms", marked(heat(norms[1], top), place)),
         (place.measure[:CAPTION], marked(error_map(errors), place)),
@@ -54,12 +58,14 @@ def error_map(errors: np.ndarray) -> Image.Image:
 
 
 def artifact_row(
-    pixels: np.ndarray, features: np.ndarray, norms: np.ndarray, median: float, place: Place
+    pixels: np.ndarray, features: np.ndarray | None, norms: np.ndarray, median: float, place: Place
 ) -> list[tuple[str, Image.Image]]:
-    """Draw an image, its features and its token norms, which are bright at 3 medians."""
+    """Draw an image, its features if there are any, and its token norms, which are bright at 3 medians."""
+    row = [(_caption(place.image), marked(Image.fromarray(pixels), place))]
+    if features is not None:
+        row.append(("features (PCA)", marked(colours(features, components([features])), place)))
     return [
-        (_caption(place.image), marked(Image.fromarray(pixels), place)),
-        ("features (PCA)", marked(colours(features, components([features])), place)),
+        *row,
         ("token norms, bright at 3 medians", marked(heat(norms, 3 * median), place)),
     ]
 

@@ -18,9 +18,15 @@ KINDS = ("features", "cls", "token_norm")
 D = TypeVar("D", bound="DenseFeatures")
 
 
+class FeaturesNotServed(PhregError, AttributeError):
+    """The features of a bundle that serves only heads were asked for; ``hasattr`` is then False."""
+
+
 @dataclass(frozen=True)
 class LayerFeatures:
     """Features of a batch of images at one layer.
+
+    The constructor takes, by place, ``features`` or None, ``cls``, ``token_norm``, ``norm_median`` and ``mask``.
 
     ``features`` float32 ``(B, Hp, Wp, C)``, registers dropped, after the model's final norm unless the bundle was
     exported with ``--no-layer-norm``; ``cls`` float32 ``(B, C)`` or None; ``token_norm`` float32 ``(B, Hp, Wp)``: L2
@@ -28,11 +34,21 @@ class LayerFeatures:
     compared with each image's own median. ``mask``: as of ``DenseFeatures``.
     """
 
-    features: np.ndarray
+    _features: np.ndarray | None
     cls: np.ndarray | None
     token_norm: np.ndarray
     norm_median: float | None = None
     mask: np.ndarray | None = None
+
+    @property
+    def features(self) -> np.ndarray:
+        """See the class. Raises ``FeaturesNotServed``, a ``PhregError``, where the bundle serves only heads."""
+        if self._features is None:
+            raise FeaturesNotServed(
+                "features: this bundle was written with --only-head, and serves its heads' answers alone. Read heads, "
+                "labels, segmentation or depth, or load the bundle that the heads were attached to."
+            )
+        return self._features
 
     @property
     def artifact_rate(self) -> np.ndarray:
@@ -87,7 +103,8 @@ class DenseFeatures(LayerFeatures):
     last block, of ``export --attention``; softmax over all tokens, so a head's patches sum to less than 1. ``heads``:
     answers of the bundle's heads by output (``bundle.heads.ServedHead``), such as ``labels`` or ``depth.indoor``.
     ``mask`` bool ``(B, Hp, Wp)``: False for patches that are padding, not image, whose features mean nothing; None
-    where there is no padding.
+    where there is no padding. Of a bundle with heads alone (``attach --only-head``) there are ``heads``,
+    ``token_norm`` and ``artifact_rate``; ``cls`` is None, and ``features`` raises ``FeaturesNotServed``.
     """
 
     layers: Mapping[int, LayerFeatures] = field(default_factory=dict)
@@ -122,7 +139,7 @@ class DenseFeatures(LayerFeatures):
         }
         blocks = sorted(int(name.partition(".")[2]) for name in outputs if name.startswith("features."))
         layers = {b: LayerFeatures(*(outputs.get(f"{kind}.{b}") for kind in KINDS)) for b in blocks}  # type: ignore[arg-type]
-        own = (outputs["features"], outputs.get("cls"), outputs["token_norm"])
+        own = (outputs.get("features"), outputs.get("cls"), outputs["token_norm"])
         answers = {head.output: outputs[head.output] for head in heads}
         return cls(*own, norm_median, layers=layers, attention=outputs.get("attention"), heads=answers)
 
@@ -133,7 +150,7 @@ class DenseFeatures(LayerFeatures):
 
     def outputs(self) -> dict[str, np.ndarray]:
         """Return every array by the name of its output in the graph, such as ``features.3``."""
-        named = {kind: getattr(self, kind) for kind in KINDS}
+        named = dict(zip(KINDS, (self._features, self.cls, self.token_norm)))
         for block, layer in self.layers.items():
             named.update({f"{kind}.{block}": getattr(layer, kind) for kind in KINDS})
         named.update({"attention": self.attention, **self.heads})

@@ -15,6 +15,7 @@ from phreg_deploy.artifacts.parity import worst as worst
 from phreg_deploy.bundle.bundle import Bundle
 from phreg_deploy.bundle.gates import AT_LEAST, GATES, SENTENCES, exam_bars
 from phreg_deploy.bundle.manifest import Manifest
+from phreg_deploy.errors import PhregError
 from phreg_deploy.spec import Stored
 
 Answer = Callable[[np.ndarray], dict[str, np.ndarray]]
@@ -64,7 +65,12 @@ def gates_of(
     gates = []
     for name, bar in bars.items():
         figure = getattr(parity, name)
-        # A model without class token has no figure for it.
+        if figure is None and own.get(name) is not None:
+            raise PhregError(
+                f"{name}: got the bar {bar}, but only heads were compared, not features. Leave the bar out, or take "
+                "the bundle with features."
+            )
+        # A model without class token has no figure for it, and a bundle of heads alone none of features.
         if figure is not None:
             gates.append(Gate(name, bar, figure, bool(figure >= bar if name in AT_LEAST else figure <= bar)))
     return gates

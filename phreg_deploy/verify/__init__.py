@@ -60,7 +60,9 @@ def check(
 
     models = {"reference": (reference, reference_checkpoint), "base": (base, base_checkpoint)}
     check_inputs("check", models, images, cosine)
-    Bundle.read(bundle)
+    manifest = Bundle.read(bundle).manifest
+    if cosine is not None:
+        manifest.need_features("check: --cosine", "Leave the bar out, or check the bundle that has features too.")
     require_models("`phreg-deploy check --reference` or --base", models, backend)
     from phreg_deploy.runtime.backends.options import BackendOptions as Options
     from phreg_deploy.runtime.features import FeatureExtractor

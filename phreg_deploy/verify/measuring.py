@@ -10,10 +10,10 @@ from typing import Any
 import numpy as np
 
 from phreg_deploy.artifacts.measures import NormOutliers, cosine, norm_outliers, outlier_mask
-from phreg_deploy.artifacts.scores import Run, Scores, score
+from phreg_deploy.artifacts.scores import Run, Scores, score, score_norms
 from phreg_deploy.bundle.manifest import Manifest
 from phreg_deploy.images.photographs import Photographs, read_photographs
-from phreg_deploy.layers import ATTENTION, Layers
+from phreg_deploy.layers import ATTENTION, NORM, Layers
 from phreg_deploy.progress import Progress
 from phreg_deploy.readout import Readout
 from phreg_deploy.runtime.features import FeatureExtractor
@@ -78,12 +78,25 @@ class BundleRun:
         """The norm outliers of each further layer, against its own median over the images; by number of blocks."""
         return {str(block): norm_outliers(np.stack(norms)) for block, norms in self._norms.items()}
 
+    def score(
+        self, photographs: Photographs, median: float | None, progress: Progress, name: str = "scoring"
+    ) -> Scores:
+        """Score the bundle on photographs: of one with heads alone, the token norms."""
+        manifest = self.extractor.manifest
+        if manifest.only_heads:
+            norms = lambda images: self.extractor.dense(images).token_norm  # noqa: E731
+            return score_norms(norms, photographs, median=median, progress=progress, name=name)
+        return score(self, photographs, manifest.model.patch, median=median, progress=progress, name=name)
+
 
 def measure(extractors: Mapping[str, FeatureExtractor], request: CheckRequest, progress: Progress) -> OnImages:
     """Measure base, student and bundles on the photographs of a request.
 
+    Of bundles with heads alone there are no maps, and no parity by image.
+
     Args:
-        extractors: by the name that their results get; they share one input size, preprocessing and readout.
+        extractors: by the name that their results get; they share one input size, preprocessing and readout, and all or
+            none serve features.
     """
     manifest = next(iter(extractors.values())).manifest
     size = manifest.sizes.default
@@ -100,16 +113,16 @@ def measure(extractors: Mapping[str, FeatureExtractor], request: CheckRequest, p
     scores: dict[str, Scores] = {}
     median = manifest.norm_median
     own = {name: BundleRun(extractor) for name, extractor in extractors.items()}
-    runs = {name: _model_run(model, manifest) for name, model in models.items()} | own
-    for name, run in runs.items():
-        scores[name] = score(
-            run, photographs, manifest.model.patch, median=median, progress=progress, name=f"scoring {name}"
-        )
+    for name, model in models.items():
+        run, patch = _model_run(model, manifest), manifest.model.patch
+        scores[name] = score(run, photographs, patch, median=median, progress=progress, name=f"scoring {name}")
         if name == BASE:
             median = scores[name].norm_outliers.median
+    for name, bundle in own.items():
+        scores[name] = bundle.score(photographs, median, progress, f"scoring {name}")
     layers = {name: run.layers() for name, run in own.items()}
-    pass_ = _Pass(photographs, models, extractors, median, request.pictures)
-    if pass_.compared or request.pictures:
+    pass_ = _Pass(photographs, models, extractors, median, 0 if manifest.only_heads else request.pictures)
+    if pass_.compared or pass_.accumulators or pass_.pictures:
         pass_.run(progress)
     maps = pass_.maps(next(iter(scores.values())).norm_outliers.median)
     return OnImages(photographs, scores, pass_.parity(), layers, pass_.by_image(), maps)
@@ -129,8 +142,10 @@ class _Pass:
         self.photographs, self.models, self.extractors, self.median = photographs, models, extractors, median
         self.pictures = pictures
         first, *others = extractors
-        # Which bundle is compared with which model.
+        # Whose features are compared with which model's.
         self.compared = dict.fromkeys(extractors, STUDENT) if STUDENT in models else dict.fromkeys(others, first)
+        if extractors[first].manifest.only_heads:
+            self.compared = {}
         self.accumulators = {name: ParityAccumulator(median) for name in extractors if STUDENT in models}
         self.gallery, self.cosines = Gallery(pictures), {name: list[np.ndarray]() for name in self.compared}
         self.norms: dict[str, dict[int, list[np.ndarray]]] = {name: {} for name in extractors}
@@ -167,7 +182,7 @@ class _Pass:
             answers[STUDENT] = expected | answers[STUDENT]
             served = self.extractors[name].manifest.outputs
             accumulator.add(answers[name], {output: expected[output] for output in expected if output in served})
-        count = len(next(iter(answers.values()))["features"])
+        count = len(next(iter(answers.values()))[NORM])
         bad = np.zeros((len(self.compared), count))
         for row, (name, reference) in enumerate(self.compared.items()):
             cosines = cosine(answers[name]["features"], answers[reference]["features"]).reshape(count, -1)

@@ -47,7 +47,7 @@ def score_bundle(
         photographs = read_photographs(images, size, manifest.preprocess, limit, say=progress.say)
         centre = median or manifest.norm_median
         run = BundleRun(extractor)
-        scores = score(run, photographs, manifest.model.patch, median=centre, progress=progress)
+        scores = run.score(photographs, centre, progress)
         sheet = _sheet(photographs, scores)
         return ArtifactReport(path, scores, sheet, backend=extractor.backend, layers=run.layers() or None)
 
@@ -77,8 +77,9 @@ def score_model(
 
 
 def _sheet(photographs: Photographs, scores: Scores) -> Image.Image:
-    """The first image, its features and its token norms side by side."""
-    features = colours(scores.first_features, components([scores.first_features]))
+    """The first image, its features where there are any, and its token norms side by side."""
+    row = [("image", Image.fromarray(photographs.array(0)))]
+    if scores.first_features is not None:
+        row.append(("features (PCA)", colours(scores.first_features, components([scores.first_features]))))
     norms = heat(scores.first_norms, 3 * scores.norm_outliers.median)
-    image = Image.fromarray(photographs.array(0))
-    return sheet([[("image", image), ("features (PCA)", features), ("token norms, bright at 3x the median", norms)]])
+    return sheet([[*row, ("token norms, bright at 3x the median", norms)]])

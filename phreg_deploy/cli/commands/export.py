@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import tempfile
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +31,7 @@ from phreg_deploy.images.photographs import list_images
 from phreg_deploy.layers import check_layers
 from phreg_deploy.student_record import model_path, read_readout
 
-HEAD_OPTIONS = (*SOURCES, "upsample", "stride", "labels")
+HEAD_OPTIONS = (*SOURCES, "upsample", "stride", "labels", "only_head")
 
 
 @click.command()
@@ -147,6 +148,8 @@ def _check(output: Path, target: str, options: dict[str, Any]) -> None:
     check_export(precision, options["keep_fp32"], images, options["image_size"], options["batch"], target)
     check_layers(options["layers"], options["layer_norm"])
     check_head_options(*(options[name] for name in HEAD_OPTIONS))
+    if options["only_head"] and options["attention"]:
+        raise PhregError("only-head: got --attention with --only-head, which serves heads alone; expected one of them.")
     check_model(model, checkpoint, options["random_weights"])
     read_readout(model, options["readout"], options["project"], options["random_weights"])
     if images is not None:
@@ -181,9 +184,17 @@ def _export_eight_bits(output: Path, target: str, options: dict[str, Any], resul
     settings: dict[str, Any] = {"mode": options["precision"], "target": target, "keep": options["keep_fp32"]}
     CalibrationRequest(output, images, **settings)  # refuses bad ones before a minute of tracing
     with tempfile.TemporaryDirectory(dir=output.parent, prefix=f".{output.name}.") as folder:
-        full = Path(folder) / "fp32.bundle"
-        _export(full, {**options, "precision": "fp32", "images": None, "keep_fp32": (), "force": False}, result)
-        report = calibrate(full, images, output, **settings, force=force, progress=result.progress)
+        full, whole = Path(folder) / "fp32.bundle", output
+        plain = {"precision": "fp32", "images": None, "keep_fp32": (), "force": False, "only_head": False}
+        _export(full, {**options, **plain}, result)
+        if options["only_head"]:
+            whole = Path(folder) / "eight-bits.bundle"
+        report = calibrate(full, images, whole, **settings, force=force, progress=result.progress)
+        if options["only_head"]:
+            from phreg_deploy.heads import attach
+
+            attach(whole, {}, output, only_head=True, force=force)
+            report = replace(report, output=output)
     show_calibration(report, result)
     return report.to_json()
 

@@ -22,9 +22,10 @@ def show_artifacts(report: ArtifactReport, result: Result) -> None:
         ["    high / low", f"{percent(outliers.upper)} / {percent(outliers.lower)}"],
         ["largest norm / median", outliers.largest],
         ["median norm measured against", outliers.median],
-        ["shift incoherence", percent(shift.rate)],
-        [PERCENTILES, " / ".join(f"{value:.3f}" for value in (shift.p50, shift.p90, shift.p95, shift.p99))],
     ]
+    if shift is not None:
+        values = " / ".join(f"{value:.3f}" for value in (shift.p50, shift.p90, shift.p95, shift.p99))
+        rows += [["shift incoherence", percent(shift.rate)], [PERCENTILES, values]]
     result.table(f"Artifacts of {report.model} on {report.scores.images} images", ["score", "value"], rows)
     if report.layers:
         rows = [[name, o.median, o.largest, percent(o.rate)] for name, o in report.layers.items()]

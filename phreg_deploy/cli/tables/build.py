@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from phreg_deploy.cli.console import Result
+from phreg_deploy.cli.console import Result, agreement
 
 if TYPE_CHECKING:
     from phreg_deploy.export.engine.report import BuildReport
@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
 def show_build(report: BuildReport, bundle: str, result: Result) -> None:
     """Print what was built, what it lacks, and the next command."""
-    key, census, parity = report.key, report.census, report.cosine_p1
+    key, census, parity = report.key, report.census, report.verdict.get("parity")
     result.table(
         f"Engine for {key.gpu} (SM {key.architecture / 10:.1f}), TensorRT {key.tensorrt}",
         ["", ""],
@@ -22,7 +22,7 @@ def show_build(report: BuildReport, bundle: str, result: Result) -> None:
             ["linear layers in 8 bits / in float", f"{len(census.eight_bit)} / {len(census.float_linear)}"],
             ["layers", census.layers],
             ["plan", f"{report.megabytes:.1f} MB, built in {report.seconds:.0f} s"],
-            ["parity, 1st-percentile patch cosine", "not checked" if parity is None else parity],
+            ["parity", "not checked" if parity is None else agreement(parity)],
         ],
     )
     for line in [*report.shortfalls, *report.missed]:

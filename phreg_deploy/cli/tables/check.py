@@ -49,10 +49,10 @@ def _parity_row(comparison: Comparison) -> list[str]:
     return [
         comparison.reference,
         comparison.size,
-        f"{parity.cosine_p1:.8f}",
-        f"{parity.cosine_min:.8f}",
-        f"{parity.relative_l2:.1e}",
-        f"{parity.largest_difference:.1e}",
+        figure(parity.cosine_p1, ".8f"),
+        figure(parity.cosine_min, ".8f"),
+        figure(parity.relative_l2, ".1e"),
+        figure(parity.largest_difference, ".1e"),
         percent(parity.neighbours),
         f"{parity.outlier_points:.4f}",
     ]

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from phreg_deploy.bundle.bundle import Bundle
-from phreg_deploy.cli.console import Result
+from phreg_deploy.cli.console import Result, agreement
 
 if TYPE_CHECKING:
     from phreg_deploy.runtime.features import FeatureExtractor
@@ -23,7 +23,4 @@ def show_bundle(bundle: Bundle, result: Result) -> None:
 def show_parity(parity: Parity, extractor: FeatureExtractor, result: Result) -> None:
     """Print how close the answers of the written bundle are to those in its exam."""
     other = "PyTorch" if extractor.manifest.quantisation is None else "ONNX Runtime's INT8"
-    result.say(
-        f"Parity with {other} on {extractor.backend}: 1st-percentile patch cosine {parity.cosine_p1:.8f}, "
-        f"relative L2 {parity.relative_l2:.2e}."
-    )
+    result.say(f"Parity with {other} on {extractor.backend}: {agreement(parity.to_json())}.")

@@ -19,7 +19,7 @@ ROWS = 20
 def show_extraction(index: Extraction, result: Result) -> None:
     """The first images with their shapes and artifact rates, and every file that was left out."""
     rows = [[i.image, "x".join(str(side) for side in i.shape), percent(i.artifact_rate)] for i in index.images[:ROWS]]
-    result.table(f"Features in {index.output}", ["image", "features", "artifact rate"], rows)
+    result.table(f"Features in {index.output}", ["image", "shape", "artifact rate"], rows)
     for reason in index.skipped.values():
         result.say(f"Left out: {reason}")
 

@@ -72,6 +72,7 @@ def _bundle(name: str, size: tuple[int, int] | None, layers: str | None, backend
 
     extractor = stack.enter_context(FeatureExtractor.load(name, backend))
     manifest = extractor.manifest
+    manifest.need_features(name, "Take the bundle that has features too: a probe is trained on them.")
     size = size or manifest.sizes.default
     manifest.sizes.check(size, manifest.model.patch)
     blocks = None if layers is None else parse_layers(layers, manifest.model.depth)

@@ -35,14 +35,14 @@ class Run(Stored):
     """One comparison with the exam's answers.
 
     ``profile``: the optimisation profile that served it. ``size``: (height, width). ``path``: "plain", "captured",
-    "replayed", or "from the GPU" for an image in its memory.
+    "replayed", or "from the GPU" for an image in its memory. ``cosine_p1``: as of ``Parity``.
     """
 
     profile: int
     batch: int
     size: tuple[int, int]
     path: str
-    cosine_p1: float
+    cosine_p1: float | None
     passed: bool
 
     def __str__(self) -> str:

@@ -43,7 +43,9 @@ class BuildReport:
         for derived in ("short", "doubts"):
             fields.pop(derived, None)
         seconds, megabytes, serial = fields.pop("seconds"), fields.pop("megabytes"), fields.pop("serial", 0)
-        numbers = (seconds, megabytes, fields["parity"]["cosine_p1"] if "parity" in fields else 0.0)
+        # Heads alone have no cosine.
+        cosine = fields["parity"]["cosine_p1"] if "parity" in fields else None
+        numbers = (seconds, megabytes, 0.0 if cosine is None else cosine)
         if not all(isinstance(number, (int, float)) for number in numbers):
             raise TypeError(f"{plan.path}: a figure of another type")
         return cls(plan.path, plan.key, cached, census, findings, seconds, megabytes, warnings, fields, serial)
@@ -65,9 +67,9 @@ class BuildReport:
 
     @property
     def cosine_p1(self) -> float | None:
-        """The 1st-percentile patch cosine with the bundle's exam; None without one."""
-        parity = self.verdict.get("parity")
-        return None if parity is None else float(parity["cosine_p1"])
+        """The 1st-percentile patch cosine with the bundle's exam; None without one, or where only heads are served."""
+        figure = self.verdict.get("parity", {}).get("cosine_p1")
+        return None if figure is None else float(figure)
 
     def to_sidecar(self) -> dict[str, Any]:
         """Return the part that the sidecar stores; ``write_sidecar`` adds the serial number."""
@@ -93,4 +95,4 @@ def read_report(plan: StoredPlan, examined: bool) -> BuildReport | None:
         report = BuildReport.from_plan(plan, cached=True)
     except (KeyError, TypeError, PhregError):
         return None
-    return None if examined and report.cosine_p1 is None else report
+    return None if examined and "parity" not in report.verdict else report
