@@ -79,11 +79,26 @@ MAY = {
         "verify",
         "explorer",
     },
+    "selftest": {
+        "files",
+        "bundle",
+        "runtime",
+        "runtime/gpu",
+        "runtime/trt",
+        "runtime/backends",
+        "profiling",
+        "doctor",
+        "demo",
+        "calibration",
+        "export",
+        "export/engine",
+    },
     "cli": {
         "cli/commands",
         "cli/exploring",
         "cli/probing",
         "cli/streaming",
+        "cli/testing",
         "bundle",
         "heads",
         "runtime/backends",
@@ -91,6 +106,7 @@ MAY = {
     },
 }
 MAY["cli/tables"] = set(MAY)
+MAY["cli/testing"] = set(MAY)
 MAY["cli/streaming"] = set(MAY)
 MAY["cli/probing"] = set(MAY) | {"cli/commands"}
 MAY["cli/exploring"] = set(MAY) - {"cli/streaming", "cli/probing"}
@@ -103,8 +119,10 @@ LATE = {
     "verify": {"heads", "models", "onnx_graph", "export/engine"},
     "pytest_plugin": {"heads", "models"},
     "profiling": {"export/engine"},
+    "selftest": {"demo", "calibration", "export"},
     "cli/commands": set(MAY) - {"", "files", "images", "bundle", "cli", "cli/commands", "cli/exploring", "cli/tables"},
     "cli/streaming": set(MAY) - {"", "files", "images", "bundle", "cli", "cli/streaming"},
+    "cli/testing": set(MAY) - {"", "files", "images", "bundle", "cli", "cli/testing"},
     "cli/exploring": set(MAY) - {"", "files", "images", "bundle", "cli", "cli/exploring", "cli/tables"},
     "cli/probing": set(MAY) - {"", "files", "images", "bundle", "cli", "cli/commands", "cli/probing", "cli/tables"},
     "cli/tables": set(MAY) - {"", "files", "images", "bundle", "cli"},
