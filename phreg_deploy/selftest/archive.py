@@ -18,8 +18,8 @@ from phreg_deploy.errors import PhregError, write_error
 from phreg_deploy.files.atomic import write_atomic
 from phreg_deploy.spec import plain
 
-# A path with at least two parts that begins at the root or a drive; its last part stays.
-PATH = re.compile(r"(?<![\w.<)\]-])(?:[A-Za-z]:)?(?:[/\\]+[\w.+@~=-]+)+[/\\]+(?=[\w.+@~=-])")
+# A path with at least two parts that begins at the root or a drive, and is no address; its last part stays.
+PATH = re.compile(r"(?<![\w.<)\]/\\-])(?<!https:)(?<!http:)(?:[A-Za-z]:)?(?:[/\\]+[\w.+@~=-]+)+[/\\]+(?=[\w.+@~=-])")
 # Names that say nothing of a person.
 COMMON = {"root", "user", "ubuntu", "nvidia", "jetson", "localhost", "runner", "docker", "home"}
 
@@ -90,4 +90,4 @@ def names() -> list[tuple[str, str]]:
             continue
         if len(word) > 2 and word.lower() not in COMMON:
             found.append((word, other))
-    return found
+    return sorted(found, key=lambda pair: -len(pair[0]))

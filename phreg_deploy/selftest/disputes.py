@@ -102,3 +102,11 @@ def check_onnxruntime(folder: Path, device: int) -> str:
         remark = extractor.opened.remark
         graph = "with a CUDA graph" if extractor.opened.replays else "without a CUDA graph"
     return f"{CALLS} exams {graph}, 1st-percentile patch cosine {parity.cosine_p1:.5f}{'; ' * bool(remark)}{remark}"
+
+
+def check_onnxruntime_graph(model: Path, folder: Path, device: int, progress: Progress) -> str:
+    """Export a bundle of one size and one batch, whose work ONNX Runtime records as a CUDA graph, and check it."""
+    from phreg_deploy.export import export
+
+    export(str(model), folder, precision="fp16", progress=progress)
+    return check_onnxruntime(folder, device)

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Callable, Iterator
-from contextlib import suppress
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -13,7 +12,6 @@ from typing import Any
 from phreg_deploy import __version__
 from phreg_deploy.doctor.doctor import diagnose
 from phreg_deploy.errors import BackendMissing
-from phreg_deploy.extras import EXPORT, is_importable
 from phreg_deploy.profiling.latency import backend_version, processor
 from phreg_deploy.progress import Progress
 from phreg_deploy.runtime.backends.registry import GPU, installed
@@ -23,9 +21,10 @@ from phreg_deploy.runtime.gpu.trt_library import load_tensorrt, plan_cuda
 from phreg_deploy.selftest.archive import Archive
 from phreg_deploy.selftest.checks import Check, Sheet, Verdict
 from phreg_deploy.selftest.logs import collected
-from phreg_deploy.selftest.subjects import LARGE, SMALL, Subject, check_means, copied, exported
+from phreg_deploy.selftest.subjects import LARGE, SMALL, Subject, check_means, copied, exported, packaged_model
 
 ON_PROCESSOR = ("fp32", "fp16", "int8")
+ON_GPU = ("fp32", "fp16", "bf16", "int8", "fp8")
 
 
 @dataclass(frozen=True)
@@ -42,8 +41,8 @@ class Plan:
     def models(self) -> list[str]:
         return [SMALL] if self.quick else [SMALL, LARGE]
 
-    def subjects(self, room: Path, precisions: list[str], progress: Progress) -> Iterator[Subject]:
-        """Yield each bundle once it is there."""
+    def subjects(self, room: Path, precisions: list[str], progress: Progress) -> list[Subject]:
+        """The bundles to check; none is there yet."""
         if self.bundles:
             return copied(self.bundles, room)
         return exported(room, precisions, self.models, "trt" if self.gpu else "cpu", progress)
@@ -93,7 +92,8 @@ def _check_processor(plan: Plan, room: Path, sheet: Sheet, backends: list[str], 
     from phreg_deploy.selftest.processor import check_backends
 
     for subject in plan.subjects(room, list(ON_PROCESSOR), progress):
-        check_backends(sheet, subject, backends, plan.frames, progress)
+        if sheet.run(f"{subject}, bundle", subject.make):
+            check_backends(sheet, subject, backends, plan.frames, progress)
 
 
 def _check_gpu(plan: Plan, cuda: Cuda, room: Path, sheet: Sheet, archive: Archive, progress: Progress) -> None:
@@ -104,12 +104,11 @@ def _check_gpu(plan: Plan, cuda: Cuda, room: Path, sheet: Sheet, archive: Archiv
     from phreg_deploy.selftest.serving import check_memory, check_threads
 
     architecture, device = cuda.gpu.architecture, plan.device
-    every = ("fp32", "fp16", "bf16", "int8", "fp8")
-    precisions = [name for name in every if architecture >= LEAST_ARCHITECTURE.get(name, 0)]
+    precisions = [name for name in ON_GPU if architecture >= LEAST_ARCHITECTURE.get(name, 0)]
     checks = EngineChecks(sheet, archive, device, architecture, progress)
     built: dict[tuple[str, str], Built] = {}
     for subject in plan.subjects(room, precisions, progress):
-        engine = checks.check(subject)
+        engine = checks.check(subject) if sheet.run(f"{subject}, bundle", subject.make) else None
         if engine is None:
             continue
         built[subject.model, subject.precision] = engine
@@ -137,26 +136,13 @@ def _check_gpu(plan: Plan, cuda: Cuda, room: Path, sheet: Sheet, archive: Archiv
     for kind in () if plan.quick else disputes.COMPATIBILITIES:
         compatible = partial(disputes.check_compatibility, served, kind, device, room, progress)
         sheet.run(f"{served.subject}, --compat {kind}", compatible)
-    with suppress(BackendMissing):
-        _check_onnxruntime(sheet, plan, room, progress, built, device)
-
-
-def _check_onnxruntime(
-    sheet: Sheet, plan: Plan, room: Path, progress: Progress, built: dict[tuple[str, str], Any], device: int
-) -> None:
-    """Check ONNX Runtime's CUDA provider in FP16 with fixed shapes, which it records, and in BF16."""
-    from phreg_deploy.selftest.disputes import check_onnxruntime
-    from phreg_deploy.selftest.subjects import packaged_model
-
     folders = {precision: one.subject.folder for (_, precision), one in reversed(built.items())}
-    if not plan.bundles and all(is_importable(module) for module in EXPORT):
-        from phreg_deploy.export import export
-
-        folders["fp16"] = room / "fixed"
-        export(str(packaged_model()), folders["fp16"], precision="fp16", progress=progress)
-    for precision in ("fp16", "bf16"):
-        if precision in folders:
-            sheet.run(f"{precision} on onnxruntime-cuda", partial(check_onnxruntime, folders[precision], device))
+    for precision in [name for name in ("fp16", "bf16") if name in folders]:
+        on_cuda = partial(disputes.check_onnxruntime, folders[precision], device)
+        served_too = sheet.run(f"{precision} on onnxruntime-cuda", on_cuda)
+        if served_too and precision == "fp16" and not plan.bundles:
+            fixed = partial(disputes.check_onnxruntime_graph, packaged_model(), room / "fixed", device, progress)
+            sheet.run("fp16 on onnxruntime-cuda, one size and batch", fixed)
 
 
 def _machine(cuda: Cuda | None, backends: list[str]) -> dict[str, Any]:

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 
+from phreg_deploy.arguments import EIGHT_BITS
 from phreg_deploy.bundle.bundle import Bundle
 from phreg_deploy.errors import BackendMissing
 from phreg_deploy.extras import CALIBRATION, EXPORT, require
@@ -23,11 +25,15 @@ SCENES = range(8)
 
 @dataclass(frozen=True)
 class Subject:
-    """A bundle to check. ``model``: "small", "ViT-S", or "bundle 1" for the first of the user's."""
+    """A bundle to check, which ``make`` writes into ``folder``; ``make`` returns how, as a sentence.
+
+    ``model``: "small", "ViT-S", or "bundle 1" for the first of the user's.
+    """
 
     model: str
     precision: str
     folder: Path
+    make: Callable[[], str] = field(repr=False, compare=False)
 
     def __str__(self) -> str:
         return f"{self.model} {self.precision}"
@@ -45,41 +51,54 @@ def check_means(bundles: tuple[Path, ...]) -> None:
         raise BackendMissing(f"{error} Or name bundles that were exported elsewhere: --bundle student.bundle") from None
 
 
-def copied(bundles: tuple[Path, ...], room: Path) -> Iterator[Subject]:
-    """Copy the user's bundles without their engines, one by one, so that nothing is written into them."""
-    for number, folder in enumerate(bundles, 1):
+def copied(bundles: tuple[Path, ...], room: Path) -> list[Subject]:
+    """The user's bundles, which are copied without their engines, so that nothing is written into them."""
+
+    def subject(number: int, folder: Path) -> Subject:
         name = f"bundle {number}"
-        copy = Path(shutil.copytree(folder, room / name, ignore=shutil.ignore_patterns("engines")))
-        yield Subject(name, Bundle.read(copy).manifest.precision, copy)
+        copy = room / name
+
+        def make() -> str:
+            shutil.copytree(folder, copy, ignore=shutil.ignore_patterns("engines"))
+            manifest = Bundle.read(copy).manifest
+            return f"{manifest.model.architecture} as given"
+
+        return Subject(name, Bundle.read(folder).manifest.precision, copy, make)
+
+    return [subject(number, folder) for number, folder in enumerate(bundles, 1)]
 
 
-def exported(
-    room: Path, precisions: list[str], models: list[str], target: str, progress: Progress
-) -> Iterator[Subject]:
-    """Export bundles one by one: each model in each precision, FP32 first, which the 8-bit ones are calibrated from.
+def exported(room: Path, precisions: list[str], models: list[str], target: str, progress: Progress) -> list[Subject]:
+    """Bundles that are exported here: each model in each precision, FP32 first, which 8 bits are calibrated from.
 
     Args:
         target: of the calibration, "cpu" or "trt".
     """
-    from phreg_deploy.calibration import calibrate
-    from phreg_deploy.demo.scenes import write_scenes
-    from phreg_deploy.export import export
 
-    scenes = room / "scenes"
-    write_scenes(scenes, SCENES)
-    for model in models:
-        for precision in sorted(precisions, key=lambda name: name != "fp32"):
-            folder = room / f"{model}-{precision}"
-            if precision in ("int8", "fp8"):
-                # Random weights may miss the bar on fidelity, which is not what is checked here.
-                source = room / f"{model}-fp32"
-                calibrate(source, scenes, folder, mode=precision, target=target, force=True, progress=progress)
-            elif model == SMALL:
-                export(str(packaged_model()), folder, precision=precision, batch=BATCHES, progress=progress)
-            else:
-                how = {"precision": precision, "image_size": LARGE_SIZE, "batch": BATCHES}
-                export(LARGE_MODEL, folder, random_weights=True, progress=progress, **how)
-            yield Subject(model, precision, folder)
+    def make(model: str, precision: str, folder: Path) -> str:
+        from phreg_deploy.calibration import calibrate
+        from phreg_deploy.demo.scenes import write_scenes
+        from phreg_deploy.export import export
+
+        if precision in EIGHT_BITS:
+            scenes, source = room / "scenes", room / f"{model}-fp32"
+            write_scenes(scenes, SCENES)
+            # Random weights may miss the bar on fidelity, which is not what is checked here.
+            calibrate(source, scenes, folder, mode=precision, target=target, force=True, progress=progress)
+            return f"calibrated on {len(SCENES)} scenes"
+        if model == SMALL:
+            export(str(packaged_model()), folder, precision=precision, batch=BATCHES, progress=progress)
+            return "exported from the model that comes with the package"
+        how = {"precision": precision, "image_size": LARGE_SIZE, "batch": BATCHES}
+        export(LARGE_MODEL, folder, random_weights=True, progress=progress, **how)
+        return f"exported with random weights at {LARGE_SIZE} pixels"
+
+    def subject(model: str, precision: str) -> Subject:
+        folder = room / f"{model}-{precision}"
+        return Subject(model, precision, folder, partial(make, model, precision, folder))
+
+    ordered = sorted(precisions, key=lambda name: name != "fp32")
+    return [subject(model, precision) for model in models for precision in ordered]
 
 
 def packaged_model() -> Path:
