@@ -105,15 +105,15 @@ class Baseline:
         before, now = self.telemetry, _telemetry(None if gpu is None else gpu.to_json())
         if not before or not now:
             return []
-        texts, clocks = [], [(side.get("sm_clock") or {}).get("mean") for side in (before, now)]
-        if None not in clocks and abs(clocks[1] / clocks[0] - 1) > CLOCKS_AGREE:
-            texts.append(f"mean SM clock under load: {clocks[0]:.0f} MHz in the baseline, {clocks[1]:.0f} MHz now")
-        reasons = [
-            sorted(name for name, share in (side.get("throttled") or {}).items() if share) for side in (before, now)
-        ]
+        texts = []
+        was, is_now = ((side.get("sm_clock") or {}).get("mean") for side in (before, now))
+        if was and is_now and abs(is_now / was - 1) > CLOCKS_AGREE:
+            texts.append(f"mean SM clock under load: {was:.0f} MHz in the baseline, {is_now:.0f} MHz now")
+        shares = [(side.get("throttled") or {}).items() for side in (before, now)]
+        reasons = [sorted(name for name, share in side if share) for side in shares]
         if reasons[0] != reasons[1]:
-            was, are = (", ".join(names) or "not at all" for names in reasons)
-            texts.append(f"throttled: {was} in the baseline, {are} now")
+            said = [", ".join(names) or "not at all" for names in reasons]
+            texts.append(f"throttled: {said[0]} in the baseline, {said[1]} now")
         return texts
 
     def rows(self, results: list[BatchLatency]) -> list[BaselineRow]:
@@ -170,5 +170,8 @@ def _cases(cases: Any) -> str:
 def _short(value: Any) -> str:
     if value is None:
         return "the default"
+    if isinstance(value, dict):
+        told = (f"{name.replace('_', ' ')} {_short(value[name])}" for name in sorted(value) if value[name] is not None)
+        return ", ".join(told) or "not told"
     is_hash = isinstance(value, str) and len(value) == 64
     return f"{value[:16]}…" if is_hash else str(value)

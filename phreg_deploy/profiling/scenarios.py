@@ -58,7 +58,8 @@ def run_scenario(
     batches = extractor.manifest.batches
     if name == SINGLE_STREAM and batches.lowest > 1:
         raise PhregError(
-            f"scenario: single-stream sends single images, and this bundle serves {batches.lowest} or more."
+            f"scenario: single-stream sends single images, and this bundle serves {batches.lowest} or more. Export it "
+            "with --batch 1."
         )
     images = np.random.default_rng(0).integers(0, 256, (IMAGES, *size, 3), dtype=np.uint8)
     with progress.task(name, None):

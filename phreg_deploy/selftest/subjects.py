@@ -7,6 +7,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 from phreg_deploy.arguments import EIGHT_BITS
 from phreg_deploy.bundle.bundle import Bundle
@@ -89,7 +90,7 @@ def exported(room: Path, precisions: list[str], models: list[str], target: str, 
         if model == SMALL:
             export(str(packaged_model()), folder, precision=precision, batch=BATCHES, progress=progress)
             return "exported from the model that comes with the package"
-        how = {"precision": precision, "image_size": LARGE_SIZE, "batch": BATCHES}
+        how: dict[str, Any] = {"precision": precision, "image_size": LARGE_SIZE, "batch": BATCHES}
         export(LARGE_MODEL, folder, random_weights=True, progress=progress, **how)
         return f"exported with random weights at {LARGE_SIZE} pixels"
 

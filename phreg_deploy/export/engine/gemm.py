@@ -71,7 +71,8 @@ def _milliseconds(cuda: Cuda, engine: Any, context: Any, precision: str, side: i
             name: owned.enter_context(DeviceBuffer(cuda, bytes_of(name, precision, side)))
             for name in (engine.get_tensor_name(i) for i in range(engine.num_io_tensors))
         }
-        stream, start, end = (owned.enter_context(kind(cuda)) for kind in (Stream, Event, Event))
+        stream = owned.enter_context(Stream(cuda))
+        start, end = (owned.enter_context(Event(cuda)) for _ in range(2))
         for name, buffer in buffers.items():
             if not context.set_tensor_address(name, buffer.pointer):
                 raise PhregError(f"TensorRT: it refuses the address of {name} in the product.")
