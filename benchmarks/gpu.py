@@ -1,13 +1,16 @@
-"""Compare our runtime on an NVIDIA GPU with PyTorch eager and ``torch.compile``: latency, share of peak, distillation.
+"""Compare our runtime on an NVIDIA GPU with PyTorch, ``torch.compile``, ONNX Runtime on CUDA and trtexec.
 
-    python benchmarks/gpu.py --json OUT [--models vit_small_patch14_reg4_dinov2] [--sizes 224,518] [--batches 1,8,32]
+    python -m benchmarks.gpu --json OUT [--models vit_small_patch14_reg4_dinov2] [--sizes 224,518] [--batches 1,8,32]
         [--backends tensorrt,onnxruntime-cuda] [--precisions fp16,bf16] [--seconds 2] [--distil]
 
 Random weights, ViT-S/B/L-14 with 4 registers. All configurations of a row are called in turn, so drifting clocks treat
-them alike. Milliseconds are medians of whole calls with images and features in device memory, synchronised at the end.
-PyTorch runs in bfloat16 on normalised channels-last pixels; ours normalises itself. The peak is that of PyTorch's own
-8192 x 8192 bfloat16 product in the same process. A row whose backend is missing says why. Needs torch with CUDA and
-timm; TensorRT's columns need TensorRT, and onnxruntime-cuda needs onnxruntime-gpu.
+them alike; trtexec, a process of its own, follows on the same engine. Milliseconds are medians of whole calls with
+images and features in device memory, synchronised at the end, as docs/embed.md has it: the caller's stream, and
+features read by torch through DLPack. "from the host" takes and gives numpy arrays. "bare" is the graph alone, also
+from the host; trtexec's figure is without copies. PyTorch runs in bfloat16 on normalised channels-last pixels; ours
+normalises itself. The peak is that of PyTorch's own 8192 x 8192 bfloat16 product in the same process. A row whose
+backend is missing says why. Needs torch with CUDA and timm; TensorRT's columns need TensorRT, and onnxruntime-cuda
+needs onnxruntime-gpu.
 """
 
 from __future__ import annotations
@@ -17,6 +20,7 @@ import json
 import tempfile
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +30,7 @@ import timm
 import torch
 from safetensors.torch import save_file
 
+from benchmarks.trtexec import time_engine
 from phreg_deploy.errors import PhregError
 from phreg_deploy.export.engine.build import BuildRequest, build_engine
 from phreg_deploy.export.exporter import ExportRequest, export_bundle
@@ -89,7 +94,7 @@ def row(name: str, size: int, batch: int, args: argparse.Namespace, top: float) 
     if not args.no_compile:
         compiled = torch.compile(model.forward_features, mode="max-autotune")
         calls["torch.compile bf16"] = lambda: compiled(pixels)
-    extractors, missing = [], {}
+    extractors, missing, plans = [], dict[str, str](), dict[str, Path]()
     with tempfile.TemporaryDirectory() as folder, torch.inference_mode():
         for precision in args.precisions.split(","):
             bundle = Path(folder) / precision
@@ -101,15 +106,22 @@ def row(name: str, size: int, batch: int, args: argparse.Namespace, top: float) 
                 label = f"ours, {backend} {precision}"
                 try:
                     if backend == "tensorrt":
-                        build_engine(BuildRequest(bundle))
+                        plans[f"trtexec {precision}"] = build_engine(BuildRequest(bundle)).plan
                     extractor = FeatureExtractor.load(bundle, backend)
                 except PhregError as error:
                     missing[label] = str(error)
                     continue
                 extractors.append(extractor)
                 calls[label] = device_call(extractor, images)
+                calls[f"{label}, from the host"] = partial(extractor.run, images.cpu().numpy())
                 calls[f"{label}, bare"] = extractor.graph_call(images.cpu().numpy())
         times = interleaved(calls, args.seconds)
+        for label, plan in plans.items():
+            took, reason = time_engine(plan, args.seconds)
+            if took is None:
+                missing[label] = reason
+            else:
+                times[label] = took
         flops = operations(extractors, batch, size) or None
         for extractor in extractors:
             extractor.close()
@@ -129,7 +141,9 @@ def row(name: str, size: int, batch: int, args: argparse.Namespace, top: float) 
 
 
 def device_call(extractor: FeatureExtractor, images: torch.Tensor) -> Call:
-    return lambda: extractor.run(images)
+    """A call on the GPU as docs/embed.md has it; ONNX Runtime takes no stream of the caller's."""
+    how = {"stream": torch.cuda.current_stream().cuda_stream} if extractor.backend == "tensorrt" else {}
+    return lambda: [torch.from_dlpack(value) for value in extractor.run(images, **how).values()]
 
 
 def operations(extractors: list[FeatureExtractor], batch: int, size: int) -> float:

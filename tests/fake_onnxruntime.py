@@ -87,7 +87,8 @@ def make_onnxruntime(device):
     """Make a module ``onnxruntime`` with the providers for GPUs.
 
     Tests read ``sessions``. They set ``drops_providers``, whether sessions run without the providers that were asked
-    for, and ``nodes_on_cpu``, the (name, operator) of the nodes that stay on the processor.
+    for, ``refuses_graphs``, whether a session that asks for a CUDA graph is refused, and ``nodes_on_cpu``, the
+    (name, operator) of the nodes that stay on the processor.
     """
     providers = ["TensorrtExecutionProvider", "CUDAExecutionProvider", "CPUExecutionProvider"]
     module = types.SimpleNamespace(
@@ -98,11 +99,17 @@ def make_onnxruntime(device):
         get_available_providers=lambda: providers,
         device=device,
         drops_providers=False,
+        refuses_graphs=False,
         nodes_on_cpu=[],
         sessions=[],
     )
 
     def open_session(path, options, providers):
+        if module.refuses_graphs and dict(providers[0][1]).get("enable_cuda_graph") == "1":
+            raise RuntimeError(
+                "This session cannot use the graph capture feature as requested by the user as all compute graph nodes "
+                "have not been partitioned to the CUDAExecutionProvider"
+            )
         module.sessions.append(Session(module, path, options, providers))
         return module.sessions[-1]
 

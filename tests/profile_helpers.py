@@ -2,6 +2,7 @@
 
 from types import SimpleNamespace
 
+from phreg_deploy.runtime.gpu.cuda import Gpu
 from phreg_deploy.spec import ModelSpec
 
 TINY = ModelSpec("tiny", "vit", (4, 4), (2, 2), 8, 3, 2, True, 1, 1000)
@@ -15,6 +16,7 @@ def layer_metadata(*nodes: str) -> str:
 class FakeCuda:
     """A device that copies 100 GB/s, and 50 GB/s in its first 8 copies; other calls take no time."""
 
+    gpu = Gpu(0, "Fake", 89, 1 << 30, 16, False, 13000)
     api, index, free_memory = SimpleNamespace(cudaStreamNonBlocking=1), 0, lambda self: (800 << 20, 1 << 30)
 
     def __init__(self):

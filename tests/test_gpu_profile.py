@@ -9,9 +9,10 @@ import pytest
 
 from phreg_deploy.errors import PhregError
 from phreg_deploy.profiling import gpu
+from phreg_deploy.profiling.device.peaks import Peaks
 from phreg_deploy.profiling.register_cost import register_cost
-from phreg_deploy.profiling.roofline import Peaks
 from phreg_deploy.progress import SILENT
+from phreg_deploy.readout import PLAIN
 from phreg_deploy.spec import Batches, Sizes
 from tests.profile_helpers import TINY, FakeCuda, layer_metadata
 
@@ -35,8 +36,9 @@ def fake_extractor(parts=True):
 
     if parts:
         backend.split, backend.device_memory = split, lambda: {"activations": 5}
+        backend.reserve = lambda contexts: contexts
         backend.layers = lambda feed, rounds: {"_gemm_mha_v2_myl0_15": 0.25, "x": 0.75}
-    served = {"sizes": Sizes("fixed", ((8, 12),)), "batches": Batches(1, 2, 4), "precision": "fp16"}
+    served = {"sizes": Sizes("fixed", ((8, 12),)), "batches": Batches(1, 2, 4), "precision": "fp16", "readout": PLAIN}
     return SimpleNamespace(
         manifest=SimpleNamespace(**served),
         spec=TINY,
@@ -59,7 +61,9 @@ def profiled(extractor=None, *, telemetry=None, peaks=None, metadata=None, **cha
 
 def test_the_report_holds_every_measurement():
     extractor, going, frames = fake_extractor(), [], []
-    watch = SimpleNamespace(start=lambda: going.append(1), stop=lambda: going.append(0), summary=frames.append)
+    watch = SimpleNamespace(
+        start=lambda: going.append(1), stop=lambda: going.append(0), summary=frames.append, clocks=dict
+    )
     watch.measure_idle = lambda seconds: 7.5
     how = {"telemetry": watch, "fps": 50, "peaks": Peaks(1e12, 1e11), "hidden": 20}
     how["metadata"] = {"x": layer_metadata("blocks.0.mlp.fc1/MatMul")}
@@ -69,9 +73,14 @@ def test_the_report_holds_every_measurement():
     assert (plain["latency"]["p99.9"], graph["latency"]["p99.9"]) == pytest.approx((1.8, 1.3))
     assert [graph[part]["p50"] for part in ("h2d", "enqueue", "compute", "d2h")] == [0.1, 0.5, 1.0, 0.2]
     assert graph["images_per_second"] == pytest.approx(2000 / 1.3)
-    assert ([entry["streams"] for entry in report["streams"]], going) == ([1, 2], [1, 0, 1, 0])
-    counted = len(extractor.runs) - report["queue"][0]["frames"] - 2 * 1 - 2 * 2
-    assert sum(frames) == 2 * counted, "images of all calls except those for warm-up"
+    measurements = ["latency", "1 threads", "2 threads", "layers", "paced"]
+    assert [entry["measurement"] for entry in report["watched"]] == measurements
+    assert ([entry["streams"] for entry in report["streams"]], going) == ([1, 2], [1, 0] * 5)
+    assert frames[0] == 2 * sum(result["latency"]["calls"] for result in report["results"])
+    paced = report["queue"][0]["frames"]
+    assert (frames[3], frames[4]) == (2 * 20, 2 * paced)
+    counted = len(extractor.runs) - paced - 3 * 1 - 3 * 2
+    assert sum(frames[1:3]) == 2 * counted, "images of all calls except those for warm-up"
     assert report["layers"][0]["blocks"] == {"0": {"fc1": 0.75}}
     assert report["roofline"][0]["total"]["measured_ms"] == 1.0
     assert report["memory"] == {"before": 224 << 20, "after": 224 << 20, "device": {"activations": 5}}

@@ -160,6 +160,24 @@ def test_narrowing_changes_no_scale(mode):
         assert {reader.op_type for reader in wiring.readers[node.output[0]]} == {"MatMul"}
 
 
+@pytest.mark.parametrize("mode", ["int8", "fp8"])
+@pytest.mark.parametrize("keep", [[], ["blocks.1.mlp"]])
+def test_a_scale_has_the_type_of_the_floats_beside_it(mode, keep):
+    """TensorRT 10.16 builds no INT8 engine on Orin where an FP16 scale stands beside an FP32 result: issue 4832."""
+    here = traced("augreg")
+    model = narrow(write_graph(here, mode), "fp16", largest_magnitudes(here), keep).model
+    inferred = onnx.shape_inference.infer_shapes(model, check_type=True, strict_mode=True).graph
+    kinds = {value.name: value.type.tensor_type.elem_type for value in (*inferred.value_info, *inferred.output)}
+    kinds |= {tensor.name: tensor.data_type for tensor in model.graph.initializer}
+    seen = set()
+    for operator, floats in (("QuantizeLinear", "input"), ("DequantizeLinear", "output")):
+        for node in nodes_of_kind(model, operator):
+            assert kinds[node.input[1]] == kinds[getattr(node, floats)[0]], node.name
+            seen.add(kinds[node.input[1]])
+    assert (onnx.TensorProto.FLOAT in seen) == bool(keep)
+    assert onnx.TensorProto.FLOAT16 in seen
+
+
 def test_one_input_is_quantized_once_for_all_its_readers_with_share():
     here = traced("eva02-base")
     arguments = (here.graph, here.linears, here.equalised(), set(), "trt")

@@ -34,7 +34,16 @@ MAY = {
     "extraction": {"files", "images", "bundle", "runtime", "extraction/inputs"},
     "stream/sources": {"images"},
     "stream": {"images", "bundle", "runtime", "runtime/backends", "stream/sources"},
-    "profiling": {"images", "bundle", "runtime", "runtime/gpu", "runtime/backends", "export/engine"},
+    "profiling/device": {"files", "runtime/gpu"},
+    "profiling": {
+        "images",
+        "bundle",
+        "runtime",
+        "runtime/gpu",
+        "runtime/backends",
+        "export/engine",
+        "profiling/device",
+    },
     "doctor": {"runtime/gpu", "runtime/backends"},
     "onnx_graph": {"images", "bundle", "runtime/backends"},
     "calibration": {"files", "images", "bundle", "onnx_graph", "runtime", "runtime/backends"},
@@ -80,11 +89,26 @@ MAY = {
         "verify",
         "explorer",
     },
+    "selftest": {
+        "files",
+        "bundle",
+        "runtime",
+        "runtime/gpu",
+        "runtime/trt",
+        "runtime/backends",
+        "profiling",
+        "doctor",
+        "demo",
+        "calibration",
+        "export",
+        "export/engine",
+    },
     "cli": {
         "cli/commands",
         "cli/exploring",
         "cli/probing",
         "cli/streaming",
+        "cli/testing",
         "bundle",
         "heads",
         "runtime/backends",
@@ -92,6 +116,7 @@ MAY = {
     },
 }
 MAY["cli/tables"] = set(MAY)
+MAY["cli/testing"] = set(MAY)
 MAY["cli/streaming"] = set(MAY)
 MAY["cli/probing"] = set(MAY) | {"cli/commands"}
 MAY["cli/exploring"] = set(MAY) - {"cli/streaming", "cli/probing"}
@@ -104,8 +129,10 @@ LATE = {
     "verify": {"heads", "models", "onnx_graph", "export/engine"},
     "pytest_plugin": {"heads", "models"},
     "profiling": {"export/engine"},
+    "selftest": {"demo", "calibration", "export"},
     "cli/commands": set(MAY) - {"", "files", "images", "bundle", "cli", "cli/commands", "cli/exploring", "cli/tables"},
     "cli/streaming": set(MAY) - {"", "files", "images", "bundle", "cli", "cli/streaming"},
+    "cli/testing": set(MAY) - {"", "files", "images", "bundle", "cli", "cli/testing"},
     "cli/exploring": set(MAY) - {"", "files", "images", "bundle", "cli", "cli/exploring", "cli/tables"},
     "cli/probing": set(MAY) - {"", "files", "images", "bundle", "cli", "cli/commands", "cli/probing", "cli/tables"},
     "cli/tables": set(MAY) - {"", "files", "images", "bundle", "cli"},
@@ -137,6 +164,7 @@ WITHOUT_TORCH = {
     "calibration",
     "export/engine",
     "profiling",
+    "profiling/device",
     "doctor",
     "stream",
     "stream/sources",

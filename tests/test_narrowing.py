@@ -2,6 +2,7 @@
 
 import re
 
+import ml_dtypes
 import numpy as np
 import onnx
 import onnxruntime
@@ -70,6 +71,21 @@ def test_every_product_and_norm_is_in_the_format_and_the_graph_is_well_typed(tra
     outputs = {o.name: o.type.tensor_type.elem_type for o in model.graph.output}
     assert outputs["token_norm"] == TensorProto.FLOAT
     assert outputs["features"] == (TensorProto.FLOAT16 if precision == "fp16" else TensorProto.FLOAT)
+
+
+@pytest.mark.parametrize(("precision", "casts"), [("fp16", ["FLOAT16"]), ("bf16", ["FLOAT", "BFLOAT16"])])
+def test_bytes_become_floats_by_a_cast_that_every_document_allows(traced, precision, casts):
+    """NvInferRuntimeBase.h: "kUINT8 conversions are only supported for {kFLOAT, kHALF}"."""
+    model = narrow(copy_of(traced), precision, traced.largest).model
+    found, tensor = [], "image"
+    while len(readers := [node for node in model.graph.node if tensor in node.input]) == 1:
+        if readers[0].op_type != "Cast":
+            break
+        found.append(TensorProto.DataType.Name(readers[0].attribute[0].i))
+        tensor = readers[0].output[0]
+    assert found == casts
+    every = np.arange(256).astype(ml_dtypes.bfloat16)
+    assert np.array_equal(every.astype(int), np.arange(256)), "bfloat16 holds every byte"
 
 
 def test_a_tensor_beyond_the_range_keeps_what_touches_it_in_fp32_and_nothing_else(traced):

@@ -172,6 +172,11 @@ def test_auto_measures_the_gpu_too(engine_of):
         assert "tensorrt (fp32)" in extractor.choice
 
 
+def test_the_selftest_passes(gpu, trt, torch, tmp_path):
+    done = invoke("selftest", "--gpu", "--quick", "--frames", "200", "-o", tmp_path / "selftest.zip")
+    assert done.code == 0, done.out
+
+
 def test_the_doctor_names_the_gpu(engine_of, gpu):
     done = invoke("doctor", "--json")
     assert gpu.gpu.name in done.out

@@ -3,11 +3,11 @@
 import pytest
 
 from phreg_deploy.errors import PhregError
-from phreg_deploy.profiling import gpu
 from phreg_deploy.profiling import roofline as roof
-from phreg_deploy.profiling.roofline import Peaks, count_parts, place_layer
+from phreg_deploy.profiling.device.peaks import Peaks
+from phreg_deploy.profiling.roofline import count_parts, place_layer
 from phreg_deploy.spec import ModelSpec
-from tests.profile_helpers import TINY, FakeCuda, layer_metadata
+from tests.profile_helpers import TINY, layer_metadata
 
 BASE = ModelSpec("vit_base_patch16_224", "vit", (16, 16), (14, 14), 768, 12, 12, True, 0, 86_000_000)
 AT = {"batch": 1, "size": (224, 224)}
@@ -65,13 +65,35 @@ def test_each_part_has_its_bound_and_its_share_of_the_peak():
     assert unknown["total"]["share_of_bandwidth"] == total["share_of_bandwidth"]
 
 
-def test_peaks_are_measured_by_copies_that_count_twice():
-    found = roof.measure_peaks(cuda := FakeCuda())
-    assert (found.bandwidth, found.flops, "not measured" in found.note) == (pytest.approx(200e9), None, True)
-    assert (cuda.live, set(cuda.copied)) == (0, {100 << 20}), (
-        "everything is freed; each copy is an eighth of the free memory"
-    )
-    assert (roof.measure_peaks(cuda, lambda: 5e12).flops, gpu.pci_of(cuda)) == (5e12, "0:65:0.0")
+def test_eight_bit_parts_are_held_against_their_own_peak():
+    peaks = Peaks(2e12, 1e15, precision="int8", around=1e12)
+    plain = roof.roofline(BASE, Peaks(1e12, 1e15), **AT, measured_ms=100.0)
+    found = roof.roofline(BASE, peaks, **AT, measured_ms=100.0, eight_bit=roof.EIGHT_BIT_PARTS["int8"])
+    before, now = ({row["part"]: row["ideal_ms"] for row in one["parts"]} for one in (plain, found))
+    for part in before:
+        ratio = 2 if part in ("qkv", "proj", "fc1", "fc2") else 1
+        assert now[part] == pytest.approx(before[part] / ratio)
+    assert found["total"]["share_of_flops"] == pytest.approx(found["total"]["ideal_ms"] / 100)
+    assert plain["total"]["share_of_flops"] == pytest.approx(plain["total"]["ideal_ms"] / 100)
+    lacking = roof.roofline(BASE, Peaks(2e12, 1e15), **AT, measured_ms=100.0, eight_bit=roof.EIGHT_BIT_PARTS["int8"])
+    assert lacking["total"]["share_of_flops"] is None, "the peak of the other parts is not known"
+
+
+def test_a_readout_counts_only_what_its_last_block_runs():
+    one = {**AT, "activation_bytes": 2}
+    final = count_parts(BASE, **one)
+    value, neighbour = (count_parts(BASE, **one, readout=name) for name in ("value", "neighbour"))
+    for found in (value, neighbour):
+        for part in ("fc1", "fc2", "residual"):
+            assert found[part] == pytest.approx([11 / 12 * cost for cost in final[part]])
+        assert found["proj"] == final["proj"]
+        assert found["patch embed"] == final["patch embed"]
+        assert final["norm"][0] - found["norm"][0] == pytest.approx(8 * 197 * 768)
+    assert value["attention products"][0] == pytest.approx(11 / 12 * final["attention products"][0])
+    assert neighbour["attention products"] == final["attention products"]
+    rows = 197 * 768
+    lacks = [final["qkv"][0] - found["qkv"][0] for found in (value, neighbour)]
+    assert lacks == pytest.approx([(2 * 768 + 1) * 2 * rows, (2 * 768 + 1) * rows])
 
 
 @pytest.mark.parametrize(

@@ -5,9 +5,9 @@ import sys
 import pytest
 
 from phreg_deploy.errors import BackendMissing
-from phreg_deploy.profiling import sensors
-from phreg_deploy.profiling.sensors import JetsonSensors, Nvml, name_reasons
-from phreg_deploy.profiling.telemetry import Telemetry
+from phreg_deploy.profiling.device import sensors
+from phreg_deploy.profiling.device.sensors import JetsonSensors, Nvml, name_reasons
+from phreg_deploy.profiling.device.telemetry import Telemetry
 from tests.fake_sensors import FakeNvml, power_rails, write_files
 
 

@@ -6,7 +6,7 @@ import time
 import pytest
 
 from phreg_deploy.errors import PhregError
-from phreg_deploy.profiling.telemetry import Sample, Telemetry, summarise
+from phreg_deploy.profiling.device.telemetry import Sample, Telemetry, summarise
 from tests.fake_sensors import FakeNvml
 
 

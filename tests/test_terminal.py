@@ -139,6 +139,7 @@ ARGUMENTS = {
     "probe": ["m", "--images", "i", "--masks", "k", "-o", "o"],
     "watch": ["s", "b"],
     "doctor": [],
+    "selftest": [],
     "demo": [],
 }
 

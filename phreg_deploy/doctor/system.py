@@ -15,7 +15,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-from phreg_deploy.runtime.gpu.jetson import read_l4t, read_text
+from phreg_deploy.runtime.gpu.jetson import is_jetson, read_l4t, read_text
 from phreg_deploy.spec import Stored
 
 # An environment that sees what JetPack installed for the system's Python.
@@ -134,11 +134,10 @@ class Jetson:
 
 
 def read_jetson(root: Path) -> Jetson | None:
-    """The Jetson that this machine is, or None. A container may lack all files but the device tree."""
-    release, compatible = read_l4t(root), read_text(root / "proc/device-tree/compatible")
-    if release is None and "nvidia,tegra" not in compatible:
+    """The Jetson that this machine is, or None."""
+    if not is_jetson(root):
         return None
-    l4t = release or ()
+    l4t = read_l4t(root) or ()
     jetpack = _installed_jetpack(root)
     if not jetpack and l4t[:1] == (39,):
         # R39.2.0 is JetPack 7.2 and R39.2.1 is 7.2.1; R38 was 7.0 and 7.1.

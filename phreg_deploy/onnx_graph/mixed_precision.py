@@ -152,8 +152,8 @@ class _Narrowing:
     def _rules(self) -> set[str]:
         """Return the nodes that always stay in FP32.
 
-        They are those of ``token_norm`` and of heads, those that compute with sizes, and with BF16 the final norm and a
-        projection.
+        They are those of ``token_norm`` and of heads, those that compute with sizes, and with BF16 the final norm, a
+        projection, and the Cast of the image.
         """
         producer, names = self.wiring.producer, self._of_sizes()
         names |= {node.name for node in self.model.graph.node if node.name.startswith(HEAD)}
@@ -164,6 +164,9 @@ class _Narrowing:
                 names.add(node.name)
                 node = producer.get(node.input[0])
         if self.precision == "bf16":
+            # NvInferRuntimeBase.h: "kUINT8 conversions are only supported for {kFLOAT, kHALF}". A second Cast follows.
+            bytes_in = {name for name, kind in self.types.items() if kind == TensorProto.UINT8}
+            names |= {n.name for n in self.model.graph.node if n.op_type == "Cast" and n.input[0] in bytes_in}
             # An RMS norm is several nodes.
             names |= {n.name for n in self.model.graph.node if n.name.startswith(LAST)}
             for output in outputs:

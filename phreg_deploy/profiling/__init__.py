@@ -33,6 +33,7 @@ def profile(
     streams: Sequence[int] = (1, 2, 4),
     fps: float | None = None,
     without: Path | str | None = None,
+    scenarios: Sequence[str] = (),
     baseline: Path | None = None,
     tolerance: float = 0.1,
     allow_other_conditions: bool = False,
@@ -52,6 +53,7 @@ def profile(
         streams: on a GPU, numbers of threads that call at once.
         fps: on a GPU, feed images at this rate and count missed deadlines.
         without: on a GPU, a bundle of the same model without registers, to measure what they cost.
+        scenarios: "single-stream" and "offline", as MLPerf Inference defines them, for at least ``seconds`` each.
         baseline: an earlier report, written by ``phreg-deploy profile --json``; its conditions are compared first.
         tolerance: growth of a median over the baseline's that is allowed; ``ProfileReport.slower`` lists the rest.
         allow_other_conditions: compare with a baseline that was measured under other conditions.
@@ -67,8 +69,12 @@ def profile(
         raise PhregError(f"frame: got {got}, expected sides of at most {LARGEST_FRAME} pixels.")
     from phreg_deploy.profiling.baseline import Baseline
     from phreg_deploy.profiling.profiler import ProfileRequest, profile_bundle
+    from phreg_deploy.profiling.scenarios import SCENARIOS
     from phreg_deploy.runtime.backends.options import BackendOptions
 
+    unknown = [name for name in scenarios if name not in SCENARIOS]
+    if unknown:
+        raise PhregError(f"scenario: got {unknown[0]!r}, expected {' or '.join(SCENARIOS)}.")
     request = ProfileRequest(
         bundle=Path(bundle),
         backend=backend,
@@ -80,6 +86,7 @@ def profile(
         streams=list(streams),
         fps=fps,
         without=None if without is None else Path(without),
+        scenarios=tuple(scenarios),
     )
     before = None if baseline is None else Baseline.read(baseline)
     return profile_bundle(request, before, tolerance, allow_other_conditions, progress)

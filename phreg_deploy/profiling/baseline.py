@@ -4,18 +4,20 @@ from __future__ import annotations
 
 import json
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from phreg_deploy.errors import PhregError
-from phreg_deploy.profiling.report import BaselineRow, BatchLatency, Conditions
+from phreg_deploy.profiling.report import BaselineRow, BatchLatency, Conditions, GpuReport
 
 # Latencies are comparable only where these conditions agree.
 COMPARED = (
     "processor",
     "cores",
     "gpu",
+    "driver",
+    "clocks",
     "backend",
     "backend_version",
     "threads",
@@ -24,6 +26,8 @@ COMPARED = (
     "precision",
     "graph_sha256",
 )
+# Mean clocks under load that differ by more than this share are another condition.
+CLOCKS_AGREE = 0.05
 EXPECTED = "expected what `phreg-deploy profile --json` printed"
 # Keys by which other JSON documents of this project are known, and what to call the document.
 KINDS = (
@@ -42,11 +46,15 @@ Case = tuple[int, tuple[int, int]]
 
 @dataclass(frozen=True)
 class Baseline:
-    """An earlier report: its ``conditions``, and the extractor's median milliseconds for each batch and size."""
+    """An earlier report: its ``conditions``, and the extractor's median milliseconds for each batch and size.
+
+    ``telemetry``: of its GPU while the extractor was measured; empty on the processor.
+    """
 
     path: Path
     conditions: dict[str, Any]
     medians: dict[Case, float]
+    telemetry: dict[str, Any] = field(default_factory=dict)
 
     @classmethod
     def read(cls, path: Path) -> Baseline:
@@ -67,7 +75,7 @@ class Baseline:
             sound = False
         if not sound or not medians:
             raise PhregError(f"baseline: {path} is not a report of latencies but {_kind(document)}; {EXPECTED}.")
-        return cls(path, conditions, medians)
+        return cls(path, conditions, medians, _telemetry(document.get("gpu")))
 
     def differences(self, conditions: Conditions, cases: list[Case]) -> list[str]:
         """List how the baseline differs from a run under ``conditions`` that measures ``cases``, one text each.
@@ -89,6 +97,25 @@ class Baseline:
         lacking = [case for case in cases if case not in self.medians]
         return differences + ([f"{_cases(lacking)}: not in the baseline"] if lacking else [])
 
+    def held_back(self, gpu: GpuReport | None) -> list[str]:
+        """List what only a measurement shows: another mean clock under load, and throttling on one side; one text each.
+
+        ``gpu``: of this run.
+        """
+        before, now = self.telemetry, _telemetry(None if gpu is None else gpu.to_json())
+        if not before or not now:
+            return []
+        texts = []
+        was, is_now = ((side.get("sm_clock") or {}).get("mean") for side in (before, now))
+        if was and is_now and abs(is_now / was - 1) > CLOCKS_AGREE:
+            texts.append(f"mean SM clock under load: {was:.0f} MHz in the baseline, {is_now:.0f} MHz now")
+        shares = [(side.get("throttled") or {}).items() for side in (before, now)]
+        reasons = [sorted(name for name, share in side if share) for side in shares]
+        if reasons[0] != reasons[1]:
+            said = [", ".join(names) or "not at all" for names in reasons]
+            texts.append(f"throttled: {said[0]} in the baseline, {said[1]} now")
+        return texts
+
     def rows(self, results: list[BatchLatency]) -> list[BaselineRow]:
         """Compare the medians of each batch and size that the baseline has too."""
         rows = []
@@ -97,6 +124,15 @@ class Baseline:
             if before is not None:
                 rows.append(BaselineRow(result.batch, result.size, before, now, now / before))
         return rows
+
+
+def _telemetry(gpu: Any) -> dict[str, Any]:
+    """The telemetry of the extractor's measurement in a GPU report as JSON; empty if there is none."""
+    try:
+        entry = next(entry for entry in gpu["watched"] if entry["measurement"] == "extractor")
+        return dict(entry["telemetry"] or {})
+    except (TypeError, KeyError, StopIteration, ValueError):
+        return {}
 
 
 def _read_json(path: Path) -> Any:
@@ -134,5 +170,8 @@ def _cases(cases: Any) -> str:
 def _short(value: Any) -> str:
     if value is None:
         return "the default"
+    if isinstance(value, dict):
+        told = (f"{name.replace('_', ' ')} {_short(value[name])}" for name in sorted(value) if value[name] is not None)
+        return ", ".join(told) or "not told"
     is_hash = isinstance(value, str) and len(value) == 64
     return f"{value[:16]}…" if is_hash else str(value)

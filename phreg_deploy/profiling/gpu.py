@@ -16,10 +16,11 @@ from typing import Any
 import numpy as np
 
 from phreg_deploy.errors import PhregError
+from phreg_deploy.profiling.device.peaks import Peaks
+from phreg_deploy.profiling.device.telemetry import Telemetry, watched
 from phreg_deploy.profiling.load import mark_pareto, pace, sweep
 from phreg_deploy.profiling.report import Entry, GpuReport
-from phreg_deploy.profiling.roofline import Peaks, group_layers, roofline
-from phreg_deploy.profiling.telemetry import Telemetry
+from phreg_deploy.profiling.roofline import EIGHT_BIT_PARTS, group_layers, roofline
 from phreg_deploy.profiling.timing import AGREE, CONFIDENCE, LEAST, RESAMPLES, WINDOWS, measure
 from phreg_deploy.progress import Progress
 from phreg_deploy.runtime.backends.interface import DeviceBackend, ProfiledBackend
@@ -63,8 +64,8 @@ def profile_gpu(
     """Measure everything that a GPU can show of a bundle.
 
     Args:
-        telemetry: samples power and clocks; the caller closes it.
-        peaks: of ``measure_peaks``; adds a roofline.
+        telemetry: samples power, clocks and throttling during each measurement; the caller closes it.
+        peaks: of ``find_peaks``; adds a roofline.
         metadata: layer -> what TensorRT's inspector says of it; without it, fused layers are placed by their kernel's
             name.
 
@@ -101,6 +102,7 @@ def profile_gpu(
         queue=[profile.queue for profile in cases if profile.queue],
         roofline=[profile.roofline for profile in cases if profile.roofline],
         missing=missing,
+        watched=[entry for profile in cases for entry in profile.watched],
         stable=all(result["stable"] for result in results),
         peaks=peaks.to_json() if peaks is not None else None,
     )
@@ -127,16 +129,32 @@ class _BatchProfile:
         calls: dict[bool | None, Callable[[], dict[str, float]]] = {None: partial(_timed, extractor.graph_call(images))}
         if backend is not None:
             calls = {graph: partial(backend.split, feed, graph) for graph in (False, True)}
-        measured = measure(calls, request.seconds, request.warmup_ms, progress)
+        contexts = partial(_reserve, backend)
+        with watched(telemetry) as watch:
+            measured = measure(calls, request.seconds, request.warmup_ms, progress)
+            frames = batch * sum(parts["latency"]["calls"] for parts in measured.values())
         self.results = [self._result(graph, parts) for graph, parts in measured.items()]
+        self.watched = [{**self._case, "measurement": "latency", **watch.summary(frames)}]
         self.streams = [
-            {**self._case, **sweep(run, count, request.seconds, progress, batch, telemetry)}
+            {**self._case, **sweep(run, count, request.seconds, progress, batch, telemetry, contexts(count))}
             for count in request.streams
+        ]
+        self.watched += [
+            {**self._case, "measurement": f"{entry['streams']} threads", "telemetry": entry["telemetry"]}
+            for entry in self.streams
         ]
         self.layers: Entry | None = None
         if backend is not None:
-            self.layers = {**self._case, **group_layers(backend.layers(feed, ROUNDS), metadata)}
-        self.queue = None if request.fps is None else {**self._case, **pace(run, request.fps, request.seconds)}
+            with watched(telemetry) as watch:
+                self.layers = {**self._case, **group_layers(backend.layers(feed, ROUNDS), metadata)}
+            self.watched.append({**self._case, "measurement": "layers", **watch.summary(batch * ROUNDS)})
+        self.queue: Entry | None = None
+        if request.fps is not None:
+            with watched(telemetry) as watch:
+                self.queue = {**self._case, **pace(run, request.fps, request.seconds)}
+            summary = watch.summary(batch * self.queue["frames"])
+            self.queue.update(summary)
+            self.watched.append({**self._case, "measurement": "paced", **summary})
         self.roofline = None if peaks is None else self._roofline(extractor, request, peaks)
 
     def _result(self, graph: bool | None, parts: Entry) -> Entry:
@@ -144,7 +162,8 @@ class _BatchProfile:
         return {**self._case, "graph": graph, **parts, "images_per_second": rate}
 
     def _roofline(self, extractor: FeatureExtractor, request: GpuRequest, peaks: Peaks) -> Entry:
-        activation, weight = BYTES.get(extractor.manifest.precision, (4, 4))
+        precision = extractor.manifest.precision
+        activation, weight = BYTES.get(precision, (4, 4))
         compute = [result["compute"]["p50"] for result in self.results if "compute" in result]
         return roofline(
             extractor.spec,
@@ -156,6 +175,8 @@ class _BatchProfile:
             weight_bytes=weight,
             measured_ms=min(compute, default=None),
             layers_ms=self.layers["parts"] if self.layers else None,
+            eight_bit=EIGHT_BIT_PARTS.get(precision, ()),
+            readout=extractor.manifest.readout.name,
         )
 
 
@@ -195,6 +216,11 @@ def _model(extractor: FeatureExtractor) -> Entry:
         "depth": spec.depth,
         "precision": extractor.manifest.precision,
     }
+
+
+def _reserve(backend: ProfiledBackend | None, threads: int) -> int:
+    """Make a context for each thread before it is measured; return how many there are, at least one."""
+    return 1 if backend is None else backend.reserve(threads)
 
 
 def _used_memory(backend: Any) -> int | None:

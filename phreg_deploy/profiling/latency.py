@@ -7,6 +7,7 @@ import platform
 import time
 from collections.abc import Callable
 from functools import partial
+from typing import Any
 
 import numpy as np
 
@@ -66,11 +67,13 @@ def measure_bundle(
     mode: str = "latency",
     progress: Progress,
     frame: tuple[int, int] = (480, 640),
+    clocks: dict[str, Any] | None = None,
 ) -> ProfileReport:
     """Measure, for each batch, the graph alone, the extractor around it, and preprocessing.
 
     Args:
         frame: (height, width) of the array that preprocessing is measured on, one image per call.
+        clocks: of a GPU, see ``Telemetry.clocks``.
     """
     cases = measured_cases(extractor.manifest, batches, size)
     rng = np.random.default_rng(0)
@@ -84,7 +87,7 @@ def measure_bundle(
             "preprocess": partial(extractor.prepare, photograph, (height, width)),
         }
         results.append(_batch_latency(batch, (height, width), measure(calls, seconds, progress)))
-    return ProfileReport(conditions(extractor, threads, mode, frame, cases[0][1]), results)
+    return ProfileReport(conditions(extractor, threads, mode, frame, cases[0][1], clocks), results)
 
 
 def _batch_latency(batch: int, size: tuple[int, int], timed: dict[str, Latency]) -> BatchLatency:
@@ -116,10 +119,16 @@ def measured_cases(
 
 
 def conditions(
-    extractor: FeatureExtractor, threads: int | None, mode: str, frame: tuple[int, int], size: tuple[int, int]
+    extractor: FeatureExtractor,
+    threads: int | None,
+    mode: str,
+    frame: tuple[int, int],
+    size: tuple[int, int],
+    clocks: dict[str, Any] | None = None,
 ) -> Conditions:
     """Record what the figures depend on; preprocessing resizes ``frame`` to ``size``, both (height, width)."""
     manifest, backend = extractor.manifest, extractor.opened
+    gpu = backend.cuda.gpu if isinstance(backend, DeviceBackend) else None
     fast = resizes_fast(frame[::-1], size, extractor.preprocess)
     return Conditions(
         processor=processor(),
@@ -133,7 +142,9 @@ def conditions(
         backend_version=backend_version(extractor.backend),
         threads=threads,
         mode=mode,
-        gpu=backend.cuda.gpu.name if isinstance(backend, DeviceBackend) else None,
+        gpu=None if gpu is None else gpu.kind,
+        driver=None if gpu is None else gpu.driver,
+        clocks=clocks,
         precision=manifest.precision,
         model=manifest.model.architecture,
         registers=manifest.model.registers,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import threading
 import time
 from collections.abc import Callable
@@ -9,24 +10,30 @@ from typing import Any
 
 import numpy as np
 
+from phreg_deploy.profiling.device.telemetry import Telemetry
 from phreg_deploy.profiling.report import Entry
-from phreg_deploy.profiling.telemetry import Telemetry
 from phreg_deploy.profiling.timing import LEAST, describe
 from phreg_deploy.progress import Progress
 
-# Calls of each thread before measuring; the second records the thread's CUDA graph.
-WARM = 2
+# Calls of each context before measuring: plain, recorded as a CUDA graph, replayed.
+WARM = 3
 
 
 class _Streams:
-    """Threads that call back to back for ``seconds``, all from the same moment on."""
+    """Threads that call back to back for ``seconds``, all from the same moment on.
 
-    def __init__(self, call: Callable[[], object], count: int, seconds: float, telemetry: Telemetry | None) -> None:
+    They warm up together: contexts take turns, so each of ``contexts`` serves at least ``WARM`` calls before.
+    """
+
+    def __init__(
+        self, call: Callable[[], object], count: int, seconds: float, telemetry: Telemetry | None, contexts: int
+    ) -> None:
         self.call, self.seconds, self.telemetry = call, seconds, telemetry
-        self.start = 0.0
+        self.start, self.warm = 0.0, WARM * math.ceil(max(contexts, count) / count)
         # Start and end of each call, by thread.
         self.times: list[list[tuple[float, float]]] = [[] for _ in range(count)]
         self._errors: list[BaseException] = []
+        self._together = threading.Barrier(count)
         self._ready = threading.Barrier(count, self._begin)
         self._threads = [threading.Thread(target=self._work, args=(times,), name="stream") for times in self.times]
 
@@ -56,11 +63,13 @@ class _Streams:
 
     def _fail(self, error: BaseException) -> None:
         self._errors.append(error)
+        self._together.abort()
         self._ready.abort()
 
     def _work(self, times: list[tuple[float, float]]) -> None:
         try:
-            for _ in range(WARM):
+            for _ in range(self.warm):
+                self._together.wait()
                 self.call()
             self._ready.wait()
             now = self.start
@@ -83,13 +92,15 @@ def sweep(
     progress: Progress,
     batch: int = 1,
     telemetry: Telemetry | None = None,
+    contexts: int = 1,
 ) -> Entry:
     """Measure throughput with ``streams`` threads that call at once, back to back, after all have warmed up.
 
     ``images_per_second`` and ``latency`` (milliseconds, as a thread sees it) are of the ``calls`` that ended while all
-    threads ran; ``telemetry`` is of all calls. Raises the first error of any thread, once all have ended.
+    threads ran; ``telemetry`` is of all calls. ``contexts``: that the backend holds, all of which are warmed up. Raises
+    the first error of any thread, once all have ended.
     """
-    threads = _Streams(call, streams, seconds, telemetry)
+    threads = _Streams(call, streams, seconds, telemetry, contexts)
     with progress.task(f"{streams} streams", None):
         threads.run()
     # Calls after the first thread's end would make many streams look better or worse than they are.

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -9,12 +11,13 @@ from typing import Any
 from phreg_deploy.bundle.bundle import Bundle
 from phreg_deploy.errors import PhregError
 from phreg_deploy.profiling.baseline import Baseline, Case
+from phreg_deploy.profiling.device.peaks import find_peaks
+from phreg_deploy.profiling.device.telemetry import Telemetry, watched
 from phreg_deploy.profiling.gpu import GpuRequest, pci_of, profile_gpu
-from phreg_deploy.profiling.latency import conditions, measure_bundle, measured_cases
+from phreg_deploy.profiling.latency import backend_version, conditions, measure_bundle, measured_cases
 from phreg_deploy.profiling.register_cost import register_cost
 from phreg_deploy.profiling.report import Comparison, GpuReport, ProfileReport
-from phreg_deploy.profiling.roofline import measure_peaks
-from phreg_deploy.profiling.telemetry import Telemetry
+from phreg_deploy.profiling.scenarios import run_scenario
 from phreg_deploy.progress import Progress
 from phreg_deploy.runtime.backends.options import BackendOptions
 from phreg_deploy.runtime.backends.registry import GPU
@@ -35,6 +38,7 @@ class ProfileRequest:
     streams: list[int]
     fps: float | None
     without: Path | None
+    scenarios: tuple[str, ...] = ()
 
     def cases(self, bundle: Path) -> list[Case]:
         """The batches and sizes to measure. Raises ``PhregError`` if ``bundle`` does not serve one of them."""
@@ -53,34 +57,51 @@ def profile_bundle(
     """Measure as ``request`` says; for the rest see ``phreg_deploy.profiling.profile``."""
     cases, how = request.cases(request.bundle), request.options
     differences: list[str] = []
-    with request.load(request.bundle, how.threads) as extractor:
-        on_gpu = extractor.backend in GPU
-        if (request.fps or request.without) and not on_gpu:
+    with request.load(request.bundle, how.threads) as extractor, _sensors(extractor) as telemetry:
+        if (request.fps or request.without) and telemetry is None:
             raise PhregError(f"profile: --fps and --without are for a GPU; this would run on {extractor.backend}.")
         if request.without is not None:
             request.cases(request.without)
+        clocks = None if telemetry is None else telemetry.clocks()
         if baseline is not None:
-            now = conditions(extractor, how.threads, how.mode, request.frame, cases[0][1])
+            now = conditions(extractor, how.threads, how.mode, request.frame, cases[0][1], clocks)
             differences = baseline.differences(now, cases)
             _check_conditions(baseline, differences, any_conditions)
-        report = measure_bundle(
-            extractor,
-            batches=request.batches,
-            size=request.size,
-            seconds=request.seconds,
-            threads=how.threads,
-            mode=how.mode,
-            frame=request.frame,
-            progress=progress,
-        )
-        if on_gpu:
-            report = replace(report, gpu=_measure_gpu(extractor, request.on_gpu(request.fps), report.remarks, progress))
+        with watched(telemetry) as watch:
+            report = measure_bundle(
+                extractor,
+                batches=request.batches,
+                size=request.size,
+                seconds=request.seconds,
+                threads=how.threads,
+                mode=how.mode,
+                frame=request.frame,
+                progress=progress,
+                clocks=clocks,
+            )
+        if telemetry is not None:
+            whole = {"batch": cases[0][0], "size": list(cases[0][1]), "measurement": "extractor", **watch.summary(0)}
+            on_gpu = _measure_gpu(extractor, request.on_gpu(request.fps), telemetry, report.remarks, progress)
+            report = replace(report, gpu=replace(on_gpu, watched=[whole, *on_gpu.watched]))
+        for name in request.scenarios:
+            threads = max(request.streams) if telemetry is not None or how.mode == "throughput" else 1
+            with watched(telemetry) as watch:
+                measured = run_scenario(
+                    extractor, name, seconds=request.seconds, size=cases[0][1], threads=threads, progress=progress
+                )
+            report = replace(report, scenarios=[*(report.scenarios or []), measured])
+            if report.gpu is not None:
+                case = {"batch": measured.batch, "size": list(cases[0][1]), "measurement": name}
+                entry = {**case, **watch.summary(measured.samples)}
+                report = replace(report, gpu=replace(report.gpu, watched=[*report.gpu.watched, entry]))
     if request.without is not None and report.gpu is not None:
-        with request.load(request.without, None) as extractor:
-            plain = _measure_gpu(extractor, request.on_gpu(None), report.remarks, progress)
+        with request.load(request.without, None) as extractor, _sensors(extractor) as telemetry:
+            assert telemetry is not None
+            plain = _measure_gpu(extractor, request.on_gpu(None), telemetry, report.remarks, progress)
         report = replace(report, registers=register_cost(report.gpu, plain), without=plain)
     if baseline is not None:
         rows = baseline.rows(report.results)
+        differences += baseline.held_back(report.gpu)
         report = replace(report, baseline=Comparison(str(baseline.path), differences, tolerance, rows))
     return report
 
@@ -94,29 +115,40 @@ def _check_conditions(baseline: Baseline, differences: list[str], any_conditions
         )
 
 
-def _measure_gpu(extractor: FeatureExtractor, request: GpuRequest, remarks: list[str], progress: Progress) -> GpuReport:
-    """``profile_gpu`` with telemetry and with the peaks of this GPU; what fails on the way goes to ``remarks``."""
+def _measure_gpu(
+    extractor: FeatureExtractor, request: GpuRequest, telemetry: Telemetry, remarks: list[str], progress: Progress
+) -> GpuReport:
+    """``profile_gpu`` with the peaks of this GPU; what fails on the way goes to ``remarks``."""
     backend: Any = extractor.opened
-    gemm, metadata = None, None
+    product, metadata = None, None
+    versions = {"backend": backend_version(extractor.backend)}
     # The lean runtime has no builder and no inspector.
     if extractor.backend == "tensorrt" and hasattr(backend.trt, "Builder"):
-        from phreg_deploy.export.engine.gemm import measure_product
+        from phreg_deploy.export.engine.gemm import measure_product, side_of
         from phreg_deploy.export.engine.inspection import inspect, parse_layers
 
-        def gemm() -> float:
-            return measure_product(backend.trt, backend.cuda)
+        def product(precision: str) -> float:
+            return measure_product(backend.trt, backend.cuda, precision)
 
+        versions["side"] = str(side_of(backend.cuda))
         layers = parse_layers(inspect(backend.trt, backend.engine))
         metadata = {str(layer.get("Name", "")): str(layer.get("Metadata", "")) for layer in layers}
-    try:
-        peaks = measure_peaks(backend.cuda, gemm)
-    except PhregError as error:
-        # The figures below the roof are worth more than the roof.
-        remarks.append(f"No peak of products: {error}")
-        peaks = measure_peaks(backend.cuda)
+    how = {**versions, "clocks": telemetry.clocks()}
+    peaks, said = find_peaks(backend.cuda, extractor.manifest.precision, product, how)
+    remarks.extend(said)
+    return profile_gpu(extractor, request, progress=progress, telemetry=telemetry, peaks=peaks, metadata=metadata)
+
+
+@contextmanager
+def _sensors(extractor: FeatureExtractor) -> Iterator[Telemetry | None]:
+    """Open the sensors of the GPU that an extractor runs on; None on the processor."""
+    backend: Any = extractor.opened
+    if extractor.backend not in GPU:
+        yield None
+        return
     # NVML numbers devices in another order than CUDA.
     telemetry = Telemetry(backend.cuda.index, pci=pci_of(backend.cuda))
     try:
-        return profile_gpu(extractor, request, progress=progress, telemetry=telemetry, peaks=peaks, metadata=metadata)
+        yield telemetry
     finally:
         telemetry.close()

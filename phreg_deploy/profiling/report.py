@@ -16,8 +16,9 @@ Entry = dict[str, Any]
 class Conditions(Stored):
     """What the figures depend on: the machine and its load, the versions, the bundle.
 
-    ``cores``: that this process may use. ``load``: over 1, 5 and 15 minutes. ``photograph``: what preprocessing was
-    measured on, and ``resize``, by which code.
+    ``cores``: that this process may use. ``load``: over 1, 5 and 15 minutes. ``driver``: the CUDA version that a GPU's
+    driver supports. ``clocks``: of a GPU, see ``Telemetry.clocks``. ``photograph``: what preprocessing was measured on,
+    and ``resize``, by which code.
     """
 
     processor: str
@@ -32,6 +33,8 @@ class Conditions(Stored):
     threads: int | None
     mode: str
     gpu: str | None
+    driver: int | None
+    clocks: Entry | None
     precision: str
     model: str
     registers: int
@@ -79,7 +82,8 @@ class GpuReport(Stored):
 
     ``results`` per batch and CUDA graph; ``streams`` per batch and number of threads; ``layers``, ``queue`` and
     ``roofline`` per batch. ``memory`` in bytes; ``idle_power`` in W; ``missing``: figure -> the reason why there is
-    none. ``stable``: all results are. ``peaks``: what the device can do.
+    none. ``watched``: power, energy, clocks and throttling during each measurement. ``stable``: all results are.
+    ``peaks``: what the device can do.
     """
 
     method: Entry
@@ -92,8 +96,19 @@ class GpuReport(Stored):
     queue: list[Entry]
     roofline: list[Entry]
     missing: dict[str, str]
+    watched: list[Entry]
     stable: bool
     peaks: Entry | None
+
+    def throttled(self) -> list[str]:
+        """The measurements during which the GPU was held back, one text each."""
+        texts = []
+        for entry in self.watched:
+            reasons = ((entry["telemetry"] or {}).get("throttled") or {}).items()
+            if any(share for _, share in reasons):
+                said = ", ".join(f"{name} {100 * share:.0f} %" for name, share in reasons if share)
+                texts.append(f"{entry['measurement']} at batch {entry['batch']}: {said} of the time")
+        return texts
 
 
 @dataclass(frozen=True)
@@ -147,6 +162,31 @@ class Comparison(Stored):
 
 
 @dataclass(frozen=True)
+class ScenarioResult(Stored):
+    """A run as MLPerf Inference defines it, see ``scenarios``.
+
+    ``metric`` and ``value``: "90th percentile latency in ms" or "samples per second". ``seconds``: that it took.
+    ``minimum_seconds``, ``minimum_queries`` and ``minimum_samples`` (of each query): of this run. ``rules``: those of
+    MLPerf. ``meets_rules``: this run is as long as they want. ``latency``: milliseconds of queries.
+    """
+
+    scenario: str
+    metric: str
+    value: float
+    queries: int
+    samples: int
+    batch: int
+    threads: int
+    seconds: float
+    minimum_seconds: float
+    minimum_queries: int
+    minimum_samples: int
+    rules: Entry
+    meets_rules: bool
+    latency: Entry
+
+
+@dataclass(frozen=True)
 class ProfileReport:
     """What ``profile`` measured.
 
@@ -159,6 +199,7 @@ class ProfileReport:
     without: GpuReport | None = None
     registers: list[RegisterCost] | None = None
     baseline: Comparison | None = None
+    scenarios: list[ScenarioResult] | None = None
     remarks: list[str] = field(default_factory=list)
 
     @property
@@ -167,7 +208,12 @@ class ProfileReport:
         return self.baseline.slower() if self.baseline is not None else []
 
     def to_json(self) -> dict[str, Any]:
-        optional: dict[str, Any] = {"gpu": self.gpu, "registers": self.registers, "baseline": self.baseline}
+        optional: dict[str, Any] = {
+            "gpu": self.gpu,
+            "registers": self.registers,
+            "baseline": self.baseline,
+            "scenarios": self.scenarios,
+        }
         return {
             "conditions": self.conditions.to_json(),
             "results": [result.to_json() for result in self.results],

@@ -10,31 +10,24 @@ from __future__ import annotations
 
 import re
 from collections import defaultdict
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Collection, Mapping
 from typing import Any
 
 from phreg_deploy.errors import PhregError
-from phreg_deploy.runtime.gpu.cuda import Cuda, Event, Stream
-from phreg_deploy.runtime.gpu.memory import DeviceBuffer
-from phreg_deploy.spec import ModelSpec, Stored, check_multiple
+from phreg_deploy.profiling.device.peaks import Peaks
+from phreg_deploy.readout import FINAL, VALUE
+from phreg_deploy.spec import ModelSpec, check_multiple
 
 # Operations per element.
 SOFTMAX, NORM, GELU = 5, 8, 8
-# Bytes per copy, five times the largest L2 cache, and copies between two marks.
-COPIED, COPIES = 256 << 20, 8
 PARTS = ("patch embed", "norm", "qkv", "attention", "proj", "fc1", "fc2", "other")
+# The parts that an 8-bit bundle computes in 8 bits; FP8 has the products of attention too.
+EIGHT_BIT_PARTS = {
+    "int8": ("qkv", "proj", "fc1", "fc2"),
+    "fp8": ("qkv", "proj", "fc1", "fc2", "attention products"),
+}
 # analytic parts that TensorRT computes in one measured part; residuals are added inside proj and fc2
 JOINED = {"attention products": "attention", "softmax": "attention"}
-
-
-@dataclass(frozen=True)
-class Peaks(Stored):
-    """Peaks of a device: operations per second of products, and bytes per second of copies; None if not measured."""
-
-    flops: float | None
-    bandwidth: float | None
-    note: str = ""
 
 
 def count_parts(
@@ -46,6 +39,7 @@ def count_parts(
     weight_bytes: float | None = None,
     hidden: int | None = None,
     fused_attention: bool = True,
+    readout: str = FINAL,
 ) -> dict[str, tuple[float, float]]:
     """Part -> (operations, bytes) of one inference, all blocks together.
 
@@ -53,6 +47,8 @@ def count_parts(
         size: (height, width) in pixels. activation_bytes, weight_bytes: per element; weights as activations by default.
         hidden: width of the MLP, which the spec does not know; by default 4 times the model's.
         fused_attention: scores and probabilities, ``(B, heads, T, T)``, never reach the device's memory.
+        readout: "value" and "neighbour" leave out the MLP and the residuals of the last block, and also its queries;
+            "value" leaves out its keys and attention too.
 
     Raises:
         PhregError: a size that is not a multiple of the patch, or an empty batch.
@@ -82,7 +78,16 @@ def count_parts(
         "fc2": linear(n, m, c),
         "residual": (2 * n * c, 2 * a * n * c),
     }
-    parts = {name: (spec.depth * work, spec.depth * moved) for name, (work, moved) in block.items()}
+    last = block
+    if readout != FINAL:
+        last = dict.fromkeys(block, (0, 0)) | {"norm": (NORM * n * c, 2 * a * n * c), "proj": block["proj"]}
+        last["qkv"] = linear(n, c, c if readout == VALUE else 2 * c)
+        if readout != VALUE:
+            last |= {name: block[name] for name in ("attention products", "softmax")}
+    parts = {
+        name: ((spec.depth - 1) * work + last[name][0], (spec.depth - 1) * moved + last[name][1])
+        for name, (work, moved) in block.items()
+    }
     parts["norm"] = (parts["norm"][0] + NORM * n * c, parts["norm"][1] + 2 * a * n * c)  # the final one
     work, moved = linear(batch * patches, pixels, c, 1)  # the image comes in bytes; a position is added to each patch
     image = batch * patches * pixels
@@ -97,19 +102,24 @@ def roofline(
     size: tuple[int, int],
     measured_ms: float | None = None,
     layers_ms: Mapping[str, float] | None = None,
+    eight_bit: Collection[str] = (),
     **how: Any,
 ) -> dict[str, Any]:
     """Operations, bytes, operations per byte, bound and ideal milliseconds of each part, and of the whole.
 
     ``bound``: "compute" or "bandwidth", by the intensity at which the two peaks meet; None without peaks.
-    ``peaks.flops`` is that of the products; norms and softmax run on slower units, so their ideal is too kind.
+    ``peaks.flops`` is that of the products; norms and softmax run on slower units, so their ideal is too kind. So is
+    that of layers which a calibration left in float. ``share_of_flops``: the time that all operations take at the peak
+    of the precision that each runs in, over the measured time.
 
     Args:
         measured_ms: of the whole inference on the device. layers_ms: part -> milliseconds, of ``group_layers``.
+        eight_bit: the parts at ``peaks.flops``, where the others are at ``peaks.around``.
         how: see ``count_parts``.
     """
     counted = count_parts(spec, batch=batch, size=size, **how)
-    rows = [{"part": name, **_place(work, moved, peaks)} for name, (work, moved) in counted.items()]
+    tops = {name: peaks.flops if name in eight_bit or not eight_bit else peaks.around for name in counted}
+    rows = [{"part": name, **_place(*cost, tops[name], peaks.bandwidth)} for name, cost in counted.items()]
     total = [sum(side) for side in zip(*counted.values())]
     ideals = [row["ideal_ms"] for row in rows]
     ideal = None if None in ideals else sum(ideals)
@@ -118,7 +128,7 @@ def roofline(
         reached = {"flops": total[0] / measured_ms * 1e3, "bandwidth": total[1] / measured_ms * 1e3}
         whole.update(
             flops_per_second=reached["flops"],
-            share_of_flops=reached["flops"] / peaks.flops if peaks.flops else None,
+            share_of_flops=_at_peak(counted, tops, 1e-3 * measured_ms),
             share_of_bandwidth=reached["bandwidth"] / peaks.bandwidth if peaks.bandwidth else None,
             share_of_ideal=ideal / measured_ms if ideal is not None else None,
         )
@@ -140,10 +150,23 @@ def roofline(
     }
 
 
-def _place(work: float, moved: float, peaks: Peaks) -> dict[str, Any]:
+def _at_peak(
+    counted: Mapping[str, tuple[float, float]], tops: Mapping[str, float | None], seconds: float
+) -> float | None:
+    """Share of the time that the operations would take at their peaks; None without a peak."""
+    least = 0.0
+    for name, (work, _) in counted.items():
+        top = tops[name]
+        if not top:
+            return None
+        least += work / top
+    return least / seconds
+
+
+def _place(work: float, moved: float, flops: float | None, bandwidth: float | None) -> dict[str, Any]:
     bound, ideal = None, None
-    if peaks.flops and peaks.bandwidth:
-        compute, memory = work / peaks.flops, moved / peaks.bandwidth
+    if flops and bandwidth:
+        compute, memory = work / flops, moved / bandwidth
         bound, ideal = ("compute" if compute >= memory else "bandwidth"), 1e3 * max(compute, memory)
     return {
         "flops": work,
@@ -152,35 +175,6 @@ def _place(work: float, moved: float, peaks: Peaks) -> dict[str, Any]:
         "bound": bound,
         "ideal_ms": ideal,
     }
-
-
-def measure_peaks(
-    cuda: Cuda, gemm: Callable[[], float] | None = None, *, size: int = COPIED, rounds: int = 10
-) -> Peaks:
-    """Bandwidth of copies within device memory, each byte read and written, the best of ``rounds``.
-
-    Args:
-        gemm: measures operations per second of a large product; without it the result says that there is no peak.
-        size: bytes per copy; less where an eighth of the free memory is less.
-    """
-    size = min(size, cuda.free_memory()[0] // 8)
-    with Stream(cuda) as stream, DeviceBuffer(cuda, size) as source, DeviceBuffer(cuda, size) as target:
-        with Event(cuda) as start, Event(cuda) as end:
-            times = []
-            for _ in range(rounds + 1):
-                start.record(stream.handle)
-                for _ in range(COPIES):
-                    cuda.copy(target.pointer, source.pointer, size, "DeviceToDevice", stream.handle)
-                end.record(stream.handle)
-                end.wait()
-                times.append(end.since(start))
-    bandwidth = 2 * size * COPIES / (min(times[1:]) * 1e-3)  # the first round warms up
-    note = f"bandwidth: device to device copies of {size >> 20} MiB, reads and writes counted; "
-    return Peaks(
-        gemm() if gemm else None,
-        bandwidth,
-        note + ("compute: as the caller measured" if gemm else "compute: not measured, no product was given"),
-    )
 
 
 _ONNX = re.compile(r"\[ONNX Layer: ([^\]\x1e]+)\]")

@@ -29,10 +29,10 @@ def measure(
         seconds: of three windows together; at least ``LEAST`` inferences of each call, at most ``PATIENCE`` windows.
 
     Returns:
-        Name -> part -> ``describe`` of the last three windows, and ``stable`` and ``windows`` (how many were measured).
+        Name -> part -> ``describe`` of the last three windows, and ``stable`` and ``windows`` (how many were measured);
+        ``calls`` of the latency counts all inferences, also those that warmed up.
     """
-    for call in calls.values():
-        _warm_up(call, warmup_ms)
+    warm = {name: _warm_up(call, warmup_ms) for name, call in calls.items()}
     windows: list[dict[Any, list[dict[str, float]]]] = []
     agree = dict.fromkeys(calls, False)
     with progress.task("measuring", PATIENCE) as advance:
@@ -45,15 +45,18 @@ def measure(
     for name in calls:
         inferences = [times for window in windows[-WINDOWS:] for times in window[name]]
         parts = {part: describe(times[part] for times in inferences) for part in inferences[0]}
+        parts["latency"]["calls"] = warm[name] + sum(len(window[name]) for window in windows)
         report[name] = {**parts, "stable": agree[name], "windows": len(windows)}
     return report
 
 
-def _warm_up(call: Callable[[], object], milliseconds: float) -> None:
-    """Call at least once, for ``milliseconds``."""
-    until = time.perf_counter() + 1e-3 * milliseconds
-    while call() and time.perf_counter() < until:
-        pass
+def _warm_up(call: Callable[[], object], milliseconds: float) -> int:
+    """Call at least once, for ``milliseconds``; return how often."""
+    until, count = time.perf_counter() + 1e-3 * milliseconds, 0
+    while count == 0 or time.perf_counter() < until:
+        call()
+        count += 1
+    return count
 
 
 def _measure_window(

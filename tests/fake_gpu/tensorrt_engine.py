@@ -132,7 +132,7 @@ class ICudaEngine:
             spans[name] = device.span(addresses[name], size)
         for name, shape in shapes.items():
             feed[name] = np.frombuffer(spans[name], self._dtype(name)).reshape(shape).copy()
-        wrong = self._tensorrt.wrong(profile, shapes["image"][0], path)
+        wrong = self._tensorrt.wrong(profile, next(iter(shapes.values()))[0], path)
         for name, value in zip(self._outputs, self._session.run(None, feed)):
             answer = self._tensorrt.answer(name, value)
             spans[name][:] = np.ascontiguousarray(np.zeros_like(answer) if wrong else answer).tobytes()

@@ -12,8 +12,16 @@ KINDS = {
     "tensor(float16)": "HALF",
     "tensor(int64)": "INT64",
     "tensor(int32)": "INT32",
+    "tensor(int8)": "INT8",
 }
-NUMPY = {"UINT8": np.uint8, "FLOAT": np.float32, "HALF": np.float16, "INT64": np.int64, "INT32": np.int32}
+NUMPY = {
+    "UINT8": np.uint8,
+    "FLOAT": np.float32,
+    "HALF": np.float16,
+    "INT64": np.int64,
+    "INT32": np.int32,
+    "INT8": np.int8,
+}
 # The start of every fake plan.
 MAGIC = b"fake of a plan\n"
 
@@ -23,7 +31,7 @@ ProfilingVerbosity = enum.IntEnum("ProfilingVerbosity", {"LAYER_NAMES_ONLY": 0, 
 MemoryPoolType = enum.IntEnum("MemoryPoolType", {"WORKSPACE": 0})
 BuilderFlag = enum.IntEnum("BuilderFlag", {"TF32": 7, "VERSION_COMPATIBLE": 14})
 NetworkDefinitionCreationFlag = enum.IntEnum("NetworkDefinitionCreationFlag", {"STRONGLY_TYPED": 1})
-DataType = enum.IntEnum("DataType", {"FLOAT": 0, "HALF": 1, "INT32": 3, "UINT8": 5, "INT64": 8})
+DataType = enum.IntEnum("DataType", {"FLOAT": 0, "HALF": 1, "INT8": 2, "INT32": 3, "UINT8": 5, "INT64": 8})
 HardwareCompatibilityLevel = enum.IntEnum(
     "HardwareCompatibilityLevel", {"NONE": 0, "AMPERE_PLUS": 1, "SAME_COMPUTE_CAPABILITY": 2}
 )

@@ -26,6 +26,7 @@ VERBS = {
     "attach": _ATOMIC,
     "inspect": _NOTHING,
     "doctor": _NOTHING,
+    "selftest": "The archive holds the checks that were done, if any was.",
     "demo": _ATOMIC,
 }
 
@@ -36,6 +37,7 @@ FOLDERS = {
     "evaluate": "probing",
     "explore": "exploring",
     "probe": "probing",
+    "selftest": "testing",
     "watch": "streaming",
 }
 # Verbs that take addresses; all others read files of this machine.

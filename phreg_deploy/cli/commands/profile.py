@@ -38,6 +38,13 @@ from phreg_deploy.spec import parse_size
     "--without", type=click.Path(path_type=Path), help="On a GPU: the same model without registers, for what they cost."
 )
 @click.option(
+    "--scenario",
+    "scenarios",
+    multiple=True,
+    type=click.Choice(["single-stream", "offline"]),
+    help="Also run this scenario as MLPerf Inference defines it, for --seconds; its rules want 600.",
+)
+@click.option(
     "--tolerance",
     default=0.1,
     show_default=True,
@@ -47,7 +54,7 @@ from phreg_deploy.spec import parse_size
 @click.option(
     "--allow-other-conditions",
     is_flag=True,
-    help="Compare with a baseline of another processor, graph, backend, version or thread count, and name each.",
+    help="Compare with a baseline of another processor, GPU, driver, clocks, graph, backend, version or thread count.",
 )
 @output_options
 def profile(
@@ -71,6 +78,7 @@ def profile(
       phreg-deploy profile student.bundle --batch 1,8 --json > today.json
       phreg-deploy profile student.bundle --batch 1,8 --baseline today.json
       phreg-deploy profile student.bundle --backend tensorrt --fps 30 --without base.bundle
+      phreg-deploy profile student.bundle --scenario single-stream --scenario offline --seconds 600
     """
     from phreg_deploy.profiling import profile as profile_bundle
 

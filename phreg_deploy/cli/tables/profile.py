@@ -15,12 +15,14 @@ if TYPE_CHECKING:
         Latency,
         ProfileReport,
         RegisterCost,
+        ScenarioResult,
     )
 
 LATENCY_COLUMNS = ["batch", "size", "part", "p50", "p90", "p99", "min", "rounds", "stable"]
 QUANTILES = ("p50", "p90", "p95", "p99", "p99.9")
 GPU_COLUMNS = ["batch", "CUDA graph", "milliseconds", *QUANTILES, "images/s", "stable"]
 GPU_PARTS = ("latency", "h2d", "enqueue", "compute", "d2h")
+WATCHED_COLUMNS = ["measurement", "batch", "W", "J per image", "SM MHz", "°C at most"]
 GRAPH = {True: "graph", False: "no graph", None: "-"}
 
 
@@ -34,6 +36,8 @@ def show_profile(report: ProfileReport, bundle: str, without: str | None, result
     if report.registers is not None:
         _show_register_cost(report.registers, result)
     _show_latencies(report, result)
+    if report.scenarios is not None:
+        _show_scenarios(report.scenarios, result)
     if report.baseline is not None:
         _show_baseline(report.baseline, result)
 
@@ -78,8 +82,51 @@ def _show_gpu(report: GpuReport, title: str, result: Result) -> None:
         parts = sorted(grouped["parts"].items(), key=lambda part: -part[1])
         rows = [[part, f"{ms:.3f}", f"{100 * ms / total:.1f} %"] for part, ms in parts]
         result.table(title, ["part", "milliseconds", "share"], rows)
+    rows = [_watched_row(entry) for entry in report.watched if entry["telemetry"]]
+    if rows:
+        result.table("What the GPU did meanwhile", WATCHED_COLUMNS, rows)
+    for roof in report.roofline:
+        _show_roof(roof, result)
     for name, reason in report.missing.items():
         result.say(f"{name}: {reason}")
+    for line in report.throttled():
+        result.say(f"THROTTLED: {line}. The figures are those of a GPU that was held back.")
+
+
+def _watched_row(entry: Entry) -> list[str]:
+    found = entry["telemetry"]
+    energy, clock = found.get("energy") or {}, found.get("sm_clock") or {}
+    return [
+        entry["measurement"],
+        str(entry["batch"]),
+        figure((found.get("power") or {}).get("mean")),
+        figure(energy.get("per_frame")),
+        figure(clock.get("mean")),
+        figure(found.get("temperature_max")),
+    ]
+
+
+def _show_roof(roof: Entry, result: Result) -> None:
+    """Say how close an inference comes to the peaks, in the precision that it computes in."""
+    peaks, whole = roof["peaks"], roof["total"]
+    if whole.get("share_of_flops") is None:
+        return
+    precisions = " and ".join(name for name in (peaks["precision"], "fp16" if peaks["around"] else None) if name)
+    result.say(
+        f"batch {roof['batch']}: {100 * whole['share_of_flops']:.0f} % of the time that its products take at this "
+        f"GPU's peak in {precisions}, {100 * whole['share_of_bandwidth']:.0f} % of its bandwidth."
+    )
+
+
+def _show_scenarios(scenarios: list[ScenarioResult], result: Result) -> None:
+    counts = [[str(number) for number in (s.queries, s.samples, s.batch, s.threads)] for s in scenarios]
+    rows = [[s.scenario, s.metric, f"{s.value:.3f}", *count, s.seconds] for s, count in zip(scenarios, counts)]
+    columns = ["scenario", "metric", "value", "queries", "samples", "batch", "threads", "seconds"]
+    result.table("Scenarios of MLPerf Inference", columns, rows)
+    for s in scenarios:
+        if not s.meets_rules:
+            wanted = f"{s.rules['seconds']:g} s, {s.rules['queries']} queries, {s.rules['samples']} samples a query"
+            result.say(f"{s.scenario} is shorter than MLPerf's rules want: at least {wanted}. Add --seconds 600.")
 
 
 def _gpu_row(r: Entry, part: str) -> list[str]:

@@ -32,10 +32,14 @@ from phreg_deploy.files.temporary import temporary
 from phreg_deploy.json_files import read_json
 from phreg_deploy.progress import SILENT, Progress
 from phreg_deploy.runtime.gpu.cuda import Cuda, Gpu
+from phreg_deploy.runtime.gpu.jetson import is_jetson
 from phreg_deploy.runtime.gpu.trt_library import deserialise, load_tensorrt, make_logger, plan_cuda
 
 # Precision -> the first compute capability, times ten, whose GPUs compute in it.
 LEAST_ARCHITECTURE = {"bf16": 80, "fp8": 89}
+# Compatibility -> the first compute capability, times ten, whose GPUs it serves: ``HardwareCompatibilityLevel`` of
+# TensorRT's ``NvInfer.h``. Neither is for JetPack: "Hardware Compatibility" in TensorRT's developer guide.
+LEAST_COMPATIBLE = {"ampere+": 80, "same-cc": 75}
 
 
 @dataclass(frozen=True)
@@ -59,6 +63,7 @@ def build_engine(request: BuildRequest, *, force: bool = False, progress: Progre
     trt = load_tensorrt()
     gpu = Cuda(request.device).gpu
     _check_gpu(bundle, gpu)
+    _check_compatibility(request.settings.compatibility, gpu)
     cuda = plan_cuda(trt, gpu.driver)
     key = make_key(bundle, gpu.kind, gpu.architecture, trt.__version__, cuda, request.settings)
     if not force and (cached := _take_cached(bundle, key, request.check)) is not None:
@@ -104,6 +109,23 @@ def _check_gpu(bundle: Bundle, gpu: Gpu) -> None:
         raise PhregError(
             f"build: {bundle.folder} is in {precision}, which {gpu.name} (SM {gpu.architecture / 10:.1f}) lacks; it "
             f"needs SM {least / 10:.1f}. Use a bundle in fp16, or in int8 with --target trt."
+        )
+
+
+def _check_compatibility(compatibility: str, gpu: Gpu) -> None:
+    """Raise for an engine that is meant for other GPUs, where TensorRT does not support one."""
+    least = LEAST_COMPATIBLE.get(compatibility)
+    if least is None:
+        return
+    if is_jetson():
+        raise PhregError(
+            f"compatibility: got {compatibility}, which TensorRT's developer guide excludes on JetPack; expected none "
+            "or version. Leave out --compat, and build on each kind of Jetson."
+        )
+    if gpu.architecture < least:
+        raise PhregError(
+            f"compatibility: got {compatibility} on {gpu.name} (SM {gpu.architecture / 10:.1f}), expected a GPU of SM "
+            f"{least / 10:.1f} or newer. Leave out --compat."
         )
 
 

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,7 +17,7 @@ from phreg_deploy.runtime.backends.options import BackendOptions
 from phreg_deploy.runtime.backends.tensorrt_backend import Plan, TensorRtBackend
 from phreg_deploy.runtime.features import FeatureExtractor
 from phreg_deploy.runtime.gpu.arrays import GPU, DeviceArray
-from phreg_deploy.runtime.gpu.cuda import Stream
+from phreg_deploy.runtime.gpu.cuda import Cuda, Stream
 from phreg_deploy.runtime.gpu.memory import DeviceBuffer, PinnedBuffer
 from phreg_deploy.runtime.parity import ExamCase, judge, run_exam, verdict
 from phreg_deploy.runtime.trt.context import Feed
@@ -25,9 +26,8 @@ from phreg_deploy.spec import Stored
 Case = dict[str, np.ndarray]
 # Calls on the host with one shape: plain, recorded as a CUDA graph, replayed.
 CALLS = 3
-ON_DEVICE = "from the GPU"
-# Bytes between an aligned address and the image on the GPU.
-OFFSET = 108
+# Path of images in the GPU's memory -> bytes between an aligned address and the image.
+ON_DEVICE = {"from the GPU": 108}
 
 
 @dataclass(frozen=True)
@@ -35,7 +35,7 @@ class Run(Stored):
     """One comparison with the exam's answers.
 
     ``profile``: the optimisation profile that served it. ``size``: (height, width). ``path``: "plain", "captured",
-    "replayed", or "from the GPU" for an image in its memory. ``cosine_p1``: as of ``Parity``.
+    "replayed", or a key of ``ON_DEVICE`` for an image in the GPU's memory. ``cosine_p1``: as of ``Parity``.
     """
 
     profile: int
@@ -50,8 +50,10 @@ class Run(Stored):
         return f"profile {self.profile}, {self.batch} {images} of {self.size[0]}x{self.size[1]}, {self.path}"
 
 
-def examine(bundle: Bundle, plan: StoredPlan, device: int = 0) -> dict[str, Any]:
-    """Compare the answers of a saved plan with the bundle's exam.
+def examine(
+    bundle: Bundle, plan: StoredPlan, device: int = 0, on_device: Mapping[str, int] = ON_DEVICE
+) -> dict[str, Any]:
+    """Compare the answers of a saved plan with the bundle's exam; ``on_device`` is as ``ON_DEVICE``.
 
     Returns the ``verdict`` on the worst of all runs, and ``runs`` (``Run`` as JSON), the comparisons one by one. If a
     gate is missed, ``missed`` also says in which of them.
@@ -62,7 +64,7 @@ def examine(bundle: Bundle, plan: StoredPlan, device: int = 0) -> dict[str, Any]
         cases, answers = [], list[Case]()
         for case in bundle.cases():
             for index, batch in served_batches(plan.profiles, case["image"].shape):
-                for path, turned, answer in _answers(backend, extractor.feed, case, batch):
+                for path, turned, answer in _answers(backend, extractor.feed, case, batch, on_device):
                     paths.append((index, path))
                     cases.append(turned)
                     answers.append(answer)
@@ -96,18 +98,38 @@ def served_batches(profiles: list[ProfileShapes], image: tuple[int, ...]) -> lis
     return sorted((index, batch) for index, batch in found if index is not None)
 
 
-def _answers(backend: Plan, feed: Callable[[Any], Feed], case: Case, batch: int) -> Iterator[tuple[str, Case, Case]]:
+def _answers(
+    backend: Plan, feed: Callable[[Any], Feed], case: Case, batch: int, on_device: Mapping[str, int]
+) -> Iterator[tuple[str, Case, Case]]:
     """Answer a case, brought to a batch, on every path: (path, the case, the answers).
 
-    The images are turned before each run, so that an answer that is left from the run before is wrong.
+    The images are turned before each run. The graph that is replayed was recorded with other images, also in the GPU's
+    memory: an answer that is left from a run before is wrong, even where the exam has one image.
     """
-    with backend.context() as context:
+    with backend.context() as first, backend.context() as second:
         for turn in range(CALLS):
             turned = turned_case(case, batch, turn)
+            context = first
+            if turn == CALLS - 1:
+                context = second
+                for _ in range(turn):
+                    context.run(feed(inverted(turned["image"])))
             answer = context.run(feed(turned["image"]))
             yield context.how, turned, answer
-        turned = turned_case(case, batch, CALLS)
-        yield ON_DEVICE, turned, _answer_on_device(backend, feed(turned["image"]))
+        # No context may hold the images that come next from the GPU's memory.
+        for context in (first, second):
+            context.run(feed(inverted(turned["image"])))
+    for turn, (path, offset) in enumerate(on_device.items(), CALLS):
+        turned = turned_case(case, batch, turn)
+        image = turned["image"]
+        for _ in range(CALLS - 1):
+            _answer_on_device(backend, feed(inverted(image)), offset)
+        yield path, turned, _answer_on_device(backend, feed(image), offset)
+
+
+def inverted(image: np.ndarray) -> np.ndarray:
+    """The negative of an image, whose features are others."""
+    return np.asarray(255 - image, image.dtype)
 
 
 def turned_case(case: Case, batch: int, turn: int) -> Case:
@@ -116,19 +138,25 @@ def turned_case(case: Case, batch: int, turn: int) -> Case:
     return {name: np.ascontiguousarray(value[order]) for name, value in case.items()}
 
 
-def _answer_on_device(backend: Plan, feed: Feed) -> Case:
-    """Answer images in the GPU's memory, at an address that is not aligned."""
-    image, cuda = feed.pop("image"), backend.cuda
+def _answer_on_device(backend: Plan, feed: Feed, offset: int) -> Case:
+    """Answer images in the GPU's memory."""
+    with uploaded(backend.cuda, feed.pop("image"), offset) as array:
+        return {name: value.numpy() for name, value in backend.run_device(array, feed).items()}
+
+
+@contextmanager
+def uploaded(cuda: Cuda, image: np.ndarray, offset: int) -> Iterator[DeviceArray]:
+    """Yield a copy of an array in the GPU's memory, ``offset`` bytes behind an aligned address; the GPU is selected."""
     with (
+        cuda.selected(),
         Stream(cuda) as stream,
         PinnedBuffer(cuda, image.nbytes) as near,
-        DeviceBuffer(cuda, image.nbytes + OFFSET) as far,
+        DeviceBuffer(cuda, image.nbytes + offset) as far,
     ):
         np.copyto(near.view(image.shape, image.dtype), image)
-        cuda.copy(far.pointer + OFFSET, near.pointer, image.nbytes, "HostToDevice", stream.handle)
+        cuda.copy(far.pointer + offset, near.pointer, image.nbytes, "HostToDevice", stream.handle)
         stream.wait()
-        array = DeviceArray(far.pointer + OFFSET, image.shape, image.dtype, device=(GPU, cuda.index), cuda=cuda)
-        return {name: value.numpy() for name, value in backend.run_device(array, feed).items()}
+        yield DeviceArray(far.pointer + offset, image.shape, image.dtype, device=(GPU, cuda.index), cuda=cuda)
 
 
 def _run(bundle: Bundle, case: ExamCase, where: tuple[int, str], compute: str) -> Run:

@@ -54,6 +54,9 @@ class ProfiledBackend(Protocol):
     def layers(self, feed: Feed, rounds: int = 10) -> dict[str, float]:
         """Mean milliseconds of each layer."""
 
+    def reserve(self, contexts: int) -> int:
+        """Make contexts until there are so many, which take turns; return how many there are."""
+
     def device_memory(self) -> dict[str, int]:
         """Bytes of ``activations`` in each context, and the number of ``contexts``."""
 

@@ -32,9 +32,9 @@ class OrtBackend:
     def __init__(self, bundle: Bundle, name: str, options: BackendOptions) -> None:
         self._open(load_onnxruntime(bundle.manifest, name, options), bundle, name, options)
 
-    def _open(self, onnxruntime: Any, bundle: Bundle, name: str, options: BackendOptions) -> None:
+    def _open(self, onnxruntime: Any, bundle: Bundle, name: str, options: BackendOptions, graphs: bool = True) -> None:
         self.name, self.compute = name, compute_precision(bundle.manifest, name)
-        self._bundle, self._session = bundle, open_session(onnxruntime, bundle, name, options)
+        self._bundle, self._session = bundle, open_session(onnxruntime, bundle, name, options, graphs)
         self._names = [output.name for output in self._session.get_outputs()]
         check_outputs(bundle, self._names)
 
@@ -51,15 +51,15 @@ class OrtBackend:
         self._session = None
 
 
-def open_session(onnxruntime: Any, bundle: Bundle, name: str, options: BackendOptions) -> Any:
-    """Load a bundle's graph.
+def open_session(onnxruntime: Any, bundle: Bundle, name: str, options: BackendOptions, graphs: bool = True) -> Any:
+    """Load a bundle's graph; ``graphs``: ask for a CUDA graph where the shapes are fixed.
 
     Raises:
         BackendMissing: ONNX Runtime dropped the provider without an error.
         PhregError: it refuses the graph.
     """
     settings = session_options(onnxruntime, bundle.manifest, name, options.threads)
-    chain = providers(bundle, name, options.device)
+    chain = providers(bundle, name, options.device, graphs)
     try:
         session = onnxruntime.InferenceSession(str(bundle.graph), settings, providers=chain)
     except Exception as error:  # the binding's exceptions have no other base

@@ -26,7 +26,8 @@ DTYPES: dict[str, np.dtype[Any]] = {"tensor(float16)": np.dtype(np.float16), "te
 class OrtGpuBackend(OrtBackend):
     """An ``InferenceSession`` on a GPU.
 
-    On CUDA, a bundle of one size and one batch is replayed as a CUDA graph on pinned staging, one call at a time. The
+    On CUDA, a bundle of one size and one batch is replayed as a CUDA graph on pinned staging, one call at a time; if
+    ONNX Runtime refuses to record one, it is opened again without, and ``remark`` says so. The
     TensorRT provider links libnvinfer.so.10, so it may be another TensorRT than the module ``tensorrt``; it caches its
     engines in the bundle.
 
@@ -42,13 +43,28 @@ class OrtGpuBackend(OrtBackend):
         if hasattr(onnxruntime, "preload_dlls"):
             # pip puts CUDA and cuDNN into folders that the system's loader does not search.
             onnxruntime.preload_dlls()
-        self._open(onnxruntime, bundle, name, options)
+        self._staging: Staging | None = None
+        graphs = replayable(bundle, name)
+        try:
+            self._open(onnxruntime, bundle, name, options)
+        except PhregError as error:
+            # ONNX Runtime refuses a whole session if it cannot record all of its nodes.
+            if not graphs or "graph capture" not in str(error):
+                raise
+            graphs = False
+            self._open(onnxruntime, bundle, name, options, graphs)
+            self.remark = "ONNX Runtime takes no CUDA graph of this bundle"
         check_assignment(self._session, name)
         self._types = {output.name: output.type for output in self._session.get_outputs()}
-        self._staging = self._stage() if replayable(bundle, name) else None
+        self._staging = self._stage() if graphs else None
         # Device arrays lie at other addresses than those in the CUDA graph.
         self._ungraphed = onnxruntime.RunOptions()
         self._ungraphed.add_run_config_entry("gpu_graph_id", "-1")
+
+    @property
+    def replays(self) -> bool:
+        """Whether frames of the host are served by a CUDA graph."""
+        return self._staging is not None
 
     def run(self, feed: Feed) -> Feed:
         return super().run(feed) if self._staging is None else self._staging.run(feed)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import re
 import struct
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,8 @@ PROVIDERS = {
     "onnxruntime-cuda": "CUDAExecutionProvider",
     "onnxruntime-tensorrt": "TensorrtExecutionProvider",
 }
+# The first release with https://github.com/microsoft/onnxruntime/pull/25765, which adds Gelu of opset 20 in bfloat16.
+OLDEST_BF16 = (1, 23)
 
 
 def compute_precision(manifest: Manifest, name: str) -> str:
@@ -38,6 +41,13 @@ def load_onnxruntime(manifest: Manifest, name: str, options: BackendOptions) -> 
     """
     _check_precision(manifest.precision, name, options.compute, compute_precision(manifest, name))
     onnxruntime = import_runtime("onnxruntime")
+    version = tuple(int(number) for number in re.findall(r"\d+", onnxruntime.__version__)[:2])
+    if manifest.precision == "bf16" and name == "onnxruntime-cuda" and version < OLDEST_BF16:
+        raise BackendMissing(
+            f"backend: ONNX Runtime {onnxruntime.__version__} has no bfloat16 kernel of Gelu on CUDA; expected at "
+            f'least {OLDEST_BF16[0]}.{OLDEST_BF16[1]}. Run: pip install --upgrade "phreg-deploy[gpu]", or export in '
+            "fp16."
+        )
     if PROVIDERS[name] not in onnxruntime.get_available_providers():
         raise BackendMissing(
             f"backend: this ONNX Runtime {onnxruntime.__version__} was built without {PROVIDERS[name]}. "
@@ -64,18 +74,18 @@ def session_options(onnxruntime: Any, manifest: Manifest, name: str, threads: in
     return options
 
 
-def providers(bundle: Bundle, name: str, device: int) -> list[Any]:
-    """The execution providers of a session, each with its options on a GPU."""
+def providers(bundle: Bundle, name: str, device: int, graphs: bool = True) -> list[Any]:
+    """The execution providers of a session, each with its options on a GPU; ``graphs``: ask for a CUDA graph."""
     if name == "onnxruntime-cpu":
         return [PROVIDERS[name]]
     rest = [("CUDAExecutionProvider", {"device_id": str(device)})] if name == "onnxruntime-tensorrt" else []
-    return [(PROVIDERS[name], provider_options(bundle, name, device)), *rest]
+    return [(PROVIDERS[name], provider_options(bundle, name, device, graphs)), *rest]
 
 
-def provider_options(bundle: Bundle, name: str, device: int) -> dict[str, str]:
+def provider_options(bundle: Bundle, name: str, device: int, graphs: bool = True) -> dict[str, str]:
     """Options of a GPU's provider. TensorFloat-32 is off, as in engines, since parity is with FP32."""
     if name == "onnxruntime-cuda":
-        graph = {"enable_cuda_graph": "1"} if replayable(bundle, name) else {}
+        graph = {"enable_cuda_graph": "1"} if graphs and replayable(bundle, name) else {}
         return {"device_id": str(device), "use_tf32": "0", **graph}
     precision, cache = bundle.manifest.precision, bundle.folder / FOLDER / "onnxruntime"
     try:

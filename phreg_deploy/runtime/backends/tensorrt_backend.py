@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from queue import Empty, SimpleQueue
@@ -84,6 +85,16 @@ class Plan(Closing):
         """Mean milliseconds of each layer, see ``time_layers``."""
         with self.context() as context:
             return time_layers(context, feed, rounds)
+
+    def reserve(self, contexts: int) -> int:
+        """Make execution contexts until there are so many; return how many there are.
+
+        Raises ``PhregError`` if the GPU has too little memory for one of them.
+        """
+        with contextlib.ExitStack() as held:
+            while len(self._contexts) < contexts:
+                held.enter_context(self.context())
+        return len(self._contexts)
 
     def device_memory(self) -> dict[str, int]:
         """Bytes of ``activations`` in each context, and the number of ``contexts``."""

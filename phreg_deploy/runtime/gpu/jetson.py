@@ -1,4 +1,4 @@
-"""Read the release of Jetson Linux (L4T) from the files of a Jetson."""
+"""Recognise a Jetson, and read the release of its Jetson Linux (L4T), from its files."""
 
 from __future__ import annotations
 
@@ -21,3 +21,8 @@ def read_l4t(root: Path) -> tuple[int, ...] | None:
     if match is None:
         return () if text else None
     return tuple(int(number) for number in re.findall(r"\d+", f"{match[1]}.{match[2]}"))
+
+
+def is_jetson(root: Path = Path("/")) -> bool:
+    """Whether this machine is a Jetson. A container may lack all files but the device tree."""
+    return read_l4t(root) is not None or "nvidia,tegra" in read_text(root / "proc/device-tree/compatible")

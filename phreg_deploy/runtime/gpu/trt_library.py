@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import importlib
 import importlib.metadata
+import logging
 from typing import Any
 
 from phreg_deploy.errors import BackendMissing, PhregError
@@ -14,6 +15,8 @@ from phreg_deploy.extras import is_importable
 OLDEST = (10, 3)
 # Major versions of CUDA that wheels of TensorRT were or may be built for, the newest first.
 WHEELS = (14, 13, 12, 11)
+# Hears every message of TensorRT but the verbose ones, all as DEBUG, so that none is printed unless you ask for it.
+log = logging.getLogger("phreg_deploy.tensorrt")
 # Messages that are kept of a build or a load.
 KEPT = 40
 EXTRA = (
@@ -94,6 +97,8 @@ def make_logger(trt: Any) -> Any:
             self.messages: list[tuple[str, str]] = []
 
         def log(self, severity: Any, msg: str) -> None:
+            if int(severity) <= int(trt.ILogger.Severity.INFO):
+                log.debug("%s: %s", severity.name, msg)
             if int(severity) <= int(trt.ILogger.Severity.WARNING):
                 kind = "warning" if severity == trt.ILogger.Severity.WARNING else "error"
                 self.messages = [*self.messages[1 - KEPT :], (kind, msg.strip())]

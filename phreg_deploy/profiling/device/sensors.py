@@ -74,6 +74,7 @@ class Nvml:
             device = api.nvmlDeviceGetHandleByPciBusId(pci.encode()) if pci else api.nvmlDeviceGetHandleByIndex(index)
         except api.NVMLError as error:
             raise BackendMissing(f"NVML: no device {pci or index} ({error}); is there an NVIDIA driver?") from None
+        self._device = device
         self._calls = {name: call for name, *how in CALLS if (call := self._first(device, name, *how)) is not None}
 
     def _first(self, device: Any, field: str, constant: str | None, convert: Any, *names: str) -> Any:
@@ -88,6 +89,12 @@ class Nvml:
                 continue
             self.missing.pop(field, None)
             return lambda: convert(call())
+        return None
+
+    def largest_sm_clock(self) -> float | None:
+        """The largest SM clock in MHz that the present settings allow; None if the driver does not tell."""
+        with contextlib.suppress(self.api.NVMLError, AttributeError):
+            return float(self.api.nvmlDeviceGetMaxClockInfo(self._device, self.api.NVML_CLOCK_SM))
         return None
 
     def read(self) -> dict[str, Any]:

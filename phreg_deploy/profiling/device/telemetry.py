@@ -8,13 +8,14 @@ from __future__ import annotations
 import itertools
 import threading
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from phreg_deploy.errors import BackendMissing, PhregError
-from phreg_deploy.profiling.sensors import CALLS, JetsonSensors, Nvml
+from phreg_deploy.profiling.device.sensors import CALLS, JetsonSensors, Nvml
 
 # Seconds between samples: below, sampling itself heats a small board; above, short peaks go unseen.
 PERIOD = (0.02, 0.1)
@@ -130,11 +131,44 @@ class Telemetry:
         )
         return found
 
+    def clocks(self) -> dict[str, Any]:
+        """What sets the clocks: the largest SM clock in MHz, a Jetson's power mode, and whether its clocks are locked.
+
+        None where the machine does not tell.
+        """
+        most = None if self._nvml is None else self._nvml.largest_sm_clock()
+        jetson = self.jetson
+        return {"sm_clock": most, "power_mode": jetson.power_mode, "locked": jetson.clocks_locked()}
+
     def close(self) -> None:
         self.stop()
         if self._nvml is not None:
             self._nvml.api.nvmlShutdown()
             self._nvml = None
+
+
+class Watch:
+    """What was sampled during one measurement."""
+
+    def __init__(self, telemetry: Telemetry | None) -> None:
+        self._telemetry = telemetry
+
+    def summary(self, frames: int) -> dict[str, Any]:
+        """``{"telemetry": ...}`` of the measurement, in which ``frames`` frames were served; None without sensors."""
+        return {"telemetry": None if self._telemetry is None else self._telemetry.summary(frames)}
+
+
+@contextmanager
+def watched(telemetry: Telemetry | None) -> Iterator[Watch]:
+    """Sample during the block; the ``Watch`` summarises it until the next block begins."""
+    if telemetry is None:
+        yield Watch(None)
+        return
+    telemetry.start()
+    try:
+        yield Watch(telemetry)
+    finally:
+        telemetry.stop()
 
 
 def summarise(samples: list[Sample], frames: int | None = None, idle: float | None = None) -> dict[str, Any]:

@@ -1,0 +1,1 @@
+"""What a GPU can do, draws and is held back by."""
