@@ -65,6 +65,8 @@ MAY = {
         "evaluation",
         "evaluation/data",
     },
+    "serving/requests": {"images", "bundle", "runtime"},
+    "serving": {"bundle", "runtime", "serving/requests"},
     "explorer": {"files", "images", "artifacts", "bundle", "runtime", "runtime/backends", "profiling", "verify"},
     "demo": {
         "files",
@@ -83,6 +85,7 @@ MAY = {
         "cli/commands",
         "cli/exploring",
         "cli/probing",
+        "cli/serving",
         "cli/streaming",
         "bundle",
         "heads",
@@ -92,8 +95,9 @@ MAY = {
 }
 MAY["cli/tables"] = set(MAY)
 MAY["cli/streaming"] = set(MAY)
-MAY["cli/probing"] = set(MAY) | {"cli/commands"}
-MAY["cli/exploring"] = set(MAY) - {"cli/streaming", "cli/probing"}
+MAY["cli/serving"] = set(MAY) - {"cli/streaming"}
+MAY["cli/probing"] = set(MAY) - {"cli/serving"} | {"cli/commands"}
+MAY["cli/exploring"] = set(MAY) - {"cli/streaming", "cli/probing", "cli/serving"}
 MAY["cli/commands"] = set(MAY) - {"cli/probing"}
 # Folder -> the folders that it imports inside functions only, so that their dependencies are optional.
 LATE = {
@@ -105,6 +109,7 @@ LATE = {
     "profiling": {"export/engine"},
     "cli/commands": set(MAY) - {"", "files", "images", "bundle", "cli", "cli/commands", "cli/exploring", "cli/tables"},
     "cli/streaming": set(MAY) - {"", "files", "images", "bundle", "cli", "cli/streaming"},
+    "cli/serving": set(MAY) - {"", "files", "images", "bundle", "cli", "cli/serving", "cli/tables"},
     "cli/exploring": set(MAY) - {"", "files", "images", "bundle", "cli", "cli/exploring", "cli/tables"},
     "cli/probing": set(MAY) - {"", "files", "images", "bundle", "cli", "cli/commands", "cli/probing", "cli/tables"},
     "cli/tables": set(MAY) - {"", "files", "images", "bundle", "cli"},
@@ -138,6 +143,8 @@ WITHOUT_TORCH = {
     "doctor",
     "stream",
     "stream/sources",
+    "serving",
+    "serving/requests",
     "explorer",
 }
 TORCH_FOLDERS = {"models", "distill", "export", "demo", "text"}
