@@ -50,6 +50,7 @@ class Address:
 
     def bind(self) -> socket.socket:
         """Listen. Raises ``PhregError`` if that is not possible."""
+        listener = None
         try:
             family = socket.getaddrinfo(self.host, self.port, type=socket.SOCK_STREAM)[0][0]
             listener = socket.socket(family, socket.SOCK_STREAM)
@@ -58,6 +59,8 @@ class Address:
                 listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
             listener.bind((self.host, self.port))
         except (OSError, OverflowError) as error:
+            if listener is not None:
+                listener.close()
             why = getattr(error, "strerror", None) or error
             raise PhregError(
                 f"serve: {self.host}:{self.port} cannot be listened on ({why}); choose another --host or --port."
