@@ -63,6 +63,13 @@ def test_features_are_the_extractors(service, scene, expected, kind):
     assert "run;dur=" in response.headers["server-timing"]
 
 
+def test_json_has_null_for_what_is_no_number():
+    from phreg_deploy.serving.requests.answers import encode
+
+    said = json.loads(encode("json", {"cls": np.array([1.5, np.nan, -np.inf], np.float16)}, {"size": [1, 2]}))
+    assert said == {"size": [1, 2], "outputs": {"cls": [1.5, None, None]}}
+
+
 def test_a_form_and_a_body_are_the_same_and_npy_is_one_output(service, scene, expected):
     params = {"model": "labels", "dtype": "float16", "fit": "squash"}
     body = service.post("/features", params=params, content=scene.read_bytes())

@@ -92,8 +92,9 @@ class Service:
             Refused: see ``decode``; 503 while the queue is full or the service stops.
         """
         read = time.perf_counter()
-        options = {"size": _size(how.size, model.extractor.manifest), "fit": how.fit, "keep": how.keep}
-        upload = await self._thread(partial(decode, data, model.extractor, self.limits.pixels, **options))
+        size = _size(how.size, model.extractor.manifest)
+        decoding = partial(decode, data, model.extractor, self.limits.pixels, size=size, fit=how.fit, keep=how.keep)
+        upload = await self._thread(decoding)
         decoded = time.perf_counter()
         try:
             served = await asyncio.wrap_future(model.batcher.submit(upload.image))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import numpy as np
 from PIL import Image
@@ -69,16 +70,24 @@ def encode(kind: str, arrays: Mapping[str, np.ndarray], facts: Mapping[str, obje
         return out.getvalue()
     if kind == "npz":
         out = io.BytesIO()
-        np.savez(out, **{name: np.ascontiguousarray(array) for name, array in arrays.items()})
+        named: dict[str, Any] = {name: np.ascontiguousarray(array) for name, array in arrays.items()}
+        np.savez(out, **named)
         return out.getvalue()
     if kind == "arrow":
         return _arrow(arrays, facts)
     # JSON has no NaN and no infinity.
-    lists = {
-        name: (array if np.isfinite(array).all() else np.where(np.isfinite(array), array, None)).tolist()
-        for name, array in arrays.items()
-    }
+    lists = {name: _finite(array).tolist() for name, array in arrays.items()}
     return json.dumps({**facts, "outputs": lists}, allow_nan=False).encode()
+
+
+def _finite(array: np.ndarray) -> np.ndarray:
+    """Replace values that are not finite by None."""
+    finite = np.isfinite(array)
+    if finite.all():
+        return array
+    known = array.astype(object)
+    known[~finite] = None
+    return known
 
 
 def check_arrow() -> None:

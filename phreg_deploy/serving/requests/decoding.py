@@ -7,7 +7,7 @@ import warnings
 from dataclasses import dataclass
 
 import numpy as np
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
 
 from phreg_deploy.errors import PhregError
 from phreg_deploy.images.decoding import read_image
@@ -70,7 +70,7 @@ def decode(
             whole = read_image(io.BytesIO(data), extractor.preprocess.exif, "the image")
             fitted = extractor.fitted(whole, size, fit=fit)
             picture = _small(whole) if keep else None
-    except Image.UnidentifiedImageError:
+    except UnidentifiedImageError:
         raise Refused(422, f"image: got {len(data)} bytes that are no image; expected {_listed()}.") from None
     except Refused:
         raise
