@@ -20,7 +20,22 @@ MAKEFILE = (ROOT / "Makefile").read_text()
 PYPROJECT = (ROOT / "pyproject.toml").read_text()
 NEEDS_GPU = "<!-- needs a GPU -->"
 # Programs of the system, which the project does not define.
-OTHER_PROGRAMS = {"sudo", "apt-get", "git", "cd", "python3", ".", "VIT", "curl", "g++", "./dense_features", "npm", "cp"}
+OTHER_PROGRAMS = {
+    "sudo",
+    "apt-get",
+    "git",
+    "cd",
+    "python3",
+    ".",
+    "VIT",
+    "curl",
+    "g++",
+    "./dense_features",
+    "npm",
+    "cp",
+    "docker",
+    "tritonserver",
+}
 
 
 def code_blocks(page: Path, language: str) -> list[tuple[int, str, bool]]:
@@ -102,6 +117,8 @@ def test_every_command_line_parses(words):
         assert '"gpu: ' in PYPROJECT
     elif program == "pytest":
         check_plugin(rest)
+    elif program == "python" and rest[0] == "-c":
+        ast.parse(rest[1])
     elif program == "python" and rest[:2] == ["-m", "http.server"]:
         assert len(rest) == 3
     elif program == "python" and rest[0] == "-m":
