@@ -247,6 +247,34 @@ def stream(_name: str) -> str:
     return table(["", *rows], [[name, *(one(row) for row in rows.values())] for name, one in read.items()])
 
 
+def serving(_name: str) -> str:
+    """``serving.json``: latency and throughput of bare runs, calls and answers, by clients."""
+    columns, rows = ["", "clients"], dict[tuple[str, int], list[str]]()
+    kinds = {"run": "`run`, the graph alone", "call": "a call: decode, resize, run", "served": "an answer of `serve`"}
+    for name, model in load("serving")["models"].items():
+        columns += [f"{name}: p50 / p99, ms", "images a second"]
+        for row in model["rows"]:
+            cells = [f"{row['p50_ms']:.0f} / {row['p99_ms']:.0f}", f"{row['per_second']:.1f}"]
+            rows.setdefault((row["kind"], row["clients"]), []).extend(cells)
+    return table(columns, [[kinds[kind], str(clients), *cells] for (kind, clients), cells in rows.items()])
+
+
+def hand_over(_name: str) -> str:
+    """``serving.json``: every request over three hand-overs."""
+    found = load("serving")["hand_over"]
+    services = found["services"]
+    lines = {
+        "requests of 16 clients": found["requests"],
+        "accepted by the first to the last service": ", ".join(str(service["accepted"]) for service in services),
+        "accepted, together": found["accepted"],
+        "answered with 200": found["answered"],
+        "unfinished at a stop": sum(service["unfinished"] for service in services),
+        "repeated after 503 / after a refused connection": f"{found['clients_saw'].get('503', 0)} / "
+        f"{sum(count for status, count in found['clients_saw'].items() if not status.isdigit())}",
+    }
+    return table(["", "count"], [[name, str(value)] for name, value in lines.items()])
+
+
 def heads(name: str) -> str:
     """``heads.json``: label maps of base, student and INT8 student on CamVid."""
     models = load(name)["models"]
@@ -317,6 +345,8 @@ TABLES: dict[str, Callable[[str], str]] = {
     "upsamplers": upsamplers,
     "tiling": tiling,
     "stream": stream,
+    "serving": serving,
+    "hand-over": hand_over,
     "present-recipe": present_recipe,
     "sinder-direction": sinder_direction,
     "students": quality,

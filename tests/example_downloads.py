@@ -1,16 +1,20 @@
-"""Fetch what the tests of examples/ need and pip cannot install: ONNX Runtime's C headers and its build for browsers.
+"""Fetch what tests need and pip cannot install with the rest: ONNX Runtime's C headers and browser build, and Triton.
 
 ``python -m tests.example_downloads [FOLDER]`` takes the headers out of Debian's package ``libonnxruntime-dev``, by apt,
 and the other files out of the npm package ``onnxruntime-web``. No package of this project contains them. The library
 that the C++ example links is that of the installed Python package ``onnxruntime``; its C API serves older headers.
+Of Triton there are its server with the Python backend, out of the wheel ``nvidia-pytriton``, and the messages of model
+configurations, out of ``tritonclient``, whose requirements would replace protobuf.
 """
 
 import os
 import re
 import shutil
 import subprocess
+import sys
 import tarfile
 import tempfile
+import zipfile
 from collections.abc import Callable
 from pathlib import Path
 
@@ -19,6 +23,7 @@ from tests.downloading import download_all
 WEB = "onnxruntime-web@1.30.0"
 # What a page needs to run on the processor, by WebAssembly.
 WEB_FILES = ("ort.wasm.min.mjs", "ort-wasm-simd-threaded.mjs", "ort-wasm-simd-threaded.wasm")
+TRITON, TRITON_CLIENT = "nvidia-pytriton==0.7.0", "tritonclient==2.73.0"
 DEBIAN, RELEASE = "libonnxruntime-dev", "trixie"
 KEYRING = Path("/usr/share/keyrings/debian-archive-keyring.gpg")
 
@@ -88,7 +93,31 @@ def _web(made: Path) -> Path:
     return kept
 
 
-WANTED: dict[str, Callable[[Path], Path]] = {"onnxruntime-headers": _headers, "onnxruntime-web": _web}
+def _wheel(made: Path, requirement: str, *prefixes: str) -> Path:
+    """The members of a wheel whose names begin with one of ``prefixes``."""
+    _run(sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "-d", made, requirement, cwd=made)
+    kept = made / "kept"
+    with zipfile.ZipFile(next(made.glob("*.whl"))) as wheel:
+        for name in wheel.namelist():
+            if name.startswith(prefixes):
+                Path(wheel.extract(name, kept)).chmod(0o755)
+    return kept
+
+
+def _triton_server(made: Path) -> Path:
+    return _wheel(made, TRITON, "pytriton/tritonserver/", "nvidia_pytriton.libs/")
+
+
+def _triton_messages(made: Path) -> Path:
+    return _wheel(made, TRITON_CLIENT, "tritonclient/grpc/model_config_pb2.py")
+
+
+WANTED: dict[str, Callable[[Path], Path]] = {
+    "onnxruntime-headers": _headers,
+    "onnxruntime-web": _web,
+    "triton-server": _triton_server,
+    "triton-messages": _triton_messages,
+}
 
 
 if __name__ == "__main__":

@@ -75,6 +75,9 @@ MAY = {
         "evaluation",
         "evaluation/data",
     },
+    "model_repository": {"files", "bundle", "onnx_graph", "runtime"},
+    "serving/requests": {"images", "bundle", "runtime"},
+    "serving": {"bundle", "runtime", "serving/requests"},
     "explorer": {"files", "images", "artifacts", "bundle", "runtime", "runtime/backends", "profiling", "verify"},
     "demo": {
         "files",
@@ -107,6 +110,7 @@ MAY = {
         "cli/commands",
         "cli/exploring",
         "cli/probing",
+        "cli/serving",
         "cli/streaming",
         "cli/testing",
         "bundle",
@@ -118,20 +122,24 @@ MAY = {
 MAY["cli/tables"] = set(MAY)
 MAY["cli/testing"] = set(MAY)
 MAY["cli/streaming"] = set(MAY)
-MAY["cli/probing"] = set(MAY) | {"cli/commands"}
-MAY["cli/exploring"] = set(MAY) - {"cli/streaming", "cli/probing"}
+MAY["cli/serving"] = set(MAY) - {"cli/streaming"}
+MAY["cli/probing"] = set(MAY) - {"cli/serving"} | {"cli/commands"}
+MAY["cli/exploring"] = set(MAY) - {"cli/streaming", "cli/probing", "cli/serving"}
 MAY["cli/commands"] = set(MAY) - {"cli/probing"}
 # Folder -> the folders that it imports inside functions only, so that their dependencies are optional.
 LATE = {
     "heads": {"models"},
     "evaluation/data": {"models", "runtime"},
     "export": {"export/engine"},
+    "model_repository": {"onnx_graph", "runtime"},
     "verify": {"heads", "models", "onnx_graph", "export/engine"},
     "pytest_plugin": {"heads", "models"},
     "profiling": {"export/engine"},
     "selftest": {"demo", "calibration", "export"},
-    "cli/commands": set(MAY) - {"", "files", "images", "bundle", "cli", "cli/commands", "cli/exploring", "cli/tables"},
+    "cli/commands": set(MAY)
+    - {"", "files", "images", "bundle", "cli", "cli/commands", "cli/exploring", "cli/serving", "cli/tables"},
     "cli/streaming": set(MAY) - {"", "files", "images", "bundle", "cli", "cli/streaming"},
+    "cli/serving": set(MAY) - {"", "files", "images", "bundle", "cli", "cli/serving", "cli/tables"},
     "cli/testing": set(MAY) - {"", "files", "images", "bundle", "cli", "cli/testing"},
     "cli/exploring": set(MAY) - {"", "files", "images", "bundle", "cli", "cli/exploring", "cli/tables"},
     "cli/probing": set(MAY) - {"", "files", "images", "bundle", "cli", "cli/commands", "cli/probing", "cli/tables"},
@@ -168,6 +176,8 @@ WITHOUT_TORCH = {
     "doctor",
     "stream",
     "stream/sources",
+    "serving",
+    "serving/requests",
     "explorer",
 }
 TORCH_FOLDERS = {"models", "distill", "export", "demo", "text"}

@@ -20,7 +20,7 @@ MAKEFILE = (ROOT / "Makefile").read_text()
 PYPROJECT = (ROOT / "pyproject.toml").read_text()
 NEEDS_GPU = "<!-- needs a GPU -->"
 # Programs of the system, which the project does not define.
-SYSTEM = {"sudo", "apt-get", "git", "cd", "python3", ".", "curl", "g++", "npm", "cp", "docker"}
+SYSTEM = {"sudo", "apt-get", "git", "cd", "python3", ".", "curl", "g++", "npm", "cp", "docker", "tritonserver"}
 OTHER_PROGRAMS = SYSTEM | {"VIT", "./dense_features"}
 
 
@@ -103,6 +103,8 @@ def test_every_command_line_parses(words):
         assert '"gpu: ' in PYPROJECT
     elif program == "pytest":
         check_plugin(rest)
+    elif program == "python" and rest[0] == "-c":
+        ast.parse(rest[1])
     elif program == "python" and rest[:2] == ["-m", "http.server"]:
         assert len(rest) == 3
     elif program == "python" and rest[0] == "-m":

@@ -137,6 +137,7 @@ ARGUMENTS = {
     "evaluate": ["m", "--images", "i", "--masks", "k"],
     "explore": ["b", "--images", "i", "-o", "o"],
     "probe": ["m", "--images", "i", "--masks", "k", "-o", "o"],
+    "serve": ["b"],
     "watch": ["s", "b"],
     "doctor": [],
     "selftest": [],

@@ -21,6 +21,7 @@ MARKS = (
     "demo.json",
     "head.json",
     "evaluation.json",
+    "repository.json",
 )
 # Attempts at a name that other processes write too.
 ATTEMPTS = 100

@@ -148,6 +148,20 @@ class DenseFeatures(LayerFeatures):
         layers = {block: replace(layer, mask=mask) for block, layer in self.layers.items()}
         return replace(self, mask=mask, layers=layers)
 
+    def single(self: D, index: int) -> D:
+        """Return the features of one image of the batch, with B = 1."""
+
+        def part(array: np.ndarray | None) -> Any:
+            return None if array is None else array[index : index + 1]
+
+        names = (*KINDS, "mask")
+        layers = {
+            block: replace(layer, **{name: part(getattr(layer, name)) for name in names})
+            for block, layer in self.layers.items()
+        }
+        own = {name: part(getattr(self, name)) for name in (*names, "attention")}
+        return replace(self, layers=layers, heads={name: part(a) for name, a in self.heads.items()}, **own)
+
     def outputs(self) -> dict[str, np.ndarray]:
         """Return every array by the name of its output in the graph, such as ``features.3``."""
         named = dict(zip(KINDS, (self._features, self.cls, self.token_norm)))

@@ -19,6 +19,7 @@ VERBS = {
     "profile": _NOTHING,
     "extract": "OUTPUT keeps what --shard or --ray finished, and nothing otherwise; run the command again.",
     "watch": _NOTHING,
+    "serve": _NOTHING,
     "artifacts": _NOTHING,
     "evaluate": "No report was written. Features that were computed stay in the cache; run the command again.",
     "probe": _ATOMIC,
@@ -37,6 +38,7 @@ FOLDERS = {
     "evaluate": "probing",
     "explore": "exploring",
     "probe": "probing",
+    "serve": "serving",
     "selftest": "testing",
     "watch": "streaming",
 }

@@ -10,7 +10,7 @@ from typing import Any
 import click
 
 from phreg_deploy.arguments import EIGHT_BITS, check_export, check_model
-from phreg_deploy.bundle.bundle import Bundle
+from phreg_deploy.bundle.bundle import Bundle, is_bundle
 from phreg_deploy.cli.commands.build import run_build
 from phreg_deploy.cli.console import Result
 from phreg_deploy.cli.heads import SOURCES, check_head_options, head_options, read_heads
@@ -22,6 +22,7 @@ from phreg_deploy.cli.options import (
     output_options,
     readout_options,
 )
+from phreg_deploy.cli.serving.triton import FORMAT, export_repository, triton_options
 from phreg_deploy.cli.tables.calibrate import show_calibration
 from phreg_deploy.cli.tables.export import show_bundle, show_parity
 from phreg_deploy.errors import BackendMissing, GateFailed, PhregError
@@ -41,7 +42,7 @@ HEAD_OPTIONS = (*SOURCES, "upsample", "stride", "labels", "only_head")
     "--format",
     "formats",
     multiple=True,
-    type=click.Choice(["onnx", "trt"]),
+    type=click.Choice(["onnx", "trt", FORMAT]),
     default=("onnx",),
     show_default=True,
     help="Repeatable.",
@@ -94,6 +95,7 @@ HEAD_OPTIONS = (*SOURCES, "upsample", "stride", "labels", "only_head")
     "--random-weights", is_flag=True, help="Load no pretrained weights, for timing only; the manifest says so."
 )
 @click.option("--no-check", is_flag=True, help="Skip the parity check of the written bundle.")
+@triton_options
 @click.option("--bisect", is_flag=True, help="With --format trt: if parity fails, find the first block that diverges.")
 @device_number
 @force_option
@@ -111,6 +113,8 @@ def export(
 ) -> None:
     """Write MODEL (a student's folder, or a timm name) as a bundle that is served without PyTorch.
 
+    With --format triton, OUTPUT is a model repository for NVIDIA's Triton Inference Server, and MODEL may be a bundle.
+
     With --format trt, `phreg-deploy build` follows. Without a GPU and TensorRT the bundle is still written; the exit
     code is then 4, and the message is the command for the machine that has them.
 
@@ -121,10 +125,33 @@ def export(
       phreg-deploy export vit_base_patch14_dinov2.lvd142m -o dino.bundle --layers 1/4,1/2,3/4,1 --attention
       phreg-deploy export vit_base_patch14_dinov2.lvd142m -o dino.bundle --image-size 224:518:1036 --precision fp16
       phreg-deploy export vit_base_patch16_clip_quickgelu_224.openai -o clip.bundle --readout value --project
+      phreg-deploy export student.bundle --format triton -o models
     """
     result = Result(as_json, quiet)
+    if FORMAT in formats:
+        if len(formats) > 1:
+            raise PhregError("export: --format triton goes alone; export a bundle first, and give it as MODEL.")
+        if not is_bundle(options["model"]):
+            _check(output, target, options)
+
+        def export_bundle(folder: Path, changed: dict[str, Any]) -> dict[str, Any]:
+            return _write(folder, (), target, no_check, changed, result)
+
+        export_repository(output, options, result, export_bundle)
+        return
     _check(output, target, options)
-    document: dict[str, Any] = {"output": output}
+    document = {"output": output, **_write(output, formats, target, no_check, options, result)}
+    if "trt" in formats:
+        document["engine"] = _build(output, result, bisect=bisect, device=device, check=not no_check)
+    result.json(document)
+
+
+def _write(
+    output: Path, formats: tuple[str, ...], target: str, no_check: bool, options: dict[str, Any], result: Result
+) -> dict[str, Any]:
+    """Write the bundle, and check it unless ``no_check``; return the document of ``--json``."""
+    options = {name: value for name, value in options.items() if name not in ("triton_backend", "instances")}
+    document: dict[str, Any] = {}
     if options["precision"] in EIGHT_BITS:
         target = "trt" if "trt" in formats or options["precision"] == "fp8" else target
         document["calibration"] = _export_eight_bits(output, target, options, result)
@@ -136,10 +163,9 @@ def export(
     if not no_check:
         document["check"] = examine(output, result)
         if document["check"].get("missed"):
-            raise GateFailed(f"parity: {output}: {'; '.join(document['check']['missed'])}.", document)
-    if "trt" in formats:
-        document["engine"] = _build(output, result, bisect=bisect, device=device, check=not no_check)
-    result.json(document)
+            missed = "; ".join(document["check"]["missed"])
+            raise GateFailed(f"parity: {output}: {missed}.", {"output": output, **document})
+    return document
 
 
 def _check(output: Path, target: str, options: dict[str, Any]) -> None:

@@ -1,0 +1,95 @@
+"""Decode an uploaded image within bounds: the header first, then the pixels."""
+
+from __future__ import annotations
+
+import io
+import warnings
+from dataclasses import dataclass
+
+import numpy as np
+from PIL import Image, UnidentifiedImageError
+
+from phreg_deploy.errors import PhregError
+from phreg_deploy.images.decoding import read_image
+from phreg_deploy.runtime.features import FeatureExtractor
+from phreg_deploy.serving.requests.refusals import Refused
+
+# Formats that are decoded. Others of Pillow's run other programs (EPS) or are rarely fuzzed.
+FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "TIFF")
+# The longest side of the picture that an overlay is drawn over.
+LONGEST = 2048
+
+
+@dataclass(frozen=True)
+class Upload:
+    """A decoded image.
+
+    ``image`` uint8 RGB ``(H, W, 3)``: the model's input. ``mask`` bool ``(Hp, Wp)``: patches that are image, or None.
+    ``size``: (height, width) of the upright image. ``picture``: that image, at most ``LONGEST`` pixels long, or None.
+    """
+
+    image: np.ndarray
+    mask: np.ndarray | None
+    size: tuple[int, int]
+    picture: Image.Image | None
+
+
+def decode(
+    data: bytes,
+    extractor: FeatureExtractor,
+    pixels: int,
+    *,
+    size: tuple[int, int] | None = None,
+    fit: str | None = None,
+    keep: bool = False,
+) -> Upload:
+    """Decode an image and fit it to the model's input, as the extractor does with encoded bytes.
+
+    Args:
+        pixels: most pixels that the header may promise.
+        size, fit: as in a call of ``FeatureExtractor``.
+        keep: keep the picture too.
+
+    Raises:
+        Refused: 413 for too many pixels; 422 for a size that is not served, another format, or a damaged file.
+    """
+    if not data:
+        raise Refused(422, f"image: got no bytes, expected an encoded image: {_listed()}.")
+    try:
+        with warnings.catch_warnings():
+            # Pillow warns of sizes within our own bound, and of odd metadata.
+            warnings.simplefilter("ignore")
+            with Image.open(io.BytesIO(data), formats=FORMATS) as header:
+                promised = header.width * header.height
+            if promised > pixels:
+                raise Refused(
+                    413,
+                    f"image: got {header.width}x{header.height} pixels, expected at most {pixels / 1e6:g} megapixels. "
+                    "Make it smaller.",
+                )
+            whole = read_image(io.BytesIO(data), extractor.preprocess.exif, "the image")
+            fitted = extractor.fitted(whole, size, fit=fit)
+            picture = _small(whole) if keep else None
+    except UnidentifiedImageError:
+        raise Refused(422, f"image: got {len(data)} bytes that are no image; expected {_listed()}.") from None
+    except Refused:
+        raise
+    except PhregError as error:
+        raise Refused(422, str(error)) from None
+    # Decoders raise nearly anything for damaged files; whatever it is, this upload caused it.
+    except Exception as error:
+        raise Refused(
+            422, f"image: it cannot be decoded ({type(error).__name__}: {error}); it is damaged. Send a whole one."
+        ) from None
+    return Upload(fitted.image, fitted.mask, (whole.height, whole.width), picture)
+
+
+def _small(image: Image.Image) -> Image.Image:
+    scale = LONGEST / max(image.size)
+    if scale >= 1:
+        return image
+    return image.resize((max(1, round(image.width * scale)), max(1, round(image.height * scale))))
+
+
+def _listed() -> str:
+    return f"{', '.join(FORMATS[:-1])} or {FORMATS[-1]}"
