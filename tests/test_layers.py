@@ -14,17 +14,21 @@ FILES = sorted(PACKAGE.rglob("*.py"))
 
 # Folder -> the folders that its files may import, also inside functions. "" is the root, which all may import.
 MAY = {
-    "": set(),
+    # A name of a model or a bundle may stand for a repository on the hub.
+    "": {"hub"},
+    "hub": set(),
+    "cards": set(),
     "files": set(),
     "images": set(),
     "artifacts": {"images"},
-    "bundle": {"files"},
-    "models": {"files", "images", "artifacts"},
+    "bundle": {"cards", "files", "hub"},
+    "models": {"cards", "files", "hub", "images", "artifacts"},
+    "sharing": {"bundle", "cards", "hub"},
     "heads": {"files", "images", "models", "bundle", "onnx_graph"},
     "text": {"bundle", "heads"},
     "distill/neurons": {"artifacts", "models"},
     "distill/devices": {"models"},
-    "distill": {"files", "images", "artifacts", "models", "distill/devices", "distill/neurons"},
+    "distill": {"cards", "files", "images", "artifacts", "models", "distill/devices", "distill/neurons"},
     "runtime/gpu": {"bundle", "images"},
     "runtime/trt": {"bundle", "runtime/gpu"},
     "runtime/backends": {"bundle", "runtime/gpu", "runtime/trt"},
@@ -55,6 +59,7 @@ MAY = {
     },
     "pytest_plugin": {
         "files",
+        "hub",
         "images",
         "heads",
         "artifacts",
@@ -83,6 +88,7 @@ MAY = {
         "cli/commands",
         "cli/exploring",
         "cli/probing",
+        "cli/sharing",
         "cli/streaming",
         "bundle",
         "heads",
@@ -92,6 +98,7 @@ MAY = {
 }
 MAY["cli/tables"] = set(MAY)
 MAY["cli/streaming"] = set(MAY)
+MAY["cli/sharing"] = set(MAY)
 MAY["cli/probing"] = set(MAY) | {"cli/commands"}
 MAY["cli/exploring"] = set(MAY) - {"cli/streaming", "cli/probing"}
 MAY["cli/commands"] = set(MAY) - {"cli/probing"}
@@ -106,6 +113,7 @@ LATE = {
     "cli/commands": set(MAY) - {"", "files", "images", "bundle", "cli", "cli/commands", "cli/exploring", "cli/tables"},
     "cli/streaming": set(MAY) - {"", "files", "images", "bundle", "cli", "cli/streaming"},
     "cli/exploring": set(MAY) - {"", "files", "images", "bundle", "cli", "cli/exploring", "cli/tables"},
+    "cli/sharing": set(MAY) - {"", "cli", "cli/sharing"},
     "cli/probing": set(MAY) - {"", "files", "images", "bundle", "cli", "cli/commands", "cli/probing", "cli/tables"},
     "cli/tables": set(MAY) - {"", "files", "images", "bundle", "cli"},
     "cli": {"bundle", "heads", "runtime/backends", "distill/devices"},
@@ -126,6 +134,9 @@ NEEDS = {
     "verify": {"onnx"},
 }
 WITHOUT_TORCH = {
+    "hub",
+    "cards",
+    "sharing",
     "runtime",
     "runtime/gpu",
     "runtime/trt",

@@ -25,6 +25,7 @@ VERBS = {
     "classes": _ATOMIC,
     "attach": _ATOMIC,
     "inspect": _NOTHING,
+    "push": "The repository is as it was, or has the whole commit; run the command again.",
     "doctor": _NOTHING,
     "demo": _ATOMIC,
 }
@@ -36,6 +37,7 @@ FOLDERS = {
     "evaluate": "probing",
     "explore": "exploring",
     "probe": "probing",
+    "push": "sharing",
     "watch": "streaming",
 }
 # Verbs that take addresses; all others read files of this machine.

@@ -1,0 +1,95 @@
+"""Find the folder of a name; a repository on the hub is downloaded into the hub's own cache first."""
+
+from __future__ import annotations
+
+import functools
+import glob
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from phreg_deploy.errors import PhregError, write_error
+from phreg_deploy.extras import HUB, require
+from phreg_deploy.hub.failures import explained
+from phreg_deploy.hub.names import HubName, is_hub_name, parse_hub_name
+from phreg_deploy.json_files import read_json
+
+MANIFEST, CONFIG = "manifest.json", "config.json"
+# Tell what a repository holds; each is small.
+FACTS = (MANIFEST, CONFIG, "phreg.json")
+WEIGHTS = "model.safetensors"
+
+
+def local_path(name: Path | str) -> Path:
+    """Return the folder on this machine that a name stands for; every name but ``hf-hub:...`` is a path itself.
+
+    A repository with ``manifest.json`` is a bundle: the files that its manifest names are downloaded. Any other one is
+    a student or a timm model: ``config.json``, ``model.safetensors`` and ``phreg.json`` are, where they are there.
+
+    The files stay in the cache of huggingface_hub (``HF_HOME``). Within one process a name stands for one commit.
+    Without network, or with ``HF_HUB_OFFLINE=1``, the commit that was downloaded last is used.
+
+    Raises:
+        PhregError: the name is malformed; nothing is there; access is refused; the hub cannot be reached.
+        BackendMissing: the extra ``hub`` is not installed.
+    """
+    text = str(name)
+    return _download(text) if is_hub_name(text) else Path(name)
+
+
+@functools.lru_cache(maxsize=64)
+def _download(text: str) -> Path:
+    name = parse_hub_name(text)
+    require(text, hub=HUB)
+    folder = _fetch(name, name.revision, FACTS)
+    if os.path.isfile(folder / MANIFEST):
+        wanted: Sequence[str] = _bundle_files(folder / MANIFEST, name)
+    elif os.path.isfile(folder / CONFIG):
+        wanted = (WEIGHTS,)
+    else:
+        raise PhregError(
+            f"hub: {name} holds neither {MANIFEST} nor {CONFIG}; expected a bundle, a student or a timm model."
+        )
+    # The folder is named after the commit: both parts are of the same one.
+    return _fetch(name, folder.name, wanted)
+
+
+def _fetch(name: HubName, revision: str | None, files: Sequence[str]) -> Path:
+    """Download the files that the repository has of ``files``, and return the folder of the commit."""
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.utils import tqdm
+
+    class Bar(tqdm):  # type: ignore[type-arg, misc]
+        """A progress bar that a log file does not get."""
+
+        def __init__(self, *arguments: object, **options: object) -> None:
+            hidden = "--quiet" in sys.argv or not sys.stderr.isatty()
+            super().__init__(*arguments, **{**options, "disable": hidden or options.get("disable")})
+
+    with explained(name.repository, name.revision, "downloaded"):
+        try:
+            return Path(
+                snapshot_download(
+                    name.repository,
+                    revision=revision,
+                    allow_patterns=[glob.escape(file) for file in files],
+                    library_name="phreg-deploy",
+                    tqdm_class=Bar,
+                )
+            )
+        except OSError as error:
+            # Errors of the client are OSErrors too, without a number.
+            if error.errno is None or isinstance(error, ConnectionError):
+                raise
+            raise write_error(error, Path(error.filename or "the cache of the hub")) from error
+
+
+def _bundle_files(path: Path, name: HubName) -> list[str]:
+    """List the files that a manifest names. ``Bundle.read`` checks the manifest itself later."""
+    try:
+        files = read_json(path)["files"]
+        names = [str(file) for file in files]
+    except (OSError, ValueError, TypeError, KeyError):
+        raise PhregError(f"hub: {MANIFEST} of {name} is damaged; export and push the bundle again.") from None
+    return [file for file in names if file == os.path.basename(file)]
