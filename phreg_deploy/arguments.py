@@ -14,7 +14,7 @@ from phreg_deploy.hub.names import is_hub_name
 from phreg_deploy.json_files import read_json
 from phreg_deploy.readout import FINAL, Readout
 from phreg_deploy.spec import Batches, Sizes
-from phreg_deploy.student_record import model_path
+from phreg_deploy.student_record import RECORD, model_path
 
 RECIPES = ("transplant", "random-registers", "ph-reg", "ph-reg-clip")
 FLOATS, EIGHT_BITS = ("fp32", "fp16", "bf16"), ("int8", "fp8")
@@ -173,8 +173,8 @@ def check_file(path: Path, option: str) -> None:
 
 def _folder(name: str) -> Path | None:
     path = model_path(name)
-    # timm downloads the weights itself where they are not in model.safetensors.
-    if is_hub_name(name) and sorted(os.listdir(path)) == ["config.json"]:
+    # timm finds and downloads weights under other names itself.
+    if is_hub_name(name) and not {"model.safetensors", "manifest.json", RECORD} & set(os.listdir(path)):
         return None
     if os.path.isdir(path):
         return path

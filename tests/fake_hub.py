@@ -83,7 +83,9 @@ class _Handler(BaseHTTPRequestHandler):
         self._answer(200, json.dumps(document).encode(), Content_Type="application/json")
 
     def _error(self, status: int, code: str, message: str = "") -> None:
-        self._answer(status, json.dumps({"error": message or code}).encode(), X_Error_Code=code, X_Error_Message=message)
+        self._answer(
+            status, json.dumps({"error": message or code}).encode(), X_Error_Code=code, X_Error_Message=message
+        )
 
     @property
     def _authorised(self) -> bool:
@@ -155,7 +157,9 @@ class _Handler(BaseHTTPRequestHandler):
         if what == "preupload":
             wanted = [file["path"] for file in json.loads(body)["files"]]
             modes = {path: "lfs" if path.endswith(LARGE) else "regular" for path in wanted}
-            return self._json({"files": [{"path": p, "uploadMode": m, "shouldIgnore": False} for p, m in modes.items()]})
+            return self._json(
+                {"files": [{"path": p, "uploadMode": m, "shouldIgnore": False} for p, m in modes.items()]}
+            )
         if what == "commit":
             return self._commit(repository, name, revision, files, body)
         return self._error(404, "", f"the fake hub has no {what}")

@@ -16,7 +16,7 @@ FILES = sorted(PACKAGE.rglob("*.py"))
 MAY = {
     # A name of a model or a bundle may stand for a repository on the hub.
     "": {"hub"},
-    "hub": set(),
+    "hub": {"files"},
     "cards": set(),
     "files": set(),
     "images": set(),

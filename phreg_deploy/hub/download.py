@@ -5,12 +5,14 @@ from __future__ import annotations
 import functools
 import glob
 import os
+import shutil
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 
 from phreg_deploy.errors import PhregError, write_error
 from phreg_deploy.extras import HUB, require
+from phreg_deploy.files.temporary import temporary
 from phreg_deploy.hub.failures import explained
 from phreg_deploy.hub.names import HubName, is_hub_name, parse_hub_name
 from phreg_deploy.json_files import read_json
@@ -19,6 +21,8 @@ MANIFEST, CONFIG = "manifest.json", "config.json"
 # Tell what a repository holds; each is small.
 FACTS = (MANIFEST, CONFIG, "phreg.json")
 WEIGHTS = "model.safetensors"
+# Weights of a graph of more than 2 GB.
+BESIDE = "weights.bin"
 
 
 def local_path(name: Path | str) -> Path:
@@ -52,7 +56,24 @@ def _download(text: str) -> Path:
             f"hub: {name} holds neither {MANIFEST} nor {CONFIG}; expected a bundle, a student or a timm model."
         )
     # The folder is named after the commit: both parts are of the same one.
-    return _fetch(name, folder.name, wanted)
+    folder = _fetch(name, folder.name, wanted)
+    if os.path.islink(folder / BESIDE):
+        _replace_link(folder / BESIDE)
+    return folder
+
+
+def _replace_link(path: Path) -> None:
+    """Replace a symbolic link in the cache by the file itself: OpenVINO reads no weights from outside the folder."""
+    partial = temporary(path, "writing")
+    try:
+        try:
+            os.link(path.resolve(), partial)
+        # A file system without hard links.
+        except OSError:
+            shutil.copyfile(path, partial)
+        os.replace(partial, path)
+    except OSError as error:
+        raise write_error(error, path) from error
 
 
 def _fetch(name: HubName, revision: str | None, files: Sequence[str]) -> Path:

@@ -8,7 +8,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from phreg_deploy.extras import HUB, require
-from phreg_deploy.hub.names import PREFIX, check_repository
+from phreg_deploy.hub.names import parse_hub_name
 from phreg_deploy.progress import SILENT, Progress
 from phreg_deploy.sharing.contents import Pushed, list_contents
 
@@ -43,12 +43,11 @@ def push(
             other of both, or is public where a private one is asked for; no token, no rights or no network.
         BackendMissing: the extra ``hub`` is not installed.
     """
-    repository = repository.removeprefix(PREFIX)
-    check_repository(repository)
-    contents = list_contents(folder, repository)
+    name = parse_hub_name(f"{repository}@{revision}" if revision else repository)
+    contents = list_contents(folder, name)
     require("`phreg-deploy push`", hub=HUB)
     from phreg_deploy.sharing.upload import upload
 
     if dry_run:
-        return contents.pushed(repository, revision)
-    return upload(contents, repository, private, revision, message, progress)
+        return contents.pushed(name)
+    return upload(contents, name, private, message, progress)

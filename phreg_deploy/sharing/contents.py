@@ -12,7 +12,7 @@ from phreg_deploy.cards.bundle import bundle_card
 from phreg_deploy.cards.metadata import CARD, PLACE
 from phreg_deploy.cards.student import PICTURE, student_card
 from phreg_deploy.errors import PhregError
-from phreg_deploy.hub.names import PREFIX
+from phreg_deploy.hub.names import HubName
 from phreg_deploy.spec import Stored
 from phreg_deploy.student_record import RECORD, model_path, read_record
 
@@ -42,15 +42,14 @@ class Contents:
     paths: dict[str, Path]
     card: str
 
-    def pushed(
-        self, repository: str, revision: str | None, commit: str | None = None, url: str | None = None
-    ) -> Pushed:
+    def pushed(self, name: HubName, commit: str | None = None, url: str | None = None) -> Pushed:
         sizes = {name: path.stat().st_size for name, path in self.paths.items()}
-        return Pushed(self.kind, repository, revision, {CARD: len(self.card.encode()), **sizes}, commit, url)
+        files = {CARD: len(self.card.encode()), **sizes}
+        return Pushed(self.kind, name.repository, name.revision, files, commit, url)
 
 
-def list_contents(folder: Path | str, repository: str) -> Contents:
-    """List the files of a student or a bundle, and verify a bundle's hashes.
+def list_contents(folder: Path | str, name: HubName) -> Contents:
+    """List the files of a student or a bundle, and verify a bundle's hashes; the card says ``name``.
 
     Raises:
         PhregError: neither of both, or a damaged one.
@@ -82,5 +81,5 @@ def list_contents(folder: Path | str, repository: str) -> Contents:
             card = (place / CARD).read_text(encoding="utf-8")
         except UnicodeDecodeError as error:
             raise PhregError(f"push: {place / CARD} is no UTF-8 ({error}); correct it, or remove it.") from None
-    card = card.replace(f"local-dir:{PLACE}", f"{PREFIX}{repository}").replace(PLACE, f"{PREFIX}{repository}")
+    card = card.replace(f"local-dir:{PLACE}", str(name)).replace(PLACE, str(name))
     return Contents(kind, {name: place / name for name in names}, card)

@@ -10,6 +10,7 @@ from phreg_deploy.bundle.manifest import MANIFEST
 from phreg_deploy.cards.metadata import CARD
 from phreg_deploy.errors import PhregError
 from phreg_deploy.hub.failures import LOG_IN, explained
+from phreg_deploy.hub.names import HubName
 from phreg_deploy.progress import Progress
 from phreg_deploy.sharing.contents import Contents, Pushed
 from phreg_deploy.student_record import RECORD
@@ -18,10 +19,9 @@ from phreg_deploy.student_record import RECORD
 OTHER = {"student": ("bundle", MANIFEST), "bundle": ("student", RECORD)}
 
 
-def upload(
-    contents: Contents, repository: str, private: bool, revision: str | None, message: str | None, progress: Progress
-) -> Pushed:
+def upload(contents: Contents, name: HubName, private: bool, message: str | None, progress: Progress) -> Pushed:
     """Create the repository and the branch if they are not there, and commit the files; see ``sharing.push``."""
+    repository, revision = name.repository, name.revision
     _check_card(contents.card)
     if get_token() is None:
         raise PhregError(f"push: there is no token for the hub; {LOG_IN} with one that may write.")
@@ -46,7 +46,7 @@ def upload(
         finally:
             if hide:
                 enable_progress_bars()
-    return contents.pushed(repository, revision, commit.oid, commit.commit_url)
+    return contents.pushed(name, commit.oid, commit.commit_url)
 
 
 def _check_repository(api: HfApi, kind: str, repository: str, private: bool, revision: str | None) -> None:
