@@ -53,7 +53,7 @@ def check_model(name: str, checkpoint: Path | None = None, random_weights: bool 
     if folder is not None:
         _check_folder(folder)
     elif not TIMM_NAME.fullmatch(name) and not is_hub_name(name):
-        expected = "a folder with config.json and model.safetensors, a timm name, or hf-hub:org/name"
+        expected = "a folder with config.json and model.safetensors, hf-hub:org/name, or a timm name"
         raise PhregError(f"model: got {name!r}, where there is nothing; expected {expected}.")
     if checkpoint is not None:
         check_checkpoint(checkpoint)

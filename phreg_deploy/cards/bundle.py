@@ -62,7 +62,7 @@ def _results(title: str, facts: dict[str, Any]) -> list[dict[str, Any]] | None:
 def _facts(manifest: dict[str, Any]) -> str:
     model, sizes, batches, facts = (manifest[key] for key in ("model", "sizes", "batches", "quantisation"))
     shown = ", ".join(f"{height} x {width}" for height, width in sizes["sizes"])
-    outputs = ", ".join(f"`{name}` {tensor['dtype']}" for name, tensor in manifest["outputs"].items())
+    outputs = ", ".join(f"`{name}` {tensor['dtype']}" for name, tensor in sorted(manifest["outputs"].items()))
     rows = [
         ["model", f"`{model['architecture']}`, {model['parameters'] / 1e6:.1f} M parameters, width {model['width']}"],
         ["image size", shown if sizes["mode"] != "range" else f"{shown} (least, preferred, most)"],

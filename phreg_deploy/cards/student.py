@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
-from phreg_deploy.cards.metadata import PLACE, TASK, front_matter, licence_sentence, origin, results, table
+from phreg_deploy.cards.metadata import CARD, PLACE, TASK, front_matter, licence_sentence, origin, results, table
+from phreg_deploy.files.atomic import write_atomic
 
 PICTURE = "before-after.png"
 LOAD = """## Load it
@@ -57,6 +59,11 @@ def student_card(record: dict[str, Any], picture: bool = False) -> str:
         f"## Licence\n\n{licence_sentence(source)}\n",
     ]
     return front_matter(metadata) + "\n" + "\n".join(part for part in parts if part)
+
+
+def write_student_card(record: dict[str, Any], folder: Path) -> None:
+    """Write or replace ``README.md`` in a student's folder; arguments as of ``student_card``."""
+    write_atomic(folder / CARD, student_card(record, picture=(folder / PICTURE).is_file()).encode())
 
 
 def _images(scores: dict[str, Any], record: dict[str, Any]) -> str:

@@ -14,7 +14,7 @@ import torch
 from PIL import Image
 
 from phreg_deploy import __version__
-from phreg_deploy.cards.student import PICTURE
+from phreg_deploy.cards.student import PICTURE, write_student_card
 from phreg_deploy.distill.devices.processes import ALONE, Processes
 from phreg_deploy.distill.evaluation import score_student
 from phreg_deploy.distill.fake_quantisation import observe_grids, quantised_layers
@@ -105,6 +105,7 @@ def run_distillation(
     )
     with atomic_folder(output, force) as folder:
         write_student(student, record.to_json(), folder)
+        write_student_card(record.to_json(), folder)
     shutil.rmtree(work, ignore_errors=True)
     scores, reason = _score(run, student, held_out or training, range_images, output)
     seconds = replace(seconds, total=time.perf_counter() - started)
@@ -112,7 +113,7 @@ def run_distillation(
     write_record(record.to_json(), output)
     if scores is not None:
         _draw(run, student, held_out or training, scores.median_norm, output)
-        write_record(record.to_json(), output)
+    write_student_card(record.to_json(), output)
     return processes.first_of(record)
 
 

@@ -7,7 +7,8 @@ import glob
 import os
 import shutil
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 from phreg_deploy.errors import PhregError, write_error
@@ -79,16 +80,11 @@ def _replace_link(path: Path) -> None:
 def _fetch(name: HubName, revision: str | None, files: Sequence[str]) -> Path:
     """Download the files that the repository has of ``files``, and return the folder of the commit."""
     from huggingface_hub import snapshot_download
-    from huggingface_hub.utils import tqdm
 
-    class Bar(tqdm):  # type: ignore[type-arg, misc]
-        """A progress bar that a log file does not get."""
-
-        def __init__(self, *arguments: object, **options: object) -> None:
-            hidden = "--quiet" in sys.argv or not sys.stderr.isatty()
-            super().__init__(*arguments, **{**options, "disable": hidden or options.get("disable")})
-
-    with explained(name.repository, name.revision, "downloaded"):
+    with (
+        explained(name.repository, name.revision, "downloaded"),
+        bars(sys.stderr.isatty() and "--quiet" not in sys.argv),
+    ):
         try:
             return Path(
                 snapshot_download(
@@ -96,7 +92,6 @@ def _fetch(name: HubName, revision: str | None, files: Sequence[str]) -> Path:
                     revision=revision,
                     allow_patterns=[glob.escape(file) for file in files],
                     library_name="phreg-deploy",
-                    tqdm_class=Bar,
                 )
             )
         except OSError as error:
@@ -104,6 +99,21 @@ def _fetch(name: HubName, revision: str | None, files: Sequence[str]) -> Path:
             if error.errno is None or isinstance(error, ConnectionError):
                 raise
             raise write_error(error, Path(error.filename or "the cache of the hub")) from error
+
+
+@contextmanager
+def bars(shown: bool) -> Iterator[None]:
+    """Let huggingface_hub show its progress bars within the block, or hide them."""
+    from huggingface_hub.utils.tqdm import are_progress_bars_disabled, disable_progress_bars, enable_progress_bars
+
+    if shown or are_progress_bars_disabled():
+        yield
+        return
+    disable_progress_bars()
+    try:
+        yield
+    finally:
+        enable_progress_bars()
 
 
 def _bundle_files(path: Path, name: HubName) -> list[str]:

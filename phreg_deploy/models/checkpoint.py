@@ -11,8 +11,6 @@ from typing import Any
 from safetensors import SafetensorError
 from timm.models import save_for_hf
 
-from phreg_deploy.cards.metadata import CARD
-from phreg_deploy.cards.student import PICTURE, student_card
 from phreg_deploy.files.atomic import write_atomic
 from phreg_deploy.models.hooks import ViT
 from phreg_deploy.models.loading import model_arguments
@@ -41,7 +39,6 @@ def write_student(student: ViT, record: dict[str, Any], folder: Path) -> None:
 
 
 def write_record(record: dict[str, Any], folder: Path) -> None:
-    """Write or replace ``phreg.json`` in a student's folder, and the model card ``README.md``."""
+    """Write or replace ``phreg.json`` in a student's folder."""
     text = json.dumps({"format": NEWEST, **record}, indent=1, sort_keys=True) + "\n"
     write_atomic(folder / RECORD, text.encode())
-    write_atomic(folder / CARD, student_card(record, picture=(folder / PICTURE).is_file()).encode())

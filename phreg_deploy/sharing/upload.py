@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from huggingface_hub import CommitOperationAdd, HfApi, ModelCard, get_token
-from huggingface_hub.utils import are_progress_bars_disabled, disable_progress_bars, enable_progress_bars
 
 from phreg_deploy import __version__
 from phreg_deploy.bundle.manifest import MANIFEST
 from phreg_deploy.cards.metadata import CARD
 from phreg_deploy.errors import PhregError
+from phreg_deploy.hub.download import bars
 from phreg_deploy.hub.failures import LOG_IN, explained
 from phreg_deploy.hub.names import HubName
 from phreg_deploy.progress import Progress
@@ -28,24 +28,17 @@ def upload(contents: Contents, name: HubName, private: bool, message: str | None
     api = HfApi(library_name="phreg-deploy", library_version=__version__)
     operations = [CommitOperationAdd(CARD, contents.card.encode())]
     operations += [CommitOperationAdd(name, path) for name, path in contents.paths.items()]
-    hide = progress.quiet and not are_progress_bars_disabled()
-    with explained(repository, revision, "pushed"):
+    with explained(repository, revision, "pushed"), bars(not progress.quiet):
         api.create_repo(repository, private=private, exist_ok=True)
         if revision is not None:
             api.create_branch(repository, branch=revision, exist_ok=True)
         _check_repository(api, contents.kind, repository, private, revision)
-        try:
-            if hide:
-                disable_progress_bars()
-            commit = api.create_commit(
-                repository,
-                operations,
-                commit_message=message or f"Add a {contents.kind} of phreg-deploy {__version__}",
-                revision=revision,
-            )
-        finally:
-            if hide:
-                enable_progress_bars()
+        commit = api.create_commit(
+            repository,
+            operations,
+            commit_message=message or f"Add a {contents.kind} of phreg-deploy {__version__}",
+            revision=revision,
+        )
     return contents.pushed(name, commit.oid, commit.commit_url)
 
 
