@@ -75,13 +75,13 @@ LOAD = """
 import json, sys
 import timm, torch
 from safetensors.torch import load_file
+from tests.cli_helpers import invoke
 model = timm.create_model("hf-hub:org/student", pretrained=True)
 expected = load_file(sys.argv[1])
 assert all(torch.equal(model.state_dict()[key], value) for key, value in expected.items())
-from phreg_deploy.models.loading import load_model
-from phreg_deploy.models.origin import find_origin
-print(json.dumps([model.num_prefix_tokens, find_origin("hf-hub:org/pickled", None),
-                  [load_model(f"hf-hub:org/{name}").num_classes for name in ("plain", "pickled")]]))
+outcomes = [invoke(*command) for command in json.loads(sys.argv[2])]
+assert [outcome.code for outcome in outcomes] == [0] * len(outcomes), [o.err[-600:] for o in outcomes]
+print(json.dumps([model.num_prefix_tokens, *(outcome.document for outcome in outcomes)]))
 """
 
 
@@ -97,28 +97,25 @@ def test_a_pushed_student_is_loaded_by_timm_and_by_every_command(hub, online, wo
     torch.save(load_file(pickled / "model.safetensors"), pickled / "pytorch_model.bin")
     (pickled / "model.safetensors").unlink()
     hub.add("org/pickled", pickled)
-    environment = {**os.environ, "HF_ENDPOINT": hub.address, "HF_HOME": str(tmp_path / "home"), "HF_HUB_OFFLINE": "0"}
-    command = [sys.executable, "-c", LOAD, world.student / "model.safetensors"]
-    loaded = subprocess.run(command, capture_output=True, text=True, check=False, cwd=ROOT, env=environment)
-    assert loaded.returncode == 0, loaded.stderr[-1500:]
-    prefix, origin, classes = json.loads(loaded.stdout.splitlines()[-1])
-    assert (prefix, classes) == (5, [5, 5])
-    assert origin["model"] == "vit_tiny_patch16_224.augreg_in21k_ft_in1k"
     shutil.copytree(world.bundle, tmp_path / "local.bundle")
     photos = ["--images", world.photos, "--limit", "2"]
     few = ["--epochs", "0", "--views", "4", "--device", "cpu"]
-    outcomes = online(
+    commands = [
         ["inspect", "hf-hub:org/student", "--json"],
-        ["artifacts", "hf-hub:org/student", *photos, "--json"],
         ["artifacts", "hf-hub:org/pickled", *photos, "--json"],
         ["check", tmp_path / "local.bundle", "--reference", "hf-hub:org/student", *photos, "--json"],
         ["distill", "hf-hub:org/plain@main", "--images", world.photos, "-o", tmp_path / "again", *few, "--json"],
-        ["export", "hf-hub:org/student", "-o", tmp_path / "exported", "--no-check", "--json"],
-    )
-    assert [outcome.code for outcome in outcomes] == [0] * len(outcomes), [o.err[-600:] for o in outcomes]
-    assert outcomes[4].document["source"]["model"] == "vit_tiny_patch16_224.augreg_in21k_ft_in1k"
-    source = outcomes[5].document["manifest"]["source"]
-    assert source["distilled"] == "transplant"
+        ["export", "hf-hub:org/pickled", "-o", tmp_path / "exported", "--no-check", "--json"],
+    ]
+    words = json.dumps([[str(word) for word in command] for command in commands])
+    environment = {**os.environ, "HF_ENDPOINT": hub.address, "HF_HOME": str(tmp_path / "home"), "HF_HUB_OFFLINE": "0"}
+    command = [sys.executable, "-c", LOAD, world.student / "model.safetensors", words]
+    loaded = subprocess.run(command, capture_output=True, text=True, check=False, cwd=ROOT, env=environment)
+    assert loaded.returncode == 0, loaded.stderr[-1500:]
+    prefix, inspected, _, _, distilled, exported = json.loads(loaded.stdout.splitlines()[-1])
+    assert (prefix, inspected["kind"]) == (5, "student")
+    for source in (distilled["source"], exported["manifest"]["source"]):
+        assert source["model"] == "vit_tiny_patch16_224.augreg_in21k_ft_in1k"
 
 
 def test_a_name_stands_for_a_revision_and_works_offline_afterwards(hub, online, world):
