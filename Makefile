@@ -4,7 +4,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: demo test lint fix docs clean
+.PHONY: demo test lint fix docs elsewhere lowest sbom clean
 
 $(READY): pyproject.toml
 	$(PYTHON) -m venv $(VENV)
@@ -33,5 +33,18 @@ docs: $(READY)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable ".[docs]"
 	$(BIN)/mkdocs build --strict
 
+# sdist, wheel, a new environment without torch, and the tests that need none there; with the newest versions.
+elsewhere: $(READY)
+	$(BIN)/python -m tests.torch_free
+
+# The same with the lowest versions that pyproject.toml allows, on the oldest Python.
+lowest: $(READY)
+	$(BIN)/python -m tests.torch_free --lowest --python 3.10
+
+# What is installed, in CycloneDX 1.6.
+sbom: $(READY)
+	$(BIN)/cyclonedx-py environment --pyproject pyproject.toml --mc-type library --spec-version 1.6 --output-reproducible \
+		--validate --output-file sbom.json $(BIN)/python
+
 clean:
-	rm -rf $(VENV) site demo-output build dist *.egg-info
+	rm -rf $(VENV) site demo-output build dist sbom.json *.egg-info

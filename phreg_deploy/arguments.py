@@ -10,10 +10,11 @@ from pathlib import Path
 from typing import Any
 
 from phreg_deploy.errors import PhregError, write_error
+from phreg_deploy.hub.names import is_hub_name
 from phreg_deploy.json_files import read_json
 from phreg_deploy.readout import FINAL, Readout
 from phreg_deploy.spec import Batches, Sizes
-from phreg_deploy.student_record import model_path
+from phreg_deploy.student_record import RECORD, model_path
 
 RECIPES = ("transplant", "random-registers", "ph-reg", "ph-reg-clip")
 FLOATS, EIGHT_BITS = ("fp32", "fp16", "bf16"), ("int8", "fp8")
@@ -33,12 +34,12 @@ def refuse_url(text: str) -> None:
     if match:
         raise PhregError(
             f"got the URL {match[1]}, expected a file or a folder on this machine. Download it first and give its "
-            "path; weights on the Hugging Face hub that timm knows are given by their timm name."
+            "path; a repository on the Hugging Face hub is given as hf-hub:org/name, or by its timm name."
         )
 
 
 def check_model(name: str, checkpoint: Path | None = None, random_weights: bool = False) -> Path | None:
-    """Return the complete folder that a model's name points to, or None for a timm name.
+    """Return the complete folder that a model's name points to, or None for a name that timm resolves.
 
     Raises ``PhregError`` if the path does not exist, is a file or an incomplete folder, or if weights are given twice.
     """
@@ -51,8 +52,8 @@ def check_model(name: str, checkpoint: Path | None = None, random_weights: bool 
         raise PhregError(f"model: got both the folder {folder} and --checkpoint {checkpoint}; give one of them.")
     if folder is not None:
         _check_folder(folder)
-    elif not TIMM_NAME.fullmatch(name):
-        expected = "a folder with config.json and model.safetensors, or a timm name"
+    elif not TIMM_NAME.fullmatch(name) and not is_hub_name(name):
+        expected = "a folder with config.json and model.safetensors, hf-hub:org/name, or a timm name"
         raise PhregError(f"model: got {name!r}, where there is nothing; expected {expected}.")
     if checkpoint is not None:
         check_checkpoint(checkpoint)
@@ -172,6 +173,9 @@ def check_file(path: Path, option: str) -> None:
 
 def _folder(name: str) -> Path | None:
     path = model_path(name)
+    # timm finds and downloads weights under other names itself.
+    if is_hub_name(name) and not {"model.safetensors", "manifest.json", RECORD} & set(os.listdir(path)):
+        return None
     if os.path.isdir(path):
         return path
     if name.startswith("local-dir:"):

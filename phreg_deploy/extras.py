@@ -11,6 +11,7 @@ DISTILL = ("safetensors", "timm", "torch")
 EXPORT = ("ml_dtypes", "onnx", "onnxscript", *DISTILL)
 EVALUATE = ("safetensors", "scipy", "sklearn")
 TEXT = ("open_clip", "torch")
+HUB = ("huggingface_hub",)
 CALIBRATION = ("ml_dtypes", "onnx", "onnxruntime")
 
 

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from phreg_deploy.errors import PhregError
+from phreg_deploy.hub.download import local_path
 from phreg_deploy.json_files import read_json
 from phreg_deploy.readout import PLAIN, Readout
 
@@ -16,8 +17,11 @@ NEWEST = 1
 
 
 def model_path(name: str) -> Path:
-    """Return the path in ``FOLDER`` or ``local-dir:FOLDER``; for a timm name, a path that does not exist."""
-    return Path(name.removeprefix("local-dir:"))
+    """Return the path in ``FOLDER`` or ``local-dir:FOLDER``; for a timm name, a path that does not exist.
+
+    ``hf-hub:org/name`` is downloaded; raises as ``hub.download.local_path``.
+    """
+    return local_path(name.removeprefix("local-dir:"))
 
 
 def read_record(folder: Path) -> dict[str, Any] | None:

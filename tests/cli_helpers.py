@@ -83,15 +83,20 @@ print(json.dumps([asdict(invoke(*command)) for command in commands]))
 """
 
 
-def without(blocked: Sequence[str], commands: Iterable[Sequence[object]], path: Sequence[Path] = ()) -> list[Outcome]:
-    """Run commands in one process that cannot import the ``blocked`` modules; ``path`` precedes its other paths."""
+def without(
+    blocked: Sequence[str], commands: Iterable[Sequence[object]], path: Sequence[Path] = (), **environment: str
+) -> list[Outcome]:
+    """Run commands in one process that cannot import the ``blocked`` modules; ``path`` precedes its other paths.
+
+    ``environment``: variables that the process has beside those of this one.
+    """
     process = subprocess.run(
         [sys.executable, "-c", RUN, json.dumps([blocked, [[str(a) for a in command] for command in commands]])],
         capture_output=True,
         text=True,
         check=False,
         cwd=ROOT,
-        env={**os.environ, "PYTHONPATH": ":".join(str(p) for p in (*path, ROOT))},
+        env={**os.environ, "PYTHONPATH": ":".join(str(p) for p in (*path, ROOT)), **environment},
     )
     assert process.returncode == 0, process.stderr[-1500:]
     return [Outcome(**outcome) for outcome in json.loads(process.stdout.splitlines()[-1])]

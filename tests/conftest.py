@@ -80,12 +80,13 @@ def home(tmp_path_factory):
 def made_once(tmp_path_factory):
     """``made_once(name, make)`` returns the folder ``name``, which ``make(folder)`` writes once in a test session.
 
-    The workers of pytest-xdist share it: the first that asks makes it, and the others wait. Tests only read it.
+    The workers of pytest-xdist share it: the first that asks makes it, and the others wait. Tests only read it. With
+    ``PHREG_MADE=FOLDER`` the folders stay there for later sessions, also those of an environment without torch.
     """
     root = tmp_path_factory.getbasetemp()
     if "PYTEST_XDIST_WORKER" in os.environ:
         root = root.parent
-    root = root / "made-once"
+    root = Path(os.environ.get("PHREG_MADE") or root / "made-once")
     root.mkdir(exist_ok=True)
 
     def made(name: str, make: Callable[[Path], object]) -> Path:
@@ -210,38 +211,49 @@ def checkpoint(tmp_path_factory, torch) -> Path:
 
 
 @pytest.fixture(scope="session")
-def distilled(made_once, base, photos) -> tuple[Path, Any]:
+def distilled(student) -> tuple[Path, Any]:
     """A student of one epoch, and its record."""
-    from phreg_deploy.distill import distill
+    return student, pickle.loads(student.with_name("record.pickle").read_bytes())
 
+
+@pytest.fixture(scope="session")
+def student(request, made_once, photos) -> Path:
     def make(folder: Path) -> None:
+        base = request.getfixturevalue("base")
+        from phreg_deploy.distill import distill
+
         record = distill(str(base), photos, folder, epochs=1, batch=8, views=6, device="cpu", precision="fp32")
         folder.with_name("record.pickle").write_bytes(pickle.dumps(record))
 
-    folder = made_once("student", make)
-    return folder, pickle.loads(folder.with_name("record.pickle").read_bytes())
+    return made_once("student", make)
 
 
 @pytest.fixture(scope="session")
-def student(distilled) -> Path:
-    return distilled[0]
+def exported(request, made_once):
+    """``exported(name, **settings)`` returns the folder of a bundle of the student, which needs torch to be made."""
+
+    def made(name: str, **settings: str) -> Path:
+        def make(folder: Path) -> None:
+            request.getfixturevalue("torch")
+            from phreg_deploy.export.exporter import ExportRequest, export_bundle
+
+            export_bundle(ExportRequest(str(request.getfixturevalue("student")), **settings), folder)
+
+        return made_once(name, make)
+
+    return made
 
 
 @pytest.fixture(scope="session")
-def bundle(made_once, student) -> Path:
+def bundle(exported) -> Path:
     """The student at 64 x 64, one image at a time."""
-    from phreg_deploy.export.exporter import ExportRequest, export_bundle
-
-    return made_once("fixed", lambda folder: export_bundle(ExportRequest(str(student)), folder))
+    return exported("fixed")
 
 
 @pytest.fixture(scope="session")
-def wide_bundle(made_once, student) -> Path:
+def wide_bundle(exported) -> Path:
     """The student from 48 to 96 pixels a side, one to four images."""
-    from phreg_deploy.export.exporter import ExportRequest, export_bundle
-
-    request = ExportRequest(str(student), image_size="48:64:96", batch="1:2:4")
-    return made_once("wide", lambda folder: export_bundle(request, folder))
+    return exported("wide", image_size="48:64:96", batch="1:2:4")
 
 
 @pytest.fixture(scope="session")

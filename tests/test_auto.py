@@ -14,7 +14,6 @@ from phreg_deploy.runtime.backends.options import BackendOptions
 from phreg_deploy.runtime.backends.registry import BACKENDS, GPU
 
 openvino = pytest.importorskip("openvino")
-pytestmark = pytest.mark.usefixtures("torch")
 
 PROCESSOR = [name for name in BACKENDS if name not in GPU]
 

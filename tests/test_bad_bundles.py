@@ -7,8 +7,6 @@ import pytest
 from tests.bundle_changes import edit_graph, edit_manifest, first_half, misname_operator, write_hashes
 from tests.cli_helpers import leftovers
 
-pytestmark = pytest.mark.usefixtures("torch")
-
 READERS = {
     "check": lambda w, bundle: ["check", bundle],
     "profile": lambda w, bundle: ["profile", bundle, "--seconds", "0.1"],

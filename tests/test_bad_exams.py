@@ -13,8 +13,6 @@ from phreg_deploy.errors import PhregError
 from phreg_deploy.runtime import FeatureExtractor
 from tests.bundle_changes import write_hashes
 
-pytestmark = pytest.mark.usefixtures("torch")
-
 
 def open_bundle(folder):
     return FeatureExtractor.load(folder, "onnxruntime-cpu", threads=1)

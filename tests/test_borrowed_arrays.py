@@ -85,6 +85,8 @@ def test_memory_elsewhere_is_refused_and_given_back():
 
 @pytest.mark.parametrize("dtype", ["bool", "complex64"])
 def test_bool_and_complex_arrays_are_refused(dtype):
+    if dtype == "bool" and np.lib.NumpyVersion(np.__version__) < "1.25.0":
+        pytest.skip("this numpy lends no bool arrays")
     with pytest.raises(PhregError, match="got DLPack type code"):
         from_capsule(consecutive(dtype=dtype).__dlpack__(), expected=(CPU,))
 

@@ -80,7 +80,8 @@ def test_a_calibrated_bundle_records_its_calibration(world, run_cli, photos):
     report = outcome.document
     stored = json.loads((world.out / "calibration.json").read_text())
     assert {**report, "output": None, "seconds": 0} == {**stored, "output": None, "seconds": 0}
-    assert {p.name for p in world.out.iterdir()} == {"manifest.json", "model.onnx", "reference.npz", "calibration.json"}
+    files = {"manifest.json", "model.onnx", "reference.npz", "calibration.json", "README.md"}
+    assert {p.name for p in world.out.iterdir()} == files
     assert [layer["name"] for layer in report["layers"]] == LAYERS
     assert sum(layer["macs"] for layer in report["layers"]) == pytest.approx(1)
     for layer in report["layers"]:

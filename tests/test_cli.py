@@ -104,7 +104,7 @@ def test_the_commands_run_one_after_another(world, run_cli):
     written = document_of(run_cli("export", student, "-o", bundle, "--image-size", "64", "--json"))
     assert written["check"]["missed"] == []
     assert written["check"]["parity"]["cosine_p1"] > 0.99999
-    assert {p.name for p in bundle.iterdir()} == {"manifest.json", "model.onnx", "reference.npz"}
+    assert {p.name for p in bundle.iterdir()} == {"manifest.json", "model.onnx", "reference.npz", "README.md"}
     assert document_of(run_cli("inspect", bundle, "--json")) == {
         "kind": "bundle",
         **json.loads((bundle / "manifest.json").read_text()),

@@ -7,7 +7,6 @@ import pytest
 
 from phreg_deploy.profiling import latency
 
-pytestmark = pytest.mark.usefixtures("torch", "traced_once")
 HERE = ["--seconds", "0.1", "--threads", "1", "--backend", "onnxruntime-cpu", "--json"]
 
 

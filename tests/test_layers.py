@@ -14,17 +14,21 @@ FILES = sorted(PACKAGE.rglob("*.py"))
 
 # Folder -> the folders that its files may import, also inside functions. "" is the root, which all may import.
 MAY = {
-    "": set(),
+    # A name of a model or a bundle may stand for a repository on the hub.
+    "": {"hub"},
+    "hub": {"files"},
+    "cards": {"files"},
     "files": set(),
     "images": set(),
     "artifacts": {"images"},
-    "bundle": {"files"},
-    "models": {"files", "images", "artifacts"},
+    "bundle": {"cards", "files", "hub"},
+    "models": {"files", "hub", "images", "artifacts"},
+    "sharing": {"bundle", "cards", "hub"},
     "heads": {"files", "images", "models", "bundle", "onnx_graph"},
     "text": {"bundle", "heads"},
     "distill/neurons": {"artifacts", "models"},
     "distill/devices": {"models"},
-    "distill": {"files", "images", "artifacts", "models", "distill/devices", "distill/neurons"},
+    "distill": {"cards", "files", "images", "artifacts", "models", "distill/devices", "distill/neurons"},
     "runtime/gpu": {"bundle", "images"},
     "runtime/trt": {"bundle", "runtime/gpu"},
     "runtime/gpu_images": {"images", "runtime/gpu"},
@@ -65,6 +69,7 @@ MAY = {
     },
     "pytest_plugin": {
         "files",
+        "hub",
         "images",
         "heads",
         "artifacts",
@@ -111,6 +116,7 @@ MAY = {
         "cli/exploring",
         "cli/probing",
         "cli/serving",
+        "cli/sharing",
         "cli/streaming",
         "cli/testing",
         "bundle",
@@ -122,9 +128,10 @@ MAY = {
 MAY["cli/tables"] = set(MAY)
 MAY["cli/testing"] = set(MAY)
 MAY["cli/streaming"] = set(MAY)
+MAY["cli/sharing"] = set(MAY)
 MAY["cli/serving"] = set(MAY) - {"cli/streaming"}
-MAY["cli/probing"] = set(MAY) - {"cli/serving"} | {"cli/commands"}
-MAY["cli/exploring"] = set(MAY) - {"cli/streaming", "cli/probing", "cli/serving"}
+MAY["cli/probing"] = set(MAY) - {"cli/serving", "cli/sharing"} | {"cli/commands"}
+MAY["cli/exploring"] = set(MAY) - {"cli/streaming", "cli/probing", "cli/serving", "cli/sharing"}
 MAY["cli/commands"] = set(MAY) - {"cli/probing"}
 # Folder -> the folders that it imports inside functions only, so that their dependencies are optional.
 LATE = {
@@ -142,6 +149,7 @@ LATE = {
     "cli/serving": set(MAY) - {"", "files", "images", "bundle", "cli", "cli/serving", "cli/tables"},
     "cli/testing": set(MAY) - {"", "files", "images", "bundle", "cli", "cli/testing"},
     "cli/exploring": set(MAY) - {"", "files", "images", "bundle", "cli", "cli/exploring", "cli/tables"},
+    "cli/sharing": set(MAY) - {"", "cli", "cli/sharing"},
     "cli/probing": set(MAY) - {"", "files", "images", "bundle", "cli", "cli/commands", "cli/probing", "cli/tables"},
     "cli/tables": set(MAY) - {"", "files", "images", "bundle", "cli"},
     "cli": {"bundle", "heads", "runtime/backends", "distill/devices"},
@@ -162,6 +170,9 @@ NEEDS = {
     "verify": {"onnx"},
 }
 WITHOUT_TORCH = {
+    "hub",
+    "cards",
+    "sharing",
     "runtime",
     "runtime/gpu",
     "runtime/gpu_images",

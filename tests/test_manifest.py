@@ -14,8 +14,6 @@ from phreg_deploy.errors import PhregError
 from phreg_deploy.runtime import FeatureExtractor
 from tests.bundle_changes import edit_graph, rewrite_bundle, write_hashes
 
-pytestmark = pytest.mark.usefixtures("torch")
-
 
 def load(folder):
     return FeatureExtractor.load(folder, "onnxruntime-cpu", threads=1)
@@ -218,6 +216,7 @@ def test_a_students_configuration_of_other_types_is_refused(world, run_cli, key,
     run_cli("export", world.copy("student", config=change), "-o", world.out, "--json").refused(2, "config.json", key)
 
 
+@pytest.mark.usefixtures("torch")
 @pytest.mark.parametrize("median", ["x", -1, 0, [], True])
 def test_a_students_median_of_another_type_is_refused(world, run_cli, median):
     def change(data):
@@ -253,6 +252,7 @@ def test_another_exporters_bundle_is_read(world):
         assert extractor(np.zeros((64, 64, 3), np.uint8)).norm_median == 1.5
 
 
+@pytest.mark.usefixtures("torch")
 @pytest.mark.parametrize(
     ("option", "value"), [("--batch", "2000"), ("--batch", "1:8:100000"), ("--image-size", "20000")]
 )

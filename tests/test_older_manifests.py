@@ -10,8 +10,6 @@ from phreg_deploy.calibration import calibrate
 from phreg_deploy.errors import PhregError
 from phreg_deploy.quantisation import Smoothing
 
-pytestmark = pytest.mark.usefixtures("torch", "traced_once")
-
 
 def test_a_manifest_of_the_first_format_is_still_read(world):
     data = json.loads((world.bundle / "manifest.json").read_text())

@@ -17,7 +17,6 @@ from tests.frames import random_frames
 from tests.threads import run_in_threads
 
 openvino = pytest.importorskip("openvino")
-pytestmark = pytest.mark.usefixtures("torch")
 
 backend_module = importlib.import_module("phreg_deploy.runtime.backends.openvino_backend")
 BF16 = "BF16" in openvino.Core().get_property("CPU", "OPTIMIZATION_CAPABILITIES")

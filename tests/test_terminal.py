@@ -136,6 +136,7 @@ ARGUMENTS = {
     "classes": ["n", "--model", "m", "-o", "o"],
     "evaluate": ["m", "--images", "i", "--masks", "k"],
     "explore": ["b", "--images", "i", "-o", "o"],
+    "push": ["s", "org/name"],
     "probe": ["m", "--images", "i", "--masks", "k", "-o", "o"],
     "serve": ["b"],
     "watch": ["s", "b"],

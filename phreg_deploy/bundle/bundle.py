@@ -20,6 +20,7 @@ from phreg_deploy.bundle.manifest import GRAPH, MANIFEST, POSITIONS, REFERENCE, 
 from phreg_deploy.bundle.onnx_metadata import read_metadata
 from phreg_deploy.bundle.validity import check_files, read_manifest
 from phreg_deploy.errors import PhregError
+from phreg_deploy.hub.download import local_path
 from phreg_deploy.json_files import check_regular, read_json
 
 T = TypeVar("T")
@@ -42,11 +43,12 @@ class Bundle:
     def read(cls, folder: Path | str) -> Bundle:
         """Read the manifest.
 
+        ``folder``: a folder, or ``hf-hub:org/name``, which is downloaded and raises as ``hub.download.local_path``.
         Raises ``PhregError`` if there is no folder or no manifest, if the manifest is damaged or of a newer format, or
         if a file is missing.
         """
         refuse_url(str(folder))
-        folder = Path(folder)
+        folder = local_path(folder)
         path = folder / MANIFEST
         if not os.path.isfile(path):
             raise PhregError(_no_bundle(folder))
@@ -143,5 +145,5 @@ def file_digest(path: Path) -> str:
 
 
 def is_bundle(path: Path | str) -> bool:
-    """Return whether a folder holds a manifest."""
-    return os.path.isfile(Path(path) / MANIFEST)
+    """Return whether a folder, or a repository on the hub, holds a manifest."""
+    return os.path.isfile(local_path(path) / MANIFEST)

@@ -13,6 +13,8 @@ import numpy as np
 
 from phreg_deploy.bundle.bundle import METADATA_PREFIX, file_digest
 from phreg_deploy.bundle.manifest import MANIFEST, Manifest
+from phreg_deploy.cards.bundle import bundle_card
+from phreg_deploy.cards.metadata import CARD
 
 # The oldest date that a zip can hold. With a fixed date, the same arrays always give the same bytes.
 STAMP = (1980, 1, 1, 0, 0, 0)
@@ -33,10 +35,14 @@ def write_onnx_metadata(graph: Any, manifest: Manifest) -> None:
 
 
 def write_manifest(folder: Path, manifest: Manifest) -> None:
-    """Write the manifest with the hash of every file in the folder; call it after the other files are written."""
-    files = {p.name: file_digest(p) for p in sorted(folder.iterdir()) if p.is_file()}
-    text = json.dumps(replace(manifest, files=files).to_json(), indent=1, sort_keys=True)
-    (folder / MANIFEST).write_text(text + "\n")
+    """Write the manifest with the hash of every file in the folder, and the model card.
+
+    Call it after the other files are written. The card has no hash: people edit it.
+    """
+    files = {p.name: file_digest(p) for p in sorted(folder.iterdir()) if p.is_file() and p.name != CARD}
+    content = replace(manifest, files=files).to_json()
+    (folder / MANIFEST).write_text(json.dumps(content, indent=1, sort_keys=True) + "\n")
+    (folder / CARD).write_text(bundle_card(content), encoding="utf-8")
 
 
 def write_npz(path: Path, arrays: dict[str, np.ndarray]) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import platform
 import shutil
 import time
@@ -10,8 +11,10 @@ from pathlib import Path
 
 import timm
 import torch
+from PIL import Image
 
 from phreg_deploy import __version__
+from phreg_deploy.cards.student import PICTURE, write_student_card
 from phreg_deploy.distill.devices.processes import ALONE, Processes
 from phreg_deploy.distill.evaluation import score_student
 from phreg_deploy.distill.fake_quantisation import observe_grids, quantised_layers
@@ -24,14 +27,16 @@ from phreg_deploy.distill.teacher import TargetCache, Teacher
 from phreg_deploy.distill.training import loss_of, train
 from phreg_deploy.distill.work_folder import work_folder
 from phreg_deploy.errors import PhregError, write_error
-from phreg_deploy.files.atomic import atomic_folder
+from phreg_deploy.files.atomic import atomic_folder, write_atomic
 from phreg_deploy.files.cache import cache_folder
 from phreg_deploy.images.photographs import Photographs, read_photographs
+from phreg_deploy.images.pictures import colours, components, heat, sheet
+from phreg_deploy.models.answers import read_features
 from phreg_deploy.models.batches import Batches, split, spread
 from phreg_deploy.models.checkpoint import write_record, write_student
 from phreg_deploy.models.hardware import select_attention
 from phreg_deploy.models.hooks import ViT
-from phreg_deploy.models.readouts import with_readout
+from phreg_deploy.models.readouts import readout_of, with_readout
 from phreg_deploy.models.registers import add_registers
 from phreg_deploy.progress import SILENT, Progress
 from phreg_deploy.quantisation import Smoothing
@@ -42,6 +47,8 @@ SEARCH_IMAGES, NEURON_IMAGES = 96, 256
 START_IMAGES = 64
 # Images on which the ranges of fake quantisation are observed.
 RANGE_IMAGES = 128
+# Photographs in the picture of the model card.
+SHOWN = 3
 
 
 def run_distillation(
@@ -98,11 +105,15 @@ def run_distillation(
     )
     with atomic_folder(output, force) as folder:
         write_student(student, record.to_json(), folder)
+        write_student_card(record.to_json(), folder)
     shutil.rmtree(work, ignore_errors=True)
     scores, reason = _score(run, student, held_out or training, range_images, output)
     seconds = replace(seconds, total=time.perf_counter() - started)
     record = replace(record, scores=scores, missing_scores=reason, seconds=seconds)
     write_record(record.to_json(), output)
+    if scores is not None:
+        _draw(run, student, held_out or training, scores.median_norm, output)
+    write_student_card(record.to_json(), output)
     return processes.first_of(record)
 
 
@@ -243,3 +254,31 @@ def _score(
         progress.say(f"{output} is complete; only its scores are missing.")
         raise
     return scores, ""
+
+
+def _draw(run: Run, student: ViT, photographs: Photographs, median: float, output: Path) -> None:
+    """Write the picture of the model card: a few photographs, with the base's and the student's features and norms.
+
+    The student is complete without it, so nothing is raised if it cannot be drawn.
+    """
+    shown = spread(photographs, SHOWN)
+    models = (with_readout(run.base, readout_of(student)), student)
+    try:
+        before, after = (read_features(model, shown, run.preprocess, run.device) for model in models)
+    # PyTorch reports a lack of GPU memory as a RuntimeError.
+    except (PhregError, OSError, RuntimeError, MemoryError) as error:
+        run.progress.say(f"The model card has no picture ({type(error).__name__}: {error}).")
+        return
+    grid = tuple(run.base.patch_embed.grid_size)
+    # One basis for both, so that equal features have equal colours.
+    basis = components(list(after["patches"]))
+    rows = []
+    for i in range(len(shown)):
+        row = [("photograph", Image.fromarray(shown.array(i)))]
+        for caption, features in (("before", before), ("after", after)):
+            row.append((f"features {caption}", colours(features["patches"][i].reshape(*grid, -1), basis)))
+            row.append((f"norms {caption}", heat(features["norms"][i].reshape(grid), 3 * median)))
+        rows.append(row)
+    data = io.BytesIO()
+    sheet(rows).save(data, "PNG", optimize=True)
+    write_atomic(output / PICTURE, data.getvalue())

@@ -18,6 +18,7 @@ from torch import nn
 
 from phreg_deploy.arguments import check_model
 from phreg_deploy.errors import PhregError
+from phreg_deploy.hub.names import is_hub_name
 from phreg_deploy.models.families import refused_model, refused_name
 from phreg_deploy.models.hooks import ViT
 from phreg_deploy.models.weights import read_weights
@@ -46,7 +47,7 @@ def load_model(
 
     Args:
         name: a timm model name (``vit_small_patch14_dinov2.lvd142m``), a folder with ``config.json`` and
-            ``model.safetensors``, or ``local-dir:FOLDER``.
+            ``model.safetensors``, ``local-dir:FOLDER``, or ``hf-hub:org/name[@revision]``.
         checkpoint: weights for a timm name: ``.safetensors``, or ``.pth`` read with ``weights_only=True``.
         image_size: (height, width) in pixels; timm resamples the position embedding.
         random_weights: keep timm's initialisation (seed 0); for timing only.
@@ -59,7 +60,8 @@ def load_model(
     if folder is not None:
         model = _from_folder(folder)
     else:
-        _check_name(name)
+        if not is_hub_name(name):
+            _check_name(name)
         model = _from_file(name, checkpoint) if checkpoint else _from_name(name, random_weights)
     check_supported(model, name)
     bad = [
@@ -159,11 +161,11 @@ def _from_name(name: str, random_weights: bool) -> ViT:
         torch.manual_seed(0)
         return _create(name, pretrained=False)
     try:
-        config = timm.get_pretrained_cfg(name, allow_unregistered=True)
+        config = None if is_hub_name(name) else timm.get_pretrained_cfg(name, allow_unregistered=True)
     # timm does not know the tag.
     except RuntimeError:
         config = None
-    if config is None or not config.has_weights:
+    if not is_hub_name(name) and (config is None or not config.has_weights):
         tags = timm.list_pretrained(f"{name.split('.')[0]}*")
         known = "timm knows no pretrained weights for it."
         if tags:

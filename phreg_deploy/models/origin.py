@@ -10,11 +10,12 @@ from typing import Any
 
 import timm
 
+from phreg_deploy.hub.names import is_hub_name
 from phreg_deploy.models.hooks import ViT
 from phreg_deploy.models.loading import model_arguments
 from phreg_deploy.models.weights import weights_digest
 from phreg_deploy.spec import Stored
-from phreg_deploy.student_record import read_record
+from phreg_deploy.student_record import model_path, read_record
 
 KEYS = ("model", "license", "url", "hf_hub_id")
 
@@ -30,6 +31,8 @@ def find_origin(name: str, folder: Path | None, checkpoint: Path | None = None) 
     Returns:
         ``model``: the timm name with its tag; ``license``, ``url`` and ``hf_hub_id`` as timm states them, or None.
     """
+    if folder is None and is_hub_name(name):
+        folder = model_path(name)
     if folder is None:
         return _stated(name) if "." in name or checkpoint is None else unknown_origin(name)
     record = read_record(folder) or {}

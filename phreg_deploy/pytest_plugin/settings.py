@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from phreg_deploy.errors import PhregError
+from phreg_deploy.hub.names import is_hub_name
 from phreg_deploy.pytest_plugin.options import OPTIONS, SETTINGS
 
 PathLike = Path | str
@@ -35,10 +36,11 @@ class Settings:
         if given is not None:
             return Path(given)
         option = self.config.getoption(f"phreg_{name}") if name in OPTIONS else None
-        if option is not None:
-            return self.config.invocation_params.dir / str(option)
-        value = self._ini(name)
-        return None if value is None else self.config.rootpath / str(value)
+        value = self._ini(name) if option is None else option
+        if value is None:
+            return None
+        folder = self.config.rootpath if option is None else self.config.invocation_params.dir
+        return Path(str(value)) if is_hub_name(str(value)) else folder / str(value)
 
     def needed_path(self, name: str, given: PathLike | None, what: str) -> Path:
         """Return a path. Raises ``PhregError`` if it is nowhere, and says where it can be given."""

@@ -104,7 +104,7 @@ class FeatureExtractor(AbstractContextManager["FeatureExtractor"]):
         extractor.preprocess = replace(steps, exif=turned, fast=shrunk)
         remarks = (reason, opened.remark, advice(bundle.manifest.precision))
         extractor.choice = "; ".join(remark for remark in remarks if remark)
-        extractor._arguments = {"path": Path(path).absolute(), "backend": opened.name, **asdict(options)}
+        extractor._arguments = {"path": bundle.folder.absolute(), "backend": opened.name, **asdict(options)}
         extractor._arguments |= {"verify": verify, "examine": examine, "color": color, "exif": exif, "fast": fast}
         return extractor
 

@@ -18,7 +18,7 @@ from phreg_deploy.bundle.bundle import Bundle, is_bundle
 from phreg_deploy.errors import BackendMissing, PhregError
 from phreg_deploy.heads.class_embeddings import ClassEmbeddings
 from phreg_deploy.progress import Progress
-from phreg_deploy.student_record import read_record
+from phreg_deploy.student_record import model_path, read_record
 from phreg_deploy.text.model_names import OPEN_CLIP, vision_names
 
 CONFIG = "open_clip_config.json"
@@ -80,8 +80,9 @@ def find_model(
     """
     if pretrained is not None and checkpoint is not None:
         raise PhregError("classes: got --pretrained and --checkpoint, expected one of them.")
-    if Path(model).is_dir() and not (Path(model) / CONFIG).is_file():
-        model = _origin(model)
+    folder = model_path(model)
+    if folder.is_dir() and not (folder / CONFIG).is_file():
+        model = _origin(folder)
     if Path(model).is_dir():
         if pretrained is not None or checkpoint is not None:
             raise PhregError(f"classes: {model} has its own weights; leave out --pretrained and --checkpoint.")
@@ -112,12 +113,12 @@ def find_model(
     return model, pretrained, pretrained, vision_names(model, pretrained)
 
 
-def _origin(folder: str) -> str:
+def _origin(folder: Path) -> str:
     """Return the timm name, with its tag, that a student or bundle came from, if its text tower is known."""
     if is_bundle(folder):
         source: Any = Bundle.read(folder).manifest.source
     else:
-        source = (read_record(Path(folder)) or {}).get("source")
+        source = (read_record(folder) or {}).get("source")
     name = source.get("model") if isinstance(source, dict) else None
     if name not in OPEN_CLIP:
         came = f" and came from {name}, whose text tower is not known" if name else ""

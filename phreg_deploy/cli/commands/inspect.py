@@ -14,7 +14,7 @@ from phreg_deploy.cli.options import output_options
 from phreg_deploy.cli.tables.inspect import bundle_rows, student_rows
 from phreg_deploy.errors import PhregError
 from phreg_deploy.json_files import read_json
-from phreg_deploy.student_record import read_record
+from phreg_deploy.student_record import model_path, read_record
 
 AGAIN = "copy or distil the student again."
 
@@ -33,11 +33,11 @@ def inspect(path: Path, as_json: bool, quiet: bool) -> None:
 
     result = Result(as_json, quiet)
     if not is_bundle(path):
-        _inspect_student(path, result)
+        _inspect_student(model_path(str(path)), result)
         return
     bundle = Bundle.read(path)
     bundle.verify()
-    result.table(f"Bundle {path}", ["", ""], bundle_rows(path, bundle.manifest))
+    result.table(f"Bundle {path}", ["", ""], bundle_rows(bundle))
     result.json({"kind": "bundle", **bundle.manifest.to_json()})
 
 

@@ -2,19 +2,19 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from phreg_deploy.cli.console import percent
 
 if TYPE_CHECKING:
-    from phreg_deploy.bundle.manifest import Manifest
+    from phreg_deploy.bundle.bundle import Bundle
 
 Rows = list[list[str]]
 
 
-def bundle_rows(folder: Path, manifest: Manifest) -> Rows:
+def bundle_rows(bundle: Bundle) -> Rows:
     """What a bundle serves, where its model comes from, and its files."""
+    folder, manifest = bundle.folder, bundle.manifest
     model, preprocess = manifest.model, manifest.preprocess.to_json()
     sizes = {name: f"{(folder / name).stat().st_size / 2**20:.1f} MB" for name in manifest.files}
     warning = [["WARNING", "random weights: for timing only"]] if manifest.random_weights else []

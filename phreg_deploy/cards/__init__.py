@@ -1,0 +1,1 @@
+"""Write the model card of a student or a bundle: ``README.md`` with metadata in the format of the Hugging Face hub."""

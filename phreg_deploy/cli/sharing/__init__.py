@@ -1,0 +1,1 @@
+"""The command that shares a student or a bundle."""

@@ -1,0 +1,130 @@
+"""Install the project as a user does, without torch, and run the tests that need none there: ``make elsewhere``.
+
+The wheel is built from the sdist, installed into a new environment, and tested from a copy of ``tests/`` alone. This
+environment, which has torch, makes the bundles first. ``--lowest`` installs the lowest version of every dependency
+that pyproject.toml allows, ``make lowest``.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+# What serves, calibrates and shares without torch.
+EXTRAS = ("cpu", "openvino", "calibration", "evaluate", "hub", "parquet", "video", "pytest")
+# What tests import beside these.
+TOOLS = ("filelock>=3.12", "pytest-xdist>=3.6", "av>=12")
+TORCH = ("torch", "timm", "onnxscript")
+FILES = [
+    "archives",
+    "artifacts",
+    "atomic",
+    "auto",
+    "bad_bundles",
+    "bad_exams",
+    "bad_graphs",
+    "borrowed_arrays",
+    "cards",
+    "extraction",
+    "extraction_formats",
+    "fit",
+    "graph_facts",
+    "hub",
+    "image_inputs",
+    "latency_gate",
+    "lent_arrays",
+    "load",
+    "manifest",
+    "older_manifests",
+    "openvino",
+    "parity",
+    "patch_errors",
+    "photographs",
+    "quantisation",
+    "roofline",
+    "saturation",
+    "sharded_extraction",
+    "stream",
+    "stream_sources",
+    "telemetry",
+    "tiling",
+    "views",
+    "watch",
+    "windows",
+]
+
+
+def run(*words: object, **options: object) -> None:
+    """Run a command; its failure ends this process with its exit code."""
+    sys.stderr.write(f"+ {' '.join(map(str, words))}\n")
+    code = subprocess.run([str(word) for word in words], check=False, **options).returncode  # type: ignore[call-overload]
+    if code:
+        sys.exit(code)
+
+
+def requirements(folder: Path, python: Path, lowest: bool) -> Path:
+    """Write the versions to install for ``python``."""
+    out, tools = folder / "requirements.txt", folder / "tools.in"
+    tools.write_text("\n".join(TOOLS) + "\n")
+    extras = [word for extra in EXTRAS for word in ("--extra", extra)]
+    how = "lowest-direct" if lowest else "highest"
+    uv = [sys.executable, "-m", "uv", "pip", "compile", "--quiet", "--resolution", how, "--python", python]
+    run(*uv, *extras, ROOT / "pyproject.toml", tools, "-o", out, stdout=subprocess.DEVNULL)
+    return out
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--lowest", action="store_true", help="install the lowest versions that are allowed")
+    parser.add_argument("--python", default=f"3.{sys.version_info.minor}", help="its version, or its path")
+    parser.add_argument("--made", type=Path, help="folder of fixtures that an earlier run made")
+    arguments, more = parser.parse_known_args()
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        made = (arguments.made or folder / "made").absolute()
+        made.mkdir(exist_ok=True)
+        run(
+            sys.executable,
+            "-m",
+            "build",
+            "--no-isolation",
+            "--outdir",
+            folder / "dist",
+            ROOT,
+            stdout=subprocess.DEVNULL,
+        )
+        environment = {**os.environ, "PHREG_MADE": str(made), "OMP_NUM_THREADS": "1"}
+        pytest = ("-m", "pytest", "-q", "-p", "no:cacheprovider")
+        run(sys.executable, *pytest, ROOT / "tests" / "test_made_fixtures.py", cwd=ROOT, env=environment)
+        run(sys.executable, "-m", "uv", "venv", "--quiet", "--python", arguments.python, folder / "venv")
+        python = folder / "venv" / "bin" / "python"
+        versions = requirements(folder, python, arguments.lowest)
+        install = (sys.executable, "-m", "uv", "pip", "install", "--quiet", "--python", python)
+        run(*install, "-r", versions)
+        (wheel,) = (folder / "dist").glob("*.whl")
+        run(*install, "--no-deps", wheel)
+        elsewhere = folder / "elsewhere"
+        ignored = shutil.ignore_patterns("__pycache__")
+        shutil.copytree(ROOT / "tests", elsewhere / "tests", ignore=ignored)
+        shutil.copy(ROOT / "pyproject.toml", elsewhere)
+        # What the tests there make themselves is of other versions.
+        environment["PHREG_MADE"] = str(shutil.copytree(made, folder / "lent"))
+        environment["PYTHONPATH"] = str(elsewhere)
+        installed = (
+            f"import phreg_deploy, sys; assert sys.prefix in phreg_deploy.__file__, phreg_deploy.__file__; {ABSENT}"
+        )
+        run(python, "-c", installed, cwd=elsewhere, env=environment)
+        files = [f"tests/test_{file}.py" for file in FILES]
+        run(python, *pytest, "-W", "default", *files, *more, cwd=elsewhere, env=environment)
+
+
+ABSENT = f"import importlib.util as u; assert not [n for n in {TORCH} if u.find_spec(n)]"
+
+if __name__ == "__main__":
+    main()
