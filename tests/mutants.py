@@ -88,7 +88,8 @@ class Mutator:
         try:
             manifest = json.loads(path.read_text())
             files = manifest["files"]
-            for name in [n for n in files if (self.work / n).is_file()]:
+            # Bare names only: a mutant may list /proc/kmsg, which never ends.
+            for name in [n for n in files if Path(n).name == n and (self.work / n).is_file()]:
                 files[name] = hashlib.sha256((self.work / name).read_bytes()).hexdigest()
         except (ValueError, TypeError, KeyError, OSError):
             return  # the manifest itself was changed
@@ -106,26 +107,7 @@ class Mutator:
         return f"{path.name}: bytes {places[:3]}"
 
     def manifest(self):
-        path = self.work / "manifest.json"
-        data = json.loads(path.read_text())
-        places = list(_places(data))
-        holder, key, named = self.draw.choice(places)
-        kind = self.draw.choice(["value", "value", "number", "delete", "exchange", "add"])
-        number = type(holder[key]) in (int, float)
-        if kind == "delete":
-            del holder[key]
-        elif kind == "exchange":
-            other, place, also = self.draw.choice(places)
-            holder[key], named = copy.deepcopy(other[place]), f"{named} from {also}"
-        elif kind == "add" and isinstance(holder[key], dict):
-            holder[key][self.draw.choice(["x", "../x", "/proc/kmsg", "engines"])] = self.draw.choice(VALUES)
-        elif kind == "number" and number:
-            value = holder[key]
-            holder[key] = self.draw.choice([value + 1, value * 2, value / 2, -value, str(value)])
-        else:
-            holder[key] = self.draw.choice(VALUES)
-        path.write_text(json.dumps(data))
-        return f"manifest: {kind} {named}"
+        return json_change(self.work / "manifest.json", self.draw, VALUES)
 
     def reference(self):
         with np.load(self.work / "reference.npz") as file:
@@ -205,6 +187,29 @@ class Mutator:
             changed = value * factor
         tensor.CopyFrom(numpy_helper.from_array(np.asarray(changed, value.dtype), tensor.name))
         return f"{tensor.name} {factor}"
+
+
+def json_change(path, draw, values):
+    """Change, delete, exchange or add one key of a JSON file; return what was done."""
+    data = json.loads(path.read_text())
+    places = list(_places(data))
+    holder, key, named = draw.choice(places)
+    kind = draw.choice(["value", "value", "number", "delete", "exchange", "add"])
+    number = type(holder[key]) in (int, float)
+    if kind == "delete":
+        del holder[key]
+    elif kind == "exchange":
+        other, place, also = draw.choice(places)
+        holder[key], named = copy.deepcopy(other[place]), f"{named} from {also}"
+    elif kind == "add" and isinstance(holder[key], dict):
+        holder[key][draw.choice(["x", "../x", "/proc/kmsg", "engines"])] = draw.choice(values)
+    elif kind == "number" and number:
+        value = holder[key]
+        holder[key] = draw.choice([value + 1, value * 2, value / 2, -value, str(value)])
+    else:
+        holder[key] = draw.choice(values)
+    path.write_text(json.dumps(data))
+    return f"{path.name}: {kind} {named}"
 
 
 def _places(data, named=""):

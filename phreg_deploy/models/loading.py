@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import logging
+import math
 from pathlib import Path
 from typing import Any
 
@@ -101,12 +102,29 @@ def model_preprocess(model: ViT, crop: str = "squash") -> Preprocess:
 
     Args:
         crop: "squash" resizes the whole image; "center" is timm's evaluation crop.
+
+    Raises:
+        PhregError: a mean, a deviation or a crop share in the model's ``config.json`` that is none.
     """
     config = resolve_model_data_config(model)
+    for key in ("mean", "std"):
+        got = config[key]
+        if not (isinstance(got, list | tuple) and len(got) == 3 and all(_finite(value) for value in got)):
+            raise PhregError(
+                f"model: {key} in its configuration is {got!r}; expected three numbers, for red, green, blue."
+            )
+    if 0 in config["std"]:
+        raise PhregError(f"model: std in its configuration is {config['std']!r}; expected numbers other than 0.")
+    if not (_finite(config["crop_pct"]) and config["crop_pct"] > 0):
+        raise PhregError(f"model: crop_pct in its configuration is {config['crop_pct']!r}; expected a number above 0.")
     pct = float(config["crop_pct"]) if crop == "center" else 1.0
     return Preprocess(
         tuple(config["mean"]), tuple(config["std"]), config["interpolation"], crop, pct, exif=True, fast=True
     )
+
+
+def _finite(value: object) -> bool:
+    return isinstance(value, int | float) and math.isfinite(value)
 
 
 def model_arguments(model: ViT) -> dict[str, Any]:
