@@ -13,11 +13,14 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from benchmarks.reliability.summary import outcomes
+
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parent
-PAGES = (ROOT / "README.md", ROOT / "docs" / "figures.md", ROOT / "docs" / "int8.md")
+PAGES = (ROOT / "README.md", ROOT / "docs" / "reliability.md", ROOT / "docs" / "figures.md", ROOT / "docs" / "int8.md")
 MARK = re.compile(r"(<!-- figures: (?P<name>[\w-]+) -->\n).*?(<!-- end -->)", re.DOTALL)
 Row = dict[str, Any]
+RECIPES = ("transplant", "random-registers")
 
 
 def load(name: str) -> Any:
@@ -187,19 +190,31 @@ def gates(_name: str) -> str:
 
 
 def present_recipe(name: str) -> str:
-    """The scores in ``phreg.json``, base and student of each model."""
-    models = load(name)
-    both = [(model["scores"], which) for model in models.values() for which in ("base", "student")]
+    """The scores in ``phreg.json``: of each model the base, the students of all seeds, and the control's."""
+    columns, read = [""], []
+    for model, record in load(name).items():
+        scores = record["scores"]
+        runs = {"transplant, seed 0": scores, **record["further_runs"]}
+        read.append([{"student": scores["base"], "class_cosine": 1.0, "top1_agreement": 1.0}])
+        read += [[run for title, run in runs.items() if title.startswith(kind)] for kind in RECIPES]
+        seeds = f"{len(read[-2])} seeds"
+        columns += [f"{model}, base", f"default recipe, {seeds}", "random-registers, one seed"]
+
+    def line(title: str, value: Callable[[Row], float], text: Callable[[float], str]) -> list[str]:
+        return [title, *(" / ".join(text(value(run)) for run in runs) for runs in read)]
+
+    rate, largest = (lambda run, key=key: run["student"]["norm_outliers"][key] for key in ("rate", "largest"))
+    fidelity = {key: lambda run, key=key: run["student"]["fidelity"][key] for key in ("mean", "p1", "outliers")}
     rows = [
-        ["norm-outlier rate", *(percent(scores[which]["norm_outliers"]["rate"], 3) for scores, which in both)],
-        ["largest norm / median", *(f"{scores[which]['norm_outliers']['largest']:.2f}" for scores, which in both)],
-        ["cosine to the denoised target, mean", *(three(scores[which]["fidelity"]["mean"]) for scores, which in both)],
-        ["1st percentile", *(three(scores[which]["fidelity"]["p1"]) for scores, which in both)],
-        ["over the base's outlier tokens", *(three(scores[which]["fidelity"]["outliers"]) for scores, which in both)],
+        line("norm-outlier rate", rate, lambda value: percent(value, 3)),
+        line("largest norm / median", largest, lambda value: f"{value:.2f}"),
+        line("cosine to the denoised target, mean", fidelity["mean"], three),
+        line("1st percentile", fidelity["p1"], three),
+        line("over the base's outlier tokens", fidelity["outliers"], three),
+        line("class token cosine", lambda run: run["class_cosine"], three),
+        line("top-1 agreement", lambda run: run["top1_agreement"], three),
     ]
-    for title, key in (("class token cosine", "class_cosine"), ("top-1 agreement", "top1_agreement")):
-        rows.append([title, *("1" if which == "base" else three(scores[key]) for scores, which in both)])
-    return table(["", *(f"{model}, {which}" for model in models for which in ("base", "student"))], rows)
+    return table(columns, rows)
 
 
 def sinder_direction(name: str) -> str:
@@ -338,7 +353,13 @@ def upsamplers(name: str) -> str:
     return table(["", *columns], rows)
 
 
+def reliability(name: str) -> str:
+    """``reliability.json``: how damaged files ended."""
+    return table(*outcomes(load(name)))
+
+
 TABLES: dict[str, Callable[[str], str]] = {
+    "reliability": reliability,
     "heads": heads,
     "heads-deit": heads,
     "heads-cost": heads_cost,
