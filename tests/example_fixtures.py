@@ -71,6 +71,12 @@ def labels_bundle(made_once, demo_bundle, demo_training) -> Path:
     )
 
 
+@pytest.fixture(scope="session")
+def alone_bundle(made_once, labels_bundle) -> Path:
+    """``labels_bundle`` without features."""
+    return made_once("alone-bundle", lambda folder: done("attach", labels_bundle, "--only-head", "-o", folder))
+
+
 def printed_share(text: str, name: str) -> float:
     """The share, 0-1, that ``train_head`` printed after a name."""
     found = re.search(rf"{name} (\d+\.\d)%", text)

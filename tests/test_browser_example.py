@@ -25,7 +25,7 @@ class Quiet(http.server.SimpleHTTPRequestHandler):
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory, demo_bundle, pairs_bundle, demo_scenes):
+def folder(tmp_path_factory, demo_bundle, pairs_bundle, alone_bundle, demo_scenes):
     """A copy of the example, with the npm package, bundles and a picture beside it."""
     web = default_folder() / "onnxruntime-web"
     if not web.is_dir():
@@ -36,6 +36,7 @@ def folder(tmp_path_factory, demo_bundle, pairs_bundle, demo_scenes):
     (folder / "node_modules" / "onnxruntime-web" / "dist").symlink_to(web)
     (folder / "demo.bundle").symlink_to(demo_bundle)
     (folder / "pairs.bundle").symlink_to(pairs_bundle)
+    (folder / "alone.bundle").symlink_to(alone_bundle)
     shutil.copy(demo_scenes / "images" / "0004.png", folder / "scene.png")
     newer = json.loads((demo_bundle / "manifest.json").read_text()) | {"format": 5}
     (folder / "newer.bundle").mkdir()
@@ -143,6 +144,7 @@ def test_a_chosen_file_is_shown_with_its_aspect(page, site, tmp_path, demo_scene
         ("bundle=nothing", "There is no bundle at nothing (404)."),
         ("bundle=newer.bundle", "The bundle has format 5; this page knows 4."),
         ("bundle=pairs.bundle", "This page serves bundles of one fixed size; export one."),
+        ("bundle=alone.bundle", "This page draws features, and the bundle serves its heads alone."),
         ("image=none.png", "none.png is not there (404)."),
     ],
 )

@@ -115,9 +115,11 @@ def test_a_range_of_sizes_in_half_precision_and_pairs(run, pairs_bundle, ppm, si
     np.testing.assert_allclose(features, expected, atol=0.01)
 
 
-def test_labels_of_a_head(run, labels_bundle, ppm):
+def test_labels_of_a_head(run, labels_bundle, alone_bundle, ppm):
     image = ppm(150, 100)
     labels = run(labels_bundle, "labels", image=image)
+    np.testing.assert_array_equal(run(alone_bundle, "labels", image=image), labels)
+    assert "has no output features" in run(alone_bundle, image=image, code=1)
     with FeatureExtractor.load(labels_bundle, "onnxruntime-cpu") as extractor:
         expected = extractor(across_first(image, 128)).labels
     assert labels.dtype == np.uint8

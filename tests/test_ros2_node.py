@@ -118,6 +118,15 @@ def test_features_are_published_only_while_somebody_subscribes(ros, running, dem
     assert made["~/features"].messages == made["~/labels"].messages == []
 
 
+def test_labels_alone_are_published_without_a_topic_of_features(ros, running, alone_bundle):
+    node = running(bundle=alone_bundle, backend="onnxruntime-cpu")
+    made = node.publishers_made
+    assert set(made) == {"~/labels", "~/artifact_rate"}
+    send(ros, node, message(ros[1], "rgb8", np.asarray(photograph(1, WIDTH, HEIGHT))))
+    wait_for(made["~/artifact_rate"], 1)
+    assert wait_for(made["~/labels"], 1).width == WIDTH
+
+
 def test_the_newest_image_wins_and_keeps_its_header(ros, running, labels_bundle):
     node = running(bundle=labels_bundle, backend="onnxruntime-cpu")
     run, busy, go = node.extractor.dense, threading.Event(), threading.Event()

@@ -54,8 +54,8 @@ def running(bundle, *options):
 
 
 @pytest.fixture(scope="module")
-def service(labels_bundle):
-    with running(labels_bundle, "--max-mib", "0.5", "--max-megapixels", "0.2") as (client, _):
+def service(alone_bundle):
+    with running(alone_bundle, "--max-mib", "0.5", "--max-megapixels", "0.2") as (client, _):
         yield client
 
 

@@ -67,6 +67,10 @@ AGAIN: dict[str, float] = {
     "norm_difference": 0.1, "outlier_points": 0.1,
     "head_change": 0.1,
 }  # fmt: skip
+# Bars of bundles that serve heads alone. There the classes stand in for the cosines, and the exam's random images may
+# have few of them, so that a fault changes few places. Between PyTorch, ONNX Runtime and OpenVINO at most 1 of 10,560
+# places changed on each of 8 frames of CamVid (ViT-Tiny and DeiT-Tiny, random heads of 12 classes, FP32).
+HEADS_ALONE: dict[str, dict[str, float]] = {"fp32": {"head_change": 0.001}}
 
 SENTENCES = {
     "bad_values": "{figure} NaN or infinite values, expected none",

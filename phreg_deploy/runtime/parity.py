@@ -13,7 +13,7 @@ from phreg_deploy.artifacts.parity import ParityAccumulator as ParityAccumulator
 from phreg_deploy.artifacts.parity import compare_runs as compare_runs
 from phreg_deploy.artifacts.parity import worst as worst
 from phreg_deploy.bundle.bundle import Bundle
-from phreg_deploy.bundle.gates import AT_LEAST, GATES, SENTENCES, exam_bars
+from phreg_deploy.bundle.gates import AT_LEAST, GATES, HEADS_ALONE, SENTENCES, exam_bars
 from phreg_deploy.bundle.manifest import Manifest
 from phreg_deploy.errors import PhregError
 from phreg_deploy.spec import Stored
@@ -60,6 +60,8 @@ def gates_of(
         again: the runtime is the one that wrote these answers, see ``writes_exams``.
     """
     bars = exam_bars(precision, again) if exam else GATES[precision]
+    if parity.cosine_p1 is None:
+        bars = {**bars, **HEADS_ALONE.get(precision, {})}
     own = {"cosine_p1": cosine_p1, "outlier_points": outlier_points}
     bars = {"bad_values": 0, **bars, **{name: bar for name, bar in own.items() if bar is not None}}
     gates = []
