@@ -29,7 +29,9 @@ def start(*words, port, token=None):
     """Start ``serve`` on a port."""
     options = ("--backend", "onnxruntime-cpu", "--threads", 1, "--json")
     command = [sys.executable, "-m", "phreg_deploy", "serve", *words, "--port", port, *options]
-    environment = {**os.environ, "PYTHONPATH": str(ROOT)} | ({"PHREG_SERVE_TOKEN": token} if token else {})
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])} | (
+        {"PHREG_SERVE_TOKEN": token} if token else {}
+    )
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
     return subprocess.Popen([*map(str, command)], env=environment, **pipes)
 

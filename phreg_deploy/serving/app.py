@@ -84,12 +84,11 @@ def create_app(service: Service, token: TokenCheck | None = None) -> FastAPI:
         # Documents the token; ``Gate`` checks it.
         dependencies=[Depends(HTTPBearer(auto_error=False))] if token else [],
     )
-    gate: list[Gate] = []
+    state = app.state
 
-    def guarded(inner: Any) -> Gate:
-        gate.append(Gate(inner, service.limits, service.metrics, token, service.capacity))
-        app.state.gate = gate[-1]
-        return gate[-1]
+    def guarded(app: Any) -> Gate:
+        state.gate = Gate(app, service.limits, service.metrics, token, service.capacity)
+        return state.gate  # type: ignore[no-any-return]
 
     app.add_middleware(guarded)  # type: ignore[arg-type]
     _add_errors(app)
