@@ -211,8 +211,13 @@ def test_a_branch_is_made_and_a_card_that_was_edited_is_kept(hub, online, world,
     folder = shutil.copytree(world.bundle, tmp_path / "edited")
     (folder / "README.md").write_text("Mine. Load path/to/this/folder.\n")
     words = ["push", folder, "hf-hub:org/new", "--revision", "v2", "--message", "A message", "--json"]
-    done, again = online(words, words)
-    assert (done.code, again.code) == (0, 0), done.err + again.err
+    plain = shutil.copytree(world.student, tmp_path / "plain")
+    (plain / "before-after.png").unlink()
+    done, again, third = online(words, words, ["push", plain, "org/plain", "--json"])
+    assert (done.code, again.code, third.code) == (0, 0, 0), done.err + again.err + third.err
+    files = hub.repositories["org/plain"].files("main")[1]
+    assert "before-after.png" not in files
+    assert "before-after.png" not in files["README.md"].decode()
     repository = hub.repositories["org/new"]
     assert repository.files("v2")[1]["README.md"] == b"Mine. Load hf-hub:org/new@v2.\n"
     assert set(repository.files("main")[1]) == {".gitattributes"}

@@ -1,8 +1,9 @@
-"""The wheel contains every file of the package."""
+"""The sdist holds the tests, and the wheel that is built from it every file of the package."""
 
 import shutil
 import subprocess
 import sys
+import tarfile
 import zipfile
 from pathlib import Path
 
@@ -12,37 +13,31 @@ ROOT = Path(__file__).parents[1]
 
 
 @pytest.fixture(scope="module")
-def wheel(made_once):
+def dist(made_once):
     pytest.importorskip("build")
-    return next(made_once("wheel", make_wheel).glob("*.whl"))
+    return made_once("dist", make_dist)
 
 
-def make_wheel(out):
-    """Build from a copy: pip writes build folders beside the sources, and other tests read those at the same time."""
+@pytest.fixture(scope="module")
+def wheel(dist):
+    return next(dist.glob("*.whl"))
+
+
+def make_dist(out):
+    """Build the sdist, and the wheel from it, from a copy: setuptools writes beside the sources, which others read."""
     source = out.with_name("sources")
     shutil.copytree(ROOT / "phreg_deploy", source / "phreg_deploy", ignore=shutil.ignore_patterns("__pycache__"))
-    for name in ("pyproject.toml", "README.md", "LICENSE"):
+    for name in ("pyproject.toml", "README.md", "LICENSE", "MANIFEST.in"):
         shutil.copy(ROOT / name, source)
     for name in ("tests", "benchmarks"):
         shutil.copytree(ROOT / name, source / name, ignore=shutil.ignore_patterns("__pycache__"))
     for name in ("export", "runtime", "calibration"):
         (source / name).symlink_to(source / "phreg_deploy" / name)
-    command = [
-        sys.executable,
-        "-m",
-        "pip",
-        "wheel",
-        "--quiet",
-        "--no-deps",
-        "--no-build-isolation",
-        "-w",
-        str(out),
-        str(source),
-    ]
+    command = [sys.executable, "-m", "build", "--no-isolation", "--outdir", str(out), str(source)]
     process = subprocess.run(command, capture_output=True, text=True, check=False)
-    if process.returncode and "setuptools" in process.stderr:
+    if process.returncode and "Missing dependencies" in process.stdout + process.stderr:
         pytest.skip("setuptools is not in this environment")
-    assert process.returncode == 0, process.stderr
+    assert process.returncode == 0, process.stdout[-2000:] + process.stderr
 
 
 def test_the_wheel_holds_every_module_and_the_embedded_model(wheel):
@@ -64,3 +59,13 @@ def test_the_wheel_holds_every_module_and_the_embedded_model(wheel):
 
 def test_the_wheel_is_small(wheel):
     assert wheel.stat().st_size < 6 * 2**20
+
+
+def test_the_sdist_holds_all_that_the_tests_need(dist):
+    """``make elsewhere`` runs them against the wheel in an environment without torch."""
+    with tarfile.open(next(dist.glob("*.tar.gz"))) as sdist:
+        names = {name.partition("/")[2] for name in sdist.getnames()}
+    tests = {str(p.relative_to(ROOT)) for p in (ROOT / "tests").rglob("*") if p.is_file() and p.suffix != ".pyc"}
+    assert tests <= names
+    assert {"pyproject.toml", "LICENSE", "README.md", "phreg_deploy/py.typed"} <= names
+    assert not {name for name in names if name.startswith(("benchmarks/", "export/", "runtime/", "calibration/"))}

@@ -17,9 +17,9 @@ __all__ = ["CalibrationReport", "CalibrationRequest", "calibrate"]
 
 
 def calibrate(
-    bundle: Path,
-    images: Path,
-    output: Path,
+    bundle: Path | str,
+    images: Path | str,
+    output: Path | str,
     *,
     mode: str = "int8",
     target: str | None = None,
@@ -48,6 +48,7 @@ def calibrate(
         BackendMissing: onnx, onnxruntime or ml_dtypes is not installed.
         GateFailed: the features miss a bar and ``force`` is not set; nothing is written.
     """
+    bundle, images, output = Path(bundle), Path(images), Path(output)
     target = target or ("trt" if mode == "fp8" else "cpu")
     request = CalibrationRequest(bundle, images, mode, target, float_macs, cosine_p1, smoothing, keep)
     advice = "Calibrate the bundle that has features too, then take them out: `phreg-deploy attach INT8 --only-head`."

@@ -18,8 +18,7 @@ model = timm.create_model("local-dir:{place}", pretrained=True)
 tokens = model.forward_features(images)[:, model.num_prefix_tokens :]  # patch tokens; registers are prefix tokens
 ```
 
-`timm` alone is enough. For dense features without PyTorch, export it with
-[phreg-deploy](https://pypi.org/project/phreg-deploy/):
+`timm` alone is enough. For dense features without PyTorch, export it with phreg-deploy:
 
 ```bash
 phreg-deploy export {place} -o student.bundle
@@ -47,8 +46,8 @@ def student_card(record: dict[str, Any], picture: bool = False) -> str:
     }
     intro = (
         f"`{base}` with {registers} register tokens that were added after its pretraining, without labels, by "
-        f"`phreg-deploy distill --recipe {record['recipe']['name']}`. Its patch tokens are free of the high-norm "
-        "outliers of the base model, as far as the figures below say."
+        f"`phreg-deploy distill --recipe {record['recipe']['name']}`. The scores below say how far its patch "
+        "tokens are free of the high-norm outliers of the base model."
     )
     parts = [
         f"# {title}\n\n{intro}\n",

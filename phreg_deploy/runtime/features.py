@@ -7,7 +7,7 @@ from contextlib import AbstractContextManager
 from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, overload
 
 import numpy as np
 
@@ -246,6 +246,12 @@ class FeatureExtractor(AbstractContextManager["FeatureExtractor"]):
         """Features of uint8 RGB images ``(B, H, W, 3)`` at a size that the bundle serves, for any B."""
         batch, lowest = check_batch(batch), self.manifest.batches.lowest
         return dense_in_parts(self.manifest, batch, batch.shape[1:3], lambda part: self.run(pad_batch(part, lowest)))
+
+    @overload
+    def run(self, batch: np.ndarray, *, out: None = None, stream: None = None) -> dict[str, np.ndarray]: ...
+
+    @overload
+    def run(self, batch: Any, *, out: Mapping[str, Any] | None = None, stream: int | None = None) -> dict[str, Any]: ...
 
     def run(self, batch: Any, *, out: Mapping[str, Any] | None = None, stream: int | None = None) -> dict[str, Any]:
         """Run the graph: uint8 ``(B, H, W, 3)`` at a served size and batch -> its outputs by name, in its own types.

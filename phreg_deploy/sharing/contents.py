@@ -81,5 +81,7 @@ def list_contents(folder: Path | str, name: HubName) -> Contents:
             card = (place / CARD).read_text(encoding="utf-8")
         except UnicodeDecodeError as error:
             raise PhregError(f"push: {place / CARD} is no UTF-8 ({error}); correct it, or remove it.") from None
+    if PICTURE not in names:
+        card = "".join(line for line in card.splitlines(True) if f"]({PICTURE})" not in line)
     card = card.replace(f"local-dir:{PLACE}", str(name)).replace(PLACE, str(name))
     return Contents(kind, {name: place / name for name in names}, card)

@@ -111,7 +111,7 @@ def require_models(what: str, models: Mapping[str, tuple[str | None, Path | None
 
 def score_artifacts(
     model: str,
-    images: Path,
+    images: Path | str,
     *,
     checkpoint: Path | None = None,
     image_size: str | None = None,
@@ -144,7 +144,7 @@ def score_artifacts(
     from phreg_deploy.images.photographs import list_images
     from phreg_deploy.spec import parse_size
 
-    size = parse_size(image_size) if image_size else None
+    size, images = parse_size(image_size) if image_size else None, Path(images)
     check_device(device)
     if is_bundle(model):
         if checkpoint is not None:

@@ -22,7 +22,8 @@ def push(folder: str, repository: str, as_json: bool, quiet: bool, **options: An
     """Push FOLDER, a student or a bundle, to REPOSITORY (org/name) on the Hugging Face hub.
 
     hf-hub:org/name, or hf-hub:org/name@revision, then stands for it in every command, in FeatureExtractor.load and, for
-    a student, in timm.create_model. The model card README.md is pushed too; one is written if there is none.
+    a student, in timm.create_model. The model card README.md is pushed too; one is written if there is none. Its
+    picture, before-after.png, shows three photographs of yours: remove it first if they are not for others.
 
     \b
     Examples:
