@@ -43,12 +43,13 @@ def check_first_cast(bf16: Built | None, fp32: Built | None, device: int) -> str
     for wanted, got in zip(*answers):
         accumulator.add(got, wanted)
     parity = accumulator.parity()
-    if parity.bad_values or not parity.cosine_p1 >= LEAST_COSINE:
+    cosine = parity.cosine_p1
+    if parity.bad_values or cosine is None or not cosine >= LEAST_COSINE:
         raise Failed(
             f"1st-percentile patch cosine of BF16 with FP32 on black, white and graded pictures is "
-            f"{parity.cosine_p1:.4f}, expected at least {LEAST_COSINE}."
+            f"{cosine}, expected at least {LEAST_COSINE}."
         )
-    return f"1st-percentile patch cosine {parity.cosine_p1:.4f} with FP32 on black, white and graded pictures"
+    return f"1st-percentile patch cosine {cosine:.4f} with FP32 on black, white and graded pictures"
 
 
 def byte_pictures(manifest: Manifest) -> list[np.ndarray]:
