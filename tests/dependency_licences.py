@@ -30,7 +30,7 @@ COMPATIBLE = {"0BSD", "Apache-2.0", "BSD-2-Clause", "BSD-3-Clause", "BSL-1.0", "
 COMPATIBLE |= {"MIT-CMU", "MPL-2.0", "PSF-2.0", "Unlicense", "Zlib"}
 # NVIDIA's libraries are under NVIDIA's own terms: a user installs them, and nothing here contains them.
 NVIDIA = "LicenseRef-NVIDIA-Proprietary"
-# Packages without a licence in their metadata, or that are not installed here; from their pages on PyPI.
+# Packages that are not installed here, by their own metadata; cuda-toolkit states none, and brings NVIDIA's libraries.
 STATED = {"cuda-toolkit": NVIDIA, "tensorrt": NVIDIA, "onnxruntime-gpu": "MIT", "nncf": "Apache-2.0"}
 # What packages write in place of an SPDX expression.
 SPELLINGS = {

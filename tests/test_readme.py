@@ -78,6 +78,8 @@ def check_script(script: Path, words: list[str]) -> None:
     """A script of benchmarks/, examples/ or tests/ exists and declares every option; rclpy reads what is ROS's."""
     if "--ros-args" in words:
         words = words[: words.index("--ros-args")]
+    if script.with_suffix("").is_dir():
+        script = script.with_suffix("") / "__main__.py"
     assert script.is_file(), script
     code = script.read_text()
     assert [word for word in words if word.startswith("--") and f'"{word}"' not in code] == []
