@@ -280,7 +280,9 @@ def _fail(folder):
     raise Failed(f"{folder}/my secret/notes.txt is read by gwendolyn on desk-of-gwendolyn")
 
 
-def test_the_command_makes_its_own_bundles_and_prints_a_line_for_each_check(tensorrt, torch, tmp_path, monkeypatch):
+def test_the_command_makes_its_own_bundles_and_prints_a_line_for_each_check(tensorrt, base, tmp_path, monkeypatch):
+    """A smaller model takes the place of the one in the package."""
+    monkeypatch.setattr("phreg_deploy.selftest.subjects.packaged_model", lambda: base)
     monkeypatch.setattr("phreg_deploy.selftest.runner.ON_GPU", ("fp32", "int8"))
     done = invoke("selftest", "--gpu", "--quick", "--frames", "4", "-o", tmp_path / "a.zip")
     assert done.code == 0, done.out
