@@ -83,6 +83,7 @@ class Recordings(Closing):
                     "Inferences are right, but each costs the host more time. Another thread may synchronise the GPU "
                     "while graphs are recorded: run a few frames of each size before such threads start.",
                     self._failures,
-                    error,
+                    # A handler may keep the record, and the error holds the outputs of this call through its frames.
+                    str(error),
                 )
         return self._graphs.get(kind)
