@@ -31,6 +31,8 @@ def test_the_answers_are_those_beside_features(alone, beside, photos, backend):
     np.testing.assert_allclose(own.token_norm, other.token_norm, rtol=1e-5)
     np.testing.assert_array_equal(own.artifact_rate, other.artifact_rate)
     assert set(own.outputs()) == {"labels", "token_norm"}
+    np.testing.assert_array_equal(own.single(1).labels, own.labels[1:2])
+    np.testing.assert_array_equal(other.single(1).features, other.features[1:2])
     assert own.cls is None
     assert not hasattr(own, "features")
     with pytest.raises(PhregError, match=r"^features: .*--only-head.*Read heads, labels"):

@@ -154,7 +154,7 @@ class DenseFeatures(LayerFeatures):
         def part(array: np.ndarray | None) -> Any:
             return None if array is None else array[index : index + 1]
 
-        names = (*KINDS, "mask")
+        names = ("_features", "cls", "token_norm", "mask")
         layers = {
             block: replace(layer, **{name: part(getattr(layer, name)) for name in names})
             for block, layer in self.layers.items()
