@@ -57,6 +57,22 @@ def test_what_needs_features_is_refused(run_cli, alone, beside, bundle, photos, 
     refused("export", "vit", "--only-head", *head, "--attention", *out, ["--attention with --only-head"])
 
 
+def test_the_service_and_the_card_know_what_is_there(alone, beside):
+    from phreg_deploy.cards.bundle import bundle_card
+    from phreg_deploy.serving.requests.answers import check_drawn, check_outputs
+    from phreg_deploy.serving.requests.refusals import Refused
+
+    own, other = (Bundle.read(folder).manifest for folder in (alone, beside))
+    assert check_drawn("features", other) == "features"
+    for check in (check_drawn, check_outputs):
+        with pytest.raises(Refused, match=r"got 'features', expected .*labels"):
+            check("features", own)
+    assert "dense.features" in bundle_card(other.to_json())
+    card = bundle_card(own.to_json())
+    assert "dense.heads" in card
+    assert "dense.features" not in card
+
+
 def test_export_calibrates_before_it_takes_features_out(run_cli, student, street, photos, tmp_path):
     street.write(tmp_path / "street")
     words = ("export", student, "--head", tmp_path / "street", "--labels", "--only-head", "--json")

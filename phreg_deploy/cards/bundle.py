@@ -17,12 +17,14 @@ from phreg_deploy.runtime import FeatureExtractor
 
 extractor = FeatureExtractor.load("{place}")
 dense = extractor("photo.jpg")
-dense.features  # (B, Hp, Wp, C) float32
+{read}
 ```
 
 PyTorch is not needed. `phreg-deploy check {place}` compares this machine's answers with the exam that the bundle
 carries.
 """
+FEATURES = "dense.features  # (B, Hp, Wp, C) float32"
+ANSWERS = "dense.heads  # the heads' answers, by output"
 
 
 def bundle_card(manifest: dict[str, Any]) -> str:
@@ -38,12 +40,13 @@ def bundle_card(manifest: dict[str, Any]) -> str:
         "model-index": facts and _results(title, facts),
     }
     made = f" after `phreg-deploy distill --recipe {source['distilled']}`" if source.get("distilled") else ""
-    intro = f"Dense features of `{base}`{made}, with {model['registers']} register tokens, as ONNX in {precision}."
+    what = "Answers of heads on dense features" if manifest.get("only_heads") else "Dense features"
+    intro = f"{what} of `{base}`{made}, with {model['registers']} register tokens, as ONNX in {precision}."
     if manifest["random_weights"]:
         intro += " **Its weights are random: it is for timing only.**"
     parts = [
         f"# {title}\n\n{intro}\n",
-        LOAD.format(place=PLACE),
+        LOAD.format(place=PLACE, read=ANSWERS if manifest.get("only_heads") else FEATURES),
         f"## What it serves\n\n{_facts(manifest)}\n",
         f"## Licence\n\n{licence_sentence(source)}\n",
     ]

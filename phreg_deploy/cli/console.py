@@ -108,13 +108,6 @@ def figure(value: Any, form: str = "") -> str:
     return f"{value:.4g}" if abs(value) < 0.9 or abs(value) >= 1.1 else f"{value:.6f}".rstrip("0").rstrip(".")
 
 
-def agreement(parity: dict[str, Any]) -> str:
-    """Say how close features are or, where only heads are served, their answers; ``parity`` as JSON."""
-    if parity["cosine_p1"] is None:
-        return f"the heads' answers change at {figure(parity['head_change'])} of the places"
-    return f"1st-percentile patch cosine {parity['cosine_p1']:.8f}, relative L2 {parity['relative_l2']:.2e}"
-
-
 def percent(share: float | None) -> str:
     return "-" if share is None else f"{100 * share:.3f} %"
 

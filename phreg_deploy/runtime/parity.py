@@ -92,6 +92,13 @@ def verdict(parity: Parity, gates: list[Gate]) -> dict[str, Any]:
     return {"parity": parity.to_json(), "gates": figures, "missed": missed, "passed": not missed}
 
 
+def agreement(parity: dict[str, Any]) -> str:
+    """Say how close features are or, where only heads are served, their answers; ``parity`` as JSON."""
+    if parity["cosine_p1"] is None:
+        return f"the heads' answers change at {parity['head_change']:.4g} of the places"
+    return f"1st-percentile patch cosine {parity['cosine_p1']:.8f}, relative L2 {parity['relative_l2']:.2e}"
+
+
 def gate_precision(manifest: Manifest, compute: str) -> str:
     """The precision whose gates apply: the bundle's, or bfloat16 where an FP32 or FP16 bundle is computed in it."""
     return "bf16" if manifest.precision in ("fp32", "fp16") and compute == "bf16" else manifest.precision

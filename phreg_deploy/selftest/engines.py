@@ -83,8 +83,7 @@ class EngineChecks:
         if verdict["missed"]:
             raise Failed("; ".join(verdict["missed"]))
         profiles = len({run["profile"] for run in runs})
-        least = min(run["cosine_p1"] for run in runs)
-        return f"{len(runs)} runs over {profiles} profiles, least 1st-percentile patch cosine {least:.5f}"
+        return f"{len(runs)} runs over {profiles} profiles, {_cosine(min(runs, key=_order))}"
 
     def _time(self, built: Built) -> str:
         with FeatureExtractor.load(built.subject.folder, "tensorrt", device=self.device) as extractor:
@@ -124,10 +123,20 @@ def judge_path(runs: list[Mapping[str, Any]], path: str) -> str:
     if not mine:
         took = ", ".join(sorted({run["path"] for run in runs}))
         raise Failed(f"no run took this path, only: {took}. CUDA graphs may be off because recording failed.")
-    worst = min(mine, key=lambda run: (run["passed"], run["cosine_p1"]))
+    worst = min(mine, key=_order)
     height, width = worst["size"]
     where = f"profile {worst['profile']}, batch {worst['batch']} at {height}x{width}"
     if not worst["passed"]:
         wrong = sum(not run["passed"] for run in mine)
-        raise Failed(f"{wrong} of {len(mine)} runs differ from the exam, e.g. {where}: {worst['cosine_p1']:.5f}")
-    return f"{len(mine)} runs, least 1st-percentile patch cosine {worst['cosine_p1']:.5f} ({where})"
+        raise Failed(f"{wrong} of {len(mine)} runs differ from the exam, e.g. {where}: {_cosine(worst)}")
+    return f"{len(mine)} runs, {_cosine(worst)} ({where})"
+
+
+def _order(run: Mapping[str, Any]) -> tuple[bool, float]:
+    """Sort failed runs first, then by cosine."""
+    return run["passed"], 0.0 if run["cosine_p1"] is None else run["cosine_p1"]
+
+
+def _cosine(run: Mapping[str, Any]) -> str:
+    cosine = run["cosine_p1"]
+    return "heads alone, without a cosine" if cosine is None else f"least 1st-percentile patch cosine {cosine:.5f}"

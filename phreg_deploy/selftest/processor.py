@@ -8,7 +8,7 @@ from phreg_deploy.bundle.bundle import Bundle
 from phreg_deploy.errors import PhregError
 from phreg_deploy.progress import Progress
 from phreg_deploy.runtime.features import FeatureExtractor
-from phreg_deploy.runtime.parity import judge_exam
+from phreg_deploy.runtime.parity import agreement, judge_exam
 from phreg_deploy.selftest.checks import Failed, Sheet, Skipped
 from phreg_deploy.selftest.serving import CALLS, check_memory, check_threads
 from phreg_deploy.selftest.subjects import Subject
@@ -38,4 +38,4 @@ def check_exam(subject: Subject, load: partial[FeatureExtractor]) -> str:
             missed = [str(gate) for gate in gates if not gate.passed]
             if missed:
                 raise Failed(f"call {call + 1}: {'; '.join(missed)}")
-        return f"{CALLS} exams in {extractor.compute}, least 1st-percentile patch cosine {parity.cosine_p1:.5f}"
+        return f"{CALLS} exams in {extractor.compute}, {agreement(parity.to_json())}"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from phreg_deploy.cli.console import Result, agreement
+from phreg_deploy.cli.console import Result
 
 if TYPE_CHECKING:
     from phreg_deploy.export.engine.report import BuildReport
@@ -13,6 +13,8 @@ if TYPE_CHECKING:
 
 def show_build(report: BuildReport, bundle: str, result: Result) -> None:
     """Print what was built, what it lacks, and the next command."""
+    from phreg_deploy.runtime.parity import agreement
+
     key, census, parity = report.key, report.census, report.verdict.get("parity")
     result.table(
         f"Engine for {key.gpu} (SM {key.architecture / 10:.1f}), TensorRT {key.tensorrt}",

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from phreg_deploy.bundle.bundle import Bundle
-from phreg_deploy.cli.console import Result, agreement
+from phreg_deploy.cli.console import Result
 
 if TYPE_CHECKING:
     from phreg_deploy.runtime.features import FeatureExtractor
@@ -22,5 +22,7 @@ def show_bundle(bundle: Bundle, result: Result) -> None:
 
 def show_parity(parity: Parity, extractor: FeatureExtractor, result: Result) -> None:
     """Print how close the answers of the written bundle are to those in its exam."""
+    from phreg_deploy.runtime.parity import agreement
+
     other = "PyTorch" if extractor.manifest.quantisation is None else "ONNX Runtime's INT8"
     result.say(f"Parity with {other} on {extractor.backend}: {agreement(parity.to_json())}.")
