@@ -1,9 +1,11 @@
 """The service in this process: a full queue, late answers, slow bodies, a backend that fails, and the stop."""
 
 import asyncio
+import io
 import threading
 from contextlib import asynccontextmanager
 
+import numpy as np
 import pytest
 
 from phreg_deploy.runtime import FeatureExtractor
@@ -81,6 +83,35 @@ def waiting(client, count):
         return f'phreg_waiting_images{{model="held"}} {count}.0' in (await client.get("/metrics")).text
 
     return found
+
+
+def test_a_bundle_of_heads_alone_is_served_without_features(request, data):
+    from PIL import Image
+
+    folder = request.getfixturevalue("alone_bundle")
+
+    async def run(extractor):
+        async with opened(extractor, queue=2) as (_, client):
+            paths = (
+                "/labels",
+                "/overlay",
+                "/artifacts",
+                "/overlay?of=features",
+                "/features",
+                "/features?outputs=labels",
+            )
+            return [await client.post(path, content=data) for path in paths]
+
+    with FeatureExtractor.load(folder, "onnxruntime-cpu", threads=1) as extractor:
+        expected = extractor(data, fit="squash")
+        labels, overlay, artifacts, *refused, raw = asyncio.run(run(Held(extractor)))
+        assert [labels.status_code, overlay.status_code, artifacts.status_code, raw.status_code] == [200] * 4
+        upright = Image.open(io.BytesIO(data)).size
+        drawn = np.asarray(Image.fromarray(expected.labels[0]).resize(upright, Image.Resampling.NEAREST))
+        np.testing.assert_array_equal(np.asarray(Image.open(io.BytesIO(labels.content))), drawn)
+    assert [response.status_code for response in refused] == [422, 422]
+    assert "expected one of labels, token_norm" in refused[0].json()["detail"]
+    assert "expected some of labels, token_norm" in refused[1].json()["detail"]
 
 
 def test_images_beyond_the_queue_are_refused_and_the_others_are_batched(held, data):

@@ -43,7 +43,8 @@ def check_against_session(folder, config):
 
 
 @pytest.mark.parametrize(
-    ("which", "most", "preferred"), [("bundle", 0, []), ("wide_bundle", 4, [2]), ("labels_bundle", 0, [])]
+    ("which", "most", "preferred"),
+    [("bundle", 0, []), ("wide_bundle", 4, [2]), ("labels_bundle", 0, []), ("alone_bundle", 0, [])],
 )
 def test_every_model_is_declared_as_its_graph_is_and_answers_as_the_bundle(request, tmp_path, which, most, preferred):
     bundle = Bundle.read(request.getfixturevalue(which))

@@ -154,13 +154,13 @@ class DenseFeatures(LayerFeatures):
         def part(array: np.ndarray | None) -> Any:
             return None if array is None else array[index : index + 1]
 
-        names = ("_features", "cls", "token_norm", "mask")
+        own = ("_features", "cls", "token_norm", "mask")
         layers = {
-            block: replace(layer, **{name: part(getattr(layer, name)) for name in names})
+            block: replace(layer, **{name: part(getattr(layer, name)) for name in own})
             for block, layer in self.layers.items()
         }
-        own = {name: part(getattr(self, name)) for name in (*names, "attention")}
-        return replace(self, layers=layers, heads={name: part(a) for name, a in self.heads.items()}, **own)
+        arrays = {name: part(getattr(self, name)) for name in (*own, "attention")}
+        return replace(self, layers=layers, heads={name: part(a) for name, a in self.heads.items()}, **arrays)
 
     def outputs(self) -> dict[str, np.ndarray]:
         """Return every array by the name of its output in the graph, such as ``features.3``."""

@@ -179,9 +179,10 @@ def check_drawn(name: str | None, manifest: Manifest) -> str:
     heads = [head.output for head in manifest.heads]
     if name is None and len(heads) < 2:
         return heads[0] if heads else NORMS
-    known = (*heads, NORMS, *([] if manifest.only_heads else [FEATURES]))
-    if name not in known:
-        raise Refused(422, f"of: got {str(name)[:60]!r}, expected one of {', '.join(known)}.")
+    # A bundle may serve heads alone.
+    drawn = [*heads, *(output for output in (NORMS, FEATURES) if output in manifest.outputs)]
+    if name not in drawn:
+        raise Refused(422, f"of: got {str(name)[:60]!r}, expected one of {', '.join(drawn)}.")
     return name
 
 
