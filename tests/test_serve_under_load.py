@@ -91,7 +91,8 @@ def test_a_bundle_of_heads_alone_is_served_without_features(request, data):
     folder = request.getfixturevalue("alone_bundle")
 
     async def run(extractor):
-        async with opened(extractor, queue=2) as (_, client):
+        extractor.go.set()
+        async with opened(extractor) as (_, client):
             paths = (
                 "/labels",
                 "/overlay",
