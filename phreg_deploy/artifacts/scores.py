@@ -9,7 +9,6 @@ from typing import Any
 import numpy as np
 
 from phreg_deploy.artifacts.measures import NormOutliers, ShiftIncoherence, norm_outliers, shift_incoherence
-from phreg_deploy.errors import PhregError
 from phreg_deploy.images.photographs import Photographs
 from phreg_deploy.images.views import draw_views, gather, seed_of, show
 from phreg_deploy.progress import Progress
@@ -50,11 +49,7 @@ def score(
     progress: Progress,
     name: str = "scoring",
 ) -> Scores:
-    """Score ``run`` on every photograph, relative to the base model's ``median`` pre-norm norm (None: its own).
-
-    Raises:
-        PhregError: features or norms that are not finite, as those of damaged weights.
-    """
+    """Score ``run`` on every photograph, relative to the base model's ``median`` pre-norm norm (None: its own)."""
     grid = (photographs.size[0] // patch[0], photographs.size[1] // patch[1])
     unshifted, others, covered, norms = [], [], [], []
     with progress.task(name, len(photographs)) as advance:
@@ -62,11 +57,6 @@ def score(
             views = draw_views(VIEWS, grid, seed_of(SEED, digest))
             image = photographs.array(i)
             features, token_norm = run(np.stack([show(image, view, patch) for view in views]))
-            if not (np.isfinite(features).all() and np.isfinite(token_norm).all()):
-                raise PhregError(
-                    f"{name}: the model's features or token norms of image {i + 1} hold NaN or infinite values; "
-                    "expected finite ones. Its weights may be damaged: compare them with another copy."
-                )
             total, count = gather(np.asarray(features[1:], dtype=np.float32), views[1:])
             unshifted.append(np.asarray(features[0], dtype=np.float32))
             others.append(total)

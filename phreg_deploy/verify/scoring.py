@@ -5,9 +5,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 from PIL import Image
 
 from phreg_deploy.artifacts.scores import Scores, score
+from phreg_deploy.errors import PhregError
 from phreg_deploy.images.photographs import Photographs, read_photographs
 from phreg_deploy.images.pictures import colours, components, heat, sheet
 from phreg_deploy.progress import Progress
@@ -72,6 +74,12 @@ def score_model(
     known = record is not None and recorded_readout(record, folder) == request.readout
     centre = median or (recorded_median(record, folder) if record is not None and known else None)
     scores = score(model_run(model, preprocess, device), photographs, patch, median=centre, progress=progress)
+    outliers = scores.norm_outliers
+    if not np.isfinite([outliers.median, outliers.largest]).all():
+        raise PhregError(
+            f"model: the token norms of {request.name} hold NaN or infinite values; expected finite ones. "
+            "Its weights may be damaged: compare them with another copy."
+        )
     blocks = block_norms(model, photographs, preprocess, device)
     return ArtifactReport(request.name, scores, _sheet(photographs, scores), device=device, blocks=blocks)
 
