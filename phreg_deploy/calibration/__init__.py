@@ -51,11 +51,11 @@ def calibrate(
     bundle, images, output = Path(bundle), Path(images), Path(output)
     target = target or ("trt" if mode == "fp8" else "cpu")
     request = CalibrationRequest(bundle, images, mode, target, float_macs, cosine_p1, smoothing, keep)
-    advice = "Calibrate the bundle that has features too, then take them out: `phreg-deploy attach INT8 --only-head`."
-    Bundle.read(bundle).manifest.need_features("calibrate", advice)
     list_images(images)
     check_target(output, force, [bundle, images])
     require("phreg_deploy.calibration", calibration=CALIBRATION)
+    advice = "Calibrate the bundle that has features too, then take them out: `phreg-deploy attach INT8 --only-head`."
+    Bundle.read(bundle).manifest.need_features("calibrate", advice)
     from phreg_deploy.calibration.calibrator import run_calibration
 
     return run_calibration(request, output, force, progress)
