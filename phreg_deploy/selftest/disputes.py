@@ -20,10 +20,10 @@ from phreg_deploy.export.engine.findings import NO, UNKNOWN
 from phreg_deploy.progress import Progress
 from phreg_deploy.runtime.features import FeatureExtractor
 from phreg_deploy.runtime.gpu.jetson import is_jetson
-from phreg_deploy.runtime.parity import ParityAccumulator, agreement, judge_exam
+from phreg_deploy.runtime.parity import ParityAccumulator
 from phreg_deploy.selftest.checks import Failed, Skipped
 from phreg_deploy.selftest.engines import ORIN, Built, build
-from phreg_deploy.selftest.serving import CALLS
+from phreg_deploy.selftest.serving import CALLS, repeat_exam
 
 # Least 1st-percentile patch cosine of BF16 with FP32 on flat and graded pictures. Rounding to BF16 costs .002 at most;
 # a byte that is read as signed, or a Cast that saturates, costs most of it.
@@ -78,10 +78,10 @@ def check_int8_on_orin(int8: Built | None, architecture: int) -> str:
 
 def check_compatibility(built: Built, compatibility: str, device: int, room: Path, progress: Progress) -> str:
     """Build an engine for later versions or other GPUs and examine it; on JetPack only the first kind is supported."""
-    copy = room / f"{built.subject.model}-{compatibility.strip('+')}"
-    shutil.copytree(built.subject.folder, copy, ignore=shutil.ignore_patterns("engines"))
     if compatibility in LEAST_COMPATIBLE and is_jetson():
         raise Skipped("TensorRT's developer guide excludes it on JetPack, and `build` refuses it there.")
+    copy = room / f"{built.subject.model}-{compatibility.strip('+')}"
+    shutil.copytree(built.subject.folder, copy, ignore=shutil.ignore_patterns("engines"))
     report, plan = build(copy, device, BuildSettings(compatibility=compatibility), progress)
     verdict = examine(built.bundle, plan, device)
     if verdict["missed"]:
@@ -97,14 +97,10 @@ def check_onnxruntime(folder: Path, device: int) -> str:
     except BackendMissing as error:
         raise Skipped(str(error)) from None
     with extractor:
-        for call in range(CALLS):
-            parity, gates = judge_exam(bundle, extractor.run, extractor.backend, extractor.compute)
-            missed = [str(gate) for gate in gates if not gate.passed]
-            if missed:
-                raise Failed(f"call {call + 1}: {'; '.join(missed)}")
+        agreed = repeat_exam(bundle, extractor)
         remark = extractor.opened.remark
         graph = "with a CUDA graph" if extractor.opened.replays else "without a CUDA graph"
-    return f"{CALLS} exams {graph}, {agreement(parity.to_json())}{'; ' * bool(remark)}{remark}"
+    return f"{CALLS} exams {graph}, {agreed}{'; ' * bool(remark)}{remark}"
 
 
 def check_onnxruntime_graph(model: Path, folder: Path, device: int, progress: Progress) -> str:

@@ -106,7 +106,7 @@ def build(folder: Path, device: int, settings: BuildSettings, progress: Progress
 
 
 def judge_layers(report: BuildReport) -> str:
-    """Judge the census of an engine's layers: as expected, fewer, or not to be told."""
+    """Judge the census of an engine's layers: as expected, fewer, or unknown."""
     if not report.findings:
         raise Skipped("nothing is expected of an engine in this precision.")
     sentences = {verdict: [f.sentence for f in report.findings if f.verdict == verdict] for verdict in (NO, UNKNOWN)}

@@ -8,9 +8,8 @@ from phreg_deploy.bundle.bundle import Bundle
 from phreg_deploy.errors import PhregError
 from phreg_deploy.progress import Progress
 from phreg_deploy.runtime.features import FeatureExtractor
-from phreg_deploy.runtime.parity import agreement, judge_exam
-from phreg_deploy.selftest.checks import Failed, Sheet, Skipped
-from phreg_deploy.selftest.serving import CALLS, check_memory, check_threads
+from phreg_deploy.selftest.checks import Sheet, Skipped
+from phreg_deploy.selftest.serving import CALLS, check_memory, check_threads, repeat_exam
 from phreg_deploy.selftest.subjects import Subject
 
 
@@ -33,9 +32,5 @@ def check_exam(subject: Subject, load: partial[FeatureExtractor]) -> str:
         # Every backend refuses some precisions, with the reason.
         raise Skipped(str(error)) from None
     with extractor:
-        for call in range(CALLS):
-            parity, gates = judge_exam(bundle, extractor.run, extractor.backend, extractor.compute)
-            missed = [str(gate) for gate in gates if not gate.passed]
-            if missed:
-                raise Failed(f"call {call + 1}: {'; '.join(missed)}")
-        return f"{CALLS} exams in {extractor.compute}, {agreement(parity.to_json())}"
+        agreed = repeat_exam(bundle, extractor)
+        return f"{CALLS} exams in {extractor.compute}, {agreed}"

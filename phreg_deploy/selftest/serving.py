@@ -12,10 +12,12 @@ from typing import Any
 
 import numpy as np
 
+from phreg_deploy.bundle.bundle import Bundle
 from phreg_deploy.errors import PhregError
 from phreg_deploy.progress import Progress
 from phreg_deploy.runtime.backends.interface import DeviceBackend
 from phreg_deploy.runtime.features import FeatureExtractor
+from phreg_deploy.runtime.parity import agreement, judge_exam
 from phreg_deploy.selftest.checks import Failed
 
 # Frames of each thread, and fresh extractors: every one records its CUDA graphs beside the synchronising thread.
@@ -40,6 +42,16 @@ def frames(extractor: FeatureExtractor, count: int) -> list[np.ndarray]:
     manifest = extractor.manifest
     shape = (manifest.batches.lowest, *manifest.sizes.default, 3)
     return [np.random.default_rng(seed).integers(0, 256, shape, dtype=np.uint8) for seed in range(count)]
+
+
+def repeat_exam(bundle: Bundle, extractor: FeatureExtractor) -> str:
+    """Answer the exam ``CALLS`` times, and return the agreement of the last. Raises ``Failed`` for a missed gate."""
+    for call in range(CALLS):
+        parity, gates = judge_exam(bundle, extractor.run, extractor.backend, extractor.compute)
+        missed = [str(gate) for gate in gates if not gate.passed]
+        if missed:
+            raise Failed(f"call {call + 1}: {'; '.join(missed)}")
+    return agreement(parity.to_json())
 
 
 def check_threads(load: Load) -> str:
