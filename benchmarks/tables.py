@@ -243,8 +243,8 @@ def tiling(_name: str) -> str:
         lines.append([name, *(percent(row[key], 2) for row in report["seams"].values())])
     times = report["milliseconds"]
     alone = times["graph alone, a window"]
-    title = f"seconds per megapixel, busy machine (the graph alone: {alone:.0f} ms a window)"
-    lines.append([title, *(f"{times[name] / 1e3:.1f}" for name in report["seams"])])
+    title = f"milliseconds per megapixel (the graph alone: {alone:.1f} ms a window)"
+    lines.append([title, *(f"{times[name]:.0f}" for name in report["seams"])])
     return table(["overlap", *report["seams"]], lines)
 
 
