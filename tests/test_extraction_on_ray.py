@@ -1,5 +1,6 @@
 """``extract --ray`` on a local cluster of two actors, one of which is killed."""
 
+import logging
 import os
 import signal
 import threading
@@ -57,6 +58,9 @@ def test_a_killed_actor_loses_nothing_and_repeats_nothing(bundle, images, tmp_pa
         done = extract(bundle, images, out, "--ray", "2")
         killer.join()
         assert done.code == 0, done.err
+        printing = [h for h in logging.getLogger("ray.data").handlers if isinstance(h, logging.StreamHandler)]
+        assert printing, "Ray Data has no handler that prints; look for another way to keep it quiet"
+        assert all(handler.level >= logging.ERROR for handler in printing)
         assert len(killed) == 1, "no actor was killed in the middle of a shard"
         assert (done.document["images"], done.document["joined"]) == (60, True)
         assert done.document["kept"] > 0, "what the killed actor finished was kept"

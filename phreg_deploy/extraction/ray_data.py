@@ -114,6 +114,8 @@ def extract_on_ray(
     count = _shards_of(Path(request.output), resume) or workers * SHARDS_EACH
     result = RayExtraction(request.output, count, workers)
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    # Ray's core prints an error for every pool of actors that may restart (ray-project/ray#53727), also for this one.
+    os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")
     try:
         import ray
         import ray.data
@@ -124,7 +126,7 @@ def extract_on_ray(
         local: dict[str, Any] = {} if os.environ.get("RAY_ADDRESS") else {"include_dashboard": False}
         ray.init(logging_level=logging.ERROR, log_to_driver=False, **local)
     try:
-        ray.data.DataContext.get_current().enable_progress_bars = False
+        _quieten(ray.data)
         gpu = request.load.get("backend") in GPU_BACKENDS
         shards = ray.data.from_items(
             [{"number": n, "count": count} for n in range(1, count + 1)], override_num_blocks=count
@@ -143,6 +145,14 @@ def extract_on_ray(
         if mine:
             ray.shutdown()
     return result
+
+
+def _quieten(data: Any) -> None:
+    """Let Ray Data print errors alone on the terminal: the progress is ours. Its log file keeps the rest."""
+    data.DataContext.get_current().enable_progress_bars = False
+    for handler in logging.getLogger("ray.data").handlers:
+        if isinstance(handler, logging.StreamHandler):
+            handler.setLevel(logging.ERROR)
 
 
 def _shards_of(output: Path, resume: bool) -> int | None:
