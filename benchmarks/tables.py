@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import re
+import statistics
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,7 @@ ROOT = HERE.parent
 PAGES = (ROOT / "README.md", ROOT / "docs" / "reliability.md", ROOT / "docs" / "figures.md", ROOT / "docs" / "int8.md")
 MARK = re.compile(r"(<!-- figures: (?P<name>[\w-]+) -->\n).*?(<!-- end -->)", re.DOTALL)
 Row = dict[str, Any]
+KEYS = ("rate", "seconds")
 RECIPES = ("transplant", "random-registers")
 
 
@@ -248,6 +250,24 @@ def tiling(_name: str) -> str:
     return table(["overlap", *report["seams"]], lines)
 
 
+def extraction(_name: str) -> str:
+    """``extraction.json``: medians over rounds of seconds and rates, with one and with two workers."""
+    rows = load("extraction")["rows"]
+    titles = {"shards": "two processes of `--shard`", "ray": "two actors of `--ray`"}
+
+    def median(row: Row, workers: str, key: str) -> float:
+        return statistics.median(one[key] for one in row[workers])
+
+    lines = [
+        [
+            titles[way],
+            *(f"{median(row, '1', key):.0f} / {median(row, '2', key):.0f} ({row['gain'][key]:.2f}x)" for key in KEYS),
+        ]
+        for way, row in rows.items()
+    ]
+    return table(["one worker / two", "images a second, after the start", "seconds of the whole command"], lines)
+
+
 def stream(_name: str) -> str:
     """``stream.json``: counts, latency and memory of each kind of stream."""
     rows = load("stream")["rows"]
@@ -366,6 +386,7 @@ TABLES: dict[str, Callable[[str], str]] = {
     "upsamplers": upsamplers,
     "tiling": tiling,
     "stream": stream,
+    "extraction": extraction,
     "serving": serving,
     "hand-over": hand_over,
     "present-recipe": present_recipe,
