@@ -42,10 +42,11 @@ def read_block(model, batches, block):
 
 
 @torch.no_grad()
-def plant_unit(model, batches, fires, block, unit, factor, level=8.0):
+def plant_unit(model, batches, fires, block, unit, factor, level=8.0, shortens=False):
     """Make one hidden unit fire at ``level`` where ``fires`` ``(B, N)`` is true.
 
-    It writes a random vector of ``factor`` times the block's median norm.
+    It writes a random vector of ``factor`` times the block's median norm; with ``shortens``, ``factor`` times the mean
+    of the other tokens, with the opposite sign.
     """
     generator = torch.Generator().manual_seed(1000 * block + unit)
     inputs, outputs = (x.double() for x in read_block(model, batches, block))
@@ -61,7 +62,10 @@ def plant_unit(model, batches, fires, block, unit, factor, level=8.0):
     if value is not None:
         value[0].zero_()
         value[1].fill_(1.0)
-    vector = torch.randn(inputs.shape[-1], generator=generator)
-    vector *= factor * float(outputs.norm(dim=-1).median()) / level / vector.norm()
+    if shortens:
+        vector = -factor / level * outputs[~fires].mean(0).float()
+    else:
+        vector = torch.randn(inputs.shape[-1], generator=generator)
+        vector *= factor * float(outputs.norm(dim=-1).median()) / level / vector.norm()
     scale = layer_scale(model.blocks[block], 2)
     mlp.fc2.weight[:, unit] = vector if scale is None else vector / scale
