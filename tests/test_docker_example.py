@@ -14,8 +14,8 @@ DOCKERFILES = sorted((ROOT / "examples" / "docker").glob("*.Dockerfile"))
 PYPROJECT = (ROOT / "pyproject.toml").read_text()
 
 
-def test_there_is_one_for_a_workstation_and_one_for_a_jetson():
-    assert [path.stem for path in DOCKERFILES] == ["jetson", "workstation"]
+def test_there_is_one_for_a_workstation_and_one_for_each_jetpack():
+    assert [path.stem for path in DOCKERFILES] == ["jetson", "jetson7", "workstation"]
 
 
 @pytest.mark.parametrize("path", DOCKERFILES, ids=lambda path: path.stem)
