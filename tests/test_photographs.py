@@ -124,6 +124,35 @@ def test_a_listing_is_sorted_and_searches_below(tmp_path):
     assert len(list_images(tmp_path, 2)) == 2
 
 
+def test_a_listing_follows_links_to_folders_and_ends(tmp_path):
+    inside, elsewhere = tmp_path / "in", tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    inside.mkdir()
+    (inside / "a.png").touch()
+    (elsewhere / "b.png").touch()
+    (inside / "far").symlink_to(elsewhere)
+    (elsewhere / "back").symlink_to(inside)
+    (inside / "self").symlink_to(inside)
+    (inside / "gone.png").symlink_to(tmp_path / "missing.png")
+    assert [str(p.relative_to(inside)) for p in list_images(inside)] == ["a.png", "far/b.png"]
+
+
+def test_a_folder_that_cannot_be_read_is_named(tmp_path, monkeypatch):
+    from phreg_deploy.images import photographs
+
+    (tmp_path / "closed").mkdir()
+    real = photographs.os.scandir
+
+    def refuse(folder):
+        if str(folder).endswith("closed"):
+            raise PermissionError(13, "Permission denied")
+        return real(folder)
+
+    monkeypatch.setattr(photographs.os, "scandir", refuse)
+    with pytest.raises(PhregError, match=r"closed cannot be read \(Permission denied\)"):
+        list_images(tmp_path)
+
+
 SOURCES = [(640, 480), (479, 640), (225, 225), (151, 467), (521, 257), (240, 320), (101, 97), (224, 224)]
 
 

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Callable, Iterable
+import os
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -34,20 +35,20 @@ RESAMPLING = {
 
 
 def list_images(folder: Path | str, limit: int | None = None, spread: bool = False) -> list[Path]:
-    """List every image file below ``folder``, sorted by name.
+    """List every image file below ``folder``, sorted by name. Links to folders are followed.
 
     Args:
         limit: the largest number of files; the first ones, or with ``spread`` evenly spaced ones, as for a video.
 
     Raises:
-        PhregError: the folder is missing, is a file, or holds no image.
+        PhregError: the folder is missing, is a file, holds no image, or holds a folder that cannot be read.
     """
     folder = Path(folder)
     if not folder.is_dir():
         kind = "a file" if folder.exists() else "nothing"
         raise PhregError(f"images: got {folder}, where there is {kind}; expected a folder of images.")
     paths = sorted(
-        (p for p in folder.rglob("*") if p.suffix.lower() in SUFFIXES and p.is_file()),
+        (p for p in files_below(folder) if p.suffix.lower() in SUFFIXES),
         key=lambda p: str(p.relative_to(folder)),
     )
     if not paths:
@@ -55,6 +56,28 @@ def list_images(folder: Path | str, limit: int | None = None, spread: bool = Fal
     if spread and limit is not None and len(paths) > limit:
         return [paths[i * len(paths) // limit] for i in range(limit)]
     return paths[:limit]
+
+
+def files_below(folder: Path, above: frozenset[tuple[int, int]] = frozenset()) -> Iterator[Path]:
+    """Yield every file below ``folder``, in any order.
+
+    Args:
+        above: device and inode of the folders above. A link to one of them is not followed.
+
+    Raises:
+        PhregError: a folder cannot be read.
+    """
+    try:
+        status = folder.stat()
+        own = (status.st_dev, status.st_ino)
+        entries = [] if own in above else list(os.scandir(folder))
+    except OSError as error:
+        raise PhregError(f"images: the folder {folder} cannot be read ({error.strerror}).") from None
+    for entry in entries:
+        if entry.is_dir():
+            yield from files_below(Path(entry.path), above | {own})
+        elif entry.is_file():
+            yield Path(entry.path)
 
 
 def read_fitted(path: Path | str, size: tuple[int, int], preprocess: Preprocess) -> np.ndarray:
