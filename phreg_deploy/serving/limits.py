@@ -8,6 +8,8 @@ from dataclasses import dataclass
 from phreg_deploy.errors import PhregError
 
 MEBI, MEGA = 1 << 20, 10**6
+# Pillow decodes no larger images (``PIL.Image.MAX_IMAGE_PIXELS``).
+MOST_MEGAPIXELS = 89
 
 
 @dataclass(frozen=True)
@@ -36,7 +38,7 @@ class ServiceLimits:
     def __post_init__(self) -> None:
         for name, least, most in (
             ("mib", 0.001, 1024),
-            ("megapixels", 0.001, 1000),
+            ("megapixels", 0.001, MOST_MEGAPIXELS),
             ("queue", 0, 100_000),
             ("seconds", 0.001, 3600),
             ("batch", 1, 65536),

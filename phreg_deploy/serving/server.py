@@ -6,6 +6,7 @@ import asyncio
 import ipaddress
 import socket
 import time
+import warnings
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -126,6 +127,8 @@ def serve(
         PhregError: as ``FeatureExtractor.load``; an address that cannot be listened on, or one that needs a token.
     """
     address.check(token)
+    # Of odd metadata in what clients send. Filters are the whole process's: to change them in a request is a race.
+    warnings.filterwarnings("ignore", module="PIL")
     listener = address.bind()
     with ExitStack() as stack:
         stack.callback(listener.close)
