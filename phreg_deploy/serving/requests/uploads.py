@@ -21,13 +21,10 @@ async def read_upload(request: Request, limit: int) -> bytes:
     Raises:
         Refused: 413 for a body beyond ``limit`` bytes, 400 for a form that cannot be read, 422 for one without image.
     """
-    declared = request.headers.get("content-length", "0")
-    if declared.isdigit() and int(declared) > limit:
-        raise too_large(limit)
     body = bytearray()
     async for piece in request.stream():
         body += piece
-        # A chunked body declares no length.
+        # ``Gate`` refuses a declared length; a chunked body declares none.
         if len(body) > limit:
             raise too_large(limit)
     if request.headers.get("content-type", "").partition(";")[0].strip().lower() != "multipart/form-data":
