@@ -42,7 +42,8 @@ def too_large(limit: int) -> Refused:
 class _InMemory(MultiPartParser):
     """Keeps files in memory: the body is bounded, and the disk may be read-only."""
 
-    spool_max_size = 1 << 40
+    # The second name is that of older versions of Starlette.
+    spool_max_size = max_file_size = 1 << 40
 
 
 async def _read_form(headers: Headers, body: bytes) -> bytes:
