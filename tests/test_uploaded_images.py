@@ -1,5 +1,6 @@
 """Uploaded images: bounds by the header alone, the size of giant and turned JPEGs, and nothing global that changes."""
 
+import asyncio
 import struct
 import warnings
 import zlib
@@ -14,8 +15,10 @@ from phreg_deploy.runtime import FeatureExtractor
 from phreg_deploy.serving.limits import ServiceLimits
 from phreg_deploy.serving.requests.decoding import decode
 from phreg_deploy.serving.requests.refusals import Refused
-from tests.service_helpers import encoded
+from tests.service_helpers import encoded, httpx
 
+pytest.importorskip("starlette")
+pytest.importorskip("python_multipart")
 pytest.importorskip("onnxruntime")
 BOUND = 50_000_000
 
@@ -56,7 +59,7 @@ def test_a_giant_jpeg_keeps_the_size_of_its_file(extractor, monkeypatch, orienta
     monkeypatch.setattr(extractor, "preprocess", replace(extractor.preprocess, exif=exif))
     tag = Image.Exif()
     tag[0x0112] = orientation
-    upload = decode(encoded(Image.new("RGB", (801, 300)), "JPEG", exif=tag), extractor, BOUND, keep=True)
+    upload = decode(encoded(Image.new("RGB", (801, 300)), "JPEG", exif=tag), extractor, BOUND, picture=True)
     turned = exif and orientation == 6
     assert upload.size == ((801, 300) if turned else (300, 801))
     assert upload.picture.size == ((75, 201) if turned else (201, 75)), "it was decoded at a quarter"
@@ -67,3 +70,20 @@ def test_threads_that_decode_leave_the_filters_of_warnings_alone(extractor):
     with ThreadPoolExecutor(4) as pool:
         list(pool.map(lambda _: decode(data, extractor, BOUND), range(400)))
     assert list(warnings.filters) == before
+
+
+def test_a_form_is_never_written_to_the_disk(monkeypatch, tmp_path):
+    """It may be read-only; Starlette writes a file above 1 MiB unless it is told otherwise, by a name that changed."""
+    from starlette.requests import Request
+
+    from phreg_deploy.serving.requests.uploads import read_upload
+
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path / "there is no such folder"))
+    data = bytes(3 << 20)
+    request = httpx.Request("POST", "http://service/", files={"image": data})
+    scope = {"type": "http", "method": "POST", "headers": [(name.lower(), value) for name, value in request.headers.raw]}
+
+    async def receive():
+        return {"type": "http.request", "body": request.read(), "more_body": False}
+
+    assert asyncio.run(read_upload(Request(scope, receive), 4 << 20)) == data

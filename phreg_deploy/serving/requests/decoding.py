@@ -40,14 +40,14 @@ def decode(
     *,
     size: tuple[int, int] | None = None,
     fit: str | None = None,
-    keep: bool = False,
+    picture: bool = False,
 ) -> Upload:
     """Decode an image and fit it to the model's input, as the extractor does with encoded bytes.
 
     Args:
         pixels: most pixels that the header may promise.
         size, fit: as in a call of ``FeatureExtractor``.
-        keep: keep the picture too.
+        picture: keep the picture too.
 
     Raises:
         Refused: 413 for too many pixels; 422 for a size that is not served, another format, or a damaged file.
@@ -61,7 +61,7 @@ def decode(
             whole = read_image(io.BytesIO(data), extractor.preprocess.exif, "the image")
             upright_size = _upright_size(header, whole, extractor.preprocess.exif)
         fitted = extractor.fitted(whole, size, fit=fit)
-        picture = _small(whole) if keep else None
+        shown = _small(whole) if picture else None
     # Pillow refuses such a header itself.
     except (Image.DecompressionBombError, Image.DecompressionBombWarning):
         raise _too_many_pixels("far more", pixels) from None
@@ -76,7 +76,7 @@ def decode(
         raise Refused(
             422, f"image: it cannot be decoded ({type(error).__name__}: {error}); it is damaged. Send a whole one."
         ) from None
-    return Upload(fitted.image, fitted.mask, upright_size, picture)
+    return Upload(fitted.image, fitted.mask, upright_size, shown)
 
 
 def _too_many_pixels(got: str, limit: int) -> Refused:
