@@ -90,6 +90,16 @@ def test_a_client_that_does_not_read_is_disconnected_in_time(service):
     assert kept < 0.9, "the whole answer was kept for a client that did not read"
 
 
+def test_an_idle_connection_is_used_again(service):
+    """uvicorn closes it after 5 seconds by default, just when a proxy may send the next request."""
+    client, _ = service
+    with socket.create_connection((client.base_url.host, client.base_url.port), 30) as connection:
+        for pause in (0, 6):
+            time.sleep(pause)
+            connection.sendall(b"GET /health/live HTTP/1.1\r\nHost: x\r\n\r\n")
+            assert connection.recv(1 << 16).startswith(b"HTTP/1.1 200")
+
+
 def test_nothing_that_clients_did_is_a_traceback_in_the_log(service):
     _, process = service
     process.terminate()

@@ -17,10 +17,11 @@ class ServiceLimits:
     """Bounds of a service.
 
     ``mib``: size of a request, in MiB. ``megapixels``: of an image, before it is decoded. ``queue``: images per bundle
-    that may wait beside the batch that runs; one more is refused with 503. ``seconds``: for a request, from its first
-    byte to its answer. ``batch``: images of several requests in one run; None takes the bundle's best batch. ``wait``:
-    seconds for which an image waits for others. ``drain``: seconds from the signal to stop for which new requests are
-    still answered (with 503), and ``stop``: seconds after which the service ends even if requests are unfinished.
+    that may wait beside the batch that runs; one more is refused with 503. ``seconds``: for a request, from the end of
+    its headers to the last piece of its answer. ``batch``: images of several requests in one run; None takes the
+    bundle's best batch. ``wait``: seconds for which an image waits for others. ``drain``: seconds from the signal to
+    stop for which new requests are still answered (with 503), and ``stop``: seconds after which the service ends even
+    if requests are unfinished.
 
     Raises:
         PhregError: a value out of bounds.
