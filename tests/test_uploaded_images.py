@@ -81,7 +81,8 @@ def test_a_form_is_never_written_to_the_disk(monkeypatch, tmp_path):
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path / "there is no such folder"))
     data = bytes(3 << 20)
     request = httpx.Request("POST", "http://service/", files={"image": data})
-    scope = {"type": "http", "method": "POST", "headers": [(name.lower(), value) for name, value in request.headers.raw]}
+    headers = [(name.lower(), value) for name, value in request.headers.raw]
+    scope = {"type": "http", "method": "POST", "headers": headers}
 
     async def receive():
         return {"type": "http.request", "body": request.read(), "more_body": False}
