@@ -34,7 +34,7 @@ from benchmarks.trtexec import time_engine
 from phreg_deploy.errors import PhregError
 from phreg_deploy.export.engine.build import BuildRequest, build_engine
 from phreg_deploy.export.exporter import ExportRequest, export_bundle
-from phreg_deploy.profiling.roofline import count_parts
+from phreg_deploy.profiling.operations import count_parts
 from phreg_deploy.progress import Progress
 from phreg_deploy.runtime.features import FeatureExtractor
 

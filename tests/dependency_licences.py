@@ -89,7 +89,7 @@ def installed_below(requirements: list[Requirement]) -> set[str]:
 
 
 def licence_of(name: str) -> str:
-    """Return a package's licence as an SPDX expression; as it is written where it is none."""
+    """Return a package's licence as an SPDX expression, or the package's own words if they are no such expression."""
     if name in STATED:
         return STATED[name]
     about = metadata.metadata(name)

@@ -7,6 +7,7 @@ import re
 import socket
 import subprocess
 import sys
+import threading
 import time
 from contextlib import contextmanager
 
@@ -46,6 +47,16 @@ def await_ready(process, client, port):
             pass
         time.sleep(0.1)
     pytest.fail("the service did not start")
+
+
+def await_line(process, text, seconds=120):
+    """Read stderr until a line has this text; end the process if none has in time."""
+    timer = threading.Timer(seconds, process.kill)
+    timer.start()
+    try:
+        assert any(text in line for line in process.stderr), f"no line with {text!r} within {seconds} s"
+    finally:
+        timer.cancel()
 
 
 @contextmanager

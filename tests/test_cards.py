@@ -8,7 +8,7 @@ from PIL import Image
 
 from phreg_deploy.bundle.bundle import Bundle
 from phreg_deploy.cards.bundle import bundle_card
-from phreg_deploy.cards.metadata import KNOWN
+from phreg_deploy.cards.metadata import KNOWN, origin
 from phreg_deploy.cards.student import student_card
 from phreg_deploy.student_record import read_record
 
@@ -83,6 +83,11 @@ def test_a_licence_is_stated_as_it_is_known(student, bundle):
             assert ("license_link" in data) == (stated == "other")
             assert "base_model" not in data
             assert ("find it before you share" in text) == (licence is None)
+
+
+def test_a_licence_without_an_address_has_no_link():
+    assert origin({"license": "odd-1.0"}, "finetune")["license_link"] is None
+    assert origin({"license": "odd-1.0", "hf_hub_id": "a/b"}, "finetune")["license_link"].endswith("/a/b")
 
 
 def test_every_licence_that_timm_states_has_a_form_of_the_hub(torch):

@@ -5,7 +5,8 @@ import pytest
 from phreg_deploy.errors import PhregError
 from phreg_deploy.profiling import roofline as roof
 from phreg_deploy.profiling.device.peaks import Peaks
-from phreg_deploy.profiling.roofline import count_parts, place_layer
+from phreg_deploy.profiling.operations import count_parts
+from phreg_deploy.profiling.roofline import place_layer
 from phreg_deploy.spec import ModelSpec
 from tests.profile_helpers import TINY, layer_metadata
 

@@ -104,6 +104,22 @@ def test_what_cannot_be_run_is_refused(bundle):
     assert invoke("profile", bundle, "--scenario", "server").code == 2
 
 
+@pytest.mark.parametrize(
+    ("argument", "message"),
+    [
+        ({"seconds": 0.0}, "seconds: got 0.0"),
+        ({"seconds": float("nan")}, "seconds: got nan"),
+        ({"fps": -1.0}, "fps: got -1.0"),
+        ({"tolerance": float("nan")}, "tolerance: got nan"),
+        ({"frame": (0, 640)}, "frame: got 0x640"),
+    ],
+)
+def test_arguments_of_profile_out_of_bounds_are_refused(bundle, argument, message):
+    """A tolerance of NaN would let every growth over a baseline pass."""
+    with pytest.raises(PhregError, match=message):
+        profile(bundle, **argument)
+
+
 def test_profile_reports_scenarios_on_the_processor(wide_bundle):
     words = ["--backend", "onnxruntime-cpu", "--seconds", "0.1", "--scenario", "single-stream", "--scenario", "offline"]
     done = invoke("profile", wide_bundle, *words, "--json")

@@ -4,14 +4,17 @@ import json
 import sys
 import zipfile
 from functools import partial
+from pathlib import Path
 
 import pytest
 
+from phreg_deploy.progress import SILENT
 from phreg_deploy.runtime import FeatureExtractor
 from phreg_deploy.selftest import selftest
 from phreg_deploy.selftest.archive import anonymous
 from phreg_deploy.selftest.checks import FAIL, PASS, SKIP, Failed, Sheet, Skipped, Verdict
 from phreg_deploy.selftest.processor import check_exam
+from phreg_deploy.selftest.serving import check_memory
 from phreg_deploy.selftest.subjects import Subject
 from tests.cli_helpers import invoke
 
@@ -52,6 +55,13 @@ def test_wrong_answers_and_lost_memory_of_a_process_are_found(tmp_path, bundle, 
     kept.clear()
     wrong.append(True)
     assert failed(selftest(tmp_path / "b.zip", bundles=[bundle], frames=4)) == {"exam"}
+
+
+def test_memory_does_not_apply_where_the_system_does_not_give_it(bundle, monkeypatch, short):
+    """As on macOS and Windows, which have no /proc."""
+    monkeypatch.setattr("phreg_deploy.selftest.serving.STATM", Path("/there/is/no/such/file"))
+    with pytest.raises(Skipped, match="no /there/is/no/such/file"):
+        check_memory(partial(FeatureExtractor.load, bundle, "onnxruntime-cpu"), 1, SILENT)
 
 
 def test_a_backend_that_refuses_a_bundle_does_not_apply(bundle):

@@ -1,20 +1,15 @@
-"""``serve`` in a process of its own: every answer against the extractor's, what is refused, token, metrics, the end."""
+"""``serve`` in a process of its own: every answer against the extractor's, what is refused, token, metrics."""
 
-import concurrent.futures
 import io
 import json
 import random
-import signal
-import socket
-import time
 
 import numpy as np
 import pytest
 from PIL import Image
 
 from phreg_deploy.runtime import FeatureExtractor
-from tests.cli_helpers import run_python
-from tests.service_helpers import TOKEN, await_ready, encoded, figures, free_port, httpx, running, start, stopped
+from tests.service_helpers import TOKEN, encoded, figures, httpx, running
 
 for module in ("fastapi", "uvicorn", "prometheus_client", "python_multipart", "onnxruntime"):
     pytest.importorskip(module)
@@ -222,97 +217,3 @@ def test_info_and_openapi_say_what_is_served(service):
         assert post["description"]
         assert post["security"] == [{"HTTPBearer": []}]
     assert "HTTPValidationError" not in json.dumps(described)
-
-
-def test_nothing_is_lost_while_one_service_hands_over_to_another(demo_bundle, scene):
-    """Eight clients repeat what is refused with 503 or not taken at all; the first service stops in the middle."""
-    port, body = free_port(), scene.read_bytes()
-    first = start(demo_bundle, "--reuse-port", port=port)
-    processes = [first]
-    done, seen = [], []
-
-    def ask(number):
-        with httpx.Client(trust_env=False, timeout=30) as client:
-            for _ in range(25):
-                while True:
-                    try:
-                        response = client.post(f"http://127.0.0.1:{port}/artifacts", content=body)
-                    except httpx.TransportError as error:
-                        seen.append(type(error).__name__)
-                        time.sleep(0.05)
-                        continue
-                    seen.append(response.status_code)
-                    if response.status_code == 200:
-                        break
-                    assert (response.status_code, response.headers["retry-after"]) == (503, "1"), response.text
-                    time.sleep(0.05)
-                done.append(number)
-
-    try:
-        with httpx.Client(trust_env=False, timeout=30) as client, concurrent.futures.ThreadPoolExecutor(8) as pool:
-            await_ready(first, client, port)
-            work = [pool.submit(ask, number) for number in range(8)]
-            while len(done) < 20:
-                time.sleep(0.01)
-            second = start(demo_bundle, "--reuse-port", port=port)
-            processes.append(second)
-            while "Serving" not in (second.stderr.readline() or "Serving"):
-                pass
-            code, report, err = stopped(first, signal.SIGTERM)
-            for part in work:
-                part.result(60)
-        code_2, report_2, err_2 = stopped(second, signal.SIGINT)
-    finally:
-        for process in processes:
-            process.kill()
-            process.communicate()
-    assert (code, code_2, len(done)) == (0, 0, 200), err + err_2
-    assert (report["unfinished"], report_2["unfinished"]) == (0, 0)
-    served = report["answers"]["200"], report_2["answers"]["200"]
-    assert min(served) > 0
-    # What a service accepted it answered, and each answer came once.
-    assert sum(served) == report["accepted"] + report_2["accepted"] == seen.count(200) == 200
-
-
-BAD = [
-    (["{tmp}"], {}, "holds no manifest.json"),
-    (["{bundle}", "{bundle}"], {}, "two bundles named"),
-    (["a b={bundle}"], {}, "expected letters, digits"),
-    (["{bundle}", "--host", "0.0.0.0"], {}, "no token"),
-    (["{bundle}", "--host", "192.0.2.1", "--open"], {}, "cannot be listened on"),
-    (["{bundle}"], {"PHREG_SERVE_TOKEN": "short"}, "holds 5 characters, expected at least 16"),
-    (["{bundle}", "--token-file", "{tmp}/none"], {}, "cannot be read"),
-    (["{bundle}", "--max-mib", "5000"], {}, "got 5000.0 for mib"),
-    (["{bundle}", "--max-wait", "nan"], {}, "nan"),
-]
-
-
-@pytest.mark.parametrize(("words", "variables", "message"), BAD)
-def test_bad_options_are_refused_before_anything_is_served(
-    run_cli, monkeypatch, tmp_path, bundle, words, variables, message
-):
-    for name, value in variables.items():
-        monkeypatch.setenv(name, value)
-    outcome = run_cli("serve", *(word.format(tmp=tmp_path, bundle=bundle) for word in words), "--port", "0", "--json")
-    assert outcome.code == 2
-    assert message in outcome.err
-
-
-def test_a_taken_port_and_missing_modules_are_named(run_cli, bundle):
-    port = free_port()
-    with socket.socket() as taken:
-        taken.bind(("127.0.0.1", port))
-        taken.listen()
-        run_cli("serve", bundle, "--port", port, "--json").refused(2, f"127.0.0.1:{port} cannot be listened on")
-    said = run_python(BLOCKED)
-    assert said.startswith("4 ")
-    assert "phreg-deploy[serve]" in said
-
-
-BLOCKED = """
-import sys
-sys.modules["uvicorn"] = None
-from tests.cli_helpers import invoke
-outcome = invoke("serve", "x")
-print(outcome.code, outcome.err)
-"""

@@ -168,11 +168,11 @@ def test_a_failing_backend_is_500_and_not_ready_until_a_run_succeeds(held, data)
     async def run():
         async with opened(held) as (_, client):
             held.error = RuntimeError("the device is gone")
-            failed = await client.post("/artifacts", content=data)
+            failed, metrics = await client.post("/artifacts", content=data), (await client.get("/metrics")).text
             sick = await client.get("/health/ready")
             held.error = None
             served = await client.post("/artifacts", content=data)
-            return failed, sick, served, await client.get("/health/ready"), (await client.get("/metrics")).text
+            return failed, sick, served, await client.get("/health/ready"), metrics
 
     failed, sick, served, well, metrics = asyncio.run(run())
     assert (failed.status_code, "gone" in failed.text, "its log says why" in failed.text) == (500, False, True)
@@ -180,6 +180,34 @@ def test_a_failing_backend_is_500_and_not_ready_until_a_run_succeeds(held, data)
     assert (served.status_code, well.status_code) == (200, 200)
     assert 'phreg_failed_runs_total{model="held"} 1.0' in metrics
     assert 'phreg_requests_total{route="/artifacts",status="500"} 1.0' in metrics
+
+
+def test_a_failing_service_recovers_without_requests(held, data):
+    """A load balancer sends no image until ``/health/ready`` is 200 again."""
+    held.go.set()
+
+    async def run():
+        async with opened(held, queue=1, batch=1) as (_, client):
+
+            async def ready():
+                return (await client.get("/health/ready")).status_code == 200
+
+            held.error = RuntimeError("the device is gone")
+            await client.post("/artifacts", content=data)
+            held.go.clear()
+            asked = [await ready() for _ in range(9)]
+            await until(waiting(client, 0))
+            held.go.set()
+            for _ in range(20):
+                asked.append(await ready())
+                await asyncio.sleep(0.01)
+            held.error = None
+            await until(ready)
+            return asked, (await client.get("/metrics")).text
+
+    asked, metrics = asyncio.run(run())
+    assert not any(asked), "it said that it is ready while its backend failed"
+    assert 'phreg_batch_images_sum{model="held"} 1.0' in metrics, "an image of zeros was run after it worked again"
 
 
 def test_a_stop_finishes_what_was_accepted_and_refuses_the_rest(held, data):

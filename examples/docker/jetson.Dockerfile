@@ -1,4 +1,4 @@
-# Serves a bundle on a Jetson with JetPack 6.2. From the repository's root, on the Jetson:
+# Runs every command on a Jetson with JetPack 6.2. From the repository's root, on the Jetson:
 #   docker build -f examples/docker/jetson.Dockerfile -t phreg-deploy .
 #   docker run --rm --runtime nvidia phreg-deploy
 # The image has CUDA 12.6 with NVRTC, and TensorRT 10.3.

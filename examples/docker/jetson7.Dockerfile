@@ -1,4 +1,4 @@
-# Serves a bundle on a Jetson with JetPack 7, such as Thor. From the repository's root, on the Jetson:
+# Runs every command on a Jetson with JetPack 7, such as Thor. From the repository's root, on the Jetson:
 #   docker build -f examples/docker/jetson7.Dockerfile -t phreg-deploy .
 #   docker run --rm --runtime nvidia phreg-deploy
 # Since JetPack 7 a Jetson runs NVIDIA's images for ARM servers. This one has CUDA 13.0 with NVRTC, and TensorRT 10.13.

@@ -1,4 +1,4 @@
-# Serves a bundle on an NVIDIA GPU of a workstation or server (x86-64, driver of CUDA 13). From the repository's root:
+# Runs every command on an NVIDIA GPU of a workstation or server (x86-64, driver of CUDA 13). From the repository's root:
 #   docker build -f examples/docker/workstation.Dockerfile -t phreg-deploy .
 #   docker run --rm --gpus all phreg-deploy
 FROM nvidia/cuda:13.0.1-base-ubuntu24.04

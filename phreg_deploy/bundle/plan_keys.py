@@ -43,7 +43,7 @@ class PlanKey(Stored):
 
     ``graph``: sha256 of ``model.onnx``. ``profiles``: digest of the optimization profiles. ``gpu``: the device's name
     and number of multiprocessors. ``architecture``: compute capability times ten. ``cuda``: the major version of CUDA
-    that TensorRT was built for; the driver's if TensorRT does not tell.
+    that TensorRT was built for; the driver's if TensorRT does not say.
     """
 
     graph: str

@@ -32,10 +32,11 @@ def origin(source: dict[str, Any], relation: str) -> dict[str, Any]:
     """
     licence, hub = source.get("license"), source.get("hf_hub_id")
     known = licence is None or licence in KNOWN
+    link = source.get("url") or (f"https://huggingface.co/{hub}" if hub else None)
     return {
         "license": (licence or "unknown") if known else "other",
         "license_name": None if known else licence,
-        "license_link": None if known else source.get("url") or f"https://huggingface.co/{hub}",
+        "license_link": None if known else link,
         "base_model": hub,
         "base_model_relation": relation if hub else None,
     }

@@ -15,7 +15,7 @@ from phreg_deploy.evaluation.data.sources import Source, open_source
 from phreg_deploy.evaluation.data.splits import Split, split_names
 from phreg_deploy.evaluation.data.store import FeatureStore
 from phreg_deploy.evaluation.data.truth import Depths, Masks, Truth, find_truth, read_masks
-from phreg_deploy.evaluation.intervals import Bootstrap, compare, interval
+from phreg_deploy.evaluation.intervals import Bootstrap
 from phreg_deploy.evaluation.pictures import Pictures
 from phreg_deploy.evaluation.reading import BaseTokens, read_heads
 from phreg_deploy.evaluation.report import Evaluation, Subject
@@ -130,23 +130,17 @@ def _evaluate(
     drawn, figures, decides = data.bootstrap.draw(parts), figures_of(parts), DECIDES[truth.task]
     if figures[decides] is None:
         raise PhregError("evaluate: the images to read on have no pixel of a class; split otherwise.")
-    against = None
-    if data.first is not None:
-        gain = (figures[decides] or 0.0) - (data.first[0].figures[decides] or 0.0)
-        against = compare(decides, gain, drawn[decides] - data.first[1][decides])
-    subject = Subject(
+    subject = Subject.of(
+        source,
+        decides,
+        figures,
+        drawn,
+        data.first,
         name=label,
-        kind=source.kind,
-        runs_on=source.runs_on,
-        size=source.size,
-        grid=source.grid,
         width=heads[0].width,
         layers=source.layers,
-        figures=figures,
-        intervals={name: interval(values) for name, values in drawn.items()},
         seeds=[figures_of([p])[decides] for p in parts],
         class_iou=_class_iou(parts),
-        against_base=against,
         patches=int(heads[0].trained_on["patches"]),
         iterations=[fit.iterations for fit in fits],
         converged=all(fit.converged for fit in fits),

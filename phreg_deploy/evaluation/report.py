@@ -5,7 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from phreg_deploy.evaluation.intervals import Comparison
+import numpy as np
+
+from phreg_deploy.evaluation.data.sources import Source
+from phreg_deploy.evaluation.intervals import Comparison, compare, interval
 from phreg_deploy.spec import Stored, plain
 
 
@@ -38,6 +41,38 @@ class Subject(Stored):
     computed: int
     cache_bytes: int
     seconds: dict[str, dict[str, float]]
+
+    @classmethod
+    def of(
+        cls,
+        source: Source,
+        deciding: str,
+        figures: dict[str, float | None],
+        resampled: dict[str, np.ndarray],
+        base: tuple[Subject, dict[str, np.ndarray]] | None,
+        **facts: Any,
+    ) -> Subject:
+        """Make the entry of a source; the deciding figure is compared with the base's.
+
+        Args:
+            deciding: name of the figure. resampled: figures in every resample, float ``(R,)`` by name.
+            base: entry and resampled figures of the base; None for the base itself.
+            facts: the other fields.
+        """
+        against = None
+        if base is not None:
+            gain = (figures[deciding] or 0.0) - (base[0].figures[deciding] or 0.0)
+            against = compare(deciding, gain, resampled[deciding] - base[1][deciding])
+        return cls(
+            kind=source.kind,
+            runs_on=source.runs_on,
+            size=source.size,
+            grid=source.grid,
+            figures=figures,
+            intervals={name: interval(values) for name, values in resampled.items()},
+            against_base=against,
+            **facts,
+        )
 
 
 @dataclass(frozen=True)

@@ -21,7 +21,7 @@ from phreg_deploy.evaluation.data.sources import BATCH, Source, open_source
 from phreg_deploy.evaluation.data.splits import Split, group_of
 from phreg_deploy.evaluation.data.truth import Masks, check_sides, find_truth, read_masks
 from phreg_deploy.evaluation.evaluator import Outcome
-from phreg_deploy.evaluation.intervals import Bootstrap, compare, interval
+from phreg_deploy.evaluation.intervals import Bootstrap
 from phreg_deploy.evaluation.pictures import Pictures
 from phreg_deploy.evaluation.report import Evaluation, Subject
 from phreg_deploy.evaluation.request import EvaluationRequest
@@ -156,25 +156,20 @@ def _evaluate(
     figures, drawn = figures_of([parts]), bootstrap.draw([parts])
     if figures[FIGURE] is None:
         raise PhregError("evaluate: the masks have no pixel of a class; check --ignore.")
-    against = None
-    if base is not None:
-        against = compare(FIGURE, figures[FIGURE] - (base[0].figures[FIGURE] or 0.0), drawn[FIGURE] - base[1][FIGURE])
     if pictures is not None:
         whole = replace(source.preprocess, crop_mode="squash", crop_pct=1.0)
         pictures.draw(source.name, replace(source, preprocess=whole), lambda name, _size: drawn_maps[name])
-    subject = Subject(
+    subject = Subject.of(
+        source,
+        FIGURE,
+        figures,
+        drawn,
+        base,
         name=source.name,
-        kind=source.kind,
-        runs_on=source.runs_on,
-        size=source.size,
-        grid=source.grid,
         width=head.width,
         layers=None,
-        figures=figures,
-        intervals={name: interval(values) for name, values in drawn.items()},
         seeds=[figures[FIGURE]],
         class_iou=parts.class_iou(),
-        against_base=against,
         patches=0,
         iterations=[],
         converged=True,

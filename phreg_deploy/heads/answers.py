@@ -1,19 +1,23 @@
-"""Compute in numpy what heads in a bundle's graph serve: the reference for its exam and for ``check``."""
+"""The reference for a bundle's answers: a PyTorch model's, and what its heads serve, computed in numpy."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import numpy as np
 
 from phreg_deploy.bundle.bundle import Bundle
 from phreg_deploy.bundle.heads import JOINT_BILATERAL, ServedHead
+from phreg_deploy.bundle.manifest import Manifest
 from phreg_deploy.heads.head import Head
 from phreg_deploy.heads.text_head import TextHead
 from phreg_deploy.images.upsampling import joint_bilateral, upsample
-from phreg_deploy.layers import DEPTH, SEGMENTATION
+from phreg_deploy.layers import ATTENTION, DEPTH, SEGMENTATION, Layers
 
 Outputs = dict[str, np.ndarray]
+# Images -> a bundle's outputs by name.
+Answers = Callable[[np.ndarray], Outputs]
 
 
 def head_answer(
@@ -60,7 +64,22 @@ def attached_heads(bundle: Bundle) -> list[tuple[ServedHead, Head | TextHead]]:
     return heads
 
 
-def with_heads(answers: Callable[[np.ndarray], Outputs], bundle: Bundle) -> Callable[[np.ndarray], Outputs]:
+def answers_of(model: Any, manifests: Sequence[Manifest]) -> Answers:
+    """Return a PyTorch model's answers to images, uint8 ``(B, H, W, 3)``: every output that a bundle has without heads.
+
+    Args:
+        model: of ``load_model``. manifests: of the bundles, which have one preprocessing.
+    """
+    from phreg_deploy.models.answers import model_answers
+
+    served = [manifest.layers for manifest in manifests if manifest.layers is not None]
+    blocks = sorted({block for layers in served for block in layers.blocks})
+    layers = Layers(tuple(blocks), served[0].norm) if served else None
+    attention = any(ATTENTION in manifest.outputs for manifest in manifests)
+    return model_answers(model, manifests[0].preprocess, layers=layers, attention=attention)
+
+
+def with_heads(answers: Answers, bundle: Bundle) -> Answers:
     """Add the outputs of a bundle's heads to what ``answers`` computes for images, uint8 ``(B, H, W, 3)``."""
     heads = attached_heads(bundle)
 

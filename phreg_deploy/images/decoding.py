@@ -8,10 +8,12 @@ from pathlib import Path
 from typing import IO
 
 import numpy as np
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
 
 from phreg_deploy.errors import PhregError
 
+# What Pillow raises for damaged EXIF.
+DAMAGED = (struct.error, SyntaxError, ValueError, TypeError, KeyError)
 # Pixels above which a JPEG is decoded at half, a quarter or an eighth of its sides.
 GIANT = 1 << 25
 
@@ -39,9 +41,16 @@ def to_rgb(image: Image.Image) -> Image.Image:
 
 def upright(image: Image.Image) -> Image.Image:
     """Turn an image by its EXIF orientation; leave it unchanged without one, or with a damaged one."""
-    with contextlib.suppress(struct.error, SyntaxError, ValueError, TypeError, KeyError):
+    with contextlib.suppress(*DAMAGED):
         return ImageOps.exif_transpose(image)
     return image
+
+
+def is_turned(jpeg: Image.Image) -> bool:
+    """Whether ``upright`` swaps width and height of a JPEG; no pixel is decoded."""
+    with contextlib.suppress(*DAMAGED):
+        return jpeg.getexif().get(ExifTags.Base.Orientation) in (5, 6, 7, 8)
+    return False
 
 
 def read_image(

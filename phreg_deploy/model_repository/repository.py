@@ -68,7 +68,7 @@ def write_repository(
     check_target(output, force, [bundle.folder])
     sizes = _sizes(bundle, image_size)
     # Refuses a bundle before anything is copied.
-    texts = [write_config(name, bundle.manifest, size, backend) for size in sizes]
+    write_config(name, bundle.manifest, sizes[0], backend)
     plans = _plans(bundle) if backend == TENSORRT else {}
     tables = [key for key in TABLES if key in bundle.manifest.inputs]
     if tables and not plans:
@@ -76,7 +76,7 @@ def write_repository(
     bundle.verify()
     models: list[dict[str, object]] = []
     with atomic_folder(output, force, [bundle.folder]) as folder:
-        for size, _ in zip(sizes, texts):
+        for size in sizes:
             own = name if len(sizes) == 1 else f"{name}-{size[0]}x{size[1]}" if size else name
             version = folder / own / "1"
             version.mkdir(parents=True)

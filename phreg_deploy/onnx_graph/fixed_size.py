@@ -20,7 +20,7 @@ def fix_size(
     tables: Mapping[str, np.ndarray],
     shapes: Mapping[str, Sequence[int]],
 ) -> None:
-    """Write a graph that takes images of one size, and only these; the axis of the batch stays as it is.
+    """Write a copy of a graph that takes images of one size only. The batch may still have any size that it had.
 
     Args:
         source: a graph with the inputs ``image`` and ``tables``. Weights beside it are not read; put a copy beside

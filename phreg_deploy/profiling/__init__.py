@@ -5,6 +5,7 @@ Importing this module imports neither numpy nor a runtime.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -16,6 +17,8 @@ if TYPE_CHECKING:
 
 __all__ = ["profile"]
 LARGEST_FRAME = 16_384
+# Least seconds of measuring, and images per second.
+SHORTEST, SLOWEST = 0.01, 0.1
 
 
 def profile(
@@ -64,9 +67,12 @@ def profile(
     """
     from phreg_deploy.errors import PhregError
 
-    if max(frame) > LARGEST_FRAME:
+    if not 1 <= min(frame) <= max(frame) <= LARGEST_FRAME:
         got = f"{frame[0]}x{frame[1]}"
-        raise PhregError(f"frame: got {got}, expected sides of at most {LARGEST_FRAME} pixels.")
+        raise PhregError(f"frame: got {got}, expected sides of 1 to {LARGEST_FRAME} pixels.")
+    for name, value, least in (("seconds", seconds, SHORTEST), ("fps", fps, SLOWEST), ("tolerance", tolerance, 0)):
+        if value is not None and not (math.isfinite(value) and value >= least):
+            raise PhregError(f"{name}: got {value}, expected a number from {least} on.")
     from phreg_deploy.profiling.baseline import Baseline
     from phreg_deploy.profiling.profiler import ProfileRequest, profile_bundle
     from phreg_deploy.profiling.scenarios import SCENARIOS

@@ -171,7 +171,7 @@ def _short(value: Any) -> str:
     if value is None:
         return "the default"
     if isinstance(value, dict):
-        told = (f"{name.replace('_', ' ')} {_short(value[name])}" for name in sorted(value) if value[name] is not None)
-        return ", ".join(told) or "not told"
+        known = [name for name in sorted(value) if value[name] is not None]
+        return ", ".join(f"{name.replace('_', ' ')} {_short(value[name])}" for name in known) or "unknown"
     is_hash = isinstance(value, str) and len(value) == 64
     return f"{value[:16]}…" if is_hash else str(value)

@@ -78,7 +78,7 @@ def profile_gpu(
     profiled = backend if isinstance(backend, ProfiledBackend) else None
     missing = {}
     if profiled is None:
-        missing["parts"] = f"{backend.name} does not tell the parts of an inference; latency is the host's."
+        missing["parts"] = f"{backend.name} does not report the parts of an inference; latency is the host's."
         missing["layers"] = f"{backend.name} has no layer profile."
     used = _used_memory(backend)
     idle_power = telemetry.measure_idle(request.idle_seconds) if telemetry and request.idle_seconds else None

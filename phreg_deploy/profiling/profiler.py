@@ -84,16 +84,7 @@ def profile_bundle(
             on_gpu = _measure_gpu(extractor, request.on_gpu(request.fps), telemetry, report.remarks, progress)
             report = replace(report, gpu=replace(on_gpu, watched=[whole, *on_gpu.watched]))
         for name in request.scenarios:
-            threads = max(request.streams) if telemetry is not None or how.mode == "throughput" else 1
-            with watched(telemetry) as watch:
-                measured = run_scenario(
-                    extractor, name, seconds=request.seconds, size=cases[0][1], threads=threads, progress=progress
-                )
-            report = replace(report, scenarios=[*(report.scenarios or []), measured])
-            if report.gpu is not None:
-                case = {"batch": measured.batch, "size": list(cases[0][1]), "measurement": name}
-                entry = {**case, **watch.summary(measured.samples)}
-                report = replace(report, gpu=replace(report.gpu, watched=[*report.gpu.watched, entry]))
+            report = _add_scenario(report, request, extractor, telemetry, name, progress)
     if request.without is not None and report.gpu is not None:
         with request.load(request.without, None) as extractor, _sensors(extractor) as telemetry:
             assert telemetry is not None
@@ -104,6 +95,26 @@ def profile_bundle(
         differences += baseline.held_back(report.gpu)
         report = replace(report, baseline=Comparison(str(baseline.path), differences, tolerance, rows))
     return report
+
+
+def _add_scenario(
+    report: ProfileReport,
+    request: ProfileRequest,
+    extractor: FeatureExtractor,
+    telemetry: Telemetry | None,
+    name: str,
+    progress: Progress,
+) -> ProfileReport:
+    size = request.size or extractor.manifest.sizes.default
+    threads = max(request.streams) if telemetry is not None or request.options.mode == "throughput" else 1
+    with watched(telemetry) as watch:
+        measured = run_scenario(extractor, name, seconds=request.seconds, size=size, threads=threads, progress=progress)
+    report = replace(report, scenarios=[*(report.scenarios or []), measured])
+    if report.gpu is None:
+        return report
+    case = {"batch": measured.batch, "size": list(size), "measurement": name}
+    entry = {**case, **watch.summary(measured.samples)}
+    return replace(report, gpu=replace(report.gpu, watched=[*report.gpu.watched, entry]))
 
 
 def _check_conditions(baseline: Baseline, differences: list[str], any_conditions: bool) -> None:

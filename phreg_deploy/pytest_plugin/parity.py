@@ -132,13 +132,9 @@ def _reference_answers(
 
     check_model(reference)
     require("assert_parity with a student as reference", distill=DISTILL)
-    from phreg_deploy.heads.answers import with_heads
-    from phreg_deploy.layers import ATTENTION
-    from phreg_deploy.models.answers import model_answers
+    from phreg_deploy.heads.answers import answers_of, with_heads
     from phreg_deploy.models.loading import load_model
     from phreg_deploy.models.readouts import with_readout
 
     model = with_readout(load_model(reference, image_size=size), manifest.readout)
-    attention = ATTENTION in manifest.outputs
-    answers = model_answers(model, manifest.preprocess, layers=manifest.layers, attention=attention)
-    return with_heads(answers, extractor.bundle)
+    return with_heads(answers_of(model, [manifest]), extractor.bundle)

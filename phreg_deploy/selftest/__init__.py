@@ -38,8 +38,8 @@ def selftest(
 
     On a GPU it builds the engine of each bundle, examines each profile on each path (plain, captured, replayed, arrays
     on the GPU, misaligned frames), serves two threads beside one that synchronises the GPU, serves ``frames`` frames
-    and watches the memory, runs compute-sanitizer where it is installed, and tries what NVIDIA's documents contradict
-    each other in (``selftest.disputes``).
+    and watches the memory, runs compute-sanitizer where it is installed, and tries the cases on which documents of
+    NVIDIA contradict each other (``selftest.disputes``).
 
     Args:
         output: the archive, a .zip. It holds no user name and no path of this machine.

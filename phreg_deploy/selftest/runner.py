@@ -7,7 +7,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from phreg_deploy import __version__
 from phreg_deploy.doctor.doctor import diagnose
@@ -22,6 +22,9 @@ from phreg_deploy.selftest.archive import Archive
 from phreg_deploy.selftest.checks import Check, Sheet, Verdict
 from phreg_deploy.selftest.logs import collected
 from phreg_deploy.selftest.subjects import LARGE, SMALL, Subject, check_means, copied, exported, packaged_model
+
+if TYPE_CHECKING:
+    from phreg_deploy.selftest.engines import Built
 
 ON_PROCESSOR = ("fp32", "fp16", "int8")
 ON_GPU = ("fp32", "fp16", "bf16", "int8", "fp8")
@@ -98,8 +101,7 @@ def _check_processor(plan: Plan, room: Path, sheet: Sheet, backends: list[str], 
 
 def _check_gpu(plan: Plan, cuda: Cuda, room: Path, sheet: Sheet, archive: Archive, progress: Progress) -> None:
     from phreg_deploy.export.engine.build import LEAST_ARCHITECTURE
-    from phreg_deploy.selftest import disputes
-    from phreg_deploy.selftest.engines import Built, EngineChecks
+    from phreg_deploy.selftest.engines import EngineChecks
     from phreg_deploy.selftest.sanitizer import check_memory_accesses
     from phreg_deploy.selftest.serving import check_memory, check_threads
 
@@ -123,6 +125,22 @@ def _check_gpu(plan: Plan, cuda: Cuda, room: Path, sheet: Sheet, archive: Archiv
         sheet.run(f"{served.subject}, memory", partial(check_memory, load, plan.frames, progress))
         checked = partial(check_memory_accesses, served.subject.folder, device, archive)
         sheet.run(f"{served.subject}, compute-sanitizer", checked)
+    _try_disputes(plan, built, served, architecture, room, sheet, progress)
+
+
+def _try_disputes(
+    plan: Plan,
+    built: dict[tuple[str, str], Built],
+    served: Built | None,
+    architecture: int,
+    room: Path,
+    sheet: Sheet,
+    progress: Progress,
+) -> None:
+    """Try the cases of ``selftest.disputes`` on the engines, ``built`` by model and precision."""
+    from phreg_deploy.selftest import disputes
+
+    device = plan.device
     for model in {model: None for model, _ in built}:
         of = {precision: one for (name, precision), one in built.items() if name == model}
         sheet.run(

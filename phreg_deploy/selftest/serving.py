@@ -18,7 +18,7 @@ from phreg_deploy.progress import Progress
 from phreg_deploy.runtime.backends.interface import DeviceBackend
 from phreg_deploy.runtime.features import FeatureExtractor
 from phreg_deploy.runtime.parity import agreement, judge_exam
-from phreg_deploy.selftest.checks import Failed
+from phreg_deploy.selftest.checks import Failed, Skipped
 
 # Frames of each thread, and fresh extractors: every one records its CUDA graphs beside the synchronising thread.
 ROUNDS, AGAIN = 50, 3
@@ -30,6 +30,8 @@ WARM = 50
 CALLS = 3
 # Bytes by which memory may change: the driver and, on a Jetson, all other programs use it too.
 OWN, SHARED = 8 << 20, 64 << 20
+# Gives the memory of this process, in pages.
+STATM = Path("/proc/self/statm")
 # Seconds between two synchronisations of the GPU.
 PAUSE = 1e-3
 
@@ -174,15 +176,18 @@ def check_memory(load: Load, count: int, progress: Progress) -> str:
 
 
 def used_memory(cuda: Any) -> dict[str, int]:
-    """Bytes in use: "GPU" by all programs, "process" resident; one that the system does not tell is left out."""
+    """Bytes in use: "GPU" by all programs, "process" resident; a figure that the system does not give is left out.
+
+    Raises ``Skipped`` where it gives none.
+    """
     used = {}
     if cuda is not None:
         with cuda.selected():
             free, total = cuda.free_memory()
         used["GPU"] = total - free
     try:
-        used["process"] = int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+        used["process"] = int(STATM.read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
     except (OSError, ValueError, IndexError):
         if cuda is None:
-            raise Failed("this system does not tell the memory of a process in /proc/self/statm.") from None
+            raise Skipped(f"this system has no {STATM}, which gives the memory of a process.") from None
     return used

@@ -47,8 +47,8 @@ class _Waiting:
 class Batcher:
     """Runs images on one thread, in the order in which they came, several of one size at a time.
 
-    An image waits until ``most`` of its size are there, or the oldest has waited ``wait`` seconds, or the run before it
-    ends, whichever comes last. An image whose future was cancelled before its run is never run.
+    A run begins when the one before has ended and either ``most`` images of the oldest one's size wait, or the oldest
+    has waited ``wait`` seconds. An image whose future was cancelled before its run is never run.
 
     Args:
         run: computes features of uint8 RGB images ``(B, H, W, 3)``, such as ``FeatureExtractor.dense``.
@@ -93,9 +93,10 @@ class Batcher:
             if self._stopped:
                 raise Stopped("serve: the service is stopping and takes no more images; ask another one.")
             # While nothing runs, the next batch is still in the queue.
-            if len(self._waiting) >= self._queue + (0 if self._running else self._most):
-                self._forget_cancelled()
-            if len(self._waiting) >= self._queue + (0 if self._running else self._most):
+            room = self._queue + (0 if self._running else self._most)
+            if len(self._waiting) >= room:
+                self._drop_cancelled()
+            if len(self._waiting) >= room:
                 raise QueueFull(f"serve: {len(self._waiting)} images wait already; ask again in a second.")
             self._waiting.append(entry)
             self._changed.notify()
@@ -108,7 +109,7 @@ class Batcher:
             self._changed.notify()
         self._thread.join()
 
-    def _forget_cancelled(self) -> None:
+    def _drop_cancelled(self) -> None:
         self._waiting = deque(entry for entry in self._waiting if not entry.future.cancelled())
 
     def _serve(self) -> None:
@@ -120,7 +121,7 @@ class Batcher:
         with self._changed:
             self._running = 0
             while True:
-                self._forget_cancelled()
+                self._drop_cancelled()
                 if not self._waiting:
                     if self._stopped:
                         return []
@@ -148,15 +149,15 @@ class Batcher:
         # Every request of the batch must be answered, whatever the backend raised.
         except BaseException as error:
             logger.exception("A run of %d images failed.", len(batch))
-            self._tell(len(batch), None)
+            self._report(len(batch), None)
             for entry in batch:
                 entry.future.set_exception(error)
             return
-        self._tell(len(batch), ran)
+        self._report(len(batch), ran)
         for entry, part in zip(batch, parts):
             entry.future.set_result(part)
 
-    def _tell(self, size: int, seconds: float | None) -> None:
+    def _report(self, size: int, seconds: float | None) -> None:
         try:
             self._observe(size, seconds)
         except Exception:

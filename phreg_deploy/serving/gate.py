@@ -1,30 +1,31 @@
-"""``Gate``: decides about a request before its body is read, bounds its time, and counts it."""
+"""``Gate``: decides about a request before its body is read, and counts it."""
 
 from __future__ import annotations
 
-import asyncio
-import json
 from collections import Counter
-from collections.abc import Callable
 from typing import Any
 
+from phreg_deploy.serving.exchange import Exchange, Receive, Send
 from phreg_deploy.serving.limits import ServiceLimits
 from phreg_deploy.serving.metrics import Metrics
 from phreg_deploy.serving.requests.access import TokenCheck
 from phreg_deploy.serving.requests.refusals import Refused
+from phreg_deploy.serving.requests.uploads import too_large
 
 # Answered without a token: what load balancers ask, and the description of the service, which names no bundle.
 OPEN = ("/health", "/health/live", "/health/ready", "/openapi.json", "/docs")
-# Seconds for which the body of a refused request is read and dropped: a client that still sends reads no answer.
-PATIENCE = 5.0
+# Counted for a client that hung up before its answer began, as nginx does.
+HUNG_UP = 499
 
 
 class Gate:
     """ASGI middleware around the whole service.
 
-    It refuses without a valid token (401), while the service stops (503), and beyond ``capacity`` requests at a time
-    (503); it ends a request after ``limits.seconds`` (408 if its body had not arrived, else 504). ``active``: requests
-    with an image that were accepted and are not answered yet; ``accepted`` and ``answers`` (by status) count them.
+    It refuses without a valid token (401), while the service stops (503), beyond ``capacity`` requests at a time (503),
+    and a body that declares too many bytes (413). ``Exchange`` bounds the time of the others.
+
+    ``active``: requests with an image that were accepted and are not answered yet. ``accepted`` and ``answers`` (by
+    status) count requests with an image.
     """
 
     def __init__(
@@ -36,39 +37,37 @@ class Gate:
         metrics.active.set_function(lambda: self.active)
         metrics.ready.set_function(lambda: float(not self.stopping))
 
-    async def __call__(self, scope: Any, receive: Callable[[], Any], send: Callable[[Any], Any]) -> None:
+    async def __call__(self, scope: Any, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
             await self.app(scope, receive, send)
             return
-        status = 0
-
-        async def counted(message: Any) -> None:
-            nonlocal status
-            status = message.get("status", status)
-            await send(message)
-
-        loads = scope["method"] == "POST"
-        refused = self._judge(scope)
+        has_image = scope["method"] == "POST"
+        exchange, refused, failed = Exchange(scope, receive, send), self._judge(scope), False
         try:
-            if refused is not None:
-                await _drop_body(scope, receive, self.limits.bytes)
-                await _answer(counted, refused)
-                return
-            self.active += loads
-            self.accepted += loads
-            try:
-                await self._timed(scope, receive, counted, lambda: status > 0)
-            except Exception:
-                # The answer is made outside.
-                status = status or 500
-                raise
-            finally:
-                self.active -= loads
+            if refused is None:
+                await self._accept(exchange, has_image)
+            else:
+                if has_image:
+                    await exchange.drop_body(self.limits.bytes)
+                await exchange.refuse(refused)
+        except Exception:
+            # The answer is made outside.
+            failed = True
+            raise
         finally:
             route = getattr(scope.get("route"), "path", "refused" if refused else "other")
-            self.metrics.requests.labels(route, status or 499).inc()
-            if loads:
-                self.answers[status or 499] += 1
+            status = exchange.status or (500 if failed else HUNG_UP)
+            self.metrics.requests.labels(route, status).inc()
+            if has_image:
+                self.answers[status] += 1
+
+    async def _accept(self, exchange: Exchange, has_image: bool) -> None:
+        self.active += has_image
+        self.accepted += has_image
+        try:
+            await exchange.run(self.app, self.limits.seconds)
+        finally:
+            self.active -= has_image
 
     def _judge(self, scope: Any) -> Refused | None:
         given = dict(scope["headers"])
@@ -83,62 +82,4 @@ class Gate:
                 503, f"serve: {self.active} requests are being served already; ask again in a second.", retry=1
             )
         declared = given.get(b"content-length", b"0")
-        if declared.isdigit() and int(declared) > self.limits.bytes:
-            from phreg_deploy.serving.requests.uploads import too_large
-
-            return too_large(self.limits.bytes)
-        return None
-
-    async def _timed(
-        self, scope: Any, receive: Callable[[], Any], send: Callable[[Any], Any], began: Callable[[], bool]
-    ) -> None:
-        arrived = False
-
-        async def watched() -> Any:
-            nonlocal arrived
-            message = await receive()
-            arrived = arrived or not message.get("more_body", False)
-            return message
-
-        try:
-            await asyncio.wait_for(self.app(scope, watched, send), self.limits.seconds)
-        except (TimeoutError, asyncio.TimeoutError):
-            if began():
-                # Half an answer cannot be taken back; the connection is closed.
-                raise
-            seconds = f"{self.limits.seconds:g} s"
-            if arrived:
-                late = Refused(
-                    504, f"serve: there was no answer within {seconds}; the service is overloaded. Ask again."
-                )
-            else:
-                late = Refused(408, f"body: it had not arrived within {seconds}; send it faster, or a smaller image.")
-            await _answer(send, late)
-
-
-async def _drop_body(scope: Any, receive: Callable[[], Any], limit: int) -> None:
-    """Read what a refused client still sends; one that waits for "100 Continue" sends nothing."""
-    if scope["method"] != "POST" or b"100-continue" in dict(scope["headers"]).get(b"expect", b"").lower():
-        return
-
-    async def drop() -> None:
-        read = 0
-        while read <= limit:
-            message = await receive()
-            read += len(message.get("body", b""))
-            if not message.get("more_body", False):
-                return
-
-    try:
-        await asyncio.wait_for(drop(), PATIENCE)
-    except (TimeoutError, asyncio.TimeoutError):
-        return
-
-
-async def _answer(send: Callable[[Any], Any], refused: Refused) -> None:
-    body = json.dumps({"detail": str(refused)}).encode()
-    headers = {"content-type": "application/json", "content-length": str(len(body)), "connection": "close"}
-    headers |= refused.headers | ({"www-authenticate": "Bearer"} if refused.status == 401 else {})
-    encoded = [(name.encode(), value.encode()) for name, value in headers.items()]
-    await send({"type": "http.response.start", "status": refused.status, "headers": encoded})
-    await send({"type": "http.response.body", "body": body})
+        return too_large(self.limits.bytes) if declared.isdigit() and int(declared) > self.limits.bytes else None

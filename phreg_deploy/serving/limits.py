@@ -8,6 +8,8 @@ from dataclasses import dataclass
 from phreg_deploy.errors import PhregError
 
 MEBI, MEGA = 1 << 20, 10**6
+# Pillow decodes no larger images (``PIL.Image.MAX_IMAGE_PIXELS``).
+MOST_MEGAPIXELS = 89
 
 
 @dataclass(frozen=True)
@@ -15,10 +17,11 @@ class ServiceLimits:
     """Bounds of a service.
 
     ``mib``: size of a request, in MiB. ``megapixels``: of an image, before it is decoded. ``queue``: images per bundle
-    that may wait beside the batch that runs; one more is refused with 503. ``seconds``: for a request, from its first
-    byte to its answer. ``batch``: images of several requests in one run; None takes the bundle's best batch. ``wait``:
-    seconds for which an image waits for others. ``drain``: seconds from the signal to stop for which new requests are
-    still answered (with 503), and ``stop``: seconds after which the service ends even if requests are unfinished.
+    that may wait beside the batch that runs; one more is refused with 503. ``seconds``: for a request, from the end of
+    its headers to the last piece of its answer. ``batch``: images of several requests in one run; None takes the
+    bundle's best batch. ``wait``: seconds for which an image waits for others. ``drain``: seconds from the signal to
+    stop for which new requests are still answered (with 503), and ``stop``: seconds after which the service ends even
+    if requests are unfinished.
 
     Raises:
         PhregError: a value out of bounds.
@@ -36,7 +39,7 @@ class ServiceLimits:
     def __post_init__(self) -> None:
         for name, least, most in (
             ("mib", 0.001, 1024),
-            ("megapixels", 0.001, 1000),
+            ("megapixels", 0.001, MOST_MEGAPIXELS),
             ("queue", 0, 100_000),
             ("seconds", 0.001, 3600),
             ("batch", 1, 65536),

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import re
 from collections.abc import Sequence
+from concurrent.futures import Future
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +13,7 @@ import numpy as np
 
 from phreg_deploy.errors import PhregError
 from phreg_deploy.runtime.features import FeatureExtractor
-from phreg_deploy.serving.batching import Batcher
+from phreg_deploy.serving.batching import Batcher, QueueFull, Served, Stopped
 from phreg_deploy.serving.limits import ServiceLimits
 from phreg_deploy.serving.metrics import Metrics
 
@@ -51,14 +53,21 @@ class ServedModel:
         self.batcher = Batcher(
             extractor.dense, most=self.most, wait=limits.wait, queue=limits.queue, observe=self._observe
         )
+        self._probe: Future[Served] | None = None
         metrics.waiting.labels(name).set_function(lambda: self.batcher.waiting)
         graph = manifest.files.get("model.onnx", "")
         metrics.model.labels(name, extractor.backend, extractor.precision, graph[:16]).set(1)
 
     def warm(self) -> None:
         """Run a batch at the preferred size, so that the first request does not pay for it."""
-        height, width = self.extractor.manifest.sizes.default
-        self.extractor.dense(np.zeros((self.most, height, width, 3), np.uint8))
+        self.extractor.dense(np.zeros((self.most, *self.extractor.manifest.sizes.default, 3), np.uint8))
+
+    def probe(self) -> None:
+        """Queue an image of zeros, unless the last one still waits: its run says whether the backend works again."""
+        if self._probe is None or self._probe.done():
+            # Where images wait, their runs will say it.
+            with contextlib.suppress(QueueFull, Stopped):
+                self._probe = self.batcher.submit(np.zeros((*self.extractor.manifest.sizes.default, 3), np.uint8))
 
     def facts(self) -> dict[str, Any]:
         """Return what a client must know of the bundle, as JSON."""

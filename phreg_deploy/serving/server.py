@@ -6,6 +6,7 @@ import asyncio
 import ipaddress
 import socket
 import time
+import warnings
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -26,6 +27,8 @@ from phreg_deploy.spec import Stored
 
 # Seconds for connections to close after the last answer.
 CLOSING = 5
+# Seconds for which an idle connection stays open. Proxies use theirs again for 60 s, and a closed one fails a request.
+KEPT_OPEN = 75
 
 
 @dataclass(frozen=True)
@@ -49,8 +52,10 @@ class Address:
             )
 
     def bind(self) -> socket.socket:
-        """Listen. Raises ``PhregError`` if that is not possible."""
+        """Take the address. Raises ``PhregError`` if that is not possible."""
         listener = None
+        if self.reuse_port and not hasattr(socket, "SO_REUSEPORT"):
+            raise PhregError("serve: got --reuse-port, which this system does not have; leave it out.")
         try:
             family = socket.getaddrinfo(self.host, self.port, type=socket.SOCK_STREAM)[0][0]
             listener = socket.socket(family, socket.SOCK_STREAM)
@@ -58,7 +63,8 @@ class Address:
             if self.reuse_port:
                 listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
             listener.bind((self.host, self.port))
-        except (OSError, OverflowError) as error:
+        # A name that is no name of a host is a UnicodeError.
+        except (OSError, OverflowError, UnicodeError) as error:
             if listener is not None:
                 listener.close()
             why = getattr(error, "strerror", None) or error
@@ -70,8 +76,11 @@ class Address:
 
 @dataclass(frozen=True)
 class ServiceReport(Stored):
-    """What a service did. ``accepted``: requests with an image; ``answers``: how many of all got each status;
-    ``unfinished``: accepted ones that were not answered when it ended. ``artifact_rates``: mean of the last images."""
+    """What a service did in ``seconds``, as numbers of requests with an image.
+
+    ``accepted``: those that were not refused at once. ``answers``: how many of all got each status. ``unfinished``:
+    accepted ones that were not answered when it ended.
+    """
 
     seconds: float
     accepted: int
@@ -126,6 +135,8 @@ def serve(
         PhregError: as ``FeatureExtractor.load``; an address that cannot be listened on, or one that needs a token.
     """
     address.check(token)
+    # Of odd metadata in what clients send. Filters are the whole process's: to change them in a request is a race.
+    warnings.filterwarnings("ignore", module="PIL")
     listener = address.bind()
     with ExitStack() as stack:
         stack.callback(listener.close)
@@ -144,12 +155,14 @@ def serve(
             log_level="info" if access_log else "warning",
             access_log=access_log,
             server_header=False,
+            timeout_keep_alive=KEPT_OPEN,
             timeout_graceful_shutdown=CLOSING,
             lifespan="off",
         )
         server, started = GracefulServer(config, lambda: app.state.gate, limits), time.monotonic()
         host, port = listener.getsockname()[:2]
         shown = f"[{host}]" if ":" in host else host
+        listener.listen()
         show(f"http://{shown}:{port}", extractors)
         asyncio.run(server.serve([listener]))
         gate: Gate = app.state.gate

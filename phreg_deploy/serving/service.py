@@ -25,17 +25,19 @@ from phreg_deploy.serving.requests.refusals import Refused
 from phreg_deploy.spec import parse_size
 
 T = TypeVar("T")
+# Makes the body of an answer.
+Encode = Callable[[DenseFeatures, Upload], bytes]
 # Threads that decode and encode; each may hold a whole picture.
 MOST_THREADS = 4
 
 
 @dataclass(frozen=True)
-class How:
-    """What a request asks for beside its outputs. ``size``: text such as "480x640". ``keep``: the picture is needed."""
+class ImageOptions:
+    """How an image is fitted. ``size``: text such as "480x640". ``picture``: whether the encoder needs the picture."""
 
     size: str | None = None
     fit: str | None = None
-    keep: bool = False
+    picture: bool = False
 
 
 @dataclass(frozen=True)
@@ -82,8 +84,8 @@ class Service:
         self,
         data: bytes,
         model: ServedModel,
-        how: How,
-        encode: Callable[[DenseFeatures, Upload], bytes],
+        options: ImageOptions,
+        encode: Encode,
         began: float,
     ) -> Answer:
         """Decode an upload, run it with others, and encode the answer; ``began``: of ``time.perf_counter``.
@@ -92,9 +94,9 @@ class Service:
             Refused: see ``decode``; 503 while the queue is full or the service stops.
         """
         read = time.perf_counter()
-        size = _size(how.size, model.extractor.manifest)
-        decoding = partial(decode, data, model.extractor, self.limits.pixels, size=size, fit=how.fit, keep=how.keep)
-        upload = await self._thread(decoding)
+        size = _size(options.size, model.extractor.manifest)
+        fit, picture, pixels = options.fit, options.picture, self.limits.pixels
+        upload = await self._thread(partial(decode, data, model.extractor, pixels, size=size, fit=fit, picture=picture))
         decoded = time.perf_counter()
         try:
             served = await asyncio.wrap_future(model.batcher.submit(upload.image))

@@ -43,8 +43,8 @@ class Contents:
     card: str
 
     def pushed(self, name: HubName, commit: str | None = None, url: str | None = None) -> Pushed:
-        sizes = {name: path.stat().st_size for name, path in self.paths.items()}
-        files = {CARD: len(self.card.encode()), **sizes}
+        """Return the report of a push to ``name``."""
+        files = {CARD: len(self.card.encode())} | {file: path.stat().st_size for file, path in self.paths.items()}
         return Pushed(self.kind, name.repository, name.revision, files, commit, url)
 
 

@@ -27,7 +27,7 @@ def upload(contents: Contents, name: HubName, private: bool, message: str | None
         raise PhregError(f"push: there is no token for the hub; {LOG_IN} with one that may write.")
     api = HfApi(library_name="phreg-deploy", library_version=__version__)
     operations = [CommitOperationAdd(CARD, contents.card.encode())]
-    operations += [CommitOperationAdd(name, path) for name, path in contents.paths.items()]
+    operations += [CommitOperationAdd(file, path) for file, path in contents.paths.items()]
     with explained(repository, revision, "pushed"), bars(not progress.quiet):
         api.create_repo(repository, private=private, exist_ok=True)
         if revision is not None:

@@ -13,7 +13,7 @@ from phreg_deploy.artifacts.measures import NormOutliers, cosine, norm_outliers,
 from phreg_deploy.artifacts.scores import Run, Scores, score, score_norms
 from phreg_deploy.bundle.manifest import Manifest
 from phreg_deploy.images.photographs import Photographs, read_photographs
-from phreg_deploy.layers import ATTENTION, NORM, Layers
+from phreg_deploy.layers import NORM
 from phreg_deploy.progress import Progress
 from phreg_deploy.readout import Readout
 from phreg_deploy.runtime.features import FeatureExtractor
@@ -163,12 +163,12 @@ class _Pass:
         """The models that run: the base for pictures alone. A student answers the heads of each bundle."""
         manifests = [extractor.manifest for extractor in self.extractors.values()]
         answers: dict[str, Answers] = {}
+        if self.models:
+            from phreg_deploy.heads.answers import answers_of, with_heads
         if BASE in self.models and self.pictures:
-            answers[BASE] = _answers(self.models[BASE], manifests)
+            answers[BASE] = answers_of(self.models[BASE], manifests)
         if STUDENT in self.models:
-            from phreg_deploy.heads.answers import with_heads
-
-            answers[STUDENT] = student = _remembered(_answers(self.models[STUDENT], manifests))
+            answers[STUDENT] = student = _remembered(answers_of(self.models[STUDENT], manifests))
             for name, extractor in self.extractors.items():
                 answers[_beside(name)] = with_heads(student, extractor.bundle)
         for name, extractor in self.extractors.items():
@@ -261,14 +261,3 @@ def _norms(model: Any, photographs: Photographs) -> dict[int, np.ndarray]:
 
     norms = norms_by_block(model, photographs, photographs.preprocess)
     return {block: values.reshape(-1) for block, values in enumerate(norms, 1)}
-
-
-def _answers(model: Any, manifests: list[Manifest]) -> Answers:
-    """A PyTorch model's answers for every output that one of the bundles has."""
-    from phreg_deploy.models.answers import model_answers
-
-    served = [manifest.layers for manifest in manifests if manifest.layers is not None]
-    blocks = sorted({block for layers in served for block in layers.blocks})
-    layers = Layers(tuple(blocks), served[0].norm) if served else None
-    attention = any(ATTENTION in manifest.outputs for manifest in manifests)
-    return model_answers(model, manifests[0].preprocess, layers=layers, attention=attention)

@@ -75,7 +75,16 @@ def serve(
     from phreg_deploy.serving.server import serve as serve_bundles
 
     result = Result(as_json, quiet)
-    limits = ServiceLimits(max_mib, max_megapixels, queue, timeout, max_batch, max_wait / 1e3, drain, timeout)
+    limits = ServiceLimits(
+        mib=max_mib,
+        megapixels=max_megapixels,
+        queue=queue,
+        seconds=timeout,
+        batch=max_batch,
+        wait=max_wait / 1e3,
+        drain=drain,
+        stop=timeout,
+    )
 
     def show(url: str, extractors: dict[str, FeatureExtractor]) -> None:
         for name, extractor in extractors.items():

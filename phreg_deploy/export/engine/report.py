@@ -57,7 +57,7 @@ class BuildReport:
 
     @property
     def doubts(self) -> list[str]:
-        """What the inspector does not tell, as sentences."""
+        """What the inspector does not show, as sentences."""
         return [finding.sentence for finding in self.findings if finding.verdict == UNKNOWN]
 
     @property

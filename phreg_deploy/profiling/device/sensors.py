@@ -92,7 +92,7 @@ class Nvml:
         return None
 
     def largest_sm_clock(self) -> float | None:
-        """The largest SM clock in MHz that the present settings allow; None if the driver does not tell."""
+        """The largest SM clock in MHz that the present settings allow; None if the driver does not report it."""
         with contextlib.suppress(self.api.NVMLError, AttributeError):
             return float(self.api.nvmlDeviceGetMaxClockInfo(self._device, self.api.NVML_CLOCK_SM))
         return None

@@ -1,6 +1,6 @@
 """Sample what a GPU draws and how it is throttled while something runs.
 
-A figure that the machine does not tell is None, with the reason in ``missing``; nothing is estimated.
+A figure that the machine does not report is None, with the reason in ``missing``; nothing is estimated.
 """
 
 from __future__ import annotations
@@ -127,14 +127,14 @@ class Telemetry:
             power_mode=jetson.power_mode,
             release=jetson.release,
             clocks_locked=jetson.clocks_locked(),
-            missing={name: reasons.get(name, reasons.get("NVML", "no sample tells.")) for name in silent},
+            missing={name: reasons.get(name, reasons.get("NVML", "no sample has it.")) for name in silent},
         )
         return found
 
     def clocks(self) -> dict[str, Any]:
         """What sets the clocks: the largest SM clock in MHz, a Jetson's power mode, and whether its clocks are locked.
 
-        None where the machine does not tell.
+        None where the machine does not report it.
         """
         most = None if self._nvml is None else self._nvml.largest_sm_clock()
         jetson = self.jetson

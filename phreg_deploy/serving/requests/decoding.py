@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import io
-import warnings
 from dataclasses import dataclass
 
 import numpy as np
 from PIL import Image, UnidentifiedImageError
 
 from phreg_deploy.errors import PhregError
-from phreg_deploy.images.decoding import read_image
+from phreg_deploy.images.decoding import is_turned, read_image
 from phreg_deploy.runtime.features import FeatureExtractor
 from phreg_deploy.serving.requests.refusals import Refused
 
@@ -41,14 +40,14 @@ def decode(
     *,
     size: tuple[int, int] | None = None,
     fit: str | None = None,
-    keep: bool = False,
+    picture: bool = False,
 ) -> Upload:
     """Decode an image and fit it to the model's input, as the extractor does with encoded bytes.
 
     Args:
         pixels: most pixels that the header may promise.
         size, fit: as in a call of ``FeatureExtractor``.
-        keep: keep the picture too.
+        picture: keep the picture too.
 
     Raises:
         Refused: 413 for too many pixels; 422 for a size that is not served, another format, or a damaged file.
@@ -56,20 +55,16 @@ def decode(
     if not data:
         raise Refused(422, f"image: got no bytes, expected an encoded image: {_listed()}.")
     try:
-        with warnings.catch_warnings():
-            # Pillow warns of sizes within our own bound, and of odd metadata.
-            warnings.simplefilter("ignore")
-            with Image.open(io.BytesIO(data), formats=FORMATS) as header:
-                promised = header.width * header.height
-            if promised > pixels:
-                raise Refused(
-                    413,
-                    f"image: got {header.width}x{header.height} pixels, expected at most {pixels / 1e6:g} megapixels. "
-                    "Make it smaller.",
-                )
+        with Image.open(io.BytesIO(data), formats=FORMATS) as header:
+            if header.width * header.height > pixels:
+                raise _too_many_pixels(f"{header.width}x{header.height}", pixels)
             whole = read_image(io.BytesIO(data), extractor.preprocess.exif, "the image")
-            fitted = extractor.fitted(whole, size, fit=fit)
-            picture = _small(whole) if keep else None
+            upright_size = _upright_size(header, whole, extractor.preprocess.exif)
+        fitted = extractor.fitted(whole, size, fit=fit)
+        shown = _small(whole) if picture else None
+    # Pillow refuses such a header itself.
+    except (Image.DecompressionBombError, Image.DecompressionBombWarning):
+        raise _too_many_pixels("far more", pixels) from None
     except UnidentifiedImageError:
         raise Refused(422, f"image: got {len(data)} bytes that are no image; expected {_listed()}.") from None
     except Refused:
@@ -81,7 +76,19 @@ def decode(
         raise Refused(
             422, f"image: it cannot be decoded ({type(error).__name__}: {error}); it is damaged. Send a whole one."
         ) from None
-    return Upload(fitted.image, fitted.mask, (whole.height, whole.width), picture)
+    return Upload(fitted.image, fitted.mask, upright_size, shown)
+
+
+def _too_many_pixels(got: str, limit: int) -> Refused:
+    return Refused(413, f"image: got {got} pixels, expected at most {limit / 1e6:g} megapixels. Make it smaller.")
+
+
+def _upright_size(header: Image.Image, decoded: Image.Image, exif: bool) -> tuple[int, int]:
+    """Return (height, width) of the whole image; ``decoded`` is smaller than that where a JPEG is giant."""
+    if decoded.width * decoded.height >= header.width * header.height:
+        return decoded.height, decoded.width
+    width, height = header.size
+    return (width, height) if exif and is_turned(header) else (height, width)
 
 
 def _small(image: Image.Image) -> Image.Image:

@@ -21,13 +21,10 @@ async def read_upload(request: Request, limit: int) -> bytes:
     Raises:
         Refused: 413 for a body beyond ``limit`` bytes, 400 for a form that cannot be read, 422 for one without image.
     """
-    declared = request.headers.get("content-length", "0")
-    if declared.isdigit() and int(declared) > limit:
-        raise too_large(limit)
     body = bytearray()
     async for piece in request.stream():
         body += piece
-        # A chunked body declares no length.
+        # ``Gate`` refuses a declared length; a chunked body declares none.
         if len(body) > limit:
             raise too_large(limit)
     if request.headers.get("content-type", "").partition(";")[0].strip().lower() != "multipart/form-data":
@@ -45,7 +42,8 @@ def too_large(limit: int) -> Refused:
 class _InMemory(MultiPartParser):
     """Keeps files in memory: the body is bounded, and the disk may be read-only."""
 
-    spool_max_size = 1 << 40
+    # The second name is that of older versions of Starlette.
+    spool_max_size = max_file_size = 1 << 40
 
 
 async def _read_form(headers: Headers, body: bytes) -> bytes:
