@@ -67,13 +67,13 @@ def test_every_model_is_compared_with_the_first(evaluated):
 def test_tables_name_figures_verdict_and_conditions(evaluated):
     text = " ".join(evaluated[0].err.split())
     for part in (
-        "Linear probe (logistic), 8 images to train on, 4 to read on",
+        "Linear probe (logistic), 8 images to train on, 4 to test on",
         "not told apart",
         "IoU by class",
         "sky",
     ):
         assert part in text
-    assert "by a hash of 3 groups, 1 of them to read on" in text
+    assert "by a hash of 3 groups, 1 of them to test on" in text
     assert "other images of the same groups alone" in text
     assert "MB" in text
 

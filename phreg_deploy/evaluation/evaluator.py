@@ -129,7 +129,7 @@ def _evaluate(
         data.pictures.add(label, store, heads[0])
     drawn, figures, decides = data.bootstrap.draw(parts), figures_of(parts), DECIDES[truth.task]
     if figures[decides] is None:
-        raise PhregError("evaluate: the images to read on have no pixel of a class; split otherwise.")
+        raise PhregError("evaluate: the images to test on have no pixel of a class; split otherwise.")
     against = None
     if data.first is not None:
         gain = (figures[decides] or 0.0) - (data.first[0].figures[decides] or 0.0)

@@ -23,7 +23,7 @@ from phreg_deploy.images.photographs import fit
 from phreg_deploy.images.pictures import heat
 from phreg_deploy.images.upsampling import upsample
 
-# Images in a report, evenly spaced over those that were read on.
+# Images in a report, evenly spaced over those that were tested on.
 MOST = 8
 HEIGHT, GAP, CAPTION = 240, 12, 20
 REPORT = "evaluation.json"
