@@ -84,8 +84,8 @@ def test_the_report_has_pictures(evaluated):
     assert len(document["pictures"]) == 4
     assert {p.name for p in folder.iterdir()} == {"evaluation.json", *document["pictures"]}
     with Image.open(folder / document["pictures"][0]) as sheet:
-        # Image, truth, before, and after twice.
-        assert sheet.size == (5 * 252 + 12, 284)
+        # Image, truth, before, after twice, and the key of classes.
+        assert sheet.size == (5 * 252 + 268 + 12, 284)
         truth = np.asarray(sheet)[32:272, 264:504].reshape(-1, 3)
     assert {tuple(c) for c in np.unique(truth, axis=0).tolist()} <= {*PALETTE, (224, 224, 192)}
 

@@ -123,7 +123,7 @@ def _evaluate(
             heads.append(head)
             fits.append(fit)
             advance()
-    with _timed(seconds, "reading"), progress.task(f"reading {label}", len(split.val)) as advance:
+    with _timed(seconds, "reading"), progress.task(f"testing {label}", len(split.val)) as advance:
         parts = read_heads(store, heads, truth, split, base, advance)
     if data.pictures is not None:
         data.pictures.add(label, store, heads[0])

@@ -60,7 +60,7 @@ def _say_conditions(evaluation: Evaluation, result: Result) -> None:
     else:
         result.say(f"Split {evaluation.split}. {resampled} and the {seeds} training{'s' * (seeds > 1)}.{note}")
     if evaluation.outliers is not None and evaluation.task == "segmentation":
-        result.say(f"The base model has {evaluation.outliers} outlier tokens on the images to test on.")
+        result.say(f"{evaluation.subjects[0].name} has {evaluation.outliers} outlier tokens on the images to test on.")
     for subject in evaluation.subjects:
         if not subject.converged:
             iterations = ", ".join(map(str, subject.iterations))

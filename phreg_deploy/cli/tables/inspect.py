@@ -25,6 +25,7 @@ def bundle_rows(bundle: Bundle) -> Rows:
         ["serves", f"{manifest.sizes}, batch {manifest.batches}, {precision}"],
         ["inputs", _tensors(manifest.inputs)],
         ["outputs", _tensors(manifest.outputs)],
+        *([f"classes of {head.output}", ", ".join(head.classes)] for head in manifest.heads if head.classes),
         ["preprocessing", ", ".join(f"{name} {value}" for name, value in preprocess.items())],
         *source_rows(manifest.source),
         ["stayed in float32", ", ".join(manifest.float_parts) or "everything"],
