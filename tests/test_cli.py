@@ -117,7 +117,7 @@ def test_the_commands_run_one_after_another(world, run_cli):
     options = ["--reference", student, "--base", world.base, "--images", world.photos, "--limit", "5", "--report", page]
     report = document_of(run_cli("check", bundle, *options, "--json"))
     assert report["missed"] == []
-    assert [c["with"] for c in report["comparisons"]] == ["own reference", f"PyTorch {student}"]
+    assert [c["with"] for c in report["comparisons"]] == ["own exam", f"PyTorch {student}"]
     assert set(report["artifacts"]) == {"base", "student", "bundle"}
     assert report["artifacts"]["bundle"]["norm_outliers"]["rate"] == 0
     assert report["artifacts"]["base"]["norm_outliers"]["rate"] == pytest.approx(4 / 64)

@@ -64,7 +64,10 @@ def _say_conditions(evaluation: Evaluation, result: Result) -> None:
     for subject in evaluation.subjects:
         if not subject.converged:
             iterations = ", ".join(map(str, subject.iterations))
-            result.say(f"The solver stopped before the end for {subject.name} (iterations {iterations}).")
+            result.say(
+                f"{subject.name}: the solver was stopped before it converged (iterations {iterations}); more of them "
+                "would change the figures a little."
+            )
     spent = f"{evaluation.seconds['wall']:.0f} s, {evaluation.seconds['cpu']:.0f} s of CPU time"
     size = f" Features in {evaluation.cache}: {evaluation.cache_bytes / 1e6:.0f} MB." if evaluation.cache else ""
     result.say(f"Took {spent}.{size}")

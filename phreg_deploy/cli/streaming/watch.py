@@ -96,8 +96,8 @@ def watch(
     sources = {public_name(place): place for place in (source, *also)}
     with FeatureExtractor.load(bundle, backend, **tuning) as extractor:
         result.chosen(extractor.choice, backend)
-        with Display(result) as display:
+        with Display(result, deadline is not None) as display:
             calls: dict[str, Any] = {"show": display.update, "on_alarm": display.alarm}
             report = watch_stream(extractor, sources, size=size, limits=limits, **calls, **options)
-    show_report(report, result)
+    show_report(report, result, deadline is not None)
     result.json(report.to_json())
