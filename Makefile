@@ -7,6 +7,7 @@ READY := $(VENV)/.ready
 .PHONY: demo test lint fix docs elsewhere lowest sbom clean
 
 $(READY): pyproject.toml
+	@echo "Installing into $(VENV): downloads about 5 GB and takes some minutes without a sign of progress."
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --upgrade pip
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable ".[cpu,distill,export,dev]"

@@ -42,14 +42,15 @@ class Progress:
     def task(self, name: str, total: int | None) -> Iterator[Advance]:
         """Show a bar: ``with progress.task("targets", 1000) as advance: advance(32, note="loss 0.1")``.
 
-        ``total`` is None if it is not known.
+        ``total`` is None if it is not known; the bar ends full at what was counted. A bar that is done shows the time
+        that it took.
         """
         columns = (
             TextColumn("{task.description}"),
             BarColumn(),
             MofNCompleteColumn(),
             _Rate(),
-            TimeRemainingColumn(),
+            TimeRemainingColumn(elapsed_when_finished=True),
             TextColumn("{task.fields[note]}"),
         )
         with Bars(*columns, console=self.console, disable=self.quiet) as bars:
@@ -61,6 +62,8 @@ class Progress:
                     bars.update(task, note=note)
 
             yield advance
+            if total is None:
+                bars.update(task, total=bars.tasks[0].completed)
 
 
 SILENT = Progress(quiet=True)

@@ -170,10 +170,15 @@ def test_the_command_attaches_and_extract_writes_labels(bundle, student, street,
     for image in done.document["images"]:
         values = np.load(out / image["labels"])
         assert (values.dtype, values.shape) == (np.dtype(np.uint8), (64, 64))
-    # The last panel of the picture is half the image, half the colours of the classes.
+    # The last panel but the key is half the image, half the colours of the classes.
     with Image.open(out / image["picture"]) as sheet:
         panels = np.asarray(sheet)
     photo, drawn = (panels[32:288, left : left + 256].astype(int) for left in (12, 12 + 3 * 268))
     expected = (photo + np.array(COLOURS)[values].repeat(4, 0).repeat(4, 1)) / 2
     assert np.abs(drawn - expected).max() <= 1
+    # Its key has a patch of the overlay's colour, over grey, for each class that occurs.
+    key = panels[32:, 12 + 4 * 268 :].reshape(-1, 3).astype(int)
+    for k in np.unique(values):
+        assert np.abs(key - (np.array(COLOURS[k]) + 128) / 2).max(-1).min() <= 1
+    assert "classes of labels" in invoke("inspect", tmp_path / "street").out
     invoke("extract", bundle, photos, "-o", tmp_path / "no", "--outputs", "labels", "--json").refused(2, "no labels")

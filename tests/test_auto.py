@@ -58,7 +58,7 @@ def test_auto_takes_the_faster_one_and_closes_the_other(bundle, monkeypatch, fas
     monkeypatch.setattr(choice, "_measure", lambda candidate, *_: 1.0 if candidate.name == fastest else 2.0)
     opened, reason = choose(Bundle.read(bundle), BackendOptions(1))
     assert opened.name == fastest
-    assert reason.startswith(f"{fastest}: ")
+    assert reason.startswith(f"{fastest}: the fastest here; {PROCESSOR[0]} (")
     assert closed == [name for name in PROCESSOR if name != fastest]
 
 

@@ -41,7 +41,7 @@ def test_the_bundles_themselves_pass_and_list_every_gate(world, which, run_cli):
     assert outcome.code == 0, outcome.err[-500:]
     assert outcome.document["passed"] is True
     precision = outcome.document["precision"]
-    on_photographs = [g for g in outcome.document["gates"] if g["with"] != "own reference"]
+    on_photographs = [g for g in outcome.document["gates"] if g["with"] != "own exam"]
     assert {g["name"] for g in on_photographs} == {"bad_values", *GATES[precision]} - {"head_change"}
     assert all({"name", "bar", "figure", "passed"} <= set(gate) for gate in outcome.document["gates"])
 
@@ -55,7 +55,7 @@ def test_scaled_features_with_another_class_token_and_norms_miss_a_gate(broken, 
 
 def test_one_garbage_token_in_every_image_misses_a_gate(broken, run_cli):
     add_garbage_token(broken)
-    assert ("own reference", "cosine_min") in gates_missed(run_cli, broken.save())
+    assert ("own exam", "cosine_min") in gates_missed(run_cli, broken.save())
 
 
 def test_one_garbage_token_in_one_image_of_eight_misses_a_gate(broken, world, run_cli):
@@ -80,12 +80,12 @@ def test_the_class_token_of_another_image_misses_a_gate(broken, world, run_cli):
         run_cli, broken.save(), "--reference", world.student, "--images", world.photos, "--limit", LIMIT
     )
     assert {name for _, name in missed} == {"cls_cosine"}
-    assert ("own reference", "cls_cosine") in missed
+    assert ("own exam", "cls_cosine") in missed
 
 
 def test_features_shifted_by_one_patch_miss_a_gate(broken, run_cli):
     shift_features(broken)
-    assert ("own reference", "cosine_p1") in gates_missed(run_cli, broken.save())
+    assert ("own exam", "cosine_p1") in gates_missed(run_cli, broken.save())
 
 
 @pytest.mark.parametrize("factor", [0.95, 1.05])

@@ -126,7 +126,7 @@ def test_an_eight_bit_bundle_serves_the_features_of_float(world, run_cli):
     against = ["--reference", world.student, "--images", world.photos, "--limit", "4", "--json"]
     report = run_cli("check", world.int8_bundle, *against).document
     assert (report["missed"], report["precision"]) == ([], "int8")
-    assert [c["with"] for c in report["comparisons"]] == ["own reference", f"PyTorch {world.student}"]
+    assert [c["with"] for c in report["comparisons"]] == ["own exam", f"PyTorch {world.student}"]
 
 
 def test_a_range_of_sizes_and_batches_is_kept(wide_bundle, wide_int8_bundle):

@@ -67,13 +67,13 @@ def test_every_model_is_compared_with_the_first(evaluated):
 def test_tables_name_figures_verdict_and_conditions(evaluated):
     text = " ".join(evaluated[0].err.split())
     for part in (
-        "Linear probe (logistic), 8 images to train on, 4 to read on",
+        "Linear probe (logistic), 8 images to train on, 4 to test on",
         "not told apart",
         "IoU by class",
         "sky",
     ):
         assert part in text
-    assert "by a hash of 3 groups, 1 of them to read on" in text
+    assert "by a hash of 3 groups, 1 of them to test on" in text
     assert "other images of the same groups alone" in text
     assert "MB" in text
 
@@ -84,8 +84,8 @@ def test_the_report_has_pictures(evaluated):
     assert len(document["pictures"]) == 4
     assert {p.name for p in folder.iterdir()} == {"evaluation.json", *document["pictures"]}
     with Image.open(folder / document["pictures"][0]) as sheet:
-        # Image, truth, before, and after twice.
-        assert sheet.size == (5 * 252 + 12, 284)
+        # Image, truth, before, after twice, and the key of classes.
+        assert sheet.size == (5 * 252 + 268 + 12, 284)
         truth = np.asarray(sheet)[32:272, 264:504].reshape(-1, 3)
     assert {tuple(c) for c in np.unique(truth, axis=0).tolist()} <= {*PALETTE, (224, 224, 192)}
 

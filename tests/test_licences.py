@@ -75,17 +75,19 @@ def test_a_record_without_a_licence_is_read(world):
 
 
 def test_inspect_shows_licence_and_origin(world, run_cli):
-    for folder in (world.student, world.bundle, world.int8_bundle):
+    for folder, whose in ((world.student, "its weights"), (world.bundle, "exported"), (world.int8_bundle, "exported")):
         shown = run_cli("inspect", folder)
         assert shown.code == 0, shown.err
-        for words in (f"{TINY}, weights ", "license of its weights", "apache-2.0", f"Hugging Face hub timm/{TINY}"):
+        for words in (TINY, whose, "licence of the base's weights", "apache-2.0", f"Hugging Face hub timm/{TINY}"):
             assert words in shown.out
 
 
 def test_a_source_without_a_licence_is_shown():
-    rows = dict(source_rows({"model": "student", "weights_sha256": "ab" * 32, "distilled": "transplant"}))
-    assert rows["base model"].startswith("student, weights abab")
-    assert rows["license of its weights"] == "not recorded"
+    source = {"model": "student", "weights_sha256": "ab" * 32, "distilled": "transplant"}
+    rows = dict(source_rows(source, "its weights"))
+    assert rows["base model"] == "student"
+    assert rows["its weights"].startswith("sha256 abab")
+    assert rows["licence of the base's weights"] == "not recorded"
 
 
 def test_random_weights_have_no_licence(world, run_cli):

@@ -98,7 +98,7 @@ def test_targets_of_several_devices_equal_those_of_one(dataset, monkeypatch, dev
     together = list(several.targets(dataset.photographs, advances.append))
     assert len(set(models)) == len(devices)
     assert len(models) == 4
-    assert advances == [2, 2, 2, 1]
+    assert sum(advances) == 7
     for one, other in zip(alone, together, strict=True):
         for name in ("patches", "cls", "norms", "plain"):
             assert np.array_equal(getattr(one, name), getattr(other, name))

@@ -1,3 +1,4 @@
+import itertools
 import json
 
 import numpy as np
@@ -23,6 +24,13 @@ def photographs(tmp_path_factory):
         Image.fromarray(coarse).resize((80, 72), Image.Resampling.BICUBIC).save(folder / f"{i}.png")
     model = small("augreg", side=5)
     return read_photographs(folder, tuple(model.patch_embed.img_size), model_preprocess(model, "center"))
+
+
+def test_a_reader_that_stops_after_the_last_target_has_counted_all(photographs):
+    """As the bar of ``scoring`` does; it stayed below its end."""
+    model, counted = small("augreg", side=5), []
+    targets = Teacher(model, model_preprocess(model), views=6).targets(photographs.subset(range(3)), counted.append)
+    assert len(list(itertools.islice(targets, 3))) == sum(counted) == 3
 
 
 def test_the_target_is_the_mean_over_views(photographs):

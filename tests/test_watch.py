@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 
+from phreg_deploy.errors import PhregError
 from tests.video_files import video_frames, write_video
 
 HERE = ("--backend", "onnxruntime-cpu", "--threads", "1", "--json")
@@ -32,6 +33,23 @@ def test_frames_ends_it_and_counts_balance(world, run_cli, video, photos):
     assert {camera["camera"] for camera in report["cameras"]} == {str(video), str(photos)}
     for camera in report["cameras"]:
         assert camera["received"] == camera["served"] + camera["dropped"]
+
+
+@pytest.mark.parametrize(("more", "late"), [([], "-"), (["--deadline", "60000"], "0.000")])
+def test_only_a_deadline_can_be_missed(world, run_cli, video, monkeypatch, more, late):
+    monkeypatch.chdir(video.parent)
+    outcome = run_cli("watch", video.name, world.bundle, "--frames", "2", *more, *HERE)
+    (row,) = [line.split() for line in outcome.err.splitlines() if "drive.avi" in line and "Alarm" not in line]
+    assert row[5] == late
+
+
+def test_what_opencv_tries_is_not_written_on_stderr(capfd):
+    pytest.importorskip("cv2")
+    from phreg_deploy.stream.sources.opencv_source import OpenCVSource
+
+    with pytest.raises(PhregError, match=r"OpenCV cannot open the camera 63\. Is it connected"):
+        OpenCVSource(63, live=True)
+    assert capfd.readouterr().err == ""
 
 
 def test_write_makes_a_video_of_three_panels(world, run_cli, video):
@@ -76,7 +94,7 @@ def test_the_display_follows_the_stream(world, video, monkeypatch):
     result, screen = Result(False, False), StringIO()
     result.progress.console = Console(file=screen, force_terminal=True, width=140, highlight=False)
     with FeatureExtractor.load(world.bundle, "onnxruntime-cpu", threads=1) as extractor:
-        with display.Display(result) as shown:
+        with display.Display(result, timed=True) as shown:
             watch(extractor, str(video), every_frame=True, show=shown.update, on_alarm=shown.alarm)
     text = screen.getvalue()
     assert "On onnxruntime-cpu; Ctrl-C ends it" in text

@@ -160,7 +160,7 @@ def choose(search: Search, rounding: Feeds, tokens: int, request: CalibrationReq
     with progress.task("sensitivity", len(search.linears)) as advance:
         sensitivities = search.sensitivities(smoothing, advance)
     bar = request.bars["cosine_p1"]
-    with progress.task("fallback", None) as advance:
+    with progress.task("layers returned to float", None) as advance:
         layers, steps = search.fallback(smoothing, sensitivities, request.float_macs, bar, advance)
     return Choice(smoothing, trials, sensitivities, layers, steps)
 

@@ -26,6 +26,16 @@ from phreg_deploy.errors import PhregError
 class Group(click.Group):
     """Print every error that a user can cause as a message, and exit with its code."""
 
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        # In the order of the pipeline; click would sort them.
+        return list(self.commands)
+
+    def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        # With whole sentences; click would cut them off at the end of the line.
+        whole = [(name, self.commands[name].get_short_help_str(limit=200)) for name in self.list_commands(ctx)]
+        with formatter.section("Commands"):
+            formatter.write_dl(whole)
+
     def resolve_command(self, ctx: click.Context, args: list[str]) -> Any:
         if args and args[0] not in self.commands and not args[0].startswith("-"):
             close = difflib.get_close_matches(args[0], self.commands, n=1)

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from phreg_deploy.cli.options import Number
+from phreg_deploy.cli.options import Finite
 from phreg_deploy.errors import PhregError
 
 if TYPE_CHECKING:
@@ -34,15 +34,17 @@ def head_options(command: Callable[..., Any]) -> Callable[..., Any]:
             "--classes",
             multiple=True,
             metavar="[NAME=]FILE",
-            help="Text embeddings of class names, written by `classes`, as a head. Repeatable, as --head.",
+            help="Text embeddings of class names, written by `classes`, to serve as a head. Repeatable, as --head.",
         ),
-        click.option("--scale", type=Number(), help="Of --classes: factor of cosines; by default the model's own."),
+        click.option(
+            "--scale", type=Finite(), help="With --classes: factor of the cosines; by default the model's own."
+        ),
         click.option(
             "--background",
-            type=Number(),
+            type=Finite(),
             metavar="P",
-            help="Of --classes: where no class has this probability, the class is 0, background; by default there is "
-            "none.",
+            help="With --classes: a place where no class has this probability is class 0, background; by default there "
+            "is none.",
         ),
         click.option(
             "--upsample",

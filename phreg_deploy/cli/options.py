@@ -10,14 +10,18 @@ from typing import Any
 import click
 
 
-class Number(click.FloatRange):
-    """A finite number within bounds; click's own type accepts NaN and infinity."""
+class Finite(click.types.FloatParamType):
+    """A finite number; click's own types accept NaN and infinity."""
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
         number = super().convert(value, param, ctx)
         if not math.isfinite(number):
             self.fail(f"{value} is not a finite number.", param, ctx)
         return number
+
+
+class Number(Finite, click.FloatRange):
+    """A finite number within bounds."""
 
 
 def output_options(command: Callable[..., Any]) -> Callable[..., Any]:

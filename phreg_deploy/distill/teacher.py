@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 import hashlib
+import itertools
 import json
 import zlib
 from collections.abc import Callable, Iterator, Sequence
@@ -151,9 +152,10 @@ class Teacher:
         spans = [(start, min(start + step, len(photographs))) for start in range(0, len(photographs), step)]
         replicas = Replicas(self.model, self.devices[: max(1, len(spans))])
         chunks = replicas.map(lambda model, device, span: self._denoise(model, device, photographs, *span), spans)
-        for targets in chunks:
-            yield from targets
-            advance(len(targets))
+        for target in itertools.chain.from_iterable(chunks):
+            # Before the yield: a reader that knows the count does not come back after the last one.
+            advance(1)
+            yield target
 
 
 def mean_of_views(maps: torch.Tensor, plan: list[View]) -> torch.Tensor:

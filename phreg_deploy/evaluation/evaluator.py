@@ -123,13 +123,13 @@ def _evaluate(
             heads.append(head)
             fits.append(fit)
             advance()
-    with _timed(seconds, "reading"), progress.task(f"reading {label}", len(split.val)) as advance:
+    with _timed(seconds, "reading"), progress.task(f"testing {label}", len(split.val)) as advance:
         parts = read_heads(store, heads, truth, split, base, advance)
     if data.pictures is not None:
         data.pictures.add(label, store, heads[0])
     drawn, figures, decides = data.bootstrap.draw(parts), figures_of(parts), DECIDES[truth.task]
     if figures[decides] is None:
-        raise PhregError("evaluate: the images to read on have no pixel of a class; split otherwise.")
+        raise PhregError("evaluate: the images to test on have no pixel of a class; split otherwise.")
     subject = Subject.of(
         source,
         decides,

@@ -11,7 +11,7 @@ from phreg_deploy.evaluation.scores import LOWER, Parts
 from phreg_deploy.spec import Stored
 
 RESAMPLES, LEVEL = 2000, 0.95
-# With fewer groups to read on, images are resampled: a handful of groups gives no interval.
+# With fewer groups to test on, images are resampled: a handful of groups gives no interval.
 LEAST_GROUPS = 10
 BETTER, WORSE, OPEN = "better", "worse", "not told apart"
 

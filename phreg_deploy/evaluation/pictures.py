@@ -18,12 +18,12 @@ from phreg_deploy.evaluation.report import Evaluation
 from phreg_deploy.files.atomic import atomic_folder
 from phreg_deploy.heads.head import Head
 from phreg_deploy.images.decoding import read_image
-from phreg_deploy.images.overlays import mask_palette
+from phreg_deploy.images.overlays import class_key, mask_palette
 from phreg_deploy.images.photographs import fit
 from phreg_deploy.images.pictures import heat
 from phreg_deploy.images.upsampling import upsample
 
-# Images in a report, evenly spaced over those that were read on.
+# Images in a report, evenly spaced over those that were tested on.
 MOST = 8
 HEIGHT, GAP, CAPTION = 240, 12, 20
 REPORT = "evaluation.json"
@@ -31,11 +31,15 @@ REPORT = "evaluation.json"
 
 @dataclass
 class Pictures:
-    """Rows of captioned pictures by image: the image, the truth, before (the base), after (each other model)."""
+    """Rows of captioned pictures by image: the image, the truth, before (the base), after (each other model).
+
+    ``shown``: the classes of each row, truth and predictions.
+    """
 
     images: Path
     truth: Truth
     rows: dict[str, list[tuple[str, Image.Image]]] = field(default_factory=dict)
+    shown: dict[str, list[np.ndarray]] = field(default_factory=dict)
 
     @classmethod
     def of(cls, images: Path, truth: Truth, split: Split) -> Pictures:
@@ -61,8 +65,10 @@ class Pictures:
                     image = fit(image, source.size, source.preprocess)
                 picture = image if isinstance(image, Image.Image) else Image.fromarray(image)
                 row += [("image", _sized(picture)), ("truth", self._map(truth, truth))]
+                self.shown[name] = [truth.ravel()]
             when, predicted = "before" if len(row) == 2 else "after", predict(name, (truth.shape[0], truth.shape[1]))
             row.append((f"{when}: {PurePosixPath(label).name}", self._map(predicted, truth)))
+            self.shown[name].append(predicted.ravel())
 
     def _map(self, values: np.ndarray, truth: np.ndarray) -> Image.Image:
         if isinstance(self.truth, Depths):
@@ -75,8 +81,14 @@ class Pictures:
         names = []
         for number, (name, row) in enumerate(self.rows.items(), 1):
             names.append(f"{number:02d}-{PurePosixPath(name).stem}.png")
-            _sheet(row).save(folder / names[-1])
+            _sheet([*row, *self._key(name)]).save(folder / names[-1])
         return names
+
+    def _key(self, name: str) -> list[tuple[str, Image.Image]]:
+        if isinstance(self.truth, Depths):
+            return []
+        labels = np.concatenate(self.shown[name])
+        return [("classes", class_key(labels, self.truth.classes, self.truth.colours))]
 
 
 def write_report(

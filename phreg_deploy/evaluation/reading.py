@@ -1,4 +1,4 @@
-"""Predict the images to read on, and count what is right."""
+"""Predict the images to test on, and count what is right."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from phreg_deploy.images.upsampling import upsample
 class BaseTokens:
     """The base model, and which of its patch tokens are norm outliers.
 
-    ``outliers``: bool ``(Hp, Wp)`` by image, relative to ``median``, the median norm over the images to read on.
+    ``outliers``: bool ``(Hp, Wp)`` by image, relative to ``median``, the median norm over the images to test on.
     """
 
     source: Source
@@ -54,7 +54,7 @@ class BaseTokens:
 def read_heads(
     store: FeatureStore, heads: list[Head], truth: Truth, split: Split, base: BaseTokens, advance: Callable[..., None]
 ) -> list[Parts]:
-    """Predict every image to read on with every head: logits enlarged bilinearly to the truth's pixels."""
+    """Predict every image to test on with every head: logits enlarged bilinearly to the truth's pixels."""
     rows: list[list[Any]] = [[] for _ in heads]
     source = store.source
     for name in split.val:

@@ -77,10 +77,10 @@ class Subject(Stored):
 
 @dataclass(frozen=True)
 class Evaluation(Stored):
-    """``subjects``: the base first. ``val_groups``: groups to read on. ``resampled``: "images" or "groups", and
+    """``subjects``: the base first. ``val_groups``: groups to test on. ``resampled``: "images" or "groups", and
     ``units``, how many there were.
 
-    ``outliers``: tokens of the base model that are norm outliers on the images read on, and ``outlier_median``, the
+    ``outliers``: tokens of the base model that are norm outliers on the images to test on, and ``outlier_median``, the
     median norm that they are relative to. ``skipped``: images without truth. ``cache``: folder, None without
     cache; ``cache_bytes``: of all models' features in it.
     """

@@ -31,7 +31,7 @@ class EvaluationRequest:
     ``depth``: folder of depth instead, 16-bit PNG or ``.npy``. ``classes``: a file with one name a line. ``ignore``:
     the value of masks that means no class, or None. ``first_class``: the value of the first class; smaller ones mean no
     class. ``depth_scale``: metres per unit of a PNG; ``.npy`` is taken as it
-    is. ``split``, ``group``: see ``data.splits``; ``share`` of the groups is read on where a hash decides.
+    is. ``split``, ``group``: see ``data.splits``; ``share`` of the groups is tested on where a hash decides.
 
     ``protocol``: "logistic", "ridge" or "dinov2", see ``solvers``, or "ovss", see ``zero_shot``; None for logistic, or
     ridge for depth. ``decay``: weight decay on the mean loss. ``patches``: the most that one seed trains on. ``seeds``:

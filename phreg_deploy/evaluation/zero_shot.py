@@ -136,7 +136,7 @@ def _evaluate(
     """Return a model's figures, and those of every resample."""
     wall, cpu = time.perf_counter(), time.process_time()
     rows, drawn_maps = [], dict[str, np.ndarray]()
-    with progress.task(f"reading {source.name}", len(names)) as advance:
+    with progress.task(f"testing {source.name}", len(names)) as advance:
         for name in names:
             truth = masks.read(name)
             image = read_image(request.images / name, source.preprocess.exif)

@@ -14,7 +14,7 @@ from PIL import Image
 from phreg_deploy.bundle.heads import ServedHead
 from phreg_deploy.errors import PhregError
 from phreg_deploy.extraction.inputs.sources import MASK
-from phreg_deploy.images.overlays import draw_answer
+from phreg_deploy.images.overlays import SHARE, class_key, draw_answer
 from phreg_deploy.images.pictures import colours, components, heat, sheet
 from phreg_deploy.layers import FEATURES, LABELS, NORM, kind_of
 from phreg_deploy.runtime.dense_features import DenseFeatures
@@ -126,5 +126,9 @@ def _picture(
         row.append(("features (PCA)", colours(dense.features[0], basis)))
     row.append(("token norms", heat(dense.token_norm[0], top)))
     for head in heads:
-        row.append((head.output, draw_answer(picture, head.kind, dense.heads[head.output][0], head.colours)))
+        answer = dense.heads[head.output][0]
+        row.append((head.output, draw_answer(picture, head.kind, answer, head.colours)))
+        if head.classes:
+            labels = answer if head.kind == LABELS else answer.argmax(-1).astype(np.uint8)
+            row.append((f"classes of {head.output}", class_key(labels, head.classes, head.colours, SHARE)))
     return sheet([row])

@@ -5,14 +5,16 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import numpy as np
-from PIL import Image
+from PIL import Image, ImageDraw
 
-from phreg_deploy.images.pictures import heat
+from phreg_deploy.images.pictures import GROUND, INK, SIDE, heat
 from phreg_deploy.layers import DEPTH, SEGMENTATION
 
 Colours = Sequence[tuple[int, int, int]]
 # Share of the colours over the image.
 SHARE = 0.5
+# Lines of a key.
+KEY_LINES, KEY_LINE = 14, 16
 # Pixels of no class, as PASCAL VOC draws them.
 NO_CLASS = (224, 224, 192)
 
@@ -62,3 +64,32 @@ def draw_answer(
     if kind == DEPTH:
         return heat(answer, max(float(np.quantile(answer, 0.98)), 1e-12), max(answer.shape))
     return overlay(image, answer.argmax(-1).astype(np.uint8) if kind == SEGMENTATION else answer, colours)
+
+
+def class_key(
+    labels: np.ndarray, classes: Sequence[str], colours: Colours | None = None, shade: float = 1.0
+) -> Image.Image:
+    """Draw the names of the classes that occur in ``labels`` with their colours; those of most places come first.
+
+    Args:
+        labels: classes, uint8 ``(h, w)``; values beyond ``classes`` are left out.
+        colours: 8-bit RGB by class; None takes those of PASCAL VOC.
+        shade: share of the colours, as in an overlay; the rest is grey.
+    """
+    counts = np.bincount(labels.ravel(), minlength=len(classes))[: len(classes)]
+    found = [int(k) for k in np.argsort(-counts, kind="stable") if counts[k]]
+    lines = [(k, f"{k} {classes[k]}") for k in found]
+    more = len(lines) - KEY_LINES
+    shown = lines if more <= 0 else lines[: KEY_LINES - 1]
+    table = np.rint(palette(colours) * shade + 128 * (1 - shade)).astype(np.uint8)
+    height = KEY_LINE * max(1, len(shown) + (more > 0))
+    page = Image.new("RGB", (SIDE, height), GROUND)
+    draw = ImageDraw.Draw(page)
+    for y, (k, text) in enumerate(shown):
+        red, green, blue = (int(level) for level in table[k])
+        draw.rectangle((0, y * KEY_LINE + 2, 11, y * KEY_LINE + 13), fill=(red, green, blue), outline=INK)
+        # Pillow without FreeType draws Latin-1 alone.
+        draw.text((18, y * KEY_LINE + 2), text.encode("latin-1", "replace").decode("latin-1"), fill=INK)
+    if more > 0:
+        draw.text((18, len(shown) * KEY_LINE + 2), f"and {more + 1} more", fill=INK)
+    return page

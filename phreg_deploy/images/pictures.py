@@ -9,6 +9,7 @@ import numpy as np
 from PIL import Image, ImageDraw
 
 SIDE = 256
+GROUND, INK = (250, 250, 248), (40, 40, 40)
 # Colours from dark to bright; those between are interpolated.
 HEAT = np.array([[4, 5, 20], [62, 15, 92], [140, 41, 99], [221, 81, 58], [252, 165, 10], [252, 255, 164]], np.float64)
 
@@ -55,14 +56,17 @@ def heat(token_norm: np.ndarray, top: float, side: int = SIDE) -> Image.Image:
 def sheet(rows: list[list[tuple[str, Image.Image]]], side: int = SIDE) -> Image.Image:
     """Draw images with captions on a light ground, row by row; each keeps its aspect within ``side`` pixels."""
     gap, caption = 12, 20
+    scaled = [[(text, _scale(picture, side)) for text, picture in row] for row in rows]
+    heights = [caption + max(picture.height for _, picture in row) + gap for row in scaled]
     width = max(len(row) for row in rows) * (side + gap) + gap
-    page = Image.new("RGB", (width, len(rows) * (side + caption + gap) + gap), (250, 250, 248))
-    draw = ImageDraw.Draw(page)
-    for y, row in enumerate(rows):
+    page = Image.new("RGB", (width, sum(heights) + gap), GROUND)
+    draw, top = ImageDraw.Draw(page), gap
+    for row, height in zip(scaled, heights):
         for x, (text, picture) in enumerate(row):
-            left, top = gap + x * (side + gap), gap + y * (side + caption + gap)
-            draw.text((left, top), text, fill=(40, 40, 40))
-            page.paste(_scale(picture, side), (left, top + caption))
+            left = gap + x * (side + gap)
+            draw.text((left, top), text, fill=INK)
+            page.paste(picture, (left, top + caption))
+        top += height
     return page
 
 

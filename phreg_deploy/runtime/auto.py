@@ -77,7 +77,8 @@ def choose(bundle: Bundle, options: BackendOptions, examine: bool = True) -> tup
         if candidate is not best:
             candidate.close()
     assert best.backend is not None
-    return best.backend, f"{best.name}: " + ", ".join(str(c) for c in tried)
+    why = "the fastest here; " if len(usable) > 1 else ""
+    return best.backend, f"{best.name}: {why}" + ", ".join(str(c) for c in tried)
 
 
 def _try(bundle: Bundle, name: str, options: BackendOptions, feed: InputFeed, cases: list[Feed]) -> Candidate:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import pickle
+import textwrap
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
@@ -164,7 +165,8 @@ def _load(name: str, weights: str | None) -> tuple[Any, Any]:
             f'classes: the tokens of {name} need {error.name or error}. Run: pip install "phreg-deploy[text]"'
         ) from None
     except REFUSALS as error:
-        text = str(error).strip().splitlines()[0][:300] if str(error).strip() else type(error).__name__
+        first = next(iter(str(error).strip().splitlines()), "")
+        text = textwrap.shorten(first, 300, placeholder=" ...") or type(error).__name__
         raise PhregError(
             f"classes: open_clip cannot load {name}{'' if weights is None else f' with {weights}'} ({text}). Weights "
             "and tokens of a tag are downloaded; without a network give --checkpoint FILE, or a folder in open_clip's "

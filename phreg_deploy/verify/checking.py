@@ -13,7 +13,7 @@ from phreg_deploy.verify.maps import Maps
 from phreg_deploy.verify.measuring import CheckRequest, OnImages, measure
 from phreg_deploy.verify.report import ArtifactRates, CheckReport, Comparison
 
-EXAM = "own reference"
+EXAM = "own exam"
 
 
 def check_extractors(

@@ -40,7 +40,7 @@ from phreg_deploy.files.atomic import check_target
     type=click.Choice(["float32", "float16"]),
     default="float32",
     show_default=True,
-    help="Of all but token norms.",
+    help="Type of all outputs but token norms.",
 )
 @click.option(
     "--pictures/--no-pictures",
@@ -56,9 +56,12 @@ from phreg_deploy.files.atomic import check_target
     type=click.Choice(["npy", "parquet", "zarr"]),
     default="npy",
     show_default=True,
-    help="Files for each image, or many images in a file.",
+    help="npy: files for each image; parquet, zarr: many images in a file.",
 )
-@click.option("--max-bad", help="Stop when more files cannot be read: a number, or 1% of all; else exit with 0.")
+@click.option(
+    "--max-bad",
+    help="Exit with 0 if at most so many files (20) or a share of all (1%) cannot be read; stop at the next one.",
+)
 @click.option("--shard", help="Extract one part of the images, e.g. 3/16, beside other processes; see docs/scale.md.")
 @click.option("--ray", type=click.IntRange(1), help="Extract by so many actors of Ray Data; see docs/scale.md.")
 @click.option("--resume", is_flag=True, help="Keep what an interrupted run wrote, and extract the rest.")

@@ -27,10 +27,12 @@ from phreg_deploy.spec import parse_size
     default=5.0,
     show_default=True,
     type=Number(0.1),
-    help="Of measuring per batch, after the warm-up.",
+    help="Seconds to measure each batch size, after the warm-up.",
 )
 @click.option(
-    "--baseline", type=click.Path(path_type=Path), help="An earlier --json report; exit code 3 when the median grew."
+    "--baseline",
+    type=click.Path(path_type=Path),
+    help="File with an earlier --json report; exit code 3 when the median grew.",
 )
 @click.option("--streams", default="1,2,4", show_default=True, help="On a GPU: numbers of threads that call at once.")
 @click.option("--fps", type=Number(0.1), help="On a GPU: feed images at this rate; jitter and missed deadlines.")

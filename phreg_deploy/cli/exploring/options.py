@@ -8,7 +8,7 @@ from typing import Any
 
 import click
 
-from phreg_deploy.cli.options import Number
+from phreg_deploy.cli.options import Finite
 
 _PATH = click.Path(path_type=Path)
 
@@ -21,10 +21,10 @@ def compared_options(command: Callable[..., Any]) -> Callable[..., Any]:
         click.option("--base", help="The base model, for its artifact rate beside the others."),
         click.option("--base-checkpoint", type=_PATH, help="Weights for a timm name given as --base."),
         click.option(
-            "--cosine", type=Number(), help="Gate on the 1st-percentile patch cosine; by default the precision's."
+            "--cosine", type=Finite(), help="Gate on the 1st-percentile patch cosine; by default the precision's."
         ),
         click.option(
-            "--outlier-points", type=Number(), help="Gate on the change of the norm-outlier rate, percentage points."
+            "--outlier-points", type=Finite(), help="Gate on the change of the norm-outlier rate, percentage points."
         ),
     )
     for option in reversed(options):

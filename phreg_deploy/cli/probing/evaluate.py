@@ -8,7 +8,7 @@ from typing import Any
 import click
 
 from phreg_deploy.cli.console import Result
-from phreg_deploy.cli.options import Number, force_option, output_options
+from phreg_deploy.cli.options import Finite, force_option, output_options
 from phreg_deploy.cli.probing.options import data_options
 from phreg_deploy.cli.probing.tables import show_evaluation
 
@@ -20,26 +20,42 @@ from phreg_deploy.cli.probing.tables import show_evaluation
     "checkpoints",
     multiple=True,
     type=click.Path(path_type=Path),
-    help="Weights for a timm name; once for each, in their order, the base first.",
+    help="Weights for a timm name. Repeatable: one for each timm name, in their order.",
 )
 @click.option("--base", metavar="NAME", help="What the others are compared with; by default the first.")
 @data_options
 @click.option(
-    "--seeds", type=click.IntRange(1), default=3, show_default=True, help="Trainings, each on its own draw of patches."
+    "--seeds",
+    type=click.IntRange(1),
+    default=3,
+    show_default=True,
+    help="Number of trainings, each on its own draw of patches.",
 )
-@click.option("--text", type=click.Path(path_type=Path), help="Of ovss: class names embedded by `classes`.")
-@click.option("--scale", type=Number(), help="Of ovss: factor of cosines; by default 40, of SigLIP its own.")
-@click.option("--background", type=Number(), metavar="P", help="Of ovss: below this probability a pixel is background.")
-@click.option("--short-side", type=click.IntRange(1), default=448, show_default=True, help="Of ovss: of images.")
-@click.option("--window", type=click.IntRange(1), default=336, show_default=True, help="Of ovss: side in pixels.")
-@click.option("--stride", type=click.IntRange(1), default=112, show_default=True, help="Of ovss: between windows.")
+@click.option("--text", type=click.Path(path_type=Path), help="With ovss: class names embedded by `classes`.")
+@click.option("--scale", type=Finite(), help="With ovss: factor of the cosines; by default 40, for SigLIP its own.")
+@click.option(
+    "--background", type=Finite(), metavar="P", help="With ovss: a pixel below this probability is background."
+)
+@click.option(
+    "--short-side",
+    type=click.IntRange(1),
+    default=448,
+    show_default=True,
+    help="With ovss: short side of the images in pixels.",
+)
+@click.option(
+    "--window", type=click.IntRange(1), default=336, show_default=True, help="With ovss: side of a window in pixels."
+)
+@click.option(
+    "--stride", type=click.IntRange(1), default=112, show_default=True, help="With ovss: pixels between windows."
+)
 @click.option("-o", "--output", type=click.Path(path_type=Path), help="Folder for evaluation.json and pictures.")
 @force_option
 @output_options
 def evaluate(
     what: tuple[str, ...], output: Path | None, force: bool, as_json: bool, quiet: bool, **settings: Any
 ) -> None:
-    """Train a linear probe on the dense features of each of WHAT (timm names, students, bundles), and read it.
+    """Train a linear probe on the dense features of each of WHAT (timm names, students, bundles), and test it.
 
     The features stay as they are. Figures come with 95 % intervals, and every model is compared with the first on the
     same images: better, worse, or not told apart. A name given twice is trained again with other seeds.

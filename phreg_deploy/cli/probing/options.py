@@ -8,7 +8,7 @@ from typing import Any
 
 import click
 
-from phreg_deploy.cli.options import Number, backend_option, device_option, images_option, readout_options
+from phreg_deploy.cli.options import Finite, backend_option, device_option, images_option, readout_options
 
 _PATH = click.Path(path_type=Path)
 
@@ -19,9 +19,13 @@ def data_options(command: Callable[..., Any]) -> Callable[..., Any]:
         images_option(True, "Folder of images."),
         click.option("--masks", type=_PATH, help="Folder of masks at the images' paths: PNG, palette or 8-bit grey."),
         click.option("--depth", type=_PATH, help="Folder of depth instead: 16-bit PNG or .npy."),
-        click.option("--classes", type=_PATH, help="File with the name of one class a line, from class 0."),
+        click.option("--classes", type=_PATH, help="Text file with one class name a line, from class 0 on."),
         click.option(
-            "--ignore", type=click.IntRange(0, 255), default=255, show_default=True, help="Value of no class."
+            "--ignore",
+            type=click.IntRange(0, 255),
+            default=255,
+            show_default=True,
+            help="Pixel value that means no class.",
         ),
         click.option(
             "--first-class",
@@ -30,7 +34,9 @@ def data_options(command: Callable[..., Any]) -> Callable[..., Any]:
             show_default=True,
             help="Value of the first class; smaller ones mean no class (ADE20K: 1).",
         ),
-        click.option("--depth-scale", type=Number(), default=0.001, show_default=True, help="Metres per PNG unit."),
+        click.option(
+            "--depth-scale", type=Finite(), default=0.001, show_default=True, help="Metres for each unit of a PNG."
+        ),
         click.option(
             "--split",
             default="auto",
@@ -42,25 +48,29 @@ def data_options(command: Callable[..., Any]) -> Callable[..., Any]:
             "--group",
             default="prefix",
             show_default=True,
-            help="What stays together: prefix (the name without its last number, as of a video's frames), image, "
-            "folder, or a regular expression whose first group names it.",
+            help="Images that stay on one side of the split: prefix (the name without its last number, as of a "
+            "video's frames), image, folder, or a regular expression whose first group names it.",
         ),
-        click.option("--share", type=Number(), default=0.25, show_default=True, help="Share of groups to read on."),
+        click.option("--share", type=Finite(), default=0.25, show_default=True, help="Share of the groups to test on."),
         click.option(
             "--protocol",
             help="logistic (default), ridge (default of --depth), dinov2 (slow) or ovss: docs/evaluate.md.",
         ),
-        click.option("--decay", type=Number(), default=1e-4, show_default=True, help="Weight decay on the mean loss."),
+        click.option("--decay", type=Finite(), default=1e-4, show_default=True, help="Weight decay on the mean loss."),
         click.option(
             "--patches",
             type=click.IntRange(100),
             default=100_000,
             show_default=True,
-            help="Most to train on.",
+            help="Patches to train on at most.",
         ),
-        click.option("--seed", type=click.IntRange(0), default=0, show_default=True, help="Of the draws of patches."),
+        click.option(
+            "--seed", type=click.IntRange(0), default=0, show_default=True, help="Seed of the draws of patches."
+        ),
         click.option("--image-size", help="e.g. 518 or 480x640; by default each model's or bundle's own."),
-        click.option("--layers", help="As of export; joined along the channels. By default the last layer's features."),
+        click.option(
+            "--layers", help="Layers as for `export`, joined along the channels; by default the last one's features."
+        ),
         click.option("--cache/--no-cache", "keep", default=True, show_default=True, help="Keep features on disk."),
         readout_options("the student's"),
         device_option,

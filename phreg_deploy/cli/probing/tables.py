@@ -24,7 +24,7 @@ def show_evaluation(evaluation: Evaluation, result: Result) -> None:
     """Print the figures of every model, their comparison with the base, and the IoU of every class."""
     segments = evaluation.task == "segmentation"
     columns = SHARES if segments else DEPTH
-    title = f"Linear probe ({evaluation.protocol}), {evaluation.train} images to train on, {evaluation.val} to read on"
+    title = f"Linear probe ({evaluation.protocol}), {evaluation.train} images to train on, {evaluation.val} to test on"
     if evaluation.protocol == "ovss":
         columns = {figure: name for figure, name in SHARES.items() if figure in ("miou", "pixel_accuracy")}
         title = f"Text prompts ({evaluation.protocol}), {evaluation.val} images"
@@ -60,11 +60,14 @@ def _say_conditions(evaluation: Evaluation, result: Result) -> None:
     else:
         result.say(f"Split {evaluation.split}. {resampled} and the {seeds} training{'s' * (seeds > 1)}.{note}")
     if evaluation.outliers is not None and evaluation.task == "segmentation":
-        result.say(f"The base model has {evaluation.outliers} outlier tokens on the images to read on.")
+        result.say(f"{evaluation.subjects[0].name} has {evaluation.outliers} outlier tokens on the images to test on.")
     for subject in evaluation.subjects:
         if not subject.converged:
             iterations = ", ".join(map(str, subject.iterations))
-            result.say(f"The solver stopped before the end for {subject.name} (iterations {iterations}).")
+            result.say(
+                f"{subject.name}: the solver was stopped before it converged (iterations {iterations}); more of them "
+                "would change the figures a little."
+            )
     spent = f"{evaluation.seconds['wall']:.0f} s, {evaluation.seconds['cpu']:.0f} s of CPU time"
     size = f" Features in {evaluation.cache}: {evaluation.cache_bytes / 1e6:.0f} MB." if evaluation.cache else ""
     result.say(f"Took {spent}.{size}")

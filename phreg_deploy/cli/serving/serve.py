@@ -20,18 +20,35 @@ SERVE = ("fastapi", "prometheus_client", "python_multipart", "uvicorn")
 @click.command()
 @click.argument("bundles", nargs=-1, required=True, metavar="BUNDLE...")
 @tuning_options
-@click.option("--host", default="127.0.0.1", show_default=True, help="0.0.0.0 serves other machines; needs a token.")
-@click.option("--port", type=click.IntRange(0, 65535), default=8000, show_default=True, help="0 takes a free one.")
-@click.option("--token-file", type=click.Path(path_type=Path), help="By default the variable PHREG_SERVE_TOKEN.")
+@click.option(
+    "--host",
+    default="127.0.0.1",
+    show_default=True,
+    help="Address to listen on; 0.0.0.0 serves other machines and needs a token.",
+)
+@click.option(
+    "--port",
+    type=click.IntRange(0, 65535),
+    default=8000,
+    show_default=True,
+    help="Port to listen on; 0 takes a free one.",
+)
+@click.option(
+    "--token-file",
+    type=click.Path(path_type=Path),
+    help="File with the token that clients send; by default the variable PHREG_SERVE_TOKEN.",
+)
 @click.option("--open", "open_", is_flag=True, help="Serve other machines without a token.")
 @click.option("--max-batch", type=click.IntRange(1), help="Images in one run; by default the bundle's best batch.")
 @click.option("--max-wait", type=Number(0), default=2.0, show_default=True, help="Milliseconds to wait for a batch.")
 @click.option(
     "--queue", type=click.IntRange(0), default=32, show_default=True, help="Images that may wait, per bundle."
 )
-@click.option("--timeout", type=Number(0.001), default=30.0, show_default=True, help="Seconds for a request.")
-@click.option("--max-mib", type=Number(0.001), default=20.0, show_default=True, help="Size of a request.")
-@click.option("--max-megapixels", type=Number(0.001), default=50.0, show_default=True, help="Size of an image.")
+@click.option("--timeout", type=Number(0.001), default=30.0, show_default=True, help="Seconds for a request at most.")
+@click.option("--max-mib", type=Number(0.001), default=20.0, show_default=True, help="MiB of a request at most.")
+@click.option(
+    "--max-megapixels", type=Number(0.001), default=50.0, show_default=True, help="Megapixels of an image at most."
+)
 @click.option("--drain", type=Number(0), default=0.0, show_default=True, help="Seconds to answer 503 before the end.")
 @click.option("--reuse-port", is_flag=True, help="Share the port with other processes, as for a restart without a gap.")
 @click.option("--access-log", is_flag=True, help="Write a line per request to stderr.")

@@ -26,9 +26,13 @@ COLUMNS = ["camera", "served", "frames/s", "latency p50 ms", "p99 ms", "late", "
 
 
 class Display(AbstractContextManager["Display"]):
-    """A table on stderr that follows the stream, where stderr is a terminal; alarms are lines above it."""
+    """A table on stderr that follows the stream, where stderr is a terminal; alarms are lines above it.
 
-    def __init__(self, result: Result) -> None:
+    ``timed``: whether there is a deadline to be late for.
+    """
+
+    def __init__(self, result: Result, timed: bool) -> None:
+        self._timed = timed
         self._progress, self._console = result.progress, result.progress.console
         self._live = Live(console=self._console, auto_refresh=False, transient=True)
         self._shown, self._drawn = self._console.is_terminal and not result.quiet, 0.0
@@ -49,7 +53,7 @@ class Display(AbstractContextManager["Display"]):
             self._drawn = now
             table = Table(*COLUMNS, title=f"On {stream.backend}; Ctrl-C ends it", title_justify="left", box=SIMPLE_HEAD)
             for figures in stream.figures().values():
-                table.add_row(*(Text(printable(figure(cell))) for cell in _row(figures)))
+                table.add_row(*(Text(printable(figure(cell))) for cell in _row(figures, self._timed)))
             self._live.update(table, refresh=True)
 
     def alarm(self, alarm: Alarm) -> None:
@@ -57,15 +61,16 @@ class Display(AbstractContextManager["Display"]):
         self._progress.say(f"Alarm ({alarm.kind}): {alarm}.")
 
 
-def show_report(report: WatchReport, result: Result) -> None:
-    """Print the figures at the end of a stream."""
+def show_report(report: WatchReport, result: Result, timed: bool) -> None:
+    """Print the figures at the end of a stream. ``timed``: see ``Display``."""
     title = f"{report.seconds:.1f} s on {report.backend}"
-    result.table(title, COLUMNS, [_row(figures) for figures in report.cameras])
+    result.table(title, COLUMNS, [_row(figures, timed) for figures in report.cameras])
     if report.written:
         result.say(f"Wrote {report.written}.")
 
 
-def _row(figures: CameraFigures) -> list[Any]:
-    speed = [figures.fps, figures.latency_p50, figures.latency_p99, percent(figures.late_share)]
+def _row(figures: CameraFigures, timed: bool) -> list[Any]:
+    late = percent(figures.late_share if timed else None)
+    speed = [figures.fps, figures.latency_p50, figures.latency_p99, late]
     drops = [figures.dropped, figures.pending, percent(figures.artifact_rate)]
     return [figures.camera, figures.served, *speed, *drops]

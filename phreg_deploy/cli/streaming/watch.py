@@ -16,20 +16,42 @@ from phreg_deploy.cli.streaming.display import Display, show_report
 @click.command()
 @click.argument("source")
 @click.argument("bundle", type=click.Path(path_type=Path))
-@click.option("--also", multiple=True, help="One more source; sources take turns. May be given several times.")
+@click.option("--also", multiple=True, help="One more source; sources take turns. Repeatable.")
 @tuning_options
 @click.option("--image-size", help="For bundles with several sizes, e.g. 518 or 480x640.")
-@click.option("--fit", type=click.Choice(["pad", "crop", "squash"]), help="By default as the bundle says.")
+@click.option(
+    "--fit",
+    type=click.Choice(["pad", "crop", "squash"]),
+    help="Keep the aspect by padding or cropping, or squash; by default as the bundle says.",
+)
 @click.option("--every-frame", is_flag=True, help="Serve every frame of a file, however long it takes; drop none.")
 @click.option("--fps", type=Number(0.001), help="Pace files at this rate; by default at their own.")
 @click.option("--frames", type=click.IntRange(1), help="End after so many frames.")
 @click.option("--deadline", type=Number(0.001), help="Milliseconds from the capture of a frame to its features.")
-@click.option("--max-late", type=Number(0, 1), default=0.1, show_default=True, help="Share that may miss the deadline.")
+@click.option(
+    "--max-late", type=Number(0, 1), default=0.1, show_default=True, help="Share of frames that may miss the deadline."
+)
 @click.option("--max-artifact-rate", type=Number(0, 1), help="Mean share of artifact tokens that raises an alarm.")
-@click.option("--no-frame", type=Number(0.001), default=5.0, show_default=True, help="Seconds that raise an alarm.")
-@click.option("--slow-run", type=Number(0.001), default=10.0, show_default=True, help="Seconds of one run, likewise.")
+@click.option(
+    "--no-frame",
+    type=Number(0.001),
+    default=5.0,
+    show_default=True,
+    help="Seconds without a frame that raise an alarm.",
+)
+@click.option(
+    "--slow-run",
+    type=Number(0.001),
+    default=10.0,
+    show_default=True,
+    help="Seconds of one run of the graph that raise an alarm.",
+)
 @click.option("--fallback", help="Backend that takes over when the first fails, e.g. onnxruntime-cpu.")
-@click.option("--write", type=click.Path(path_type=Path), help="MP4 of the image, its norms and its features.")
+@click.option(
+    "--write",
+    type=click.Path(path_type=Path),
+    help="Write an MP4 of each image, its token norms and its features; takes time from serving.",
+)
 @force_option
 @output_options
 def watch(
@@ -74,8 +96,8 @@ def watch(
     sources = {public_name(place): place for place in (source, *also)}
     with FeatureExtractor.load(bundle, backend, **tuning) as extractor:
         result.chosen(extractor.choice, backend)
-        with Display(result) as display:
+        with Display(result, deadline is not None) as display:
             calls: dict[str, Any] = {"show": display.update, "on_alarm": display.alarm}
             report = watch_stream(extractor, sources, size=size, limits=limits, **calls, **options)
-    show_report(report, result)
+    show_report(report, result, deadline is not None)
     result.json(report.to_json())

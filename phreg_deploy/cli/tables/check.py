@@ -29,7 +29,7 @@ def show_check(report: CheckReport, result: Result) -> None:
     fidelity = report.quantised_fidelity
     if fidelity:
         result.say(
-            f"The own reference holds the answers of the {report.precision.upper()} graph in ONNX Runtime, not "
+            f"The exam holds the answers of the {report.precision.upper()} graph in ONNX Runtime, not "
             f"those of FP32. Agreement with FP32 when it was calibrated: patch cosine {fidelity['cosine_mean']:.5f}, "
             f"1st percentile {fidelity['cosine_p1']:.5f}."
         )

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 
 from phreg_deploy.cli.console import Result, percent
 from phreg_deploy.errors import PhregError
+from phreg_deploy.layers import FEATURES
 
 if TYPE_CHECKING:
     from phreg_deploy.extraction.extraction import Extraction
@@ -19,7 +20,9 @@ ROWS = 20
 def show_extraction(index: Extraction, result: Result) -> None:
     """The first images with their shapes and artifact rates, and every file that was left out."""
     rows = [[i.image, "x".join(str(side) for side in i.shape), percent(i.artifact_rate)] for i in index.images[:ROWS]]
-    result.table(f"Features in {index.output}", ["image", "shape", "artifact rate"], rows)
+    outputs = index.settings["outputs"]
+    title = f"Features in {index.output}" if FEATURES in outputs else f"{', '.join(outputs)} in {index.output}"
+    result.table(title, ["image", "shape of features", "artifact rate"], rows)
     for reason in index.skipped.values():
         result.say(f"Left out: {reason}")
 

@@ -25,8 +25,9 @@ def bundle_rows(bundle: Bundle) -> Rows:
         ["serves", f"{manifest.sizes}, batch {manifest.batches}, {precision}"],
         ["inputs", _tensors(manifest.inputs)],
         ["outputs", _tensors(manifest.outputs)],
+        *([f"classes of {head.output}", ", ".join(head.classes)] for head in manifest.heads if head.classes),
         ["preprocessing", ", ".join(f"{name} {value}" for name, value in preprocess.items())],
-        *source_rows(manifest.source),
+        *source_rows(manifest.source, "exported weights"),
         ["stayed in float32", ", ".join(manifest.float_parts) or "everything"],
         ["files, hashes verified", ", ".join(f"{name} {size}" for name, size in sizes.items())],
         *(_quantisation_rows(manifest.quantisation) if manifest.quantisation else []),
@@ -44,7 +45,7 @@ def student_rows(record: dict[str, Any]) -> Rows:
         for neuron in record["register_neurons"]
     )
     rows = [
-        *source_rows(record["source"]),
+        *source_rows(record["source"], "its weights"),
         ["recipe", f"{recipe['name']}, {training}"],
         ["register neurons", neurons or "none"],
         ["images", f"{images['trained']} trained on, {held_out} held out, {images['skipped']} skipped"],
@@ -57,14 +58,18 @@ def student_rows(record: dict[str, Any]) -> Rows:
     return rows + [[f"cosine to denoised target, {m}", f"{scores[m]['fidelity']['mean']:.4f}"] for m in models]
 
 
-def source_rows(source: dict[str, Any]) -> Rows:
-    """The base model, the licence of its weights, and where they are published."""
+def source_rows(source: dict[str, Any], whose: str) -> Rows:
+    """The base model, the licence of its weights, and where they are published.
+
+    ``whose``: what the hash is of, as the name of a row. A bundle has that of what was exported.
+    """
     licence = (source["license"] or "not stated by timm") if "license" in source else "not recorded"
     hub = source.get("hf_hub_id")
     places = [f"Hugging Face hub {hub}" if hub else None, source.get("url")]
     return [
-        ["base model", f"{source['model']}, weights {source['weights_sha256'][:16]}…"],
-        ["license of its weights", licence],
+        ["base model", source["model"]],
+        [whose, f"sha256 {source['weights_sha256'][:16]}…"],
+        ["licence of the base's weights", licence],
         ["published at", ", ".join(place for place in places if place) or "not stated by timm"],
     ]
 

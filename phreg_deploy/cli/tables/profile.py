@@ -52,9 +52,14 @@ def _show_latencies(report: ProfileReport, result: Result) -> None:
     title = f"Milliseconds on {where.backend} ({where.processor}, {where.cores} cores)"
     result.table(title, LATENCY_COLUMNS, rows)
     for r in report.results:
+        added = (
+            f"the extractor adds {100 * r.overhead:.1f} % to the bare graph"
+            if r.overhead >= 0
+            else "what the extractor adds to the bare graph is less than the noise"
+        )
         result.say(
-            f"batch {r.batch}: {r.images_per_second:.1f} images/s; the extractor adds {100 * r.overhead:.1f} % to the "
-            f"bare graph. Preprocessing of {where.photograph} ({where.resize} resize) is "
+            f"batch {r.batch}: {r.images_per_second:.1f} images/s; {added}. Preprocessing of "
+            f"{where.photograph} ({where.resize} resize) is "
             f"{100 * r.preprocess_share:.0f} % of the time from frame to features."
         )
 

@@ -64,8 +64,8 @@ class NeuronSearch:
         first, count = max(self.neurons, key=lambda n: n.share), len(self.neurons)
         return (
             f"{outliers}, and {self.remaining:.2%} with {count} register neuron{'s' * (count > 1)} zeroed. The "
-            f"strongest is unit {first.unit} of block {first.block}: {first.share:.0%} of what sets outliers apart, "
-            f"activation {first.activation:.3g} there, {first.elsewhere:.3g} elsewhere."
+            f"strongest is unit {first.unit} of block {first.block}: it writes {first.share:.0%} of what sets outliers "
+            f"apart. Its activation is {first.activation:.3g} on outliers and {first.elsewhere:.3g} on other tokens."
         )
 
 

@@ -1,4 +1,4 @@
-"""Split images into those that a probe is trained on and those that it is read on, by groups that stay together."""
+"""Split images into those that a probe is trained on and those that it is tested on, by groups that stay together."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ NUMBER = re.compile(r"[_-]?\d+$")
 
 @dataclass(frozen=True)
 class Split:
-    """Names to train on and to read on; ``groups``: group of each name; ``how``: a sentence for reports."""
+    """Names to train on and to test on; ``groups``: group of each name; ``how``: a sentence for reports."""
 
     train: tuple[str, ...]
     val: tuple[str, ...]
@@ -58,7 +58,7 @@ def split_names(names: Sequence[str], how: str, rule: str, share: float) -> Spli
     Args:
         how: "folders" (``train/`` and ``val/``), "hash", "auto" (folders where both are there, else hash), or two
             files of names with a comma between, ``train.txt,val.txt``.
-        rule: see ``group_of``. share: of the groups to read on, with "hash"; a new image moves no other one.
+        rule: see ``group_of``. share: of the groups to test on, with "hash"; a new image moves no other one.
 
     Raises:
         PhregError: a side is empty, a name of a list is unknown or in both, or ``how`` is something else.
@@ -88,7 +88,7 @@ def _by_hash(names: Sequence[str], groups: dict[str, str], rule: str, share: flo
     place = {group: int(hashlib.sha256(group.encode()).hexdigest()[:8], 16) / 2**32 for group in groups.values()}
     if len(place) < 2:
         raise PhregError(
-            f"split: the {len(names)} images are one group by --group {rule}, so none can be read on. Use --group "
+            f"split: the {len(names)} images are one group by --group {rule}, so none is left to test on. Use --group "
             "image where they are no frames of a video, a regular expression, or --split."
         )
     chosen = {group for group, value in place.items() if value < share}
@@ -98,7 +98,7 @@ def _by_hash(names: Sequence[str], groups: dict[str, str], rule: str, share: flo
         chosen.remove(max(place, key=place.__getitem__))
     train = tuple(n for n in names if groups[n] not in chosen)
     val = tuple(n for n in names if groups[n] in chosen)
-    return Split(train, val, groups, f"by a hash of {len(place)} groups, {len(chosen)} of them to read on")
+    return Split(train, val, groups, f"by a hash of {len(place)} groups, {len(chosen)} of them to test on")
 
 
 def _listed(path: Path, names: Sequence[str]) -> tuple[str, ...]:

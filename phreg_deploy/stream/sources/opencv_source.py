@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import cv2
 import numpy as np
@@ -12,6 +14,18 @@ from phreg_deploy.stream.sources.addresses import public_name
 
 # Milliseconds after which a network stream that does not answer is given up.
 OPEN_TIMEOUT, READ_TIMEOUT = 10_000, 5_000
+
+
+@contextmanager
+def _silent() -> Iterator[None]:
+    """Keep OpenCV from writing on stderr what it tries: the error says what failed."""
+    levels = cv2.utils.logging
+    before = levels.getLogLevel()
+    levels.setLogLevel(levels.LOG_LEVEL_SILENT)
+    try:
+        yield
+    finally:
+        levels.setLogLevel(before)
 
 
 class OpenCVSource:
@@ -28,11 +42,12 @@ class OpenCVSource:
 
     def __init__(self, place: str | int, live: bool) -> None:
         self.live = live
-        if isinstance(place, str) and live:
-            timeouts = [cv2.CAP_PROP_OPEN_TIMEOUT_MSEC, OPEN_TIMEOUT, cv2.CAP_PROP_READ_TIMEOUT_MSEC, READ_TIMEOUT]
-            self._capture = cv2.VideoCapture(place, cv2.CAP_FFMPEG, timeouts)
-        else:
-            self._capture = cv2.VideoCapture(place)
+        with _silent():
+            if isinstance(place, str) and live:
+                timeouts = [cv2.CAP_PROP_OPEN_TIMEOUT_MSEC, OPEN_TIMEOUT, cv2.CAP_PROP_READ_TIMEOUT_MSEC, READ_TIMEOUT]
+                self._capture = cv2.VideoCapture(place, cv2.CAP_FFMPEG, timeouts)
+            else:
+                self._capture = cv2.VideoCapture(place)
         if not self._capture.isOpened():
             self._capture.release()
             name = public_name(str(place))
