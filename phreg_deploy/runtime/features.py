@@ -11,6 +11,7 @@ from typing import Any, overload
 
 import numpy as np
 
+from phreg_deploy.arguments import refuse_url
 from phreg_deploy.bundle.bundle import Bundle
 from phreg_deploy.errors import PhregError
 from phreg_deploy.images.fitting import Fitted, check_fit, fit_as
@@ -41,6 +42,8 @@ class FeatureExtractor(AbstractContextManager["FeatureExtractor"]):
     def __init__(self, bundle: Bundle, backend: Backend) -> None:
         self.bundle, self.manifest, self.spec = bundle, bundle.manifest, bundle.manifest.model
         self.preprocess, self.color = self.manifest.preprocess, "rgb"
+        # The key that the bundle was verified with, for those that load it again.
+        self.public_key: Path | None = None
         self._fork_safe = ForkSafeBackend(backend)
         # The arguments of ``load``, for pickle.
         self._arguments: dict[str, Any] | None = None
@@ -63,6 +66,7 @@ class FeatureExtractor(AbstractContextManager["FeatureExtractor"]):
         color: str = "rgb",
         exif: bool | None = None,
         fast: bool | None = None,
+        public_key: Path | str | None = None,
     ) -> FeatureExtractor:
         """Open a bundle.
 
@@ -77,11 +81,19 @@ class FeatureExtractor(AbstractContextManager["FeatureExtractor"]):
                 PIL images know their own; ``dense`` and ``run`` always take RGB.
             exif: turn files and PIL images upright by their EXIF orientation; None takes the manifest's value.
             fast: resize large images by ``resampling.shrink``, not by Pillow; None takes the manifest's value.
+            public_key: first refuse a bundle that the private key of this one has not signed, or that was changed
+                since, see ``signing.verify_signature``. It needs the extra ``sign``.
 
         Raises:
-            PhregError: no bundle, a damaged one, or one of a newer format. BackendMissing: the backend is not usable.
+            PhregError: no bundle, a damaged one, one of a newer format, or one that is not signed as asked.
+            BackendMissing: the backend, or the extra ``sign``, is not usable.
         """
         check_color(color)
+        if public_key is not None:
+            from phreg_deploy.signing import verify_signature
+
+            refuse_url(str(path))
+            verify_signature(path, public_key)
         options, bundle = BackendOptions(threads, compute, mode, device), Bundle.read(path)
         if verify:
             bundle.verify()
@@ -106,6 +118,8 @@ class FeatureExtractor(AbstractContextManager["FeatureExtractor"]):
         extractor.choice = "; ".join(remark for remark in remarks if remark)
         extractor._arguments = {"path": bundle.folder.absolute(), "backend": opened.name, **asdict(options)}
         extractor._arguments |= {"verify": verify, "examine": examine, "color": color, "exif": exif, "fast": fast}
+        if public_key is not None:
+            extractor.public_key = extractor._arguments["public_key"] = Path(public_key).absolute()
         return extractor
 
     @property
