@@ -150,7 +150,6 @@ MAY["cli/commands"] = set(MAY) - {"cli/probing"}
 # Folder -> the folders that it imports inside functions only, so that their dependencies are optional.
 LATE = {
     "heads": {"models"},
-    "runtime": {"signing"},
     "evaluation/data": {"models", "runtime"},
     "export": {"export/engine"},
     "model_repository": {"onnx_graph", "runtime"},

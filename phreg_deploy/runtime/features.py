@@ -11,7 +11,6 @@ from typing import Any, overload
 
 import numpy as np
 
-from phreg_deploy.arguments import refuse_url
 from phreg_deploy.bundle.bundle import Bundle
 from phreg_deploy.errors import PhregError
 from phreg_deploy.images.fitting import Fitted, check_fit, fit_as
@@ -29,6 +28,7 @@ from phreg_deploy.runtime.gpu_images.fitter import FittedFrames
 from phreg_deploy.runtime.parity import gate_precision
 from phreg_deploy.runtime.parts import dense_in_parts
 from phreg_deploy.runtime.tiling import Report, TiledFeatures, tile, window_sizes
+from phreg_deploy.signing import read_signed
 
 
 class FeatureExtractor(AbstractContextManager["FeatureExtractor"]):
@@ -42,7 +42,6 @@ class FeatureExtractor(AbstractContextManager["FeatureExtractor"]):
     def __init__(self, bundle: Bundle, backend: Backend) -> None:
         self.bundle, self.manifest, self.spec = bundle, bundle.manifest, bundle.manifest.model
         self.preprocess, self.color = self.manifest.preprocess, "rgb"
-        # The key that the bundle was verified with, for those that load it again.
         self.public_key: Path | None = None
         self._fork_safe = ForkSafeBackend(backend)
         # The arguments of ``load``, for pickle.
@@ -81,22 +80,13 @@ class FeatureExtractor(AbstractContextManager["FeatureExtractor"]):
                 PIL images know their own; ``dense`` and ``run`` always take RGB.
             exif: turn files and PIL images upright by their EXIF orientation; None takes the manifest's value.
             fast: resize large images by ``resampling.shrink``, not by Pillow; None takes the manifest's value.
-            public_key: first refuse a bundle that the private key of this one has not signed, or that was changed
-                since, see ``signing.verify_signature``. It needs the extra ``sign``.
+            public_key: refuse what its private key has not signed, see ``signing.verify_signature``; extra ``sign``.
 
         Raises:
-            PhregError: no bundle, a damaged one, one of a newer format, or one that is not signed as asked.
-            BackendMissing: the backend, or the extra ``sign``, is not usable.
+            PhregError: no bundle, or a damaged, newer or unsigned one. BackendMissing: the backend is not usable.
         """
         check_color(color)
-        if public_key is not None:
-            from phreg_deploy.signing import verify_signature
-
-            refuse_url(str(path))
-            verify_signature(path, public_key)
-        options, bundle = BackendOptions(threads, compute, mode, device), Bundle.read(path)
-        if verify:
-            bundle.verify()
+        options, bundle = BackendOptions(threads, compute, mode, device), read_signed(path, public_key, verify)
         if backend == "auto":
             opened, reason = choose(bundle, options, examine)
         else:
@@ -118,8 +108,8 @@ class FeatureExtractor(AbstractContextManager["FeatureExtractor"]):
         extractor.choice = "; ".join(remark for remark in remarks if remark)
         extractor._arguments = {"path": bundle.folder.absolute(), "backend": opened.name, **asdict(options)}
         extractor._arguments |= {"verify": verify, "examine": examine, "color": color, "exif": exif, "fast": fast}
-        if public_key is not None:
-            extractor.public_key = extractor._arguments["public_key"] = Path(public_key).absolute()
+        key = None if public_key is None else Path(public_key).absolute()
+        extractor.public_key = extractor._arguments["public_key"] = key
         return extractor
 
     @property

@@ -6,6 +6,6 @@ each file, which other programs read too. Needs the extra ``sign`` (model-signin
 """
 
 from phreg_deploy.signing.signature import Signed, sign
-from phreg_deploy.signing.verification import verify_signature
+from phreg_deploy.signing.verification import read_signed, verify_signature
 
-__all__ = ["Signed", "sign", "verify_signature"]
+__all__ = ["Signed", "read_signed", "sign", "verify_signature"]

@@ -9,6 +9,8 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
+from phreg_deploy.arguments import refuse_url
+from phreg_deploy.bundle.bundle import Bundle
 from phreg_deploy.bundle.manifest import ENGINES, ENGINES_SIGNATURE, MANIFEST, SIGNATURE
 from phreg_deploy.errors import PhregError
 from phreg_deploy.extras import SIGN, require
@@ -50,6 +52,20 @@ def verify_signature(folder: Path | str, public_key: Path | str) -> Signed:
         files = [*names, *(f"{ENGINES}/{name}" for name in plans)]
         written.append(ENGINES_SIGNATURE)
     return Signed("bundle" if MANIFEST in names else "student", str(place), files, written)
+
+
+def read_signed(folder: Path | str, public_key: Path | str | None, hashes: bool = True) -> Bundle:
+    """Read a bundle, with a key after its signature was verified; ``hashes``: verify those in its manifest.
+
+    Raises as ``Bundle.read`` and ``verify_signature``.
+    """
+    if public_key is not None:
+        refuse_url(str(folder))
+        verify_signature(folder, public_key)
+    bundle = Bundle.read(folder)
+    if hashes:
+        bundle.verify()
+    return bundle
 
 
 def _verifier(key: Path) -> Any:
