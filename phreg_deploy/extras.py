@@ -12,6 +12,8 @@ EXPORT = ("ml_dtypes", "onnx", "onnxscript", *DISTILL)
 EVALUATE = ("safetensors", "scipy", "sklearn")
 TEXT = ("open_clip", "torch")
 HUB = ("huggingface_hub",)
+# OpenSSL: model_signing imports it without asking for it.
+SIGN = ("OpenSSL", "model_signing")
 CALIBRATION = ("ml_dtypes", "onnx", "onnxruntime")
 
 

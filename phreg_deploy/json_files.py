@@ -20,9 +20,11 @@ DEVICES = ("/proc", "/sys", "/dev")
 def read_json(path: Path) -> Any:
     """Return the content of a JSON file.
 
-    Raises ``ValueError`` if it is too large, not UTF-8, not JSON, nested too deeply, or holds text that cannot be
-    printed; ``OSError`` if it cannot be read.
+    Raises ``ValueError`` if it is no regular file, too large, not UTF-8, not JSON, nested too deeply, or holds text
+    that cannot be printed; ``OSError`` if it cannot be read.
     """
+    if not is_regular(path):
+        raise ValueError("it is a pipe, a device or a folder, expected a file")
     with open(path, "rb") as file:
         data = file.read(MOST_BYTES + 1)
     if len(data) > MOST_BYTES:
@@ -36,13 +38,21 @@ def read_json(path: Path) -> Any:
     return value
 
 
+def is_regular(path: Path | str) -> bool:
+    """Whether a path is a regular file or a link to one: to open a pipe would wait for ever.
+
+    Raises ``OSError`` if there is nothing.
+    """
+    return stat.S_ISREG(os.stat(path).st_mode)
+
+
 def check_regular(folder: Path, names: Sequence[str]) -> None:
     """Raise ``PhregError`` unless these are regular files, or links to some: no devices, pipes or kernel files."""
     missing = []
     for name in names:
         path = folder / name
         try:
-            regular = stat.S_ISREG(os.stat(path).st_mode)
+            regular = is_regular(path)
         except OSError:
             missing.append(name)
             continue

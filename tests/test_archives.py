@@ -1,6 +1,7 @@
 """Tar archives as arguments of ``extract``: order, names, damage, and members that must not be used."""
 
 import io
+import os
 import tarfile
 
 import numpy as np
@@ -124,3 +125,51 @@ def test_members_are_read_forwards(tmp_path):
     assert data == [encoded(i) for i in range(3)]
     with ArchiveReader() as reader, pytest.raises(PhregError, match="cut off"):
         reader.read(path, list_members(path)[0].__class__("x", "x", 10**6, 10))
+
+
+def header(name, size, kind=tarfile.REGTYPE):
+    """The 512 bytes of a member of any size, also below 0."""
+    entry = tarfile.TarInfo(name)
+    entry.type = kind
+    data = bytearray(entry.tobuf(tarfile.GNU_FORMAT))
+    data[124:136] = (b"\xff" if size < 0 else b"\x80") + size.to_bytes(11, "big", signed=True)
+    data[148:156] = b"%06o\0 " % (256 + sum(data[:148]) + sum(data[156:]))
+    return bytes(data)
+
+
+LONG = 3 << 20
+SIZED = b"13 size=-512\n"
+HEADERS = {
+    "extended": (header("x", LONG, tarfile.XHDTYPE) + bytes(LONG), "a header of 3145728 bytes, expected at most 65536"),
+    "global": (header("x", LONG, tarfile.XGLTYPE) + bytes(LONG), "a header of 3145728 bytes"),
+    "name": (header("x", LONG, tarfile.GNUTYPE_LONGNAME) + b"a" * LONG, "a header of 3145728 bytes"),
+    "chain": ((header("x", 512, tarfile.XHDTYPE) + b"13 comment=x\n".ljust(512, b"\0")) * 2000, "recursion"),
+    "sparse": (header("x.png", 0, tarfile.GNUTYPE_SPARSE), "it holds a sparse file, expected whole ones"),
+    "below 0": (header("x.png", -1024), "a size of -1024 bytes, expected none below 0"),
+    "below 0 by pax": (
+        header("x", len(SIZED), tarfile.XHDTYPE) + SIZED.ljust(512, b"\0") + header("x.png", 0),
+        "a size of -512 bytes, expected none below 0",
+    ),
+}
+
+
+@pytest.mark.parametrize("kind", HEADERS)
+def test_a_header_that_is_a_bomb_ends_the_archive(bundle, tmp_path, kind):
+    """``tarfile`` would read it at once, or go round for ever; what stands before it is extracted."""
+    hostile, reason = HEADERS[kind]
+    path = write_tar(tmp_path / "a.tar", [("good.png", encoded(0))])
+    (good,) = list_members(path)
+    end = -(-(good.offset + good.size) // tarfile.BLOCKSIZE) * tarfile.BLOCKSIZE
+    path.write_bytes(path.read_bytes()[:end] + hostile)
+    done = extract(bundle, path, tmp_path / "out", "--max-bad", "1")
+    assert done.code == 0, done.err
+    assert set(files_of(tmp_path / "out")) == {"good.npy"}
+    (said,) = done.document["skipped"].values()
+    assert reason in said
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="this system has no named pipes")
+@pytest.mark.parametrize("name", ["a.tar", "a.png"])
+def test_a_pipe_is_refused_and_not_waited_for(bundle, tmp_path, name):
+    os.mkfifo(tmp_path / name)
+    extract(bundle, tmp_path / name, tmp_path / "out").refused(2, name, "is a pipe or a device")

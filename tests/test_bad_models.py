@@ -1,6 +1,8 @@
 """Mistakes with models and weights: a table in which every row is a message and exit code 2."""
 
+import json
 import pickle
+import zipfile
 from fractions import Fraction
 
 import pytest
@@ -33,10 +35,30 @@ def write_tensors(w, name="weights.pth", value=None):
     return path
 
 
+def write_squeezed(w):
+    """Write a checkpoint whose zip is compressed: a few megabytes could hold terabytes."""
+    import torch
+
+    torch.save({"x": torch.zeros(1 << 20)}, w.tmp / "whole.pth")
+    with zipfile.ZipFile(w.tmp / "whole.pth") as whole:
+        members = {entry.filename: whole.read(entry) for entry in whole.infolist()}
+    with zipfile.ZipFile(w.tmp / "weights.pth", "w", zipfile.ZIP_DEFLATED) as squeezed:
+        for name, data in members.items():
+            squeezed.writestr(name, data)
+    return w.tmp / "weights.pth"
+
+
 def tensors_named_by_numbers():
     import torch
 
     return {0: torch.zeros(2), 1: torch.zeros(2)}
+
+
+def with_argument(config, key, value):
+    """Change one argument of the model in a config.json."""
+    document = json.loads(config)
+    document["model_args"] = {**document["model_args"], key: value}
+    return json.dumps(document).encode()
 
 
 def copy_with_nan(w):
@@ -72,6 +94,13 @@ MODELS = {
         lambda w: distill(w, w.copy("base", config=lambda b: b.replace(b'"depth": 3', b'"depth": 2'))),
         ["timm cannot build", "copy-of-base", "blocks.2"],
     ),
+    **{
+        f"config with {key} of {value}": (
+            lambda w, key=key, value=value: export(w, w.copy("base", config=lambda b: with_argument(b, key, value))),
+            ["copy-of-base", f"says {key} {value}", "the weights beside it have at most"],
+        )
+        for key, value in (("depth", 10**6), ("embed_dim", 3 << 20), ("reg_tokens", 10**7), ("num_classes", 10**8))
+    },
     "weights truncated": (
         lambda w: distill(w, w.copy("base", model=first_half)),
         ["model.safetensors", "corrupt or truncated"],
@@ -162,6 +191,10 @@ MODELS = {
     "pth with an object": (
         lambda w: distill(w, TINY, "--checkpoint", write_pickle(w)),
         ["weights.pth", "more than tensors", ".safetensors"],
+    ),
+    "pth compressed": (
+        lambda w: distill(w, TINY, "--checkpoint", write_squeezed(w)),
+        ["weights.pth", "is compressed", ".safetensors"],
     ),
     "pth without a state dict": (
         lambda w: export(w, TINY, "--checkpoint", write_tensors(w, value=[1, 2])),

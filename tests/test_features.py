@@ -121,6 +121,22 @@ def test_a_closed_extractor_refuses_images(bundles):
         extractor(np.zeros((56, 56, 3), np.uint8))
 
 
+@pytest.mark.parametrize("backend", ["onnxruntime-cpu", "openvino"])
+def test_an_extractor_that_is_closed_during_a_call_says_so(bundles, monkeypatch, backend):
+    """Another thread may close it between the checks of a call and its run."""
+    pytest.importorskip({"onnxruntime-cpu": "onnxruntime"}.get(backend, backend))
+    extractor = FeatureExtractor.load(bundles / "fixed", backend, threads=1)
+    feed = extractor.feed
+
+    def close_meanwhile(batch):
+        extractor.close()
+        return feed(batch)
+
+    monkeypatch.setattr(extractor, "feed", close_meanwhile)
+    with pytest.raises(PhregError, match="was closed; load the bundle again"):
+        extractor(np.zeros((56, 56, 3), np.uint8))
+
+
 def test_a_backend_that_is_not_installed_is_refused(bundles, monkeypatch):
     for module in ("tensorrt", "tensorrt_lean"):
         monkeypatch.setitem(sys.modules, module, None)

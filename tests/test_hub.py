@@ -14,6 +14,7 @@ from phreg_deploy.errors import PhregError
 from phreg_deploy.hub.names import HubName, check_repository, parse_hub_name
 from tests.cli_helpers import ROOT, without
 from tests.fake_hub import TOKEN, FakeHub
+from tests.key_pairs import write_pair
 
 pytest.importorskip("huggingface_hub")
 TORCH = ["torch", "timm", "safetensors", "torchvision", "onnx", "onnxscript"]
@@ -69,6 +70,37 @@ def test_a_pushed_bundle_is_served_in_another_process_without_torch(hub, online,
     assert (world.out / "frame-02.npy").is_file()
     assert set(hub.repositories["org/copy"].files("main")[1]) == set(files)
     assert not any("gpu.plan" in line or "private-notes" in line for line in hub.requests)
+
+
+def test_a_signature_is_pushed_and_verified_under_the_name_on_the_hub(hub, online, world, tmp_path):
+    pytest.importorskip("model_signing")
+    key, public = write_pair(tmp_path)
+    shutil.copytree(world.int8_bundle, world.out)
+    (world.out / "engines").mkdir()
+    (world.out / "engines" / "gpu.plan").write_bytes(b"a plan")
+    shutil.copytree(world.student, tmp_path / "s")
+    outcomes = online(
+        ["sign", world.out, "--key", key, "--json"],
+        ["sign", tmp_path / "s", "--key", key, "--json"],
+        ["push", world.out, "org/served", "--json"],
+        ["push", tmp_path / "s", "org/student", "--json"],
+        ["verify", "hf-hub:org/served", "--public-key", public, "--json"],
+        ["verify", "hf-hub:org/student", "--public-key", public, "--json"],
+        ["check", "hf-hub:org/served", "--public-key", public, "--json"],
+    )
+    assert [outcome.code for outcome in outcomes] == [0] * len(outcomes), [outcome.err[-600:] for outcome in outcomes]
+    assert "org/served" in hub.repositories["org/served"].files("main")[1]["README.md"].decode(), "the card was changed"
+    assert "engines.sig" not in outcomes[2].document["files"]
+    files = hub.repositories["org/served"].files("main")[1]
+    hub.repositories["org/served"].commit("main", {**files, "model.onnx": files["model.onnx"] + b"x"})
+    hub.repositories["org/student"].commit("main", {name: data for name, data in files.items() if name != "model.sig"})
+    changed, unsigned = online(
+        ["check", "hf-hub:org/served", "--public-key", public, "--json"],
+        ["check", "hf-hub:org/student", "--public-key", public, "--json"],
+        home="another",
+    )
+    changed.refused(2, "changed: model.onnx")
+    unsigned.refused(2, "is not signed: there is no model.sig")
 
 
 LOAD = """

@@ -1,6 +1,8 @@
 """Files of images of any mode, and pixels that equal timm's evaluation transform bit for bit."""
 
 import math
+import os
+import tracemalloc
 from dataclasses import replace
 
 import numpy as np
@@ -8,7 +10,7 @@ import pytest
 from PIL import Image
 
 from phreg_deploy.errors import PhregError
-from phreg_deploy.images.decoding import read_image, to_rgb
+from phreg_deploy.images.decoding import LARGEST_SIDE, read_image, to_rgb
 from phreg_deploy.images.photographs import fit, list_images, read_fitted, read_photographs
 from phreg_deploy.images.resampling import applies
 from phreg_deploy.spec import Preprocess
@@ -235,6 +237,37 @@ def test_an_image_above_the_limit_is_called_large_and_not_damaged(tmp_path, monk
         read_image(tmp_path / "large.png")
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", None)
     assert read_image(tmp_path / "large.png").size == (80, 50)
+
+
+@pytest.mark.parametrize("size", [(1, LARGEST_SIDE + 1), (LARGEST_SIDE + 1, 1)])
+def test_a_side_of_millions_of_pixels_is_refused_before_it_is_decoded(tmp_path, size):
+    Image.new("1", size).save(tmp_path / "line.png")
+    with pytest.raises(PhregError, match=rf"has {size[0]}x{size[1]} pixels, too long and narrow"):
+        read_image(tmp_path / "line.png")
+
+
+def test_16_bit_grey_takes_little_memory():
+    """A whole image in float64 would take 8 bytes a pixel, several times."""
+    image = Image.fromarray(np.arange(1 << 22, dtype=np.uint16).reshape(2048, 2048))
+    tracemalloc.start()
+    try:
+        to_rgb(image)
+        _, most = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert most < 6 << 22
+
+
+def test_postscript_runs_no_other_program(tmp_path, monkeypatch):
+    """Pillow would start Ghostscript, whatever the name of the file."""
+    ghost = tmp_path / "gs"
+    ghost.write_text(f"#!/bin/sh\ntouch {tmp_path}/it-ran\n")
+    ghost.chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=os.pathsep)
+    (tmp_path / "a.png").write_bytes(b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n%%EndComments\n%%EOF\n")
+    with pytest.raises(PhregError, match="is EPS, which another program reads"):
+        read_image(tmp_path / "a.png")
+    assert not (tmp_path / "it-ran").exists()
 
 
 def test_an_image_as_thin_as_a_hair_is_refused_before_it_is_enlarged():

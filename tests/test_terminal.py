@@ -139,6 +139,7 @@ ARGUMENTS = {
     "push": ["s", "org/name"],
     "probe": ["m", "--images", "i", "--masks", "k", "-o", "o"],
     "serve": ["b"],
+    "sign": ["b", "--key", "k"],
     "watch": ["s", "b"],
     "doctor": [],
     "selftest": [],

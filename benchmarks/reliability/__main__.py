@@ -14,7 +14,7 @@ from typing import Any
 
 import click
 
-from benchmarks.reliability import damage
+from benchmarks.reliability import damage, hostile, long_runs, threads
 from benchmarks.reliability.subjects import Subjects, default_folder
 from phreg_deploy.profiling.latency import processor
 
@@ -22,8 +22,11 @@ REPORT = Path(__file__).resolve().parent.parent / "reliability.json"
 # row: what measures it, and how many cases it takes by default.
 ROWS: dict[str, tuple[Callable[[Subjects, int], dict[str, Any]], int]] = {
     "bundles": (damage.damage_bundles, 20_000),
-    "students": (damage.damage_students, 500),
+    "students": (damage.damage_students, 300),
     "checkpoints": (damage.damage_checkpoints, 500),
+    "hostile": (hostile.measure_hostile, 1000),
+    "long": (long_runs.measure_long, 20_000),
+    "threads": (threads.measure_threads, 4000),
 }
 
 

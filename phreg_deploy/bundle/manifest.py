@@ -14,6 +14,8 @@ from phreg_deploy.spec import Batches, ModelSpec, Preprocess, Rotary, Sizes, pla
 FORMAT = 4
 MANIFEST, GRAPH, REFERENCE, POSITIONS = "manifest.json", "model.onnx", "reference.npz", "pos_embed.npy"
 ROTARY, CALIBRATION, WEIGHTS = "rotary.npy", "calibration.json", "weights.bin"
+# TensorRT plans, and detached signatures over the files above and over the plans, see ``signing``.
+ENGINES, SIGNATURE, ENGINES_SIGNATURE = "engines", "model.sig", "engines.sig"
 # Keys that are stored only where they have another value.
 UNUSED: dict[str, Any] = {"layers": None, "readout": PLAIN, "heads": (), "only_heads": False}
 # Inputs of the graph beside the images, and the file that each is computed from.

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from phreg_deploy.bundle.bundle import Bundle
+from phreg_deploy.bundle.manifest import ENGINES
 from phreg_deploy.bundle.plan_keys import BuildSettings, PlanKey, differences, graph_digest, make_key
 from phreg_deploy.bundle.profiles import ProfileShapes, profiles_of
 from phreg_deploy.errors import BackendMissing, PhregError, write_error
@@ -22,7 +23,7 @@ from phreg_deploy.files.temporary import remove_dead
 from phreg_deploy.json_files import read_json
 from phreg_deploy.spec import plain
 
-FOLDER = "engines"
+FOLDER = ENGINES
 # What TensorRT's inspector says of a plan, unread, for people and for other programs.
 INSPECTED = ".inspector.json"
 # Format of a sidecar.

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from phreg_deploy.bundle.bundle import METADATA_PREFIX, file_digest
-from phreg_deploy.bundle.manifest import MANIFEST, Manifest
+from phreg_deploy.bundle.manifest import ENGINES_SIGNATURE, MANIFEST, SIGNATURE, Manifest
 from phreg_deploy.cards.bundle import bundle_card
 from phreg_deploy.cards.metadata import CARD
 
@@ -39,7 +39,8 @@ def write_manifest(folder: Path, manifest: Manifest) -> None:
 
     Call it after the other files are written. The card has no hash: people edit it.
     """
-    files = {p.name: file_digest(p) for p in sorted(folder.iterdir()) if p.is_file() and p.name != CARD}
+    unlisted = (CARD, SIGNATURE, ENGINES_SIGNATURE)
+    files = {p.name: file_digest(p) for p in sorted(folder.iterdir()) if p.is_file() and p.name not in unlisted}
     content = replace(manifest, files=files).to_json()
     (folder / MANIFEST).write_text(json.dumps(content, indent=1, sort_keys=True) + "\n")
     (folder / CARD).write_text(bundle_card(content), encoding="utf-8")

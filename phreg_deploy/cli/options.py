@@ -106,6 +106,23 @@ def readout_options(default: str) -> Callable[[Callable[..., Any]], Callable[...
     return add
 
 
+public_key_option = click.option(
+    "--public-key",
+    type=click.Path(path_type=Path),
+    envvar="PHREG_PUBLIC_KEY",
+    show_envvar=True,
+    help="Refuse what the private key of this one has not signed; needs the extra sign.",
+)
+
+
+def verify_first(folder: Path | str, public_key: Path | None) -> None:
+    """Verify the signature of a student or a bundle if there is a key; raises as ``signing.verify_signature``."""
+    if public_key is not None:
+        from phreg_deploy.signing import verify_signature
+
+        verify_signature(folder, public_key)
+
+
 force_option = click.option("--force", is_flag=True, help="Replace an output that exists.")
 checkpoint_option = click.option(
     "--checkpoint",

@@ -24,13 +24,16 @@ FACTS = (MANIFEST, CONFIG, "phreg.json")
 WEIGHTS = "model.safetensors"
 # Weights of a graph of more than 2 GB.
 BESIDE = "weights.bin"
+# A detached signature, see ``signing``.
+SIGNATURE = "model.sig"
 
 
 def local_path(name: Path | str) -> Path:
     """Return the folder on this machine that a name stands for; every name but ``hf-hub:...`` is a path itself.
 
     A repository with ``manifest.json`` is a bundle: the files that its manifest names are downloaded. Any other one is
-    a student or a timm model: ``config.json``, ``model.safetensors`` and ``phreg.json`` are, where they are there.
+    a student or a timm model: ``config.json``, ``model.safetensors`` and ``phreg.json`` are, where they are there. Of
+    both, the signature is too.
 
     The files stay in the cache of huggingface_hub (``HF_HOME``). Within one process a name stands for one commit.
     Without network, or with ``HF_HUB_OFFLINE=1``, the commit that was downloaded last is used.
@@ -49,9 +52,9 @@ def _download(text: str) -> Path:
     require(text, hub=HUB)
     folder = _fetch(name, name.revision, FACTS)
     if os.path.isfile(folder / MANIFEST):
-        wanted: Sequence[str] = _bundle_files(folder / MANIFEST, name)
+        wanted: Sequence[str] = (*_bundle_files(folder / MANIFEST, name), SIGNATURE)
     elif os.path.isfile(folder / CONFIG):
-        wanted = (WEIGHTS,)
+        wanted = (WEIGHTS, SIGNATURE)
     else:
         raise PhregError(
             f"hub: {name} holds neither {MANIFEST} nor {CONFIG}; expected a bundle, a student or a timm model."

@@ -17,7 +17,7 @@ import numpy as np
 from PIL import Image
 
 from phreg_deploy.errors import PhregError
-from phreg_deploy.images.decoding import read_image
+from phreg_deploy.images.decoding import LARGEST_SIDE, read_image
 from phreg_deploy.images.resampling import applies, shrink
 from phreg_deploy.spec import Preprocess
 
@@ -117,7 +117,7 @@ def placement(
     """
     height, width = size
     new = _resized(old, size, preprocess)
-    if max(new) > LONGEST * max(size):
+    if max(new) > LONGEST * max(size) or max(old) > LARGEST_SIDE:
         got = f"{old[0]}x{old[1]}"
         raise PhregError(f"image: got {got} pixels, too long and narrow for {height}x{width}; cut it into parts.")
     left, top = round((new[0] - width) / 2), round((new[1] - height) / 2)

@@ -22,7 +22,7 @@ from phreg_deploy.errors import PhregError
 from phreg_deploy.hub.names import is_hub_name
 from phreg_deploy.models.families import refused_model, refused_name
 from phreg_deploy.models.hooks import ViT
-from phreg_deploy.models.weights import read_weights
+from phreg_deploy.models.weights import check_declared, read_weights
 from phreg_deploy.spec import ModelSpec, Preprocess, check_multiple
 
 # What timm raises if it cannot build a model from a configuration.
@@ -203,12 +203,13 @@ def _from_name(name: str, random_weights: bool) -> ViT:
 
 def _from_folder(folder: Path) -> ViT:
     try:
-        load_file(folder / "model.safetensors")
+        state = load_file(folder / "model.safetensors")
     except SafetensorError as error:
         raise PhregError(
             f"model: {folder / 'model.safetensors'} is corrupt or truncated ({error}); copy or distil the student "
             "again."
         ) from None
+    check_declared(folder, state)
     return _create(f"local-dir:{folder}", pretrained=True)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import zipfile
 from pathlib import Path
 
 import torch
@@ -12,7 +13,11 @@ from torch import nn
 
 from phreg_deploy.arguments import check_checkpoint
 from phreg_deploy.errors import PhregError
+from phreg_deploy.json_files import read_json
 from phreg_deploy.models.hooks import ViT
+
+# Sizes up to this are built whatever the weights are: timm then says what does not fit.
+LEAST_DECLARED = 4096
 
 
 def weights_digest(model: ViT) -> str:
@@ -36,6 +41,11 @@ def read_weights(path: Path) -> dict[str, torch.Tensor]:
             return load_file(path)
         except SafetensorError as error:
             raise PhregError(f"checkpoint: {path} is corrupt or truncated ({error}).") from None
+    if _is_squeezed(path):
+        raise PhregError(
+            f"checkpoint: {path} is compressed, which torch.save does not do; expected it stored as it is. Unpack it, "
+            "or convert it to .safetensors."
+        )
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
     # PyTorch raises pickle, zip, EOF and runtime errors for damaged files.
@@ -56,6 +66,40 @@ def read_weights(path: Path) -> dict[str, torch.Tensor]:
             "such as 'blocks.0.attn.qkv.weight'."
         )
     return state
+
+
+def check_declared(folder: Path, state: dict[str, torch.Tensor]) -> None:
+    """Compare the sizes that ``config.json`` declares with the weights beside it, before a model of them is built.
+
+    Raises:
+        PhregError: a depth, a width, registers or classes far beyond the weights, which would take gigabytes or hours.
+    """
+    try:
+        declared = read_json(folder / "config.json")["model_args"]
+        given = {key: value for key, value in declared.items() if type(value) is int}
+    # timm says what is wrong with it.
+    except (OSError, ValueError, LookupError, TypeError, AttributeError):
+        return
+    largest = max((side for value in state.values() for side in value.shape), default=0)
+    for key, most in {
+        "depth": len(state),
+        **dict.fromkeys(("embed_dim", "reg_tokens", "num_classes"), largest),
+    }.items():
+        if given.get(key, 0) > max(most, LEAST_DECLARED):
+            raise PhregError(
+                f"model: config.json in {folder} says {key} {given[key]}, but the weights beside it have at most "
+                f"{most}; copy or distil the student again."
+            )
+
+
+def _is_squeezed(path: Path) -> bool:
+    """Whether a checkpoint is a zip with compressed members, of which a few megabytes can hold terabytes."""
+    try:
+        with zipfile.ZipFile(path) as archive:
+            return any(member.compress_type != zipfile.ZIP_STORED for member in archive.infolist())
+    # It is no zip, or a damaged one, of which PyTorch says more.
+    except (zipfile.BadZipFile, OSError, ValueError, NotImplementedError):
+        return False
 
 
 def unlock_weights(model: ViT, unlock: str) -> list[nn.Parameter]:

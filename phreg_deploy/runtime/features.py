@@ -28,6 +28,7 @@ from phreg_deploy.runtime.gpu_images.fitter import FittedFrames
 from phreg_deploy.runtime.parity import gate_precision
 from phreg_deploy.runtime.parts import dense_in_parts
 from phreg_deploy.runtime.tiling import Report, TiledFeatures, tile, window_sizes
+from phreg_deploy.signing import read_signed
 
 
 class FeatureExtractor(AbstractContextManager["FeatureExtractor"]):
@@ -41,6 +42,7 @@ class FeatureExtractor(AbstractContextManager["FeatureExtractor"]):
     def __init__(self, bundle: Bundle, backend: Backend) -> None:
         self.bundle, self.manifest, self.spec = bundle, bundle.manifest, bundle.manifest.model
         self.preprocess, self.color = self.manifest.preprocess, "rgb"
+        self.public_key: Path | None = None
         self._fork_safe = ForkSafeBackend(backend)
         # The arguments of ``load``, for pickle.
         self._arguments: dict[str, Any] | None = None
@@ -63,6 +65,7 @@ class FeatureExtractor(AbstractContextManager["FeatureExtractor"]):
         color: str = "rgb",
         exif: bool | None = None,
         fast: bool | None = None,
+        public_key: Path | str | None = None,
     ) -> FeatureExtractor:
         """Open a bundle.
 
@@ -77,14 +80,13 @@ class FeatureExtractor(AbstractContextManager["FeatureExtractor"]):
                 PIL images know their own; ``dense`` and ``run`` always take RGB.
             exif: turn files and PIL images upright by their EXIF orientation; None takes the manifest's value.
             fast: resize large images by ``resampling.shrink``, not by Pillow; None takes the manifest's value.
+            public_key: refuse what its private key has not signed, see ``signing.verify_signature``; extra ``sign``.
 
         Raises:
-            PhregError: no bundle, a damaged one, or one of a newer format. BackendMissing: the backend is not usable.
+            PhregError: no bundle, or a damaged, newer or unsigned one. BackendMissing: the backend is not usable.
         """
         check_color(color)
-        options, bundle = BackendOptions(threads, compute, mode, device), Bundle.read(path)
-        if verify:
-            bundle.verify()
+        options, bundle = BackendOptions(threads, compute, mode, device), read_signed(path, public_key, verify)
         if backend == "auto":
             opened, reason = choose(bundle, options, examine)
         else:
@@ -106,6 +108,8 @@ class FeatureExtractor(AbstractContextManager["FeatureExtractor"]):
         extractor.choice = "; ".join(remark for remark in remarks if remark)
         extractor._arguments = {"path": bundle.folder.absolute(), "backend": opened.name, **asdict(options)}
         extractor._arguments |= {"verify": verify, "examine": examine, "color": color, "exif": exif, "fast": fast}
+        key = None if public_key is None else Path(public_key).absolute()
+        extractor.public_key = extractor._arguments["public_key"] = key
         return extractor
 
     @property

@@ -12,7 +12,7 @@ import weakref
 from collections.abc import Callable
 
 from phreg_deploy.errors import PhregError
-from phreg_deploy.runtime.backends.interface import Backend
+from phreg_deploy.runtime.backends.interface import Backend, closed_error
 
 
 class ForkSafeBackend:
@@ -38,7 +38,7 @@ class ForkSafeBackend:
         with self.lock:
             if self.backend is None:
                 if self._inherited is None:
-                    raise PhregError("extract: this FeatureExtractor was closed; load the bundle again.")
+                    raise closed_error()
                 if self.open_again is None:
                     raise PhregError(
                         "extract: this process was forked after the extractor had opened "
@@ -50,9 +50,10 @@ class ForkSafeBackend:
 
     def close(self) -> None:
         """Free the backend, unless it belongs to the parent process."""
-        if self.backend is not None:
-            self.backend.close()
-        self.backend = self._inherited = None
+        # Two threads may close at once.
+        backend, self.backend, self._inherited = self.backend, None, None
+        if backend is not None:
+            backend.close()
 
     def forget(self) -> None:
         """Drop the parent's backend without freeing it, since that would wait for the parent's threads."""

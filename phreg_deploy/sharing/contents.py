@@ -7,7 +7,7 @@ from pathlib import Path
 
 from phreg_deploy.arguments import check_model
 from phreg_deploy.bundle.bundle import Bundle, is_bundle
-from phreg_deploy.bundle.manifest import MANIFEST
+from phreg_deploy.bundle.manifest import MANIFEST, SIGNATURE
 from phreg_deploy.cards.bundle import bundle_card
 from phreg_deploy.cards.metadata import CARD, PLACE
 from phreg_deploy.cards.student import PICTURE, student_card
@@ -76,6 +76,7 @@ def list_contents(folder: Path | str, name: HubName) -> Contents:
         except (KeyError, TypeError, ValueError, AttributeError) as error:
             reason = f"{type(error).__name__}: {error}"
             raise PhregError(f"push: {place / RECORD} is damaged ({reason}); distil the student again.") from None
+    names += [SIGNATURE] if (place / SIGNATURE).is_file() else []
     if (place / CARD).is_file():
         try:
             card = (place / CARD).read_text(encoding="utf-8")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 from phreg_deploy.errors import PhregError
 from phreg_deploy.images.fitting import Fitted
@@ -79,7 +80,8 @@ class Engine:
             if callable(fallback):
                 self._opened = fallback()
             else:
-                self._opened = FeatureExtractor.load(first.bundle.folder, str(fallback), color=first.color)
+                how: dict[str, Any] = {"color": first.color, "public_key": first.public_key}
+                self._opened = FeatureExtractor.load(first.bundle.folder, str(fallback), **how)
                 self._opened.preprocess = first.preprocess
         except PhregError as second:
             raise PhregError(f"stream: the backend failed ({error}), and so did its fall-back: {second}") from error

@@ -26,6 +26,8 @@ VERBS = {
     "classes": _ATOMIC,
     "attach": _ATOMIC,
     "inspect": _NOTHING,
+    "sign": "The signature that was there is kept, or there is none.",
+    "verify": _NOTHING,
     "push": "The repository is as it was, or has the whole commit; run the command again.",
     "doctor": _NOTHING,
     "selftest": "The archive holds the checks that were done, if any was.",
@@ -41,6 +43,8 @@ FOLDERS = {
     "probe": "probing",
     "push": "sharing",
     "serve": "serving",
+    "sign": "signing",
+    "verify": "signing",
     "selftest": "testing",
     "watch": "streaming",
 }

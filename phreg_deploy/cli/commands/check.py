@@ -9,7 +9,7 @@ import click
 
 from phreg_deploy.cli.console import Result
 from phreg_deploy.cli.exploring.options import compared_options
-from phreg_deploy.cli.options import images_option, output_options, tuning_options
+from phreg_deploy.cli.options import images_option, output_options, public_key_option, tuning_options, verify_first
 from phreg_deploy.cli.tables.check import passed_sentence, show_check
 from phreg_deploy.errors import GateFailed
 
@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 @images_option(False, "Folder of images to compare and to take artifact rates on.")
 @click.option("--limit", default=64, show_default=True, type=click.IntRange(1), help="Images at most.")
 @tuning_options
+@public_key_option
 @click.option("--report", "page", type=click.Path(path_type=Path), help="Write an HTML page, as of `explore`.")
 @click.option(
     "--bisect", is_flag=True, help="Find the first block that diverges from FP32; needs onnx and onnxruntime."
@@ -35,6 +36,7 @@ def check(
     compute: str,
     mode: str,
     device: int,
+    public_key: Path | None,
     bisect: bool,
     page: Path | None,
     as_json: bool,
@@ -54,6 +56,7 @@ def check(
     from phreg_deploy.runtime.backends.options import BackendOptions
     from phreg_deploy.verify import check as check_bundle
 
+    verify_first(bundle, public_key)
     result, options = Result(as_json, quiet), BackendOptions(threads, compute, mode, device)
     arguments |= {"backend": backend, "options": options, "progress": result.progress}
     if page is None:

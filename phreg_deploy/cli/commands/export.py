@@ -20,7 +20,9 @@ from phreg_deploy.cli.options import (
     force_option,
     images_option,
     output_options,
+    public_key_option,
     readout_options,
+    verify_first,
 )
 from phreg_deploy.cli.serving.triton import FORMAT, export_repository, triton_options
 from phreg_deploy.cli.tables.calibrate import show_calibration
@@ -48,6 +50,7 @@ HEAD_OPTIONS = (*SOURCES, "upsample", "stride", "labels", "only_head")
     help="Repeatable.",
 )
 @checkpoint_option
+@public_key_option
 @click.option(
     "--precision", default="fp32", show_default=True, help="fp32, fp16, bf16, or int8 and fp8, which need --images."
 )
@@ -107,6 +110,7 @@ def export(
     no_check: bool,
     bisect: bool,
     device: int,
+    public_key: Path | None,
     as_json: bool,
     quiet: bool,
     **options: Any,
@@ -128,6 +132,7 @@ def export(
       phreg-deploy export student.bundle --format triton -o models
     """
     result = Result(as_json, quiet)
+    verify_first(options["model"].removeprefix("local-dir:"), public_key)
     if FORMAT in formats:
         if len(formats) > 1:
             raise PhregError("export: --format triton goes alone; export a bundle first, and give it as MODEL.")

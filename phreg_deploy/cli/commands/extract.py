@@ -9,7 +9,7 @@ from typing import Any
 import click
 
 from phreg_deploy.cli.console import Result
-from phreg_deploy.cli.options import force_option, output_options, tuning_options
+from phreg_deploy.cli.options import force_option, output_options, public_key_option, tuning_options
 from phreg_deploy.cli.tables.extract import show_extraction, show_ray, show_shard, skipped_error
 from phreg_deploy.errors import PhregError
 from phreg_deploy.files.atomic import check_target
@@ -20,6 +20,7 @@ from phreg_deploy.files.atomic import check_target
 @click.argument("images", nargs=-1, required=True, type=click.Path(path_type=Path))
 @click.option("-o", "--output", type=click.Path(path_type=Path), required=True, help="Folder to write into.")
 @tuning_options
+@public_key_option
 @click.option("--image-size", help="For bundles with several sizes, e.g. 518 or 480x640.")
 @click.option(
     "--fit",
@@ -93,6 +94,7 @@ def extract(
     force: bool,
     as_json: bool,
     quiet: bool,
+    public_key: Path | None,
 ) -> None:
     """Write the dense features of IMAGES as NAME.npy, and an index of them, features.json.
 
@@ -135,7 +137,7 @@ def extract(
     options.check()
     check_format(kind, options)
     load: dict[str, Any] = {"backend": backend, "threads": threads, "compute": compute, "mode": mode, "device": device}
-    load["exif"] = exif
+    load |= {"exif": exif, "public_key": public_key and os.path.abspath(public_key)}
     how: dict[str, Any] = {"max_bad": max_bad, "force": force, "resume": resume, "progress": result.progress}
     index: Any
     if ray is not None:

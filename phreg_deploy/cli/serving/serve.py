@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from phreg_deploy.cli.console import Result
-from phreg_deploy.cli.options import Number, output_options, tuning_options
+from phreg_deploy.cli.options import Number, output_options, public_key_option, tuning_options
 from phreg_deploy.extras import require
 
 if TYPE_CHECKING:
@@ -20,6 +20,7 @@ SERVE = ("fastapi", "prometheus_client", "python_multipart", "uvicorn")
 @click.command()
 @click.argument("bundles", nargs=-1, required=True, metavar="BUNDLE...")
 @tuning_options
+@public_key_option
 @click.option(
     "--host",
     default="127.0.0.1",

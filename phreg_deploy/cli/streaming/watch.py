@@ -9,7 +9,7 @@ import click
 
 from phreg_deploy.arguments import refuse_url
 from phreg_deploy.cli.console import Result
-from phreg_deploy.cli.options import Number, force_option, output_options, tuning_options
+from phreg_deploy.cli.options import Number, force_option, output_options, public_key_option, tuning_options
 from phreg_deploy.cli.streaming.display import Display, show_report
 
 
@@ -18,6 +18,7 @@ from phreg_deploy.cli.streaming.display import Display, show_report
 @click.argument("bundle", type=click.Path(path_type=Path))
 @click.option("--also", multiple=True, help="One more source; sources take turns. Repeatable.")
 @tuning_options
+@public_key_option
 @click.option("--image-size", help="For bundles with several sizes, e.g. 518 or 480x640.")
 @click.option(
     "--fit",
@@ -92,7 +93,7 @@ def watch(
     seconds = None if deadline is None else deadline / 1e3
     limits = Limits(seconds, max_late, max_artifact_rate, no_frame, slow_run)
     check_video(options["write"], options["force"])
-    tuning = {name: options.pop(name) for name in ("threads", "compute", "mode", "device")}
+    tuning = {name: options.pop(name) for name in ("threads", "compute", "mode", "device", "public_key")}
     sources = {public_name(place): place for place in (source, *also)}
     with FeatureExtractor.load(bundle, backend, **tuning) as extractor:
         result.chosen(extractor.choice, backend)

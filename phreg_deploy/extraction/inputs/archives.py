@@ -10,12 +10,17 @@ from pathlib import Path, PurePosixPath
 
 from phreg_deploy.errors import PhregError
 from phreg_deploy.images.photographs import SUFFIXES
+from phreg_deploy.json_files import is_regular
 
 ARCHIVES = (".tar", ".tar.gz", ".tgz")
 # Bytes of a member. A larger one is listed as bad, since it would be read into memory at once.
 MOST_BYTES = 1 << 30
-# What damaged archives raise, plain or compressed.
-DAMAGE = (tarfile.TarError, EOFError, zlib.error, OSError, ValueError)
+# Bytes of a header that extends another one: a long name, or records of pax.
+MOST_HEADER = 1 << 16
+PAX = (tarfile.XHDTYPE, tarfile.XGLTYPE, tarfile.SOLARIS_XHDTYPE)
+EXTENSIONS = (*PAX, tarfile.GNUTYPE_LONGNAME, tarfile.GNUTYPE_LONGLINK)
+# What damaged archives raise, plain or compressed. ``tarfile`` reads headers that extend others by recursion.
+DAMAGE = (tarfile.TarError, EOFError, zlib.error, OSError, ValueError, RecursionError)
 
 
 @dataclass(frozen=True)
@@ -30,6 +35,32 @@ class Member:
     offset: int
     size: int
     fault: str | None = None
+
+
+class _BoundedHeader(tarfile.TarInfo):
+    """A header that takes little memory: ``tarfile`` reads an extension, and the map of a sparse file, at once.
+
+    Raises ``tarfile.ReadError`` for a larger extension, a sparse file, or a size below 0, behind which ``tarfile`` of
+    Python before 3.12.12 would go back for ever (CVE-2025-8194).
+    """
+
+    @classmethod
+    def frombuf(cls, buf: bytes | bytearray, encoding: str, errors: str) -> tarfile.TarInfo:  # type: ignore[override]
+        info = super().frombuf(buf, encoding, errors)
+        if info.type in EXTENSIONS and info.size > MOST_HEADER:
+            raise tarfile.ReadError(f"a header of {info.size} bytes, expected at most {MOST_HEADER}")
+        if info.type == tarfile.GNUTYPE_SPARSE:
+            raise tarfile.ReadError("it holds a sparse file, expected whole ones")
+        return _checked(info)
+
+    def _proc_gnusparse_10(self, *_arguments: object) -> None:
+        raise tarfile.ReadError("it holds a sparse file, expected whole ones")
+
+
+def _checked(info: tarfile.TarInfo) -> tarfile.TarInfo:
+    if info.size < 0:
+        raise tarfile.ReadError(f"a size of {info.size} bytes, expected none below 0")
+    return info
 
 
 def is_archive(path: Path) -> bool:
@@ -47,10 +78,13 @@ def list_members(path: Path) -> list[Member]:
         PhregError: no tar archive, or one without an image.
     """
     members: list[Member] = []
+    if not is_regular(path):
+        raise PhregError(f"archive: {path} is a pipe or a device; expected a tar file of images.")
     try:
-        with tarfile.open(path) as tar:
+        with tarfile.open(path, tarinfo=_BoundedHeader) as tar:
             try:
-                members.extend(member for entry in tar if (member := _image(path, entry)) is not None)
+                # Records of pax may change a size.
+                members.extend(member for entry in tar if (member := _image(path, _checked(entry))) is not None)
                 _check_end(tar)
             except DAMAGE as error:
                 members.append(
@@ -80,7 +114,7 @@ class ArchiveReader(AbstractContextManager["ArchiveReader"]):
         try:
             if self.tar is None or self.path != path:
                 self.close()
-                self.tar, self.path = tarfile.open(path), path  # noqa: SIM115
+                self.tar, self.path = tarfile.open(path, tarinfo=_BoundedHeader), path  # noqa: SIM115
             file = self.tar.fileobj
             assert file is not None
             file.seek(member.offset)

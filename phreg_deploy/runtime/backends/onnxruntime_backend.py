@@ -8,7 +8,7 @@ import numpy as np
 
 from phreg_deploy.bundle.bundle import Bundle
 from phreg_deploy.errors import BackendMissing, PhregError
-from phreg_deploy.runtime.backends.interface import check_outputs, run_error
+from phreg_deploy.runtime.backends.interface import check_outputs, closed_error, run_error
 from phreg_deploy.runtime.backends.onnxruntime_options import (
     PROVIDERS,
     compute_precision,
@@ -39,12 +39,13 @@ class OrtBackend:
         check_outputs(bundle, self._names)
 
     def run(self, feed: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+        # Another thread may close the backend at any moment; the session lives as long as this call.
+        session = self._session
+        if session is None:
+            raise closed_error()
         try:
-            return dict(zip(self._names, self._session.run(None, feed)))
+            return dict(zip(self._names, session.run(None, feed)))
         except Exception as error:  # the binding's exceptions have no other base
-            # Another thread closed the backend.
-            if self._session is None:
-                raise
             raise run_error(self.name, self._bundle, error) from error
 
     def close(self) -> None:

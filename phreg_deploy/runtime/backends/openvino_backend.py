@@ -10,7 +10,7 @@ import numpy as np
 
 from phreg_deploy.bundle.bundle import Bundle
 from phreg_deploy.errors import PhregError
-from phreg_deploy.runtime.backends.interface import check_outputs, import_runtime, run_error
+from phreg_deploy.runtime.backends.interface import check_outputs, closed_error, import_runtime, run_error
 from phreg_deploy.runtime.backends.openvino_exact import fold_weights, saturates
 from phreg_deploy.runtime.backends.options import BackendOptions
 
@@ -59,17 +59,21 @@ class OpenVinoBackend:
             _check_census(openvino, bundle, self.integer_layers, float_layers)
 
     def run(self, feed: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+        # Another thread may close the backend at any moment; the model lives as long as this call.
+        model, idle = self._model, self._idle
+        if model is None:
+            raise closed_error()
         try:
-            request = self._idle.get_nowait()
+            request = idle.get_nowait()
         except Empty:  # other threads use every request
-            request = self._model.create_infer_request()
+            request = model.create_infer_request()
         try:
             outputs = request.infer(feed)
             return {name: outputs[i] for i, name in enumerate(self._names)}
         except RuntimeError as error:
             raise run_error(self.name, self._bundle, error) from error
         finally:
-            self._idle.put(request)
+            idle.put(request)
 
     def close(self) -> None:
         self._idle = SimpleQueue()

@@ -1,0 +1,1 @@
+"""The commands that sign students and bundles, and verify signatures."""
