@@ -167,7 +167,7 @@ def test_the_repair_removes_most_planted_defects_without_registers(inputs, tmp_p
     assert record.scores.student.norm_outliers.rate < 0.2 * record.scores.base.norm_outliers.rate
     assert record.scores.student.fidelity.outliers > record.scores.base.fidelity.outliers
     assert record.history.loss[0] > 1
-    assert record.history.loss[-1] < 0.1
+    assert record.history.loss[-1] < 0.2 * record.history.loss[0]
     model = timm.create_model(f"local-dir:{tmp_path / 'student'}", pretrained=True)
     assert model.reg_token is None
     assert record.registers == record.recipe.registers == 0

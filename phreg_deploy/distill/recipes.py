@@ -24,8 +24,9 @@ class Recipe(Stored):
     denoised target; artifact tokens then count for more.
     ``norm_weight``: weight of the term that draws the norms of patch tokens into the base model's ordinary range.
     ``scale_free``: divide squared errors by the targets' variance. ``flips``: mirror image and target at random.
-    ``lr_end``: if None, one cycle with 10 % warm-up; otherwise exponential decay from ``lr`` to ``lr_end``. ``clip``:
-    largest gradient norm, 0 for no limit. ``registers``: tokens to add. ``int8``: train through fake quantisation.
+    ``optimiser``: "adamw", or "sgd" with a momentum of 0.9. ``lr_end``: if None, one cycle with 10 % warm-up; otherwise
+    exponential decay from ``lr`` to ``lr_end``. ``clip``: largest gradient norm, 0 for no limit. ``registers``: tokens
+    to add. ``int8``: train through fake quantisation.
     ``readout``: what is trained and served, see ``phreg_deploy.readout``; ``teacher``: the readout of the targets, None
     for the same; ``project``: targets and features are projected into the space of text. ``layers``: further layers, by
     numbers of blocks, that are trained against denoised targets of their own; ``layer_weight``: of their mean loss.
@@ -43,6 +44,7 @@ class Recipe(Stored):
     norm_weight: float = 1.0
     scale_free: bool = True
     flips: bool = True
+    optimiser: str = "adamw"
     lr: float = 5e-5
     lr_end: float | None = None
     weight_decay: float = 0.05
@@ -106,8 +108,8 @@ RECIPES = {
     "ph-reg-clip": replace(
         _PH_REG, name="ph-reg-clip", unlock="paper-clip", readout=VALUE, teacher=NEIGHBOUR, project=True
     ),
-    # SINDER's repair (arXiv 2407.16826), which adds no registers. Loss, layers and thresholds are those of the released
-    # code; optimiser, rate, batch and length are not, see docs/distil.md.
+    # SINDER's repair (arXiv 2407.16826), which adds no registers, with the values of the released code but for its
+    # length and three choices in docs/distil.md.
     "sinder": Recipe(
         "sinder",
         unlock=SINGULAR_VALUES,
@@ -116,8 +118,12 @@ RECIPES = {
         hard_weight=0.0,
         norm_weight=0.0,
         flips=False,
-        lr=1e-3,
-        batch=4,
+        optimiser="sgd",
+        lr=5e-3,
+        lr_end=5e-3,
+        weight_decay=0.0,
+        batch=1,
+        clip=0.0,
         registers=0,
         rate_by_width=False,
     ),

@@ -35,6 +35,7 @@ from phreg_deploy.spec import Preprocess
 
 # Share of the steps in which the learning rate rises.
 WARM_UP = 0.1
+MOMENTUM = 0.9
 
 
 def train(
@@ -138,6 +139,8 @@ def _restore(
 def _make_optimizer(weights: list[nn.Parameter], recipe: Recipe) -> torch.optim.Optimizer:
     decayed = [p for p in weights if p.ndim > 1 or recipe.decays_vectors]
     others = [p for p in weights if p.ndim <= 1 and not recipe.decays_vectors]
+    if recipe.optimiser == "sgd":
+        return torch.optim.SGD(weights, lr=recipe.lr, momentum=MOMENTUM, weight_decay=recipe.weight_decay)
     groups = [{"params": decayed, "weight_decay": recipe.weight_decay}, {"params": others, "weight_decay": 0.0}]
     return torch.optim.AdamW(groups, lr=recipe.lr, betas=(0.9, 0.999))
 

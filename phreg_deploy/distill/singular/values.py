@@ -25,6 +25,9 @@ class SingularValues(nn.Module):
         first: only the rows from this one on are decomposed; the others stay as they are.
     """
 
+    left: torch.Tensor
+    right: torch.Tensor
+
     def __init__(self, weight: torch.Tensor, first: int = 0) -> None:
         super().__init__()
         self.first = first
