@@ -141,9 +141,10 @@ def test_the_loss_is_that_of_a_slow_writing(monkeypatch, deviations, least):
         blocks.append(block)
     loss = neighbour_loss(model, images, directions)
     assert loss.item() == pytest.approx(np.mean(expected), rel=1e-4)
-    loss.backward()
-    gradient = model.blocks[0].mlp.fc2.weight.grad.abs().max().item()
-    assert (gradient > 1e-5) == any(block is not None for block in blocks)
+    assert loss.requires_grad == any(block is not None for block in blocks)
+    if loss.requires_grad:
+        loss.backward()
+        assert model.blocks[0].mlp.fc2.weight.grad.abs().max() > 1e-5
     if (deviations, least) == (2.0, 3):
         assert len(set(blocks)) > 1, "images differ in the block that counts"
     if deviations == 9.0:
@@ -174,6 +175,7 @@ def test_the_repair_removes_most_planted_defects_without_registers(inputs, tmp_p
     stored = json.loads((tmp_path / "student" / "phreg.json").read_text())
     assert (stored["recipe"]["name"], stored["registers"], stored["views"]) == ("sinder", 0, 1)
     assert (stored["recipe"]["loss"], stored["recipe"]["unlock"]) == ("neighbours", "singular-values")
+    assert stored["recipe"]["lr"] == stored["recipe"]["lr_end"] == 0.03, "the rate is constant"
     card = (tmp_path / "student" / "README.md").read_text()
     assert "distill --recipe sinder" in card
     assert "without register tokens" in card

@@ -132,3 +132,25 @@ def test_averages_and_fake_quantisation_train_them_too(dataset_of, changes):
     )
     assert not torch.equal(first, second)
     assert not torch.equal(second, before)
+
+
+def test_a_step_without_defective_tokens_changes_nothing_despite_the_momentum(dataset_of, monkeypatch):
+    """Only the first forward finds defective tokens; the weights after its step must stay."""
+    real, calls = neighbours.find_defective, []
+
+    def at_first(cosines):
+        calls.append(1)
+        return real(cosines) & (len(calls) == 1)
+
+    monkeypatch.setattr(neighbours, "DEVIATIONS", 1.0)
+    monkeypatch.setattr(neighbours, "LEAST", 1)
+    monkeypatch.setattr(neighbours, "find_defective", at_first)
+    one, two = (replace(ON_NEIGHBOURS, batch=7, epochs=epochs) for epochs in (1, 2))
+    first = dataset_of().train(one)
+    calls.clear()
+    second = dataset_of().train(two)
+    assert first.losses[0] == second.losses[0] > 0
+    assert second.losses[1] == 0
+    for name, value in first.student.state_dict().items():
+        assert torch.equal(second.student.state_dict()[name], value), name
+    assert any(not torch.equal(value, first.before[name]) for name, value in first.student.state_dict().items())

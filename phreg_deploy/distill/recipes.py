@@ -108,8 +108,8 @@ RECIPES = {
     "ph-reg-clip": replace(
         _PH_REG, name="ph-reg-clip", unlock="paper-clip", readout=VALUE, teacher=NEIGHBOUR, project=True
     ),
-    # SINDER's repair (arXiv 2407.16826), which adds no registers, with the values of the released code but for its
-    # length and three choices in docs/distil.md.
+    # SINDER's repair (arXiv 2407.16826), which adds no registers. The values are those of the released code but for the
+    # rate, the length and the choices named in docs/distil.md.
     "sinder": Recipe(
         "sinder",
         unlock=SINGULAR_VALUES,
@@ -119,8 +119,8 @@ RECIPES = {
         norm_weight=0.0,
         flips=False,
         optimiser="sgd",
-        lr=5e-3,
-        lr_end=5e-3,
+        lr=2e-4,
+        lr_end=2e-4,
         weight_decay=0.0,
         batch=1,
         clip=0.0,
@@ -175,13 +175,16 @@ class Request:
                 f"strength: got {self.strength} with the recipe {self.recipe}, which moves no neurons; leave it out, "
                 f"or use --recipe {moving}."
             )
+        lr = self.lr or recipe.default_rate(width)
         adjusted = replace(
             recipe,
             registers=recipe.registers if self.registers is None else self.registers,
             epochs=recipe.epochs if self.epochs is None else self.epochs,
             batch=self.batch or recipe.batch,
             unlock=self.unlock or recipe.unlock,
-            lr=self.lr or recipe.default_rate(width),
+            lr=lr,
+            # A constant rate stays constant.
+            lr_end=lr if recipe.lr_end == recipe.lr else recipe.lr_end,
             int8=self.int8_aware or recipe.int8,
             average=recipe.average if self.average is None else self.average,
             readout=self.readout or recipe.readout,

@@ -197,7 +197,9 @@ class _Trainer:
 
         def backward(model: ViT, device: str, part: MicroBatch) -> float:
             loss = self._loss(model, device, part.to(device))
-            loss.backward()
+            # SINDER's loss of images without defective tokens depends on no weight.
+            if loss.requires_grad:
+                loss.backward()
             return loss.item()
 
         parts = split_batch(batch, self.recipe, self.micro_batch, len(self.replicas.devices), self.processes)

@@ -85,7 +85,7 @@ def distill(output: Path, images: Path, as_json: bool, quiet: bool, **settings: 
     (--readout value), both in the space of text, and the last two blocks train. Train at 448 px, as the paper does.
 
     --recipe sinder has the loss of the code released with SINDER (arXiv 2407.16826), trains singular values alone and
-    adds no registers. It lasts 16 epochs, and two choices of its search for defective tokens differ (docs/distil.md).
+    adds no registers. It lasts 16 epochs at a lower rate, and two choices of its search for defective tokens differ.
     Its loss reads no targets, so --views is not used.
 
     torchrun starts several processes that share the work: one per GPU, or several on a CPU.

@@ -26,7 +26,7 @@ def neighbour_loss(model: ViT, images: torch.Tensor, directions: torch.Tensor) -
 
     Only the first block after which an image has ``LEAST`` defective tokens counts for it. There, the loss is the mean
     distance of defective tokens to a weighted mean of the 3 x 3 tokens around them, over the mean norm of tokens. No
-    gradient passes through the means.
+    gradient passes through the means. If no image has defective tokens, the result needs no gradient.
 
     Args:
         directions: of defective tokens after each block, unit vectors ``(L, C)``.
@@ -35,8 +35,7 @@ def neighbour_loss(model: ViT, images: torch.Tensor, directions: torch.Tensor) -
     with hooks.block_outputs(model, lambda _i, out: streams.append(out[:, model.num_prefix_tokens :])):
         model.forward_features(images)
     height, width = (side // patch for side, patch in zip(images.shape[-2:], model.patch_embed.patch_size))
-    # Without defective tokens, every gradient is zero.
-    losses = [streams[-1].float().sum() * 0]
+    losses = [torch.zeros((), device=images.device)]
     pending = torch.ones(len(images), dtype=torch.bool, device=images.device)
     for stream, direction in zip(streams, directions):
         tokens = stream.float().reshape(len(images), height, width, -1)
