@@ -1,8 +1,9 @@
-"""Compare the direction of outlier tokens with what SINDER (arXiv 2407.16826) predicts from the weights alone.
+"""Compare outlier tokens with what SINDER (arXiv 2407.16826) predicts of them from the weights alone.
 
 SINDER linearises each block as a token alone in its image would pass it, and takes the leading left singular vector of
 the product of the blocks. Here this direction is compared with the one on photographs: the mean of outlier tokens minus
-that of the others, after the block where they stand out most. C width.
+that of the others, after the block where they stand out most. And the rule by which SINDER's code finds defective
+tokens is applied to the same photographs. C width.
 
     python -m benchmarks.sinder_direction --images DIR vit_tiny_patch16_224=vit.safetensors --json OUT
 """
@@ -15,9 +16,10 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from torch import nn
 
 from phreg_deploy.artifacts.outliers import NormBand, clearest_block
+from phreg_deploy.distill.singular.directions import defect_directions
+from phreg_deploy.distill.singular.neighbours import LEAST, cosines_with, find_defective
 from phreg_deploy.images.photographs import read_photographs
 from phreg_deploy.models import hooks
 from phreg_deploy.models.batches import Batches, spread
@@ -25,68 +27,67 @@ from phreg_deploy.models.loading import load_model, model_preprocess
 
 # Photographs that the direction is measured on.
 IMAGES = 96
-# Random inputs of the least-squares fit of an MLP; SINDER's code takes 100,000.
-SAMPLES = 20_000
 
 
-def predicted(model: hooks.ViT, blocks: int, fitted: bool) -> torch.Tensor:
-    """Return the leading left singular vector ``(C,)`` of the first ``blocks`` blocks' product.
-
-    Args:
-        fitted: linearise the activations of MLPs by least squares on random inputs; else leave the MLPs out.
-    """
-    width = model.embed_dim
-    product = torch.eye(width, dtype=torch.float64)
-    for block in model.blocks[:blocks]:
-        values = block.attn.qkv.weight.double()[2 * width :]
-        attention = block.attn.proj.weight.double() @ values @ torch.diag(block.norm1.weight.double())
-        layer = torch.eye(width, dtype=torch.float64) + attention
-        if fitted:
-            inputs = torch.randn(SAMPLES, width, generator=torch.Generator().manual_seed(0))
-            hidden = block.mlp.act(block.mlp.fc1(inputs))
-            linear = torch.linalg.lstsq(inputs, hidden).solution.double()
-            mlp = block.mlp.fc2.weight.double() @ linear.T @ torch.diag(block.norm2.weight.double())
-            layer = (torch.eye(width, dtype=torch.float64) + mlp) @ layer
-        product = layer @ product
-        product = product / product.norm()
-    return torch.linalg.svd(product)[0][:, 0]
-
-
-def observed(model: hooks.ViT, batches: Batches) -> tuple[int, torch.Tensor, float]:
-    """Return the clearest block, the direction of its outlier tokens ``(C,)``, and their share."""
-    streams: dict[int, list[torch.Tensor]] = {i: [] for i in range(len(model.blocks))}
+def read_streams(model: hooks.ViT, batches: Batches) -> list[torch.Tensor]:
+    """Return the patch tokens after each block, ``(B, N, C)``."""
+    streams: list[list[torch.Tensor]] = [[] for _ in model.blocks]
     prefix = model.num_prefix_tokens
     with hooks.block_outputs(model, lambda i, out: streams[i].append(out[:, prefix:])):
         for images in batches:
             hooks.forward(model, images)
-    tokens = {i: torch.cat(parts).flatten(0, 1) for i, parts in streams.items()}
-    block = clearest_block([tokens[i].norm(dim=-1).numpy() for i in tokens])
-    norms = tokens[block].norm(dim=-1).numpy()
+    return [torch.cat(parts) for parts in streams]
+
+
+def observed(streams: list[torch.Tensor]) -> tuple[int, torch.Tensor, torch.Tensor]:
+    """Return the clearest block, the direction of its outlier tokens ``(C,)``, and their mask ``(B, N)``."""
+    block = clearest_block([stream.norm(dim=-1).numpy() for stream in streams])
+    tokens, norms = streams[block], streams[block].norm(dim=-1).numpy()
     outside = torch.from_numpy(NormBand.of(norms).outside(norms))
-    direction = tokens[block][outside].mean(0) - tokens[block][~outside].mean(0)
-    return block, direction.double() / direction.double().norm(), float(outside.float().mean())
+    direction = tokens[outside].mean(0) - tokens[~outside].mean(0)
+    return block, direction / direction.norm(), outside
+
+
+def flagged(streams: list[torch.Tensor], grid: tuple[int, int], directions: torch.Tensor, border: bool) -> float:
+    """Return the share of photographs in which the rule finds enough defective tokens after some block.
+
+    Args:
+        border: let tokens at the border of the image count too.
+    """
+    found = torch.zeros(len(streams[0]), dtype=torch.bool)
+    for stream, direction in zip(streams, directions):
+        defective = find_defective(cosines_with(stream.reshape(len(stream), *grid, -1), direction))
+        counted = defective if border else defective[:, 1:-1, 1:-1]
+        found |= counted.sum((1, 2)) >= LEAST
+    return float(found.float().mean())
 
 
 @torch.inference_mode()
 def compare(name: str, checkpoint: Path | None, images: Path) -> dict[str, object]:
     """Return the absolute cosines between prediction and observation; two random directions have 0.8 / sqrt(C)."""
     model = load_model(name, checkpoint=checkpoint)
-    if any(not isinstance(getattr(block, "ls1", None), (nn.Identity, type(None))) for block in model.blocks):
-        raise SystemExit(f"{name} has LayerScale, which this script leaves out.")
-    preprocess = model_preprocess(model, "center")
+    preprocess, grid = model_preprocess(model, "center"), tuple(model.patch_embed.grid_size)
     photographs = spread(read_photographs(images, tuple(model.patch_embed.img_size), preprocess), IMAGES)
-    block, direction, rate = observed(model, Batches(photographs, preprocess))
-    cosines = {
-        kind: abs(float(predicted(model, block + 1, fitted) @ direction))
-        for kind, fitted in (("attention and MLP", True), ("attention", False))
+    streams = read_streams(model, Batches(photographs, preprocess))
+    block, direction, outside = observed(streams)
+    predicted = {
+        "attention and MLP": defect_directions(model),
+        "attention": defect_directions(model, mlps=False),
+        "both, centred": defect_directions(model, centred=True),
     }
+    inside = outside.reshape(-1, *grid)[:, 1:-1, 1:-1]
     return {
         "model": name,
         "block": block,
-        "outliers": rate,
+        "outliers": float(outside.float().mean()),
+        "outliers_at_border": 1 - float(inside.sum() / outside.sum()),
         "images": len(photographs),
-        "cosine": cosines,
+        "cosine": {kind: abs(float(directions[block] @ direction)) for kind, directions in predicted.items()},
         "random": float(np.sqrt(2 / np.pi / model.embed_dim)),
+        "flagged": {
+            "as released": flagged(streams, grid, predicted["both, centred"], border=False),
+            "in the recipe": flagged(streams, grid, predicted["attention and MLP"], border=True),
+        },
     }
 
 

@@ -22,7 +22,13 @@ PAGES = (ROOT / "README.md", ROOT / "docs" / "reliability.md", ROOT / "docs" / "
 MARK = re.compile(r"(<!-- figures: (?P<name>[\w-]+) -->\n).*?(<!-- end -->)", re.DOTALL)
 Row = dict[str, Any]
 KEYS = ("rate", "seconds")
-RECIPES = ("transplant", "random-registers")
+# Titles of the runs in ``present_recipe.json``, by how they start; a run of each but the first is optional.
+RUNS = {
+    "transplant": "default recipe",
+    "random-registers": "random-registers",
+    "sinder": "sinder, no registers",
+    "singular values": "singular values on targets, no registers",
+}
 
 
 def load(name: str) -> Any:
@@ -192,15 +198,18 @@ def gates(_name: str) -> str:
 
 
 def present_recipe(name: str) -> str:
-    """The scores in ``phreg.json``: of each model the base, the students of all seeds, and the control's."""
+    """The scores in ``phreg.json``: of each model the base, the students of all seeds, and the controls'."""
     columns, read = [""], []
     for model, record in load(name).items():
         scores = record["scores"]
         runs = {"transplant, seed 0": scores, **record["further_runs"]}
         read.append([{"student": scores["base"], "class_cosine": 1.0, "top1_agreement": 1.0}])
-        read += [[run for title, run in runs.items() if title.startswith(kind)] for kind in RECIPES]
-        seeds = f"{len(read[-2])} seeds"
-        columns += [f"{model}, base", f"default recipe, {seeds}", "random-registers, one seed"]
+        columns.append(f"{model}, base")
+        for kind, title in RUNS.items():
+            of_kind = [run for name, run in runs.items() if name.startswith(f"{kind}, seed")]
+            if of_kind:
+                read.append(of_kind)
+                columns.append(f"{title}, {f'{len(of_kind)} seeds' if len(of_kind) > 1 else 'one seed'}")
 
     def line(title: str, value: Callable[[Row], float], text: Callable[[float], str]) -> list[str]:
         return [title, *(" / ".join(text(value(run)) for run in runs) for runs in read)]
@@ -221,12 +230,24 @@ def present_recipe(name: str) -> str:
 
 def sinder_direction(name: str) -> str:
     """The outliers' direction beside SINDER's prediction, one row for each model."""
-    columns = ["|cosine| with the outliers' direction", "after block", "attention and MLP", "attention", "at random"]
-    rows = [
-        [row["model"], str(row["block"]), *(three(row["cosine"][kind]) for kind in columns[2:4]), three(row["random"])]
-        for row in load(name)["models"]
-    ]
-    return table([column.replace("|", "\\|") for column in columns], rows)
+    columns = ["|cosine| with the outliers' direction", "after block"]
+    kinds = ["attention and MLP", "attention", "both, centred"]
+    rules = ["as released", "in the recipe"]
+    shares = ["outliers at the border", *(f"photographs flagged, {rule}" for rule in rules)]
+
+    def line(row: Row) -> list[str]:
+        cosines = [three(row["cosine"][kind]) for kind in kinds]
+        found = [row["outliers_at_border"], *(row["flagged"][rule] for rule in rules)]
+        return [
+            row["model"],
+            str(row["block"]),
+            *cosines,
+            three(row["random"]),
+            *(percent(share, 0) for share in found),
+        ]
+
+    columns = [column.replace("|", "\\|") for column in [*columns, *kinds, "at random", *shares]]
+    return table(columns, [line(row) for row in load(name)["models"]])
 
 
 def tiling(_name: str) -> str:

@@ -16,7 +16,7 @@ from phreg_deploy.readout import FINAL, Readout
 from phreg_deploy.spec import Batches, Sizes
 from phreg_deploy.student_record import RECORD, model_path
 
-RECIPES = ("transplant", "random-registers", "ph-reg", "ph-reg-clip")
+RECIPES = ("transplant", "random-registers", "ph-reg", "ph-reg-clip", "sinder")
 FLOATS, EIGHT_BITS = ("fp32", "fp16", "bf16"), ("int8", "fp8")
 WEIGHTS = (".safetensors", ".pth", ".pt", ".bin")
 LEAST = {"epochs": 0, "batch": 1, "micro_batch": 1, "workers": 1, "views": 2, "seed": 0}

@@ -65,7 +65,7 @@ OPTIONS = {
     "precision of training": (lambda w: distill(w, w.base, "--precision", "fp8"), ["'fp8'", "auto, fp32 or bf16"]),
     "recipe unknown": (
         lambda w: distill(w, w.base, "--recipe", "magic"),
-        ["'magic'", "transplant, random-registers, ph-reg or ph-reg-clip"],
+        ["'magic'", "transplant, random-registers, ph-reg, ph-reg-clip or sinder"],
     ),
     "registers negative": (lambda w: distill(w, w.base, "--registers", "-1"), ["got -1", "0 to 64"]),
     "epochs negative": (lambda w: distill(w, w.base, "--epochs", "-1"), ["got -1", "at least 0"]),
@@ -76,6 +76,18 @@ OPTIONS = {
     "strength without a move": (
         lambda w: distill(w, w.base, "--recipe", "random-registers", "--strength", "1"),
         ["moves no neurons", "transplant"],
+    ),
+    "registers of singular values": (
+        lambda w: distill(w, w.base, "--recipe", "sinder", "--registers", "2"),
+        ["registers: got 2", "singular values alone", "--registers 0"],
+    ),
+    "default registers of singular values": (
+        lambda w: distill(w, w.base, "--unlock", "singular-values"),
+        ["registers: got 4", "singular values alone", "--registers 0"],
+    ),
+    "layers without targets": (
+        lambda w: distill(w, w.base, "--recipe", "sinder", "--layers", "1,2"),
+        ["layers: got '1,2'", "recipe sinder", "reads no targets"],
     ),
     "holdout of everything": (lambda w: distill(w, w.base, "--holdout", "1"), ["got 1.0", "below 1"]),
     "seed negative": (lambda w: distill(w, w.base, "--seed", "-1", "--epochs", "1"), ["-1"]),

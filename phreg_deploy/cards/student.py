@@ -35,7 +35,8 @@ def student_card(record: dict[str, Any], picture: bool = False) -> str:
     """
     source, scores = record["source"], record["scores"]
     base, registers = str(source["model"]), record["registers"]
-    title = f"{base} with {registers} register tokens"
+    title = f"{base} with {registers} register tokens" if registers else f"{base}, trained on without register tokens"
+    change = f"with {registers} register tokens that were added after its pretraining" if registers else "trained on"
     measured = None if "missing" in scores else scores
     metadata = {
         **origin(source, "finetune"),
@@ -45,7 +46,7 @@ def student_card(record: dict[str, Any], picture: bool = False) -> str:
         "model-index": measured and _results(title, measured, record),
     }
     intro = (
-        f"`{base}` with {registers} register tokens that were added after its pretraining, without labels, by "
+        f"`{base}` {change}, without labels, by "
         f"`phreg-deploy distill --recipe {record['recipe']['name']}`. The scores below say how far its patch "
         "tokens are free of the high-norm outliers of the base model."
     )
@@ -104,9 +105,10 @@ def _facts(record: dict[str, Any]) -> str:
     source, recipe, images = record["source"], record["recipe"], record["images"]
     moved = [n for n in record["register_neurons"] if not n.get("left")]
     height, width = record["image_size"]
+    views = f"{record['views']} view{'s' if record['views'] != 1 else ''}"
     rows = [
         ["base model", f"`{source['model']}`, weights sha256 `{source['weights_sha256']}`"],
-        ["recipe", f"{recipe['name']}, {recipe['epochs']} epochs, seed {record['seed']}, {record['views']} views"],
+        ["recipe", f"{recipe['name']}, {recipe['epochs']} epochs, seed {record['seed']}, {views}"],
         ["registers", f"{record['registers']}; {len(moved)} register neurons were moved"],
         ["image size", f"{height} x {width}"],
         ["photographs", f"{images['trained']}, digest `{images['digest']}`; no labels"],

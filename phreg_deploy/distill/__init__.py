@@ -69,15 +69,15 @@ def distill(
         images: folder of photographs; no labels are needed.
         output: folder of the student to write.
         checkpoint: weights for a timm name, ``.safetensors`` or ``.pth``.
-        recipe: "transplant", "random-registers", "ph-reg" or, for CLIP, "ph-reg-clip".
-        registers, epochs, lr, batch, unlock, average: None for the recipe's value. ``unlock`` is "all", "paper" or
-            "paper-clip".
+        recipe: "transplant", "random-registers", "ph-reg", for CLIP "ph-reg-clip", or "sinder".
+        registers, epochs, lr, batch, unlock, average: None for the recipe's value. ``unlock`` is "all", "paper",
+            "paper-clip" or, without registers, "singular-values".
         image_size: "518" or "480x640" (height x width); None for the model's own size.
         micro_batch: most images per forward and backward pass of a process; None for its whole part of a batch.
         grad_checkpointing: recompute each block in the backward pass, which needs less memory.
         strength: activation of a transplanted neuron, as a share of its activation on outlier tokens; None for 0.07.
         int8_aware: train through the fake quantisation of INT8.
-        views: shifted and flipped views per teacher target.
+        views: shifted and flipped views per teacher target; always 1 in "sinder", whose loss reads no targets.
         holdout: share of the images, chosen by name, that are used for scores and not for training.
         seed: of registers, views and the order of images.
         device: "auto", "cpu", "cuda", "cuda:N", or several GPUs, "cuda:0,cuda:1". Under torchrun "auto", "cpu" or

@@ -90,7 +90,7 @@ def run_distillation(
         source={**run.origin, "checkpoint": run.checkpoint, "weights_sha256": run.identity.weights},
         recipe=run.recipe,
         strength=run.strength,
-        views=request.views,
+        views=run.views,
         seed=request.seed,
         preprocess=run.preprocess,
         image_size=tuple(run.base.patch_embed.img_size),
@@ -178,7 +178,7 @@ def _compute_targets(run: Run, training: Photographs, folder: Path) -> tuple[Tar
     teacher = Teacher(
         with_readout(run.base, run.recipe.teacher_readout),
         run.preprocess,
-        views=run.request.views,
+        views=run.views,
         seed=run.request.seed,
         devices=run.devices,
         autocast=run.autocast,

@@ -9,18 +9,24 @@ from phreg_deploy.errors import PhregError
 from phreg_deploy.readout import FINAL, NEIGHBOUR, VALUE, Readout
 from phreg_deploy.spec import Stored
 
+SINGULAR_VALUES = "singular-values"
+NEIGHBOURS = "neighbours"
+
 
 @dataclass(frozen=True)
 class Recipe(Stored):
     """Settings of a distillation; the defaults are those of "transplant".
 
-    ``unlock``: "all" weights but the head, or "paper" (registers, position embedding, class token, patch projection,
-    last block). ``class_weight``: weight of the class-token term. ``hard_weight``: extra weight of a patch token per
-    unit of 1 - cosine between the base model's token and its denoised target; artifact tokens then count for more.
+    ``unlock``: "all" weights but the head, "paper" (registers, position embedding, class token, patch projection, last
+    block), or "singular-values" (of the blocks' linear layers but queries and keys; no registers). ``loss``: "targets"
+    (against denoised targets) or "neighbours" (SINDER's, which reads none). ``class_weight``: weight of the class-token
+    term. ``hard_weight``: extra weight of a patch token per unit of 1 - cosine between the base model's token and its
+    denoised target; artifact tokens then count for more.
     ``norm_weight``: weight of the term that draws the norms of patch tokens into the base model's ordinary range.
     ``scale_free``: divide squared errors by the targets' variance. ``flips``: mirror image and target at random.
-    ``lr_end``: if None, one cycle with 10 % warm-up; otherwise exponential decay from ``lr`` to ``lr_end``. ``clip``:
-    largest gradient norm, 0 for no limit. ``registers``: tokens to add. ``int8``: train through fake quantisation.
+    ``optimiser``: "adamw", or "sgd" with a momentum of 0.9. ``lr_end``: if None, one cycle with 10 % warm-up; otherwise
+    exponential decay from ``lr`` to ``lr_end``. ``clip``: largest gradient norm, 0 for no limit. ``registers``: tokens
+    to add. ``int8``: train through fake quantisation.
     ``readout``: what is trained and served, see ``phreg_deploy.readout``; ``teacher``: the readout of the targets, None
     for the same; ``project``: targets and features are projected into the space of text. ``layers``: further layers, by
     numbers of blocks, that are trained against denoised targets of their own; ``layer_weight``: of their mean loss.
@@ -32,11 +38,13 @@ class Recipe(Stored):
     name: str
     # The measurements behind these values are in docs/figures.md.
     unlock: str = "all"
+    loss: str = "targets"
     class_weight: float = 4.0
     hard_weight: float = 30.0
     norm_weight: float = 1.0
     scale_free: bool = True
     flips: bool = True
+    optimiser: str = "adamw"
     lr: float = 5e-5
     lr_end: float | None = None
     weight_decay: float = 0.05
@@ -100,6 +108,25 @@ RECIPES = {
     "ph-reg-clip": replace(
         _PH_REG, name="ph-reg-clip", unlock="paper-clip", readout=VALUE, teacher=NEIGHBOUR, project=True
     ),
+    # SINDER's repair (arXiv 2407.16826), which adds no registers. The values are those of the released code but for the
+    # rate, the length and the choices named in docs/distil.md.
+    "sinder": Recipe(
+        "sinder",
+        unlock=SINGULAR_VALUES,
+        loss=NEIGHBOURS,
+        class_weight=0.0,
+        hard_weight=0.0,
+        norm_weight=0.0,
+        flips=False,
+        optimiser="sgd",
+        lr=2e-4,
+        lr_end=2e-4,
+        weight_decay=0.0,
+        batch=1,
+        clip=0.0,
+        registers=0,
+        rate_by_width=False,
+    ),
 }
 # The width at which the learning rate of "transplant" was chosen.
 WIDTH = 192
@@ -137,8 +164,9 @@ class Request:
     def adjusted_recipe(self, width: int = WIDTH) -> Recipe:
         """Return the recipe with the requested values, and a learning rate for a model of this width.
 
-        Raises ``PhregError`` if a strength was given, but the recipe moves no neurons, or for a readout that cannot be
-        distilled through fake quantisation.
+        Raises ``PhregError`` if a strength was given, but the recipe moves no neurons; for a readout that cannot be
+        distilled through fake quantisation; for registers where singular values alone train; and for further layers
+        if the loss reads no targets.
         """
         recipe = RECIPES[self.recipe]
         if self.strength is not None and not recipe.moves_neurons:
@@ -147,13 +175,16 @@ class Request:
                 f"strength: got {self.strength} with the recipe {self.recipe}, which moves no neurons; leave it out, "
                 f"or use --recipe {moving}."
             )
+        lr = self.lr or recipe.default_rate(width)
         adjusted = replace(
             recipe,
             registers=recipe.registers if self.registers is None else self.registers,
             epochs=recipe.epochs if self.epochs is None else self.epochs,
             batch=self.batch or recipe.batch,
             unlock=self.unlock or recipe.unlock,
-            lr=self.lr or recipe.default_rate(width),
+            lr=lr,
+            # A constant rate stays constant.
+            lr_end=lr if recipe.lr_end == recipe.lr else recipe.lr_end,
             int8=self.int8_aware or recipe.int8,
             average=recipe.average if self.average is None else self.average,
             readout=self.readout or recipe.readout,
@@ -163,5 +194,15 @@ class Request:
             raise PhregError(
                 f"int8-aware: got the readout {adjusted.readout}, which leaves layers of the last block unused; "
                 "expected --readout final. Distil without --int8-aware, and calibrate the bundle."
+            )
+        if adjusted.unlock == SINGULAR_VALUES and adjusted.registers:
+            raise PhregError(
+                f"registers: got {adjusted.registers} where singular values alone train, and no token could; give "
+                "--registers 0, or --unlock all."
+            )
+        if adjusted.loss == NEIGHBOURS and self.layers is not None:
+            raise PhregError(
+                f"layers: got {self.layers!r} with the recipe {self.recipe}, whose loss reads no targets; leave it "
+                "out, or use another recipe."
             )
         return adjusted

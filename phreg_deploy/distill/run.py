@@ -9,7 +9,7 @@ from typing import Any
 from phreg_deploy.arguments import check_model
 from phreg_deploy.distill.devices.processes import Processes
 from phreg_deploy.distill.neurons.transplant import STRENGTH
-from phreg_deploy.distill.recipes import Recipe, Request
+from phreg_deploy.distill.recipes import NEIGHBOURS, Recipe, Request
 from phreg_deploy.images.photographs import Photographs
 from phreg_deploy.images.views import check_views
 from phreg_deploy.layers import parse_layers
@@ -47,6 +47,11 @@ class Run:
         return self.request.strength or STRENGTH if self.recipe.moves_neurons else None
 
     @property
+    def views(self) -> int:
+        """Views per target; 1 if the loss reads no targets, and only the photographs kept beside them."""
+        return 1 if self.recipe.loss == NEIGHBOURS else self.request.views
+
+    @property
     def checkpoint(self) -> str | None:
         """Name of the file of weights, if one was given."""
         return self.request.checkpoint.name if self.request.checkpoint else None
@@ -67,7 +72,7 @@ class Run:
             "images": training.digest(),
             "recipe": self.recipe.to_json(),
             "registers": self.recipe.registers,
-            "views": self.request.views,
+            "views": self.views,
             "strength": self.strength,
             "seed": self.request.seed,
             "autocast": self.autocast,

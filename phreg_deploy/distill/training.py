@@ -17,8 +17,11 @@ from phreg_deploy.distill.devices.processes import ALONE, Processes
 from phreg_deploy.distill.devices.replicas import Replicas
 from phreg_deploy.distill.fake_quantisation import observe_grids, quantised
 from phreg_deploy.distill.objective import MicroBatch, TargetScale, objective, target_scale
-from phreg_deploy.distill.recipes import Recipe
+from phreg_deploy.distill.recipes import NEIGHBOURS, SINGULAR_VALUES, Recipe
 from phreg_deploy.distill.record import History
+from phreg_deploy.distill.singular.directions import defect_directions
+from phreg_deploy.distill.singular.neighbours import neighbour_loss
+from phreg_deploy.distill.singular.values import merge_singular_values, train_singular_values
 from phreg_deploy.distill.teacher import TargetCache, mixed_precision
 from phreg_deploy.distill.training_batches import Batch, load_batch, read_batches, split_batch
 from phreg_deploy.distill.work_folder import read_state, write_state
@@ -32,6 +35,7 @@ from phreg_deploy.spec import Preprocess
 
 # Share of the steps in which the learning rate rises.
 WARM_UP = 0.1
+MOMENTUM = 0.9
 
 
 def train(
@@ -73,8 +77,11 @@ def train(
         PhregError: a loss that is not finite; ``work`` then still holds the last good epoch.
     """
     student.to(devices[0])
+    only_values = recipe.unlock == SINGULAR_VALUES
+    weights = train_singular_values(student) if only_values else unlock_weights(student, recipe.unlock)
     processes.share_weights(student)
-    weights = unlock_weights(student, recipe.unlock)
+    # Of the weights before training, also if it is resumed.
+    directions = defect_directions(student) if recipe.loss == NEIGHBOURS else None
     optimizer = _make_optimizer(weights, recipe)
     average = _make_average(student, recipe) if processes.first else None
     losses = _restore(student, optimizer, average, work, devices[0]) if resume else []
@@ -84,7 +91,7 @@ def train(
     student.set_grad_checkpointing(grad_checkpointing)
     replicas = Replicas(student, devices)
     trainer = _Trainer(
-        replicas, processes, weights, optimizer, average, preprocess, recipe, scale, autocast, micro_batch
+        replicas, processes, weights, optimizer, average, preprocess, recipe, scale, autocast, micro_batch, directions
     )
     pin = devices[0].startswith("cuda")
     steps = max(1, math.ceil(len(digests) / recipe.batch))
@@ -101,6 +108,7 @@ def train(
                 write_state(work, state)
     if average is not None:
         student.load_state_dict(average.module.state_dict())
+    merge_singular_values(student)
     student.eval().cpu()
     student.set_grad_checkpointing(False)
     student.requires_grad_(True)
@@ -131,13 +139,18 @@ def _restore(
 def _make_optimizer(weights: list[nn.Parameter], recipe: Recipe) -> torch.optim.Optimizer:
     decayed = [p for p in weights if p.ndim > 1 or recipe.decays_vectors]
     others = [p for p in weights if p.ndim <= 1 and not recipe.decays_vectors]
+    if recipe.optimiser == "sgd":
+        return torch.optim.SGD(weights, lr=recipe.lr, momentum=MOMENTUM, weight_decay=recipe.weight_decay)
     groups = [{"params": decayed, "weight_decay": recipe.weight_decay}, {"params": others, "weight_decay": 0.0}]
     return torch.optim.AdamW(groups, lr=recipe.lr, betas=(0.9, 0.999))
 
 
 @dataclass
 class _Trainer:
-    """What a training step needs; ``weights`` are those that train, ``average`` follows them if it is not None."""
+    """What a training step needs; ``weights`` are those that train, ``average`` follows them if it is not None.
+
+    ``directions`` ``(L, C)``: of defective tokens after each block, for SINDER's loss; None for the loss on targets.
+    """
 
     replicas: Replicas
     processes: Processes
@@ -149,6 +162,7 @@ class _Trainer:
     scale: TargetScale
     autocast: bool
     micro_batch: int | None
+    directions: torch.Tensor | None = None
 
     def run_epoch(
         self, epoch: int, batches: Iterable[Batch], steps: int, grids: dict[str, Grid], work: Path, advance: Advance
@@ -182,12 +196,10 @@ class _Trainer:
         """Compute the gradients of this process's images on all its devices; returns their share of the loss."""
 
         def backward(model: ViT, device: str, part: MicroBatch) -> float:
-            part = part.to(device)
-            images = hooks.normalise(part.images, self.preprocess.mean, self.preprocess.std)
-            with mixed_precision(device, self.autocast):
-                features = hooks.forward(model, images, self.recipe.layers)
-            loss = objective(features, part, self.recipe, self.scale)
-            loss.backward()
+            loss = self._loss(model, device, part.to(device))
+            # SINDER's loss of images without defective tokens depends on no weight.
+            if loss.requires_grad:
+                loss.backward()
             return loss.item()
 
         parts = split_batch(batch, self.recipe, self.micro_batch, len(self.replicas.devices), self.processes)
@@ -196,6 +208,14 @@ class _Trainer:
             for model in self.replicas.models:
                 stack.enter_context(quantised(model, grids))
             return sum(self.replicas.map(backward, parts))
+
+    def _loss(self, model: ViT, device: str, part: MicroBatch) -> torch.Tensor:
+        images = hooks.normalise(part.images, self.preprocess.mean, self.preprocess.std)
+        with mixed_precision(device, self.autocast):
+            if self.directions is not None:
+                return neighbour_loss(model, images, self.directions.to(device)) * part.share
+            features = hooks.forward(model, images, self.recipe.layers)
+        return objective(features, part, self.recipe, self.scale)
 
 
 def learning_rate(recipe: Recipe, done: float) -> float:

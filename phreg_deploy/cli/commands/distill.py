@@ -29,10 +29,13 @@ from phreg_deploy.cli.tables.distill import show_record
     default="transplant",
     show_default=True,
     help="transplant (moves register neurons, then trains all weights), ph-reg (the paper), ph-reg-clip (the paper for "
-    "CLIP) or random-registers (transplant without the move, as a control).",
+    "CLIP), random-registers (transplant without the move, as a control) or sinder (SINDER's repair without registers, "
+    "as a control).",
 )
 @click.option(
-    "--registers", type=int, help="Register tokens to add: by default 4, in ph-reg 16; 0 adds none, as a control."
+    "--registers",
+    type=int,
+    help="Register tokens to add: by default 4, in ph-reg 16, in sinder 0; 0 adds none, as a control.",
 )
 @click.option("--image-size", help="e.g. 518 or 480x640; by default the model's own.")
 @click.option("--epochs", type=int, help="0 gives the training-free student; by default the recipe's.")
@@ -48,7 +51,9 @@ from phreg_deploy.cli.tables.distill import show_record
     help="Train further layers too, for heads that read them: 3,6,9,12, fractions 1/4,1/2,3/4,1, or all.",
 )
 @click.option(
-    "--unlock", type=click.Choice(["all", "paper", "paper-clip"]), help="Weights that train; by default the recipe's."
+    "--unlock",
+    type=click.Choice(["all", "paper", "paper-clip", "singular-values"]),
+    help="Weights that train; by default the recipe's.",
 )
 @click.option(
     "--strength", type=float, help="Activation of a transplanted neuron, as a share of that on outlier tokens."
@@ -78,6 +83,10 @@ def distill(output: Path, images: Path, as_json: bool, quiet: bool, **settings: 
 
     --recipe ph-reg-clip is the same for CLIP: targets are read out as in NACLIP, the student as in MaskCLIP
     (--readout value), both in the space of text, and the last two blocks train. Train at 448 px, as the paper does.
+
+    --recipe sinder has the loss of the code released with SINDER (arXiv 2407.16826), trains singular values alone and
+    adds no registers. It lasts 16 epochs at a lower rate, and two choices of its search for defective tokens differ.
+    Its loss reads no targets, so --views is not used.
 
     torchrun starts several processes that share the work: one per GPU, or several on a CPU.
 
