@@ -99,6 +99,17 @@ def open_locked(path: Path) -> int:
     return descriptor
 
 
+def is_locked(path: Path) -> bool:
+    """Whether another process holds the lock of a file or folder."""
+    try:
+        os.close(open_locked(path))
+    except BlockingIOError:
+        return True
+    except OSError:
+        pass
+    return False
+
+
 def remove_dead(folder: Path, name: str | None = None) -> None:
     """Remove what killed processes left in ``folder``, of the output ``name`` or of every output.
 
