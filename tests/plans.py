@@ -5,7 +5,7 @@ import json
 import pytest
 
 from phreg_deploy.bundle.plan_keys import BuildSettings, make_key
-from phreg_deploy.bundle.plans import find_plan, write_plan, write_sidecar
+from phreg_deploy.bundle.plans import draft_plan, find_plan, keep_plan
 from phreg_deploy.errors import BackendMissing
 
 # Name, compute capability times ten, TensorRT, and CUDA of a Jetson.
@@ -16,7 +16,8 @@ PLAN = bytes(range(256)) * 400
 def store_plan(bundle, gpu=ORIN, plan=PLAN, **settings):
     """Store a plan and its sidecar in a bundle, as if it were built on ``gpu`` with ``settings``."""
     key = make_key(bundle, *gpu, BuildSettings(**settings))
-    return write_sidecar(bundle, write_plan(bundle, key, plan), {"seconds": 1.5})
+    with draft_plan(bundle, key, plan) as draft:
+        return keep_plan(bundle, draft, {"seconds": 1.5})
 
 
 def change_sidecar(stored, **changes):

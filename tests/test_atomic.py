@@ -185,6 +185,29 @@ def test_leftovers_of_the_dead_go_and_those_of_the_living_stay(tmp_path):
     assert {p.name for p in tmp_path.iterdir()} == {"out", other.name}
 
 
+def test_a_scratch_folder_of_a_killed_process_goes_with_the_next_one(tmp_path, monkeypatch):
+    pytest.importorskip("fcntl")
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    killed = """
+import os, signal
+from phreg_deploy.files.temporary import scratch_folder
+with scratch_folder("work") as folder:
+    (folder / "large").write_text("half")
+    os.kill(os.getpid(), signal.SIGKILL)
+"""
+    environment = {**os.environ, "TMPDIR": str(tmp_path)}
+    done = subprocess.run([sys.executable, "-c", killed], cwd=ROOT, env=environment, check=False)
+    assert done.returncode == -signal.SIGKILL
+    (left,) = tmp_path.iterdir()
+    with temporary.scratch_folder("other"):
+        assert left.exists(), "another kind of work removed it"
+    with temporary.scratch_folder("work") as folder, temporary.scratch_folder("work") as second:
+        assert not left.exists()
+        assert folder != second
+        assert folder.stat().st_mode & 0o077 == 0, "others may read it"
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_an_old_output_that_a_killed_process_moved_aside_comes_back(tmp_path):
     pytest.importorskip("fcntl")
     leave_temporary(tmp_path, "old", "old")

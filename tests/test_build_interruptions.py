@@ -32,6 +32,30 @@ def test_an_engine_whose_exam_broke_off_does_not_count(copy_bundle, tensorrt):
     assert build(folder).document["cached"] is False
 
 
+def test_an_older_engine_stays_until_the_new_one_is_examined(copy_bundle, tensorrt, monkeypatch):
+    import phreg_deploy.bundle.plans as module
+
+    folder = copy_bundle("bundle")
+    build(folder)
+    before = {p: p.read_bytes() for p in (folder / "engines").iterdir()}
+    tensorrt.fail_enqueue = 1
+    build(folder, "--force").refused(2, "could not start the inference")
+    assert {p: p.read_bytes() for p in (folder / "engines").iterdir()} == before
+    real = module.draft_file
+
+    def full(target, data):
+        if target.suffix == ".json":
+            raise PhregError("output: the disk is full")
+        return real(target, data)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(module, "draft_file", full)
+        build(folder, "--force").refused(2, "the disk is full")
+    assert {p: p.read_bytes() for p in (folder / "engines").iterdir()} == before
+    FeatureExtractor.load(folder, "tensorrt").close()
+    assert build(folder, "--force").document["cached"] is False
+
+
 def test_an_engine_whose_exam_was_interrupted_does_not_count(copy_bundle, tensorrt, monkeypatch):
     from phreg_deploy.export.engine import exam
 
@@ -107,6 +131,6 @@ def test_a_full_disk_leaves_no_engine(copy_bundle, tensorrt, monkeypatch):
     def full(target, data):
         raise PhregError("output: the disk is full")
 
-    monkeypatch.setattr(module, "write_atomic", full)
+    monkeypatch.setattr(module, "draft_file", full)
     build(folder).refused(2, "the disk is full")
     assert plan_files(folder) == []

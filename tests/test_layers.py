@@ -77,6 +77,7 @@ MAY = {
     "evaluation/data": {"files", "images", "bundle", "heads", "models", "runtime"},
     "evaluation": {"files", "images", "artifacts", "bundle", "heads", "evaluation/data"},
     "verify": {
+        "files",
         "images",
         "heads",
         "artifacts",

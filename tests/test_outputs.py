@@ -188,6 +188,48 @@ def test_a_damaged_interrupted_run_is_refused(world, run_cli, monkeypatch, name)
     assert started.code == 0, started.err
 
 
+def test_the_state_of_another_run_does_not_meet_new_settings(world, run_cli, monkeypatch):
+    """A process that was killed while it removed its work may leave the training state without its settings."""
+    from phreg_deploy.distill import distillation
+
+    words = WRITERS["distill"](world, world.out, "--json")
+    with monkeypatch.context() as patch:
+        make_fail(patch, importlib.import_module("phreg_deploy.models.checkpoint"), "save_for_hf")
+        run_cli(*words).refused(2, "disk is full")
+    partial = world.tmp / "out.partial"
+    (partial / "settings.json").unlink()
+    assert (partial / "state.pt").exists()
+
+    def interrupted(*_arguments, **_options):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(distillation, "train", interrupted)
+        run_cli(*words, "--seed", "1").refused(130, "--resume")
+    assert [p.name for p in partial.iterdir()] == ["settings.json"]
+    resumed, fresh = world.out, world.tmp / "fresh"
+    assert run_cli(*words, "--seed", "1", "--resume").code == 0
+    assert run_cli(*WRITERS["distill"](world, fresh, "--seed", "1")).code == 0
+    weights = "model.safetensors"
+    assert (resumed / weights).read_bytes() == (fresh / weights).read_bytes()
+
+
+def test_two_distillations_of_one_output_are_refused(world, run_cli):
+    pytest.importorskip("fcntl")
+    from phreg_deploy.files.temporary import open_locked
+
+    words, partial = WRITERS["distill"](world, world.out, "--json"), world.tmp / "out.partial"
+    partial.mkdir()
+    (partial / "settings.json").write_text("theirs")
+    lock = open_locked(partial)
+    for more in ([], ["--resume"], ["--force"]):
+        run_cli(*words, *more).refused(2, "another process is at work", str(partial))
+    assert snapshot(partial) == {"settings.json": b"theirs"}
+    os.close(lock)
+    assert run_cli(*words, "--force").code == 0
+    assert [p.name for p in world.tmp.iterdir()] == ["out"]
+
+
 def test_outputs_follow_the_umask(world, run_cli, tmp_path):
     """Other users can read every file that the umask lets them read, the weights included."""
     before = os.umask(0o026)

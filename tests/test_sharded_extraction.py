@@ -109,6 +109,18 @@ def test_a_killed_process_loses_nothing_and_repeats_nothing(bundle, images, plai
     assert_same(out, plain)
 
 
+def test_an_output_that_is_started_over_loses_its_index_first(bundle, images, plain, tmp_path):
+    """A complete index must not name files that are gone."""
+    out, words = tmp_path / "out", ("--outputs", "features,cls", "--shard", "1/1")
+    assert extract(bundle, images, out, *words).code == 0
+    whole = files_of(out)
+    for at in (1, 2, 3, -3):
+        assert kill_in("unlink", at, bundle, images, out, *words, "--force")
+        assert not (out / "features.json").exists() or files_of(out) == whole, at
+        assert shard(bundle, images, out, "1/1", "--resume").code == 0
+        assert_same(out, plain)
+
+
 def test_a_cut_off_line_and_a_changed_file_are_found_by_digest(bundle, images, plain, tmp_path):
     out = tmp_path / "out"
     assert shard(bundle, images, out, "1/1").code == 0

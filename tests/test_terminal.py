@@ -160,6 +160,24 @@ def test_an_interruption_names_what_the_command_leaves(run_cli, monkeypatch, nam
     assert ("OUTPUT" in message) == ("-o" in ARGUMENTS.get(name, []) or name == "demo")
 
 
+# ``rich.table`` is imported with the command line, ``PIL.Image`` by the command.
+@pytest.mark.parametrize("module", ["rich.table", "PIL.Image"])
+def test_an_interruption_of_the_imports_is_a_message(world, module):
+    early = f"""
+import signal, sys
+from phreg_deploy.__main__ import main
+signal.signal(signal.SIGINT, signal.default_int_handler)
+sys.addaudithook(lambda event, got: event == "import" and got[0] == {module!r} and signal.raise_signal(signal.SIGINT))
+main()
+"""
+    command = [sys.executable, "-c", early, "extract", world.bundle, world.photos, "-o", world.out]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 130, done.stderr
+    assert done.stderr.startswith("Error: Interrupted: ")
+    assert "Traceback" not in done.stderr
+    assert list(world.tmp.iterdir()) == []
+
+
 def test_an_interrupted_distillation_resumes_as_the_message_says(world, run_cli, monkeypatch):
     """The message names ``OUTPUT.partial`` and ``--resume``; the folder exists and the option works."""
     from phreg_deploy.distill import distillation

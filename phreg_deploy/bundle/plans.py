@@ -9,6 +9,9 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -18,7 +21,7 @@ from phreg_deploy.bundle.manifest import ENGINES
 from phreg_deploy.bundle.plan_keys import BuildSettings, PlanKey, differences, graph_digest, make_key
 from phreg_deploy.bundle.profiles import ProfileShapes, profiles_of
 from phreg_deploy.errors import BackendMissing, PhregError, write_error
-from phreg_deploy.files.atomic import write_atomic
+from phreg_deploy.files.atomic import draft_file, write_atomic
 from phreg_deploy.files.temporary import remove_dead
 from phreg_deploy.json_files import read_json
 from phreg_deploy.spec import plain
@@ -61,67 +64,68 @@ def plan_path(bundle: Bundle, key: PlanKey) -> Path:
     return bundle.folder / FOLDER / f"{key.name}.plan"
 
 
-def write_plan(bundle: Bundle, key: PlanKey, plan: bytes, inspected: str = "") -> StoredPlan:
-    """Write a plan; it is not listed until ``write_sidecar`` has written its sidecar.
+@contextmanager
+def draft_plan(bundle: Bundle, key: PlanKey, plan: bytes) -> Iterator[StoredPlan]:
+    """Write a plan under a temporary name, for a block that examines it and may keep it by ``keep_plan``.
 
-    ``inspected``: the JSON text of TensorRT's engine inspector, which is stored beside the plan.
+    The bundle's plan with the same key, if there is one, stays as it is until then. Raises ``PhregError`` if the system
+    refuses to write.
     """
     path = plan_path(bundle, key)
-    folder = path.parent
     try:
-        folder.mkdir(exist_ok=True)
-        path.with_suffix(".json").unlink(missing_ok=True)
+        path.parent.mkdir(exist_ok=True)
     except OSError as error:
-        raise write_error(error, folder) from error
+        raise write_error(error, path.parent) from error
     # A killed build leaves hundreds of megabytes.
-    remove_dead(folder)
-    write_atomic(path, plan)
-    stored = StoredPlan(path, key, hashlib.sha256(plan).hexdigest(), profiles_of(bundle.manifest), {})
-    if inspected:
-        try:
-            write_atomic(path.with_suffix(INSPECTED), inspected.encode())
-        except BaseException:
-            remove_plan(stored)
-            raise
+    remove_dead(path.parent)
+    with draft_file(path, plan) as draft:
+        yield StoredPlan(draft, key, hashlib.sha256(plan).hexdigest(), profiles_of(bundle.manifest), {})
+
+
+def keep_plan(bundle: Bundle, draft: StoredPlan, report: dict[str, Any], inspected: str = "") -> StoredPlan:
+    """Give a draft its name and its sidecar. From now on ``find_plan`` prefers this plan to the others that fit.
+
+    ``inspected``: the JSON text of TensorRT's engine inspector, which is stored beside the plan. The system can refuse
+    to write only before the old plan goes. A process that is killed between the three renames leaves no plan of this
+    key that counts.
+    """
+    stored = _numbered(bundle, replace(draft, path=plan_path(bundle, draft.key)), report)
+    sidecar, text = stored.path.with_suffix(".json"), stored.path.with_suffix(INSPECTED)
+    with draft_file(text, inspected.encode()) as new_text, draft_file(sidecar, _sidecar(stored)) as new_sidecar:
+        sidecar.unlink(missing_ok=True)
+        os.replace(draft.path, stored.path)
+        if inspected:
+            os.replace(new_text, text)
+        else:
+            text.unlink(missing_ok=True)
+        os.replace(new_sidecar, sidecar)
     return stored
 
 
-def remove_plan(plan: StoredPlan) -> None:
-    """Remove a plan that is not listed, and what belongs to it."""
-    plan.path.unlink(missing_ok=True)
-    plan.path.with_suffix(INSPECTED).unlink(missing_ok=True)
+def _numbered(bundle: Bundle, plan: StoredPlan, report: dict[str, Any]) -> StoredPlan:
+    """Add the ``serial`` number, counted up in the bundle: file times differ between devices and copies."""
+    others = (other for other in list_plans(bundle) if other.key != plan.key)
+    return replace(plan, report={**report, "serial": 1 + max(map(_serial, others), default=0)})
 
 
-def write_sidecar(bundle: Bundle, plan: StoredPlan, report: dict[str, Any]) -> StoredPlan:
-    """Write a plan's sidecar. From now on ``find_plan`` prefers this plan to the others that fit.
-
-    The report gets a ``serial`` number, counted up in the bundle, because file times differ between devices and copies.
-    """
-    serial = 1 + max((_serial(other) for other in list_plans(bundle)), default=0)
-    numbered = replace(plan, report={**report, "serial": serial})
-    sidecar = {
+def _sidecar(plan: StoredPlan) -> bytes:
+    content = {
         "format": FORMAT,
         "key": plan.key.to_json(),
         "sha256": plan.sha256,
         "profiles": plain(plan.profiles),
-        "report": numbered.report,
+        "report": plan.report,
     }
-    path = plan.path.with_suffix(".json")
-    try:
-        write_atomic(path, (json.dumps(sidecar, indent=1, sort_keys=True) + "\n").encode())
-    except PhregError:
-        # Without a sidecar nothing reads the plan: free its hundreds of megabytes.
-        if not path.exists():
-            remove_plan(plan)
-        raise
-    return numbered
+    return (json.dumps(content, indent=1, sort_keys=True) + "\n").encode()
 
 
 def prefer(bundle: Bundle, plan: StoredPlan) -> StoredPlan:
     """Make ``find_plan`` prefer this plan to the others that fit."""
     if all(_serial(other) <= _serial(plan) for other in list_plans(bundle)):
         return plan
-    return write_sidecar(bundle, plan, plan.report)
+    preferred = _numbered(bundle, plan, plan.report)
+    write_atomic(plan.path.with_suffix(".json"), _sidecar(preferred))
+    return preferred
 
 
 def _serial(plan: StoredPlan) -> int:
@@ -148,7 +152,7 @@ def list_plans(bundle: Bundle) -> list[StoredPlan]:
 def _read_sidecar(path: Path) -> StoredPlan:
     """Read a sidecar and check the type of every field.
 
-    Raises ``KeyError``, ``TypeError``, ``ValueError`` or ``PhregError`` if ``write_sidecar`` did not write it.
+    Raises ``KeyError``, ``TypeError``, ``ValueError`` or ``PhregError`` if it is none of ours.
     """
     data = read_json(path)
     if data["format"] != FORMAT:

@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import tempfile
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import onnx
 from onnx import ModelProto
 
 from phreg_deploy.errors import PhregError
+from phreg_deploy.files.temporary import scratch_folder
 from phreg_deploy.onnx_graph.external import Arrays
 from phreg_deploy.onnx_graph.session import open_session
 from phreg_deploy.onnx_graph.wiring import Wiring
@@ -35,8 +34,8 @@ def open_counted(model: ModelProto, expected: list[str], arrays: Arrays | None =
 
     Raises ``PhregError`` if a layer of ``expected`` runs in float; the message says why.
     """
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / "optimized.onnx"
+    with scratch_folder("phreg-kernels") as folder:
+        path = folder / "optimized.onnx"
         session = open_session(model, path, arrays=arrays)
         census = count(onnx.load(path, load_external_data=False), expected)
     if census.floats:

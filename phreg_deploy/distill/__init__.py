@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 from phreg_deploy.arguments import check_distillation, check_model, check_resume
 from phreg_deploy.distill.devices.launch import find_launch
 from phreg_deploy.distill.recipes import Request
+from phreg_deploy.distill.work_folder import refuse_running
 from phreg_deploy.files.atomic import check_target
 from phreg_deploy.images.photographs import list_images
 from phreg_deploy.layers import check_layers
@@ -135,7 +136,9 @@ def distill(
         check_model(model, checkpoint)
         list_images(images)
         check_target(output, force, [model_path(model), images, checkpoint])
-        check_resume(output.with_name(output.name + ".partial"), resume, force)
+        work = output.with_name(output.name + ".partial")
+        refuse_running(work)
+        check_resume(work, resume, force)
         # Raises BackendMissing if torch, timm or safetensors is missing or broken.
         import phreg_deploy.models  # noqa: F401
         from phreg_deploy.distill.distillation import run_distillation

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import io
 import platform
-import shutil
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -25,7 +24,7 @@ from phreg_deploy.distill.record import History, Seconds, StudentRecord, Student
 from phreg_deploy.distill.run import Run, load_run
 from phreg_deploy.distill.teacher import TargetCache, Teacher
 from phreg_deploy.distill.training import loss_of, train
-from phreg_deploy.distill.work_folder import work_folder
+from phreg_deploy.distill.work_folder import remove, work_folder
 from phreg_deploy.errors import PhregError, write_error
 from phreg_deploy.files.atomic import atomic_folder, write_atomic
 from phreg_deploy.files.cache import cache_folder
@@ -68,21 +67,37 @@ def run_distillation(
     student = _add_registers(run)
     settings = run.settings(training)
     processes.check_same(settings, "give each of them the same options, files and kind of device.")
-    work = work_folder(output, settings, resume, force, writes=processes.first)
+    with work_folder(output, settings, resume, force, writes=processes.first) as work:
+        return _distil(run, student, training, held_out, output, work, started, cache, resume, force)
+
+
+def _distil(
+    run: Run,
+    student: ViT,
+    training: Photographs,
+    held_out: Photographs | None,
+    output: Path,
+    work: Path,
+    started: float,
+    cache: Path | None,
+    resume: bool,
+    force: bool,
+) -> StudentRecord:
+    """Train, write and score the student."""
     try:
         start = _move_register_neurons(run, student, training)
     except PhregError:
         # The work folder holds nothing yet that could be resumed.
         if not resume:
-            shutil.rmtree(work, ignore_errors=True)
+            remove(work)
         raise
     targets, seconds = _compute_targets(run, training, cache or cache_folder())
     start = _choose_start(run, start, training, targets)
     student = with_readout(start.student, run.recipe.student_readout)
     range_images = run.batches(training, RANGE_IMAGES) if run.recipe.int8 else None
     history = _train(run, student, training, targets, range_images, work, resume)
-    if not processes.first:
-        return processes.first_of(None)
+    if not run.processes.first:
+        return run.processes.first_of(None)
     held_out_names = held_out.names if held_out else []
     python = platform.python_version()
     versions = {"phreg_deploy": __version__, "torch": torch.__version__, "timm": timm.__version__, "python": python}
@@ -91,7 +106,7 @@ def run_distillation(
         recipe=run.recipe,
         strength=run.strength,
         views=run.views,
-        seed=request.seed,
+        seed=run.request.seed,
         preprocess=run.preprocess,
         image_size=tuple(run.base.patch_embed.img_size),
         autocast=run.autocast,
@@ -101,12 +116,12 @@ def run_distillation(
         history=history,
         seconds=replace(seconds, total=time.perf_counter() - started),
         versions=versions,
-        processes=processes.count,
+        processes=run.processes.count,
     )
     with atomic_folder(output, force) as folder:
         write_student(student, record.to_json(), folder)
         write_student_card(record.to_json(), folder)
-    shutil.rmtree(work, ignore_errors=True)
+    remove(work)
     scores, reason = _score(run, student, held_out or training, range_images, output)
     seconds = replace(seconds, total=time.perf_counter() - started)
     record = replace(record, scores=scores, missing_scores=reason, seconds=seconds)
@@ -114,7 +129,7 @@ def run_distillation(
     if scores is not None:
         _draw(run, student, held_out or training, scores.median_norm, output)
     write_student_card(record.to_json(), output)
-    return processes.first_of(record)
+    return run.processes.first_of(record)
 
 
 def _read_photographs(run: Run) -> tuple[Photographs, Photographs | None]:

@@ -1,40 +1,93 @@
-"""Keep the settings and the training state of an unfinished run in ``OUTPUT.partial``, and read them to resume it."""
+"""Keep the settings and the training state of an unfinished run in ``OUTPUT.partial``, and read them to resume it.
+
+Importing this module imports no PyTorch.
+"""
 
 from __future__ import annotations
 
 import json
+import os
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from phreg_deploy.arguments import check_resume
 from phreg_deploy.errors import PhregError, write_error
+from phreg_deploy.files.atomic import write_atomic
+from phreg_deploy.files.temporary import is_locked, open_locked
 from phreg_deploy.json_files import read_json
 
+# In ``OUTPUT.partial``: what must be equal to resume the run, and its training state after the last whole epoch.
+SETTINGS, STATE = "settings.json", "state.pt"
 
-def work_folder(output: Path, settings: dict[str, Any], resume: bool, force: bool, writes: bool = True) -> Path:
-    """Return ``OUTPUT.partial`` with this run's settings in it; only its path unless this process ``writes`` it.
 
-    Raises ``PhregError`` if it holds a run of other settings, or one that neither ``resume`` nor ``force`` allows for.
+@contextmanager
+def work_folder(
+    output: Path, settings: dict[str, Any], resume: bool, force: bool, writes: bool = True
+) -> Iterator[Path]:
+    """Yield ``OUTPUT.partial`` with this run's settings in it, locked; only its path unless this process ``writes`` it.
+
+    The folder stays after the block, unless it is empty; ``remove`` removes it once the student is written.
+
+    Raises ``PhregError`` if another process is at work in it, or if it holds a run of other settings, or one that
+    neither ``resume`` nor ``force`` allows for.
     """
     work = output.with_name(output.name + ".partial")
     if not writes:
-        return work
-    path = work / "settings.json"
-    check_resume(work, resume, force)
-    if path.is_file():
-        if resume:
-            _check_settings(path, settings)
-            return work
-        shutil.rmtree(work)
+        yield work
+        return
     try:
-        work.mkdir(exist_ok=True)
-        path.write_text(json.dumps(settings, indent=1))
+        lock = _open(work)
     except OSError as error:
         raise write_error(error, work) from error
-    return work
+    try:
+        check_resume(work, resume, force)
+        path = work / SETTINGS
+        if resume:
+            _check_settings(path, settings)
+        else:
+            # First the settings: without them nothing counts. The state of another run must not meet new settings.
+            path.unlink(missing_ok=True)
+            (work / STATE).unlink(missing_ok=True)
+            write_atomic(path, (json.dumps(settings, indent=1) + "\n").encode())
+        yield work
+    finally:
+        # Empty, it is of no use to anybody.
+        with suppress(OSError):
+            work.rmdir()
+        if lock is not None:
+            os.close(lock)
+
+
+def remove(work: Path) -> None:
+    """Remove the folder of a run; first its settings, without which nothing is left to resume."""
+    (work / SETTINGS).unlink(missing_ok=True)
+    shutil.rmtree(work, ignore_errors=True)
+
+
+def refuse_running(work: Path) -> None:
+    """Raise ``PhregError`` if another process is at work in the folder of a run."""
+    if is_locked(work):
+        raise PhregError(
+            f"distill: another process is at work in {work}; wait until it has ended, or choose another output."
+        )
+
+
+def _open(work: Path) -> int | None:
+    """Make the folder unless it is there, and lock it; None on a system without locks."""
+    while True:
+        work.mkdir(exist_ok=True)
+        try:
+            return open_locked(work)
+        except FileNotFoundError:
+            # The process that had it has just ended, and removed it.
+            continue
+        except BlockingIOError:
+            refuse_running(work)
+        except OSError:
+            return None
 
 
 def _check_settings(path: Path, settings: dict[str, Any]) -> None:
@@ -54,7 +107,9 @@ def _check_settings(path: Path, settings: dict[str, Any]) -> None:
 
 def write_state(work: Path, state: dict[str, Any]) -> None:
     """Replace ``state.pt``, which holds the training state after an epoch. Raises ``PhregError`` if that fails."""
-    path = work / "state.pt"
+    import torch
+
+    path = work / STATE
     partial = path.with_suffix(".writing")
     try:
         torch.save(state, partial)
@@ -67,7 +122,9 @@ def write_state(work: Path, state: dict[str, Any]) -> None:
 
 def read_state(work: Path, device: str) -> dict[str, Any] | None:
     """Return the training state on ``device``, None before the first epoch ends. Raises ``PhregError`` if damaged."""
-    path = work / "state.pt"
+    import torch
+
+    path = work / STATE
     if not path.is_file():
         return None
     try:

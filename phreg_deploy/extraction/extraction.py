@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from phreg_deploy.errors import Interrupted, PhregError
-from phreg_deploy.extraction.feature_files import ExtractedImage, FeatureWriter, file_names
+from phreg_deploy.extraction.feature_files import INDEX, ExtractedImage, FeatureWriter, file_names
 from phreg_deploy.extraction.inputs.archives import ArchiveReader
 from phreg_deploy.extraction.inputs.bad_files import BadFiles
 from phreg_deploy.extraction.inputs.sources import ImageSource
@@ -19,8 +19,6 @@ from phreg_deploy.extraction.task import ExtractionOptions, ExtractionTask
 from phreg_deploy.files.atomic import atomic_folder
 from phreg_deploy.progress import SILENT, Progress
 from phreg_deploy.runtime.features import FeatureExtractor
-
-INDEX = "features.json"
 
 
 @dataclass(frozen=True)

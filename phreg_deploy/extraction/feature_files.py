@@ -19,6 +19,8 @@ from phreg_deploy.images.pictures import colours, components, heat, sheet
 from phreg_deploy.layers import FEATURES, LABELS, NORM, kind_of
 from phreg_deploy.runtime.dense_features import DenseFeatures
 
+# The index of an output.
+INDEX = "features.json"
 # Types that ``--dtype`` does not change.
 FIXED_DTYPES = {"token_norm": "float32", MASK: "bool", LABELS: "uint8"}
 

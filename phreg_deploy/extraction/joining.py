@@ -7,7 +7,7 @@ import os
 from pathlib import Path
 
 from phreg_deploy.errors import PhregError
-from phreg_deploy.extraction.extraction import INDEX
+from phreg_deploy.extraction.feature_files import INDEX
 from phreg_deploy.extraction.inputs.shards import Shard
 from phreg_deploy.extraction.parts import PARTS, PLAN, Journal, journal_path, read_groups
 from phreg_deploy.files.temporary import make_locked_file, remove_dead

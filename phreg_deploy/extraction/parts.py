@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from phreg_deploy.errors import PhregError
+from phreg_deploy.extraction.feature_files import INDEX
 from phreg_deploy.extraction.inputs.shards import Shard
 from phreg_deploy.extraction.inputs.sources import ImageSource
 from phreg_deploy.files.atomic import check_target
@@ -120,6 +121,7 @@ class Part(AbstractContextManager["Part"]):
         """
         stamps = {source.name: source.stamp for source in sources}
         kept: list[Group] = []
+        lost: list[str] = []
         for group in read_groups(self.path):
             if resume and (others := [entry["image"] for entry in group.images if entry["name"] not in stamps]):
                 raise PhregError(
@@ -130,8 +132,12 @@ class Part(AbstractContextManager["Part"]):
             if resume and unchanged and group.is_whole(self.output):
                 kept.append(group)
                 continue
-            for name in group.files:
-                (self.output / name).unlink(missing_ok=True)
+            lost += group.files
+        if lost:
+            # The index says that these files are whole, so it goes first.
+            (self.output / INDEX).unlink(missing_ok=True)
+        for name in lost:
+            (self.output / name).unlink(missing_ok=True)
         fresh = self.scratch / "journal"
         with open(fresh, "w", encoding="utf-8") as file:
             for record in [{"shard": str(self.shard), "backend": self.backend}, *map(vars, kept)]:

@@ -168,13 +168,23 @@ def _put_back(aside: Path, target: Path) -> None:
 
 def write_atomic(target: Path, data: bytes) -> None:
     """Write one file whole or not at all, in place of an old one. Raises ``PhregError`` if the system refuses to."""
+    with draft_file(target, data) as partial:
+        os.replace(partial, target)
+
+
+@contextmanager
+def draft_file(target: Path, data: bytes) -> Iterator[Path]:
+    """Write a file beside ``target`` under a temporary name, for a block that may rename it to ``target``.
+
+    It is removed after the block if it still has that name. Raises ``PhregError`` for an ``OSError``, of the block too.
+    """
     try:
         partial, descriptor = make_locked_file(target)
         try:
             with open(descriptor, "wb") as file:
                 file.write(data)
                 file.flush()
-                os.replace(partial, target)
+                yield partial
         finally:
             # A read-only file system refuses to unlink even a file that is not there.
             with suppress(OSError):

@@ -12,6 +12,8 @@ import os
 import re
 import secrets
 import shutil
+import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 
 try:
@@ -28,11 +30,35 @@ def temporary(target: Path, kind: str) -> Path:
     return target.with_name(f".{target.name}.{kind}-{secrets.token_hex(6)}")
 
 
-def make_locked_folder(target: Path) -> tuple[Path, int | None]:
+@contextlib.contextmanager
+def folder_beside(target: Path, mode: int = 0o777) -> Iterator[Path]:
+    """Yield a temporary folder beside ``target`` for the block; those of killed processes for ``target`` are removed.
+
+    ``mode``: its permissions, less the umask. Raises ``OSError`` if it cannot be made.
+    """
+    remove_dead(target.parent, target.name)
+    path, descriptor = make_locked_folder(target, mode)
+    try:
+        yield path
+    finally:
+        shutil.rmtree(path, ignore_errors=True)
+        if descriptor is not None:
+            os.close(descriptor)
+
+
+def scratch_folder(name: str) -> contextlib.AbstractContextManager[Path]:
+    """Return a ``folder_beside`` for files of no output, in the system's folder for temporary files.
+
+    ``name`` says what it is for; a killed process leaves it until the next one of that name. Nobody else may read it.
+    """
+    return folder_beside(Path(tempfile.gettempdir()) / name, 0o700)
+
+
+def make_locked_folder(target: Path, mode: int = 0o777) -> tuple[Path, int | None]:
     """Make a folder beside ``target``; closing the descriptor unlocks it. The descriptor is None without locks."""
     while True:
         path = temporary(target, "writing")
-        path.mkdir()
+        path.mkdir(mode)
         try:
             return path, open_locked(path)
         except (BlockingIOError, FileNotFoundError):
@@ -71,6 +97,17 @@ def open_locked(path: Path) -> int:
         os.close(descriptor)
         raise
     return descriptor
+
+
+def is_locked(path: Path) -> bool:
+    """Whether another process holds the lock of a file or folder."""
+    try:
+        os.close(open_locked(path))
+    except BlockingIOError:
+        return True
+    except OSError:
+        pass
+    return False
 
 
 def remove_dead(folder: Path, name: str | None = None) -> None:

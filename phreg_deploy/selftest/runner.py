@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -12,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from phreg_deploy import __version__
 from phreg_deploy.doctor.doctor import diagnose
 from phreg_deploy.errors import BackendMissing
+from phreg_deploy.files.temporary import scratch_folder
 from phreg_deploy.profiling.latency import backend_version, processor
 from phreg_deploy.progress import Progress
 from phreg_deploy.runtime.backends.registry import GPU, installed
@@ -57,12 +57,12 @@ def run_checks(plan: Plan, output: Path, on_check: Callable[[Check], None] | Non
     backends = [] if plan.gpu else [name for name in installed() if name not in GPU]
     check_means(plan.bundles)
     sheet, archive = Sheet(on_check), Archive()
-    with collected() as lines, tempfile.TemporaryDirectory(prefix="phreg-selftest-") as folder:
+    with collected() as lines, scratch_folder("phreg-selftest") as folder:
         try:
             if cuda is None:
-                _check_processor(plan, Path(folder), sheet, backends, progress)
+                _check_processor(plan, folder, sheet, backends, progress)
             else:
-                _check_gpu(plan, cuda, Path(folder), sheet, archive, progress)
+                _check_gpu(plan, cuda, folder, sheet, archive, progress)
         finally:
             # Also after Ctrl-C or a defect: what was found is worth sending.
             verdict = Verdict(tuple(sheet.checks), output)

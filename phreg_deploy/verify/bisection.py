@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import re
-import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -19,6 +17,7 @@ from phreg_deploy.bundle.manifest import GRAPH, WEIGHTS
 from phreg_deploy.bundle.plan_keys import BuildSettings
 from phreg_deploy.bundle.profiles import profiles_of
 from phreg_deploy.errors import PhregError
+from phreg_deploy.files.temporary import scratch_folder
 from phreg_deploy.runtime.backends.options import BackendOptions
 from phreg_deploy.runtime.backends.registry import open_backend
 from phreg_deploy.runtime.feed import InputFeed
@@ -89,10 +88,10 @@ def bisect(
     outputs = [f"probe/{place}" for place in places]
     fp32 = open_session(_widened(model), literal=True)
     steps: dict[str, list[Step]] = {place: [] for place in places}
-    with tempfile.TemporaryDirectory() as folder:
+    with scratch_folder("phreg-bisection") as folder:
         weights = None if fits(model) else WEIGHTS
-        write_graph(model, Path(folder) / GRAPH, weights, check=False)
-        copy = Bundle(Path(folder), replace(bundle.manifest, files={}, weights=weights))
+        write_graph(model, folder / GRAPH, weights, check=False)
+        copy = Bundle(folder, replace(bundle.manifest, files={}, weights=weights))
         with _opened(copy, backend, options, settings or BuildSettings(), workspace) as run:
             for case in bundle.cases():
                 inputs = feed(case["image"])

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import tempfile
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -30,6 +29,7 @@ from phreg_deploy.cli.tables.export import show_bundle, show_parity
 from phreg_deploy.errors import BackendMissing, GateFailed, PhregError
 from phreg_deploy.extras import CALIBRATION, EXPORT, require
 from phreg_deploy.files.atomic import check_target
+from phreg_deploy.files.temporary import folder_beside
 from phreg_deploy.images.photographs import list_images
 from phreg_deploy.layers import check_layers
 from phreg_deploy.student_record import model_path, read_readout
@@ -201,8 +201,8 @@ def _export(output: Path, options: dict[str, Any], result: Result) -> None:
     from phreg_deploy.heads import attach
 
     how = {name: options[name] for name in HEAD_OPTIONS if name not in SOURCES}
-    with tempfile.TemporaryDirectory(dir=output.parent, prefix=f".{output.name}.") as folder:
-        plain = Path(folder) / "plain.bundle"
+    with folder_beside(output) as folder:
+        plain = folder / "plain.bundle"
         export_model(output=plain, progress=result.progress, **own)
         attach(plain, read_heads(*(options[name] for name in SOURCES)), output, **how, force=options["force"])
 
@@ -214,12 +214,12 @@ def _export_eight_bits(output: Path, target: str, options: dict[str, Any], resul
     force, images = options["force"], options["images"]
     settings: dict[str, Any] = {"mode": options["precision"], "target": target, "keep": options["keep_fp32"]}
     CalibrationRequest(output, images, **settings)  # refuses bad ones before a minute of tracing
-    with tempfile.TemporaryDirectory(dir=output.parent, prefix=f".{output.name}.") as folder:
-        full, whole = Path(folder) / "fp32.bundle", output
+    with folder_beside(output) as folder:
+        full, whole = folder / "fp32.bundle", output
         plain = {"precision": "fp32", "images": None, "keep_fp32": (), "force": False, "only_head": False}
         _export(full, {**options, **plain}, result)
         if options["only_head"]:
-            whole = Path(folder) / "eight-bits.bundle"
+            whole = folder / "eight-bits.bundle"
         report = calibrate(full, images, whole, **settings, force=force, progress=result.progress)
         if options["only_head"]:
             from phreg_deploy.heads import attach

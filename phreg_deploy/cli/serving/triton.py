@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -48,6 +47,7 @@ def export_repository(
         PhregError: see ``write_repository``; options of a bundle that exists already, or TensorRT without one.
     """
     from phreg_deploy.files.atomic import check_target
+    from phreg_deploy.files.temporary import folder_beside
     from phreg_deploy.model_repository import write_repository
 
     model, backend = options["model"], options["triton_backend"]
@@ -63,8 +63,8 @@ def export_repository(
                 "it with --format trt, and give that bundle here."
             )
         check_target(output, options["force"])
-        with tempfile.TemporaryDirectory(dir=output.parent, prefix=f".{output.name}.") as folder:
-            bundle = Path(folder) / "bundle"
+        with folder_beside(output) as folder:
+            bundle = folder / "bundle"
             document = export_bundle(bundle, {**options, "force": False})
             written = write_repository(Bundle.read(bundle), output, name=_name(model), **own)
     names = ", ".join(str(model["name"]) for model in written.models)

@@ -13,12 +13,11 @@ from phreg_deploy.bundle.plan_keys import BuildSettings, PlanKey, make_key
 from phreg_deploy.bundle.plans import (
     FOLDER,
     StoredPlan,
+    draft_plan,
+    keep_plan,
     list_plans,
     plan_path,
     prefer,
-    remove_plan,
-    write_plan,
-    write_sidecar,
 )
 from phreg_deploy.bundle.profiles import profiles_of
 from phreg_deploy.errors import GateFailed, PhregError, write_error
@@ -86,9 +85,10 @@ def build_engine(request: BuildRequest, *, force: bool = False, progress: Progre
     )
     if request.strict:
         _refuse_shortfalls(report)
-    plan = write_plan(bundle, key, serialized.plan, text)
-    del serialized
-    return _examine_and_keep(bundle, plan, report, request, force)
+    with draft_plan(bundle, key, serialized.plan) as draft:
+        del serialized
+        report = _check(bundle, draft, report, request, force)
+        return BuildReport.from_plan(keep_plan(bundle, draft, report.to_sidecar(), text), cached=False)
 
 
 def _refuse_shortfalls(report: BuildReport) -> None:
@@ -193,24 +193,19 @@ def _inspect(trt: Any, plan: bytes, settings: BuildSettings) -> str:
     return text
 
 
-def _examine_and_keep(
-    bundle: Bundle, plan: StoredPlan, report: BuildReport, request: BuildRequest, force: bool
-) -> BuildReport:
-    """Examine the saved plan and write its sidecar; remove the plan if that fails."""
-    try:
-        if request.check:
-            report = replace(report, verdict=examine(bundle, plan, request.device))
-        if report.missed and not force:
-            raise GateFailed(
-                f"parity: {bundle.folder} on TensorRT {report.key.tensorrt}: {'; '.join(report.missed)}. The engine "
-                f"was not kept. See where it diverges: phreg-deploy build {bundle.folder} --bisect (needs onnx, "
-                "onnxruntime and a second build); or --force to keep it.",
-                report.to_sidecar(),
-            )
-        return BuildReport.from_plan(write_sidecar(bundle, plan, report.to_sidecar()), cached=False)
-    except BaseException:
-        remove_plan(plan)
-        raise
+def _check(bundle: Bundle, draft: StoredPlan, report: BuildReport, request: BuildRequest, force: bool) -> BuildReport:
+    """Examine a plan that is written, but not kept yet; returns the report with the verdict."""
+    if not request.check:
+        return report
+    report = replace(report, verdict=examine(bundle, draft, request.device))
+    if report.missed and not force:
+        raise GateFailed(
+            f"parity: {bundle.folder} on TensorRT {report.key.tensorrt}: {'; '.join(report.missed)}. The engine "
+            f"was not kept. See where it diverges: phreg-deploy build {bundle.folder} --bisect (needs onnx, "
+            "onnxruntime and a second build); or --force to keep it.",
+            report.to_sidecar(),
+        )
+    return report
 
 
 def eight_bit_layers(bundle: Bundle) -> list[str]:

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import tempfile
-from pathlib import Path
 from typing import Any
 
 from phreg_deploy.bundle.plan_keys import BuildSettings
@@ -12,6 +10,7 @@ from phreg_deploy.bundle.profiles import ProfileShapes
 from phreg_deploy.errors import PhregError
 from phreg_deploy.export.engine.builder import build_plan
 from phreg_deploy.export.engine.product_graph import bytes_of, product_graph
+from phreg_deploy.files.temporary import scratch_folder
 from phreg_deploy.runtime.gpu.cuda import Cuda, Event, Stream
 from phreg_deploy.runtime.gpu.memory import DeviceBuffer
 from phreg_deploy.runtime.gpu.trt_library import deserialise, make_logger
@@ -57,8 +56,8 @@ def measure_product(
 def build_product(trt: Any, precision: str, side: int) -> bytes:
     """Build the plan of ``product_graph``; raises as ``build_plan``."""
     shapes = ProfileShapes({name: [[side, side]] * 3 for name in ("a", "b")})
-    with tempfile.TemporaryDirectory(prefix="phreg-product-") as folder:
-        path = Path(folder) / f"product-{precision}.onnx"
+    with scratch_folder("phreg-product") as folder:
+        path = folder / f"product-{precision}.onnx"
         path.write_bytes(product_graph(precision, side))
         return build_plan(trt, path, [shapes], BuildSettings()).plan
 

@@ -20,7 +20,7 @@ class BuildReport:
     ``plan``: the file. ``cached``: it was there already. ``census``: its fused attentions and 8-bit layers.
     ``findings``: the census, judged. ``seconds``: of the build. ``megabytes``: of the file.
     ``warnings``: of TensorRT. ``verdict``: ``parity``, ``gates``, ``missed``, ``passed`` of the bundle's exam; empty
-    without one. ``serial``: see ``write_sidecar``.
+    without one. ``serial``: see ``keep_plan``.
     """
 
     plan: Path
@@ -72,7 +72,7 @@ class BuildReport:
         return None if figure is None else float(figure)
 
     def to_sidecar(self) -> dict[str, Any]:
-        """Return the part that the sidecar stores; ``write_sidecar`` adds the serial number."""
+        """Return the part that the sidecar stores; ``keep_plan`` adds the serial number."""
         return {
             "census": self.census.to_json(),
             "findings": [finding.to_json() for finding in self.findings],
