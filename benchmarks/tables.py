@@ -26,6 +26,7 @@ KEYS = ("rate", "seconds")
 RUNS = {
     "transplant": "default recipe",
     "random-registers": "random-registers",
+    "no registers": "no registers",
     "sinder": "sinder, no registers",
     "singular values": "singular values on targets, no registers",
 }
