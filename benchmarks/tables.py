@@ -14,6 +14,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from benchmarks.reliability import run_tables
 from benchmarks.reliability.summary import outcomes
 
 HERE = Path(__file__).resolve().parent
@@ -402,6 +403,9 @@ def reliability(name: str) -> str:
 
 TABLES: dict[str, Callable[[str], str]] = {
     "reliability": reliability,
+    "reliability-hostile": lambda _name: table(*run_tables.hostile(load("reliability"))),
+    "reliability-long": lambda _name: table(*run_tables.long_runs(load("reliability"))),
+    "reliability-threads": lambda _name: table(*run_tables.threads(load("reliability"))),
     "heads": heads,
     "heads-deit": heads,
     "heads-cost": heads_cost,

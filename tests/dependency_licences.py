@@ -27,11 +27,13 @@ PAGE = ROOT / "docs" / "licences.md"
 TOOLS = ("bench", "dev", "docs", "pytest", "examples")
 # Licences whose packages may be used beside, and called from, code under Apache-2.0. MPL-2.0 binds its own files alone.
 COMPATIBLE = {"0BSD", "Apache-2.0", "BSD-2-Clause", "BSD-3-Clause", "BSL-1.0", "CC0-1.0", "CNRI-Python", "ISC", "MIT"}
-COMPATIBLE |= {"MIT-CMU", "MPL-2.0", "PSF-2.0", "Unlicense", "Zlib"}
+COMPATIBLE |= {"MIT-0", "MIT-CMU", "MPL-2.0", "PSF-2.0", "Unlicense", "Zlib"}
 # NVIDIA's libraries are under NVIDIA's own terms: a user installs them, and nothing here contains them.
 NVIDIA = "LicenseRef-NVIDIA-Proprietary"
 # Packages that are not installed here, by their own metadata; cuda-toolkit states none, and brings NVIDIA's libraries.
+# sigstore-models states its licence in a file alone.
 STATED = {"cuda-toolkit": NVIDIA, "tensorrt": NVIDIA, "onnxruntime-gpu": "MIT", "nncf": "Apache-2.0"}
+STATED |= {"sigstore-models": "MIT"}
 # What packages write in place of an SPDX expression.
 SPELLINGS = {
     "apache 2.0": "Apache-2.0",

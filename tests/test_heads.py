@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import os
 
 import numpy as np
 import pytest
@@ -163,6 +164,14 @@ def test_bad_facts_are_refused(tmp_path, case):
     path = tmp_path / "head/head.json"
     path.write_text(json.dumps({**json.loads(path.read_text()), **change}))
     with pytest.raises(PhregError, match=message):
+        Head.read(tmp_path / "head")
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="this system has no named pipes")
+def test_a_pipe_in_place_of_the_facts_is_not_waited_for(tmp_path):
+    (tmp_path / "head").mkdir()
+    os.mkfifo(tmp_path / "head/head.json")
+    with pytest.raises(PhregError, match="it is a pipe, a device or a folder"):
         Head.read(tmp_path / "head")
 
 

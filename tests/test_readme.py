@@ -21,7 +21,7 @@ PYPROJECT = (ROOT / "pyproject.toml").read_text()
 NEEDS_GPU = "<!-- needs a GPU -->"
 # Programs of the system, which the project does not define.
 SYSTEM = {"sudo", "apt-get", "git", "cd", "python3", ".", "curl", "g++", "npm", "cp", "docker", "tritonserver"}
-OTHER_PROGRAMS = SYSTEM | {"VIT", "./dense_features"}
+OTHER_PROGRAMS = SYSTEM | {"VIT", "./dense_features", "openssl"}
 
 
 def code_blocks(page: Path, language: str) -> list[tuple[int, str, bool]]:

@@ -208,6 +208,18 @@ def test_the_standard_program_verifies_our_signature(signed, pair):
     assert "Verification succeeded" in done.stdout, done.stderr + done.stdout
 
 
+@pytest.mark.skipif(shutil.which("openssl") is None, reason="openssl is not installed")
+def test_keys_are_made_as_the_docs_say(bundle, tmp_path):
+    text = (ROOT / "docs" / "sharing.md").read_text()
+    commands = [line.partition("#")[0].split() for line in text.splitlines() if line.startswith("openssl ")]
+    assert len(commands) == len(("private", "public"))
+    for command in commands:
+        subprocess.run(command, check=True, cwd=tmp_path, capture_output=True)
+    shutil.copytree(bundle, tmp_path / "b")
+    sign(tmp_path / "b", tmp_path / "key.pem")
+    assert verify_signature(tmp_path / "b", tmp_path / "key.pub").kind == "bundle"
+
+
 def test_only_what_belongs_to_a_bundle_is_signed(bundle, tmp_path, pair, run_cli):
     folder = tmp_path / "b"
     shutil.copytree(bundle, folder)
