@@ -13,7 +13,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from benchmarks.reliability.summary import outcomes
+from benchmarks.reliability.summary import disks, kills, outcomes
 
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parent
@@ -358,8 +358,20 @@ def reliability(name: str) -> str:
     return table(*outcomes(load(name)))
 
 
+def reliability_kills(_name: str) -> str:
+    """``reliability.json``: what kills left of each command's output."""
+    return table(*kills(load("reliability")))
+
+
+def reliability_disk(_name: str) -> str:
+    """``reliability.json``: each command on full and read-only disks, and beside a second one."""
+    return table(*disks(load("reliability")))
+
+
 TABLES: dict[str, Callable[[str], str]] = {
     "reliability": reliability,
+    "reliability-kills": reliability_kills,
+    "reliability-disk": reliability_disk,
     "heads": heads,
     "heads-deit": heads,
     "heads-cost": heads_cost,

@@ -14,7 +14,7 @@ from typing import Any
 
 import click
 
-from benchmarks.reliability import damage
+from benchmarks.reliability import damage, disk, kills
 from benchmarks.reliability.subjects import Subjects, default_folder
 from phreg_deploy.profiling.latency import processor
 
@@ -24,6 +24,8 @@ ROWS: dict[str, tuple[Callable[[Subjects, int], dict[str, Any]], int]] = {
     "bundles": (damage.damage_bundles, 20_000),
     "students": (damage.damage_students, 500),
     "checkpoints": (damage.damage_checkpoints, 500),
+    "kills": (kills.kill_writers, 50),
+    "disk": (disk.press_writers, 6),
 }
 
 
