@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.reliability import run_tables
-from benchmarks.reliability.summary import outcomes
+from benchmarks.reliability.summary import disks, kills, outcomes
 
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parent
@@ -401,11 +401,23 @@ def reliability(name: str) -> str:
     return table(*outcomes(load(name)))
 
 
+def reliability_kills(_name: str) -> str:
+    """``reliability.json``: what kills left of each command's output."""
+    return table(*kills(load("reliability")))
+
+
+def reliability_disk(_name: str) -> str:
+    """``reliability.json``: each command on full and read-only disks, and beside a second one."""
+    return table(*disks(load("reliability")))
+
+
 TABLES: dict[str, Callable[[str], str]] = {
     "reliability": reliability,
     "reliability-hostile": lambda _name: table(*run_tables.hostile(load("reliability"))),
     "reliability-long": lambda _name: table(*run_tables.long_runs(load("reliability"))),
     "reliability-threads": lambda _name: table(*run_tables.threads(load("reliability"))),
+    "reliability-kills": reliability_kills,
+    "reliability-disk": reliability_disk,
     "heads": heads,
     "heads-deit": heads,
     "heads-cost": heads_cost,

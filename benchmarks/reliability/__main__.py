@@ -14,7 +14,7 @@ from typing import Any
 
 import click
 
-from benchmarks.reliability import damage, hostile, long_runs, threads
+from benchmarks.reliability import damage, disk, hostile, kills, long_runs, threads
 from benchmarks.reliability.subjects import Subjects, default_folder
 from phreg_deploy.profiling.latency import processor
 
@@ -27,6 +27,8 @@ ROWS: dict[str, tuple[Callable[[Subjects, int], dict[str, Any]], int]] = {
     "hostile": (hostile.measure_hostile, 1000),
     "long": (long_runs.measure_long, 20_000),
     "threads": (threads.measure_threads, 4000),
+    "kills": (kills.kill_writers, 50),
+    "disk": (disk.press_writers, 6),
 }
 
 

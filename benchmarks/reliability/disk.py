@@ -79,7 +79,7 @@ def _refused(writer: Writer, case: Case, expected: Expected, old: bool, free: Ca
     ended = Child(case.place, words_of(writer, case, old), writer.code, warm=True).wait()
     state = judge(writer.view(case.output), expected, old)
     wrong = unclear(ended, REFUSALS)
-    if state not in (("new",) if ended.code == 0 else ("absent", "old", "new, not scored yet")):
+    if state not in (("new",) if ended.code == 0 else ("absent", "old", "new, its scores or card not yet")):
         wrong.append(f"exit code {ended.code}, and: {state}")
     if beside := [name for name in case.beside() if name != writer.resumes]:
         wrong.append(f"left beside the output: {beside}")

@@ -24,7 +24,7 @@ IMPORTING, TWICE = 5, 6
 # Signals that end a command, and the exit codes that it may have then: 130 after Ctrl-C, the system's for SIGTERM.
 ENDING = {"SIGINT": (signal.SIGINT, {130}), "SIGTERM": (signal.SIGTERM, {-signal.SIGTERM})}
 # What may be left where the output stands.
-STATES = ("absent", "old", "new", "new, not scored yet")
+STATES = ("absent", "old", "new", "new, its scores or card not yet")
 # Commands that take long, and how many times fewer of their cases there are.
 SLOW = {"export --precision int8": 5}
 # Attempts to hit a command before it ends.

@@ -1,4 +1,4 @@
-"""Rows of the table in docs/reliability.md."""
+"""Rows of the tables in docs/reliability.md."""
 
 from __future__ import annotations
 
@@ -11,6 +11,17 @@ TITLES = {
     "students": "students: one damaged file, `inspect` and `export`",
     "checkpoints": "checkpoints, `.safetensors` and `.pth`: `artifacts`",
 }
+SIGNALS = ("SIGKILL", "SIGINT", "SIGTERM")
+KILLED = (
+    "kills",
+    "Ctrl-C, SIGTERM",
+    "left: no output",
+    "the old one",
+    "the new one",
+    "neither",
+    "run again: as unharmed",
+    "otherwise",
+)
 COLUMNS = ("damaged", "refused", "harmless or taken", "caught by `check`", "served otherwise", "traceback, crash, hang")
 
 
@@ -26,3 +37,28 @@ def outcomes(document: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
         total = sum(counts.values())
         rows.append([TITLES[name], *(str(n) for n in [total, *whole, total - sum(whole)])])
     return ["", *COLUMNS], rows
+
+
+def kills(document: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
+    """Columns and rows: what signals left of the output of each command, and how it ended when it was run again."""
+    rows = []
+    for command, counts in document["kills"]["outcomes"].items():
+        sent = {name: sum(n for hit, n in counts["hit"].items() if hit.startswith(name)) for name in SIGNALS}
+        left, again = counts["left"], counts["run again"]
+        new = left.get("new", 0) + left.get("new, its scores or card not yet", 0)
+        cells = [sent["SIGKILL"], sent["SIGINT"] + sent["SIGTERM"], left.get("absent", 0), left.get("old", 0), new]
+        whole = again.get("as unharmed", 0)
+        cells += [left.get("neither", 0), whole, sum(again.values()) - whole]
+        rows.append([f"`{command}`", *map(str, cells)])
+    return ["", *KILLED], rows
+
+
+def disks(document: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
+    """Columns and rows: how each command ended on a full or read-only disk, and beside a second one."""
+    commands = document["disk"]["outcomes"]
+    kinds = list(next(iter(commands.values())))
+    rows = []
+    for command, found in commands.items():
+        cells = [", ".join(f"{n} {what}" for what, n in sorted(found[kind].items())) for kind in kinds]
+        rows.append([f"`{command}`", *cells])
+    return ["", *kinds], rows

@@ -212,7 +212,7 @@ def observe(writer: Writer, case: Case) -> Expected:
 
 
 def judge(view: View | None, expected: Expected, old: bool) -> str:
-    """Return "absent", "old", "new" or "new, not scored yet", or what is wrong.
+    """Return "absent", "old", "new" or "new, its scores or card not yet", or what is wrong.
 
     ``old``: whether the older output stood there before.
     """
@@ -220,20 +220,21 @@ def judge(view: View | None, expected: Expected, old: bool) -> str:
         return "the old output is gone" if old else "absent"
     if old and view == expected.old:
         return "old"
-    if unscored(view, expected):
-        return "new, not scored yet"
     wrong = different(view, expected)
+    if wrong and unscored(view, expected):
+        return "new, its scores or card not yet"
     return f"neither old nor new: {wrong}" if wrong else "new"
 
 
 def unscored(view: View, expected: Expected) -> bool:
-    """Whether this is the new student, whole but for its scores: `distill` computes them once the student is written.
+    """Whether this is the new student without its scores, or without the picture of its card.
 
-    Its weights and their configuration have the right bytes, its record is whole, and its card ends in a whole line.
+    `distill` computes both once the student is written. Its weights and their configuration have the right bytes, its
+    record is whole, and its card ends in a whole line.
     """
     record = _parse("phreg.json", view.get("phreg.json", b""))
     same = all(view.get(name) == expected.new.get(name, b"") for name in ("model.safetensors", "config.json"))
-    return same and isinstance(record, dict) and record["scores"] is None and view["README.md"].endswith(b"\n")
+    return same and isinstance(record, dict) and view.get("README.md", b"").endswith(b"\n")
 
 
 def different(view: View, expected: Expected) -> str:
