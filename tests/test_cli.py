@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from phreg_deploy import __main__ as program
 from phreg_deploy import __version__
 from phreg_deploy.cli import main
 from phreg_deploy.cli.commands import VERBS
@@ -83,7 +84,7 @@ def test_python_m_and_the_script_run_the_same_command_line():
     assert "Usage: python -m phreg_deploy" in process.stdout
     assert process.stderr == ""
     (script,) = entry_points(group="console_scripts", name="phreg-deploy")
-    assert script.load() is main
+    assert script.load() is program.main
 
 
 def test_the_commands_run_one_after_another(world, run_cli):
