@@ -58,10 +58,13 @@ async def _read_form(headers: Headers, body: bytes) -> bytes:
             400, f"form: it cannot be read ({why}); expected multipart/form-data with one file in the field {FIELD!r}."
         ) from None
     file = form.get(FIELD)
-    if not isinstance(file, UploadFile):
-        raise Refused(
-            422,
-            f"form: it has no file in the field {FIELD!r}. With curl: -F {FIELD}=@photo.jpg, or --data-binary "
-            "@photo.jpg without a form.",
-        )
-    return await file.read()
+    try:
+        if isinstance(file, UploadFile):
+            return await file.read()
+    finally:
+        await form.close()
+    raise Refused(
+        422,
+        f"form: it has no file in the field {FIELD!r}. With curl: -F {FIELD}=@photo.jpg, or --data-binary @photo.jpg "
+        "without a form.",
+    )
