@@ -35,7 +35,7 @@ def push(folder: str, repository: str, as_json: bool, quiet: bool, **options: An
 
     result = Result(as_json, quiet)
     pushed = run(folder, repository, progress=result.progress, **options)
-    rows = [[name, f"{size / 2**20:.2f} MB"] for name, size in pushed.files.items()]
-    result.table(f"{pushed.kind} {folder} to {pushed.repository}", ["file", "size"], rows)
+    rows = [[name, f"{size / 1e3:,.1f} kB"] for name, size in pushed.files.items()]
+    result.table(f"Files of the {pushed.kind} {folder}, for {pushed.repository}", ["file", "size"], rows)
     result.say(f"Pushed {pushed.url}." if pushed.url else "Nothing was uploaded.")
     result.json(pushed.to_json())

@@ -43,7 +43,8 @@ class BadFiles:
         """What the limit was and which files exceed it."""
         names = list(self.files)
         more = f" and {len(names) - 5} more" if len(names) > 5 else ""
+        files = f"{len(names)} file{'s' * (len(names) != 1)}"
         return (
-            f"extract: {len(names)} files cannot be read, more than --max-bad {self.limit} allows ({self.most}): "
+            f"extract: {files} cannot be read, more than --max-bad {self.limit} allows ({self.most}): "
             f"{', '.join(names[:5])}{more}. Fix or remove these files, or raise the limit."
         )
