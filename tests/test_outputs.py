@@ -188,6 +188,31 @@ def test_a_damaged_interrupted_run_is_refused(world, run_cli, monkeypatch, name)
     assert started.code == 0, started.err
 
 
+def test_a_full_folder_for_temporary_files_is_named(world, run_cli, limited, monkeypatch):
+    """ONNX Runtime says only that it cannot write the optimized graph."""
+    from phreg_deploy.calibration import kernels
+
+    words = ["calibrate", world.bundle, "--images", world.photos, "-o", world.out, "--json"]
+    usage = kernels.shutil.disk_usage(world.tmp)
+    limited(5_000)
+    with monkeypatch.context() as patch:
+        patch.setattr(kernels.shutil, "disk_usage", lambda _: usage._replace(free=5_000))
+        full = run_cli(*words)
+    limited(resource.RLIM_INFINITY)
+    full.refused(2, "the disk is full", "for temporary files", "TMPDIR")
+    assert list(world.tmp.iterdir()) == []
+
+
+def test_no_folder_for_temporary_files_is_a_message(world, run_cli, limited, monkeypatch):
+    words = ["calibrate", world.bundle, "--images", world.photos, "-o", world.out, "--json"]
+    monkeypatch.setattr("tempfile.tempdir", str(world.tmp / "none"))
+    run_cli(*words).refused(2, "phreg-kernels", "No such file or directory")
+    monkeypatch.setattr("tempfile.tempdir", None)
+    monkeypatch.setattr("tempfile._candidate_tempdir_list", lambda: [str(world.tmp / "none")])
+    run_cli(*words).refused(2, "No usable temporary directory", "TMPDIR")
+    assert list(world.tmp.iterdir()) == []
+
+
 def test_the_state_of_another_run_does_not_meet_new_settings(world, run_cli, monkeypatch):
     """A process that was killed while it removed its work may leave the training state without its settings."""
     from phreg_deploy.distill import distillation

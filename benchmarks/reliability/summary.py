@@ -11,6 +11,7 @@ TITLES = {
     "students": "students: one damaged file, `inspect` and `export`",
     "checkpoints": "checkpoints, `.safetensors` and `.pth`: `artifacts`",
 }
+PARTS = ("new, its scores or card not yet", "a part of the new one")
 SIGNALS = ("SIGKILL", "SIGINT", "SIGTERM")
 KILLED = (
     "kills",
@@ -45,7 +46,7 @@ def kills(document: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
     for command, counts in document["kills"]["outcomes"].items():
         sent = {name: sum(n for hit, n in counts["hit"].items() if hit.startswith(name)) for name in SIGNALS}
         left, again = counts["left"], counts["run again"]
-        new = left.get("new", 0) + left.get("new, its scores or card not yet", 0)
+        new = left.get("new", 0) + sum(left.get(name, 0) for name in PARTS)
         cells = [sent["SIGKILL"], sent["SIGINT"] + sent["SIGTERM"], left.get("absent", 0), left.get("old", 0), new]
         whole = again.get("as unharmed", 0)
         cells += [left.get("neither", 0), whole, sum(again.values()) - whole]

@@ -212,7 +212,7 @@ def observe(writer: Writer, case: Case) -> Expected:
 
 
 def judge(view: View | None, expected: Expected, old: bool) -> str:
-    """Return "absent", "old", "new" or "new, its scores or card not yet", or what is wrong.
+    """Return "absent", "old", "new", "new, its scores or card not yet", "a part of the new one", or what is wrong.
 
     ``old``: whether the older output stood there before.
     """
@@ -223,7 +223,16 @@ def judge(view: View | None, expected: Expected, old: bool) -> str:
     wrong = different(view, expected)
     if wrong and unscored(view, expected):
         return "new, its scores or card not yet"
+    if wrong and kept(view, expected):
+        return "a part of the new one"
     return f"neither old nor new: {wrong}" if wrong else "new"
+
+
+def kept(view: View, expected: Expected) -> bool:
+    """Whether this is what `extract` keeps after Ctrl-C: whole files, and an index that says that some are missing."""
+    index = _parse("features.json", view.get("features.json", b""))
+    files = {name: data for name, data in view.items() if name != "features.json"}
+    return isinstance(index, dict) and index["complete"] is False and files.items() <= expected.new.items()
 
 
 def unscored(view: View, expected: Expected) -> bool:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import shutil
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import onnx
@@ -32,11 +34,16 @@ def open_counted(model: ModelProto, expected: list[str], arrays: Arrays | None =
 
     ``arrays``: the constants that are not in the graph.
 
-    Raises ``PhregError`` if a layer of ``expected`` runs in float; the message says why.
+    Raises ``PhregError`` if a layer of ``expected`` runs in float; the message says why. Also if the optimized graph
+    does not fit into the folder for temporary files.
     """
     with scratch_folder("phreg-kernels") as folder:
         path = folder / "optimized.onnx"
-        session = open_session(model, path, arrays=arrays)
+        try:
+            session = open_session(model, path, arrays=arrays)
+        except PhregError:
+            _check_room(folder, model.ByteSize() + sum(array.nbytes for array in (arrays or {}).values()))
+            raise
         census = count(onnx.load(path, load_external_data=False), expected)
     if census.floats:
         name, reason = next(iter(census.floats.items()))
@@ -45,6 +52,19 @@ def open_counted(model: ModelProto, expected: list[str], arrays: Arrays | None =
             f"float, e.g. {name}: {reason}."
         )
     return session, census
+
+
+def _check_room(folder: Path, needed: int) -> None:
+    """Raise ``PhregError`` if a disk is full: ONNX Runtime says only that it cannot write the graph.
+
+    ``needed``: bytes of the graph, which may be there in part.
+    """
+    free = shutil.disk_usage(folder).free
+    if free < needed:
+        raise PhregError(
+            f"calibrate: the disk is full: {folder.parent}, for temporary files, has {free / 1e6:.1f} MB left, and the "
+            f"graph takes {needed / 1e6:.1f} MB. Free space, or set TMPDIR to another folder."
+        )
 
 
 def count(optimized: ModelProto, expected: list[str]) -> Census:

@@ -16,6 +16,8 @@ import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
+from phreg_deploy.errors import PhregError, write_error
+
 try:
     import fcntl
 except ImportError:
@@ -34,10 +36,13 @@ def temporary(target: Path, kind: str) -> Path:
 def folder_beside(target: Path, mode: int = 0o777) -> Iterator[Path]:
     """Yield a temporary folder beside ``target`` for the block; those of killed processes for ``target`` are removed.
 
-    ``mode``: its permissions, less the umask. Raises ``OSError`` if it cannot be made.
+    ``mode``: its permissions, less the umask. Raises ``PhregError`` if it cannot be made.
     """
     remove_dead(target.parent, target.name)
-    path, descriptor = make_locked_folder(target, mode)
+    try:
+        path, descriptor = make_locked_folder(target, mode)
+    except OSError as error:
+        raise write_error(error, target) from error
     try:
         yield path
     finally:
@@ -50,8 +55,12 @@ def scratch_folder(name: str) -> contextlib.AbstractContextManager[Path]:
     """Return a ``folder_beside`` for files of no output, in the system's folder for temporary files.
 
     ``name`` says what it is for; a killed process leaves it until the next one of that name. Nobody else may read it.
+    Raises ``PhregError`` if the system has no folder for temporary files that can be written to.
     """
-    return folder_beside(Path(tempfile.gettempdir()) / name, 0o700)
+    try:
+        return folder_beside(Path(tempfile.gettempdir()) / name, 0o700)
+    except FileNotFoundError as error:
+        raise PhregError(f"temporary files: {error.strerror}. Free space, or set TMPDIR to another folder.") from None
 
 
 def make_locked_folder(target: Path, mode: int = 0o777) -> tuple[Path, int | None]:
