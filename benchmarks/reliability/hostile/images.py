@@ -69,7 +69,7 @@ def _among(name: str, place: Place) -> Path:
 
 
 def _artifacts(name: str, place: Place) -> Sequence[object]:
-    return ["artifacts", place.subjects.bundle, "--images", _among(name, place), "--quiet", *HERE]
+    return ["artifacts", place.subjects.bundle, "--images", _among(name, place), *HERE[:2], "--json"]
 
 
 def _calibrate(name: str, place: Place) -> Sequence[object]:
