@@ -192,8 +192,8 @@ def test_calibration_compares_every_layer(layered, tmp_path, frames):
         for folder in (layered, broken.save())
     )
     images = EvalSet(feeds, [run_session(right, feed, count) for feed, count in feeds])
-    assert missed_gates(compare(right, images, None), "int8") == []
-    parity = compare(wrong, images, None)
+    assert missed_gates(compare(right, images, None).parity(), "int8") == []
+    parity = compare(wrong, images, None).parity()
     assert parity.cosine_p1 < -0.999
     assert missed_gates(parity, "int8")
 

@@ -1,5 +1,6 @@
 """Clients of ``serve`` that hang up, or do not read their answer, on sockets of their own."""
 
+import http.client
 import socket
 import time
 
@@ -93,11 +94,16 @@ def test_a_client_that_does_not_read_is_disconnected_in_time(service):
 def test_an_idle_connection_is_used_again(service):
     """uvicorn closes it after 5 seconds by default, just when a proxy may send the next request."""
     client, _ = service
-    with socket.create_connection((client.base_url.host, client.base_url.port), 30) as connection:
-        for pause in (0, 6):
-            time.sleep(pause)
-            connection.sendall(b"GET /health/live HTTP/1.1\r\nHost: x\r\n\r\n")
-            assert connection.recv(1 << 16).startswith(b"HTTP/1.1 200")
+    connection = http.client.HTTPConnection(client.base_url.host, client.base_url.port, timeout=30)
+    connection.connect()
+    first = connection.sock
+    for pause in (0, 6):
+        time.sleep(pause)
+        connection.request("GET", "/health/live")
+        answer = connection.getresponse()
+        assert (answer.status, answer.read()) == (200, b'{"status":"live"}')
+    assert connection.sock is first, "the service closed the connection"
+    connection.close()
 
 
 def test_nothing_that_clients_did_is_a_traceback_in_the_log(service):
