@@ -29,7 +29,9 @@ def test_every_frame_is_served_and_reported(world, run_cli, video):
 
 def test_frames_ends_it_and_counts_balance(world, run_cli, video, photos):
     report = run_cli("watch", video, world.bundle, "--also", photos, "--frames", "3", "--quiet", *HERE).document
-    assert sum(camera["served"] for camera in report["cameras"]) == 3
+    served, dropped = (sum(camera[kind] for camera in report["cameras"]) for kind in ("served", "dropped"))
+    # On a busy machine the sources may end before, since newer frames replace those that wait.
+    assert served == 3 or (0 < served < 3 and dropped > 0)
     assert {camera["camera"] for camera in report["cameras"]} == {str(video), str(photos)}
     for camera in report["cameras"]:
         assert camera["received"] == camera["served"] + camera["dropped"]
