@@ -430,6 +430,8 @@ TABLES: dict[str, Callable[[str], str]] = {
     "present-recipe": present_recipe,
     "sinder-direction": sinder_direction,
     "students": quality,
+    "present-students": lambda _name: quality("present_students"),
+    "present-students-deit": lambda _name: quality("present_students_deit"),
     "students-deit": quality,
     "headline": headline,
     "headline-deit": headline,
