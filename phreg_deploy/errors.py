@@ -38,7 +38,7 @@ class BackendMissing(PhregError):
 
 
 class Interrupted(PhregError):
-    """Ctrl-C after part of the work was kept; the message says what. Exit code 130."""
+    """Ctrl-C after part of the work was kept; the message says what. Exit code 130, or 143 after SIGTERM."""
 
     exit_code = 130
 

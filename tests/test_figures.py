@@ -4,7 +4,8 @@ import re
 
 import pytest
 
-from benchmarks.tables import HERE, MARK, PAGES, TABLES, render
+from benchmarks.tables.cells import HERE
+from benchmarks.tables.pages import MARK, PAGES, TABLES, render
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(HERE.parent)))

@@ -9,8 +9,9 @@ from pathlib import Path
 import pytest
 
 from phreg_deploy.bundle.bundle import Bundle
+from phreg_deploy.bundle.manifest import ENGINES
 from phreg_deploy.bundle.plan_keys import BuildSettings, PlanKey, make_key
-from phreg_deploy.bundle.plans import FOLDER, find_plan, list_plans
+from phreg_deploy.bundle.plans import find_plan, list_plans
 from phreg_deploy.errors import PhregError
 from phreg_deploy.spec import Batches, Sizes
 from tests.plans import ORIN, change_sidecar, store_plan, why_refused
@@ -51,7 +52,7 @@ def test_the_table_of_changes_names_every_field():
 def test_plan_names_are_safe_file_names(bundle_copy, gpu):
     stored = store_plan(bundle_copy, (gpu, 89, "11.4.0.106", 13))
     assert re.fullmatch(r"[0-9a-f]{12}-[0-9a-f]{8}-sm89-trt11\.4\.0\.106-cuda13\.plan", stored.path.name)
-    assert stored.path.parent == bundle_copy.folder / FOLDER
+    assert stored.path.parent == bundle_copy.folder / ENGINES
     assert find_plan(bundle_copy, gpu, 89, "11.4.0.106", 13).key.gpu == gpu
 
 
@@ -69,7 +70,7 @@ def test_a_plan_of_another_graph_does_not_count(world, bundle_copy):
     assert other.manifest.files["model.onnx"] != bundle_copy.manifest.files["model.onnx"]
     target = Path(shutil.copytree(other.folder, world.tmp / "wide"))
     store_plan(bundle_copy)
-    shutil.copytree(bundle_copy.folder / FOLDER, target / FOLDER)
+    shutil.copytree(bundle_copy.folder / ENGINES, target / ENGINES)
     assert "holds no TensorRT engine" in why_refused(Bundle.read(target))
 
 

@@ -9,7 +9,8 @@ from pathlib import Path
 import pytest
 
 from phreg_deploy.bundle.bundle import Bundle
-from phreg_deploy.bundle.plans import FOLDER, find_plan, list_plans, prefer
+from phreg_deploy.bundle.manifest import ENGINES
+from phreg_deploy.bundle.plans import find_plan, list_plans, prefer
 from phreg_deploy.bundle.profiles import profiles_of
 from phreg_deploy.bundle.writing import write_manifest
 from phreg_deploy.errors import PhregError
@@ -28,7 +29,7 @@ def test_a_stored_plan_is_found(bundle_copy):
     assert stored.read() == PLAN == stored.path.read_bytes(), (
         "the file is the plan alone, as trtexec and Triton read it"
     )
-    assert {p.suffix for p in (bundle_copy.folder / FOLDER).iterdir()} == {".plan", ".json"}
+    assert {p.suffix for p in (bundle_copy.folder / ENGINES).iterdir()} == {".plan", ".json"}
     assert leftovers(bundle_copy.folder) == []
     assert store_plan(bundle_copy, plan=b"second").path == stored.path
     assert find_plan(bundle_copy, *ORIN).read() == b"second"
@@ -129,7 +130,7 @@ def test_a_folder_that_cannot_be_written_keeps_its_plans(bundle_copy, monkeypatc
     real = getattr(owner, call)
 
     def failing(path, *arguments, **named):
-        if (FOLDER in path.parts and ".writing-" not in path.name) or call == "replace":
+        if (ENGINES in path.parts and ".writing-" not in path.name) or call == "replace":
             raise OSError(number, os.strerror(number))
         return real(path, *arguments, **named)
 
@@ -158,15 +159,15 @@ def test_a_full_disk_leaves_no_plan_that_counts(bundle_copy, old, size):
     assert leftovers(bundle_copy.folder) == []
     assert all(stored.read() == b"old" for stored in list_plans(bundle_copy))
     if size == 500:
-        plans = {p.read_bytes() for p in (bundle_copy.folder / FOLDER).glob("*.plan")}
+        plans = {p.read_bytes() for p in (bundle_copy.folder / ENGINES).glob("*.plan")}
         assert b"small" not in plans, "a plan without its sidecar is removed"
 
 
 def test_a_file_in_place_of_the_folder_is_refused_and_kept(bundle_copy):
-    (bundle_copy.folder / FOLDER).write_text("mine")
+    (bundle_copy.folder / ENGINES).write_text("mine")
     with pytest.raises(PhregError, match="cannot be written"):
         store_plan(bundle_copy)
-    assert (bundle_copy.folder / FOLDER).read_text() == "mine"
+    assert (bundle_copy.folder / ENGINES).read_text() == "mine"
 
 
 def test_the_manifest_does_not_list_plans(bundle_copy):
@@ -174,7 +175,7 @@ def test_the_manifest_does_not_list_plans(bundle_copy):
     store_plan(bundle_copy).path.write_bytes(b"changed")
     again = Bundle.read(bundle_copy.folder)
     again.verify()
-    assert not [name for name in again.manifest.files if FOLDER in name]
+    assert not [name for name in again.manifest.files if ENGINES in name]
     assert (bundle_copy.folder / "manifest.json").read_bytes() == before
 
 

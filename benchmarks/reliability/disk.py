@@ -21,7 +21,7 @@ from benchmarks.reliability.writers import Case, Expected, Writer, files_of, jud
 REFUSALS = ("disk is full", "cannot be written", "No space left on device")
 # Bytes of a disk with room for everything.
 LARGE = 1 << 30
-# What the second of two writers is told, in one of these words.
+# The message that refuses the second of two writers has one of these words.
 RIVALS = ("exists already", "appeared while this was at work", "another process")
 Found = tuple[str, list[str], str]
 

@@ -21,8 +21,8 @@ from benchmarks.reliability.writers import Case, Expected, Writer, different, ju
 
 # Of so many cases one is killed while it imports, and one twice in a row.
 IMPORTING, TWICE = 5, 6
-# Signals that end a command, and the exit codes that it may have then: 130 after Ctrl-C, the system's for SIGTERM.
-ENDING = {"SIGINT": (signal.SIGINT, {130}), "SIGTERM": (signal.SIGTERM, {-signal.SIGTERM})}
+# Signals that end a command, and the exit codes that it may have then; SIGTERM kills it while it imports.
+ENDING = {"SIGINT": (signal.SIGINT, {130}), "SIGTERM": (signal.SIGTERM, {143, -signal.SIGTERM})}
 # What may be left where the output stands.
 PART = "a part of the new one"
 STATES = ("absent", "old", "new", "new, its scores or card not yet")
@@ -102,7 +102,7 @@ def _judge_case(
         told += found.told
         wrong += found.wrong
         state = judge(writer.view(case.output), expected, old)
-        if state not in (*STATES, *([PART] if name == "SIGINT" else [])):
+        if state not in (*STATES, *([PART] if name in ENDING else [])):
             wrong.append(state)
             state = "neither"
         tally.left[state] += 1
@@ -141,8 +141,8 @@ def _strike(
     wrong = [] if ended.code in codes else [f"exit code {ended.code}: {ended.error[-600:]}"]
     if ended.traceback:
         wrong.append(f"traceback: {ended.error[-1500:]}")
-    if name == "SIGINT" and (left := [n for n in case.beside() if n != writer.resumes]):
-        wrong.append(f"left after Ctrl-C: {left}")
+    if ended.code > 0 and (left := [n for n in case.beside() if n != writer.resumes]):
+        wrong.append(f"left after {name}: {left}")
     return Struck(told, wrong)
 
 

@@ -26,7 +26,6 @@ from phreg_deploy.files.temporary import remove_dead
 from phreg_deploy.json_files import read_json
 from phreg_deploy.spec import plain
 
-FOLDER = ENGINES
 # What TensorRT's inspector says of a plan, unread, for people and for other programs.
 INSPECTED = ".inspector.json"
 # Format of a sidecar.
@@ -61,7 +60,7 @@ class StoredPlan:
 
 def plan_path(bundle: Bundle, key: PlanKey) -> Path:
     """Return the file of the plan with this key."""
-    return bundle.folder / FOLDER / f"{key.name}.plan"
+    return bundle.folder / ENGINES / f"{key.name}.plan"
 
 
 @contextmanager
@@ -136,7 +135,7 @@ def _serial(plan: StoredPlan) -> int:
 def list_plans(bundle: Bundle) -> list[StoredPlan]:
     """Return every plan in the bundle that has a readable sidecar and was built from this bundle's graph."""
     graph, plans = graph_digest(bundle), []
-    for sidecar in sorted((bundle.folder / FOLDER).glob("*.json")):
+    for sidecar in sorted((bundle.folder / ENGINES).glob("*.json")):
         if sidecar.name.endswith(INSPECTED):
             continue
         try:

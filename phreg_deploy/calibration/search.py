@@ -198,9 +198,10 @@ class Search:
         order = iter(sorted(self.linears, key=lambda n: -gains[n.name].mean / n.size))
         while True:
             measured = self._compare(smoothing, set(keep))
-            steps.append(FallbackStep(keep[-1] if keep else None, measured.parity()))
+            parity = measured.parity()
+            steps.append(FallbackStep(keep[-1] if keep else None, parity))
             # Other images decide in the end, so a score that just passes on these is not enough.
-            careful = replace(measured.parity(), cosine_p1=measured.lower_p1())
+            careful = replace(parity, cosine_p1=measured.lower_p1())
             fits = (n for n in order if gains[n.name].mean > 0 and (spent + n.size) / self.size <= cap)
             if not missed_gates(careful, self.mode, bar) or (linear := next(fits, None)) is None:
                 return keep, steps

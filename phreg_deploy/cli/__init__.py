@@ -20,7 +20,8 @@ from phreg_deploy import __version__
 from phreg_deploy.arguments import refuse_url
 from phreg_deploy.cli.commands import ADDRESSES, FOLDERS, VERBS
 from phreg_deploy.cli.console import echo, output, plain
-from phreg_deploy.errors import PhregError
+from phreg_deploy.cli.termination import exit_code
+from phreg_deploy.errors import Interrupted, PhregError
 
 
 class Group(click.Group):
@@ -58,7 +59,7 @@ class Group(click.Group):
             sys.exit(code if isinstance(code, int) else 0)
         except PhregError as error:
             echo(f"Error: {error}", err=True)
-            _fail(str(error), error.exit_code, error.report)
+            _fail(str(error), exit_code() if isinstance(error, Interrupted) else error.exit_code, error.report)
         except click.ClickException as error:
             from phreg_deploy.distill.devices.launch import find_launch
 
@@ -85,7 +86,7 @@ def _interrupted(command: str | None) -> None:
     leaves = "Nothing was written." if command is None else VERBS[command]
     message = f"Interrupted: {command or 'phreg-deploy'}. {leaves}"
     echo(f"Error: {message}", err=True)
-    _fail(message, 130)
+    _fail(message, exit_code())
 
 
 def _fail(message: str, code: int, report: dict[str, Any] | None = None) -> None:

@@ -14,7 +14,7 @@ from PIL import Image
 from phreg_deploy.bundle.heads import ServedHead
 from phreg_deploy.errors import PhregError
 from phreg_deploy.extraction.inputs.sources import MASK
-from phreg_deploy.images.overlays import SHARE, class_key, draw_answer
+from phreg_deploy.images.overlays import SHARE, class_key, classes_of, draw_answer
 from phreg_deploy.images.pictures import colours, components, heat, sheet
 from phreg_deploy.layers import FEATURES, LABELS, NORM, kind_of
 from phreg_deploy.runtime.dense_features import DenseFeatures
@@ -131,6 +131,6 @@ def _picture(
         answer = dense.heads[head.output][0]
         row.append((head.output, draw_answer(picture, head.kind, answer, head.colours)))
         if head.classes:
-            labels = answer if head.kind == LABELS else answer.argmax(-1).astype(np.uint8)
-            row.append((f"classes of {head.output}", class_key(labels, head.classes, head.colours, SHARE)))
+            key = class_key(classes_of(head.kind, answer), head.classes, head.colours, SHARE)
+            row.append((f"classes of {head.output}", key))
     return sheet([row])

@@ -63,7 +63,12 @@ def draw_answer(
     """
     if kind == DEPTH:
         return heat(answer, max(float(np.quantile(answer, 0.98)), 1e-12), max(answer.shape))
-    return overlay(image, answer.argmax(-1).astype(np.uint8) if kind == SEGMENTATION else answer, colours)
+    return overlay(image, classes_of(kind, answer), colours)
+
+
+def classes_of(kind: str, answer: np.ndarray) -> np.ndarray:
+    """Return the classes, uint8 ``(h, w)``, of a head's answer: those of the largest logits of "segmentation"."""
+    return answer.argmax(-1).astype(np.uint8) if kind == SEGMENTATION else answer
 
 
 def class_key(

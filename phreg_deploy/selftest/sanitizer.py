@@ -14,7 +14,7 @@ from phreg_deploy.selftest.checks import Failed, Skipped
 TOOL = "compute-sanitizer"
 # Where JetPack and the CUDA toolkit put it without adding it to PATH.
 FOLDERS = ("/usr/local/cuda/bin", "/usr/local/cuda/compute-sanitizer")
-# The exit code that the tool is asked to give for errors that it finds; ours are 0 to 4 and 130.
+# The exit code that the tool is asked to give for errors that it finds; ours are 0 to 4, 130 and 143.
 FOUND = 86
 # Seconds: the tool slows kernels down tenfold and more.
 LIMIT = 600

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Any
 
 from phreg_deploy.bundle.manifest import ENGINES, ENGINES_SIGNATURE, SIGNATURE
 from phreg_deploy.errors import PhregError
 from phreg_deploy.extras import SIGN, require
 from phreg_deploy.files.atomic import write_atomic
+from phreg_deploy.files.temporary import scratch_folder
 from phreg_deploy.signing.contents import UNSIGNED, list_present, list_signed
 from phreg_deploy.spec import Stored
 
@@ -94,6 +94,6 @@ def _signer(key: Path, password: str | None) -> Any:
 
 
 def _write(signer: Any, folder: Path, left_out: tuple[str, ...], target: Path) -> None:
-    with TemporaryDirectory() as place:
-        signer.set_hashing_config(hashing_config(left_out)).sign(folder, Path(place) / SIGNATURE)
-        write_atomic(target, (Path(place) / SIGNATURE).read_bytes())
+    with scratch_folder("phreg-sign") as place:
+        signer.set_hashing_config(hashing_config(left_out)).sign(folder, place / SIGNATURE)
+        write_atomic(target, (place / SIGNATURE).read_bytes())

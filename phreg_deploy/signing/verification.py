@@ -6,7 +6,6 @@ import base64
 import json
 import re
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Any
 
 from phreg_deploy.arguments import refuse_url
@@ -14,6 +13,8 @@ from phreg_deploy.bundle.bundle import Bundle
 from phreg_deploy.bundle.manifest import ENGINES, ENGINES_SIGNATURE, MANIFEST, SIGNATURE
 from phreg_deploy.errors import PhregError
 from phreg_deploy.extras import SIGN, require
+from phreg_deploy.files.atomic import write_atomic
+from phreg_deploy.files.temporary import scratch_folder
 from phreg_deploy.hub.download import local_path
 from phreg_deploy.json_files import is_regular
 from phreg_deploy.signing.contents import UNSIGNED, list_present
@@ -89,27 +90,29 @@ def _verify(verifier: Any, folder: Path, left_out: tuple[str, ...], signature: P
 
     present = list_present(folder, left_out)
     data = _read(signature, folder)
-    try:
-        with TemporaryDirectory() as place:
-            # What is verified here is what is parsed below.
-            copy = Path(place) / SIGNATURE
-            copy.write_bytes(data)
+    with scratch_folder("phreg-verify") as place:
+        # What is verified here is what is parsed below.
+        copy = place / SIGNATURE
+        write_atomic(copy, data)
+        try:
             verifier.set_hashing_config(hashing_config(left_out)).verify(folder, copy)
-        signed = _signed_names(data)
-    except InvalidSignature:
-        raise _other_key(signature, key) from None
-    # The library raises what JSON, pydantic and base64 raise for a damaged signature.
-    except Exception as error:
-        reason = " ".join(str(error).split())
-        if reason.startswith("Key mismatch"):
+            signed = _signed_names(data)
+        except InvalidSignature:
             raise _other_key(signature, key) from None
-        if reason.startswith("Signature mismatch"):
-            difference = _difference(reason, data, present)
-            raise PhregError(f"signature: {folder} is not what {key} signed: {difference}. Copy it again.") from None
-        reason = reason[:200] or type(error).__name__
-        raise PhregError(
-            f"signature: {signature} cannot be read ({reason}); it is damaged, or another program's. Copy it again."
-        ) from None
+        # The library raises what JSON, pydantic and base64 raise for a damaged signature.
+        except Exception as error:
+            reason = " ".join(str(error).split())
+            if reason.startswith("Key mismatch"):
+                raise _other_key(signature, key) from None
+            if reason.startswith("Signature mismatch"):
+                difference = _difference(reason, data, present)
+                raise PhregError(
+                    f"signature: {folder} is not what {key} signed: {difference}. Copy it again."
+                ) from None
+            reason = reason[:200] or type(error).__name__
+            raise PhregError(
+                f"signature: {signature} cannot be read ({reason}); it is damaged, or another program's. Copy it again."
+            ) from None
     unsigned = ", ".join(sorted(set(present) - set(signed))[:5])
     if unsigned:
         raise PhregError(f"signature: {signature} leaves out {unsigned}; sign it with `phreg-deploy sign`.")

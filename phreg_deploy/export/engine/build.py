@@ -8,10 +8,9 @@ from pathlib import Path
 from typing import Any
 
 from phreg_deploy.bundle.bundle import Bundle
-from phreg_deploy.bundle.manifest import CALIBRATION
+from phreg_deploy.bundle.manifest import CALIBRATION, ENGINES
 from phreg_deploy.bundle.plan_keys import BuildSettings, PlanKey, make_key
 from phreg_deploy.bundle.plans import (
-    FOLDER,
     StoredPlan,
     draft_plan,
     keep_plan,
@@ -162,7 +161,7 @@ def _timing_cache(request: BuildRequest, bundle: Bundle, key: PlanKey) -> Path:
     chosen = request.timing_cache
     if chosen is not None and (chosen.is_dir() or not chosen.absolute().parent.is_dir()):
         raise PhregError(f"timing cache: got {chosen}, expected a file in a folder that exists.")
-    probe = temporary(bundle.folder / FOLDER / "engine", "probe")
+    probe = temporary(bundle.folder / ENGINES / "engine", "probe")
     try:
         probe.parent.mkdir(exist_ok=True)
         probe.touch()
@@ -171,7 +170,7 @@ def _timing_cache(request: BuildRequest, bundle: Bundle, key: PlanKey) -> Path:
         raise write_error(error, probe.parent) from error
     # TensorRT accepts timings of the same kind of GPU only.
     gpu = re.sub(r"[^A-Za-z0-9]+", "-", key.gpu).strip("-")
-    return chosen or bundle.folder / FOLDER / f"timing-{gpu}-sm{key.architecture}-trt{key.tensorrt}.cache"
+    return chosen or bundle.folder / ENGINES / f"timing-{gpu}-sm{key.architecture}-trt{key.tensorrt}.cache"
 
 
 def _write_timings(cache: Path, timings: bytes) -> list[str]:

@@ -9,8 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from phreg_deploy.bundle.bundle import Bundle
-from phreg_deploy.bundle.manifest import Manifest
-from phreg_deploy.bundle.plans import FOLDER
+from phreg_deploy.bundle.manifest import ENGINES, Manifest
 from phreg_deploy.bundle.profiles import profiles_of
 from phreg_deploy.errors import BackendMissing, PhregError
 from phreg_deploy.runtime.backends.instructions import EXACT
@@ -87,7 +86,7 @@ def provider_options(bundle: Bundle, name: str, device: int, graphs: bool = True
     if name == "onnxruntime-cuda":
         graph = {"enable_cuda_graph": "1"} if graphs and replayable(bundle, name) else {}
         return {"device_id": str(device), "use_tf32": "0", **graph}
-    precision, cache = bundle.manifest.precision, bundle.folder / FOLDER / "onnxruntime"
+    precision, cache = bundle.manifest.precision, bundle.folder / ENGINES / "onnxruntime"
     try:
         cache.mkdir(parents=True, exist_ok=True)
     except OSError as error:

@@ -13,9 +13,9 @@ from PIL import Image
 from phreg_deploy.bundle.heads import ServedHead
 from phreg_deploy.bundle.manifest import Manifest
 from phreg_deploy.extras import is_importable
-from phreg_deploy.images.overlays import draw_answer, mask_palette
+from phreg_deploy.images.overlays import classes_of, draw_answer, mask_palette
 from phreg_deploy.images.pictures import colours, components, heat
-from phreg_deploy.layers import DEPTH, SEGMENTATION
+from phreg_deploy.layers import DEPTH
 from phreg_deploy.runtime.dense_features import DenseFeatures
 from phreg_deploy.serving.requests.refusals import Refused
 
@@ -145,8 +145,7 @@ def find_head(manifest: Manifest, name: str | None, kinds: Sequence[str]) -> Ser
 
 def class_map(dense: DenseFeatures, head: ServedHead) -> np.ndarray:
     """Return the classes of one image, uint8 ``(h, w)``."""
-    answer = dense.heads[head.output][0]
-    return answer.argmax(-1).astype(np.uint8) if head.kind == SEGMENTATION else answer
+    return classes_of(head.kind, dense.heads[head.output][0])
 
 
 def label_png(classes: np.ndarray, head: ServedHead, size: tuple[int, int]) -> bytes:

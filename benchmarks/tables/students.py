@@ -1,0 +1,136 @@
+"""Tables of what registers do: scores of students, the headline and the demo."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from benchmarks.tables.cells import Row, interval, load, percent, table, three
+
+# Titles of the runs in ``present_recipe.json``, by how they start; a run of each but the first is optional.
+RUNS = {
+    "transplant": "default recipe",
+    "random-registers": "random-registers",
+    "no registers": "no registers",
+    "sinder": "sinder, no registers",
+    "singular values": "singular values on targets, no registers",
+}
+
+
+def quality(name: str) -> str:
+    """The rows of ``quality.py`` as columns, one for each model."""
+    rows = load(name)["rows"]
+    columns = [f"{n} ({r['seeds']} seeds)" if r["seeds"] > 1 else n for n, r in rows.items()]
+
+    def line(title: str, read: Callable[[Row], str]) -> list[str]:
+        return [title, *(read(row) for row in rows.values())]
+
+    def outliers(row: Row, read: Callable[[Row], str]) -> str:
+        return read(row["norm_outliers"]) if "norm_outliers" in row else "-"
+
+    def gain(row: Row, text: str) -> str:
+        return text if row["gain"] else "-"
+
+    return table(
+        ["", *columns],
+        [
+            line("norm-outlier rate, CamVid val", lambda r: outliers(r, lambda o: percent(o["rate"], 3))),
+            line("largest norm / median", lambda r: outliers(r, lambda o: f"{o['largest']:.2f}")),
+            line("cosine to the denoised target, mean", lambda r: three(r["fidelity"]["mean"])),
+            line("1st percentile", lambda r: three(r["fidelity"]["p1"])),
+            line("over the base's outlier tokens", lambda r: three(r["fidelity"]["chosen"])),
+            line("class token cosine", lambda r: three(r.get("class_cosine"))),
+            line("top-1 agreement", lambda r: three(r.get("top1_agreement"))),
+            line("CamVid probe, accuracy on outlier tokens", lambda r: three(r["accuracy_outliers"])),
+            line("CamVid probe, mean IoU", lambda r: percent(r["miou"])),
+            line("95 % interval of the gain over base, points", lambda r: gain(r, interval(r["gain_interval"]))),
+            line("against base", lambda r: gain(r, r["against_base"])),
+        ],
+    )
+
+
+def headline(name: str) -> str:
+    """Rows of ``headline.py``: the base model in PyTorch beside the bundle that three commands make of it."""
+    report = load(name)
+    base, served, instructions = report["base"], report["served"], report["eight_bit_instructions"]
+    kind = f"with {', '.join(instructions)}" if instructions else "without 8-bit dot products"
+    model = report["model"].split(".")[0]
+    title = f"{model} on {report['processor']} {kind}, {report['threads']} threads"
+    models = (base, served)
+    verdicts = ("", f" ({served['against_base']})")
+    return table(
+        [title, "base, PyTorch FP32", f"INT8 bundle, {report['backend']}"],
+        [
+            ["milliseconds an image", *(f"{m['ms']:.1f}" for m in models)],
+            ["weights on disk", *(f"{m['megabytes']:.1f} MB" for m in models)],
+            ["norm-outlier rate", *(percent(m["norm_outliers"]["rate"], 2) for m in models)],
+            ["cosine to the denoised target: mean", *(three(m["fidelity"]["mean"]) for m in models)],
+            ["over the base's outlier tokens", *(three(m["fidelity"]["chosen"]) for m in models)],
+            ["CamVid probe, mean IoU", *(percent(m["miou"]) + verdict for m, verdict in zip(models, verdicts))],
+        ],
+    )
+
+
+def demo(_name: str) -> str:
+    """``phreg-deploy demo --json``."""
+    report = load("demo")
+    columns = [
+        f"on {report['scenes']} scenes that nothing was trained on",
+        "base",
+        "student",
+        "served, ONNX Runtime",
+        "served in INT8",
+    ]
+    return table(columns, [[str(cell or "") for cell in row] for row in report["table"]])
+
+
+def present_recipe(name: str) -> str:
+    """The scores in ``phreg.json``: of each model the base, the students of all seeds, and the controls'."""
+    columns, read = [""], []
+    for model, record in load(name).items():
+        scores = record["scores"]
+        runs = {"transplant, seed 0": scores, **record["further_runs"]}
+        read.append([{"student": scores["base"], "class_cosine": 1.0, "top1_agreement": 1.0}])
+        columns.append(f"{model}, base")
+        for kind, title in RUNS.items():
+            of_kind = [run for name, run in runs.items() if name.startswith(f"{kind}, seed")]
+            if of_kind:
+                read.append(of_kind)
+                columns.append(f"{title}, {f'{len(of_kind)} seeds' if len(of_kind) > 1 else 'one seed'}")
+
+    def line(title: str, value: Callable[[Row], float], text: Callable[[float], str]) -> list[str]:
+        return [title, *(" / ".join(text(value(run)) for run in runs) for runs in read)]
+
+    rate, largest = (lambda run, key=key: run["student"]["norm_outliers"][key] for key in ("rate", "largest"))
+    fidelity = {key: lambda run, key=key: run["student"]["fidelity"][key] for key in ("mean", "p1", "outliers")}
+    rows = [
+        line("norm-outlier rate", rate, lambda value: percent(value, 3)),
+        line("largest norm / median", largest, lambda value: f"{value:.2f}"),
+        line("cosine to the denoised target, mean", fidelity["mean"], three),
+        line("1st percentile", fidelity["p1"], three),
+        line("over the base's outlier tokens", fidelity["outliers"], three),
+        line("class token cosine", lambda run: run["class_cosine"], three),
+        line("top-1 agreement", lambda run: run["top1_agreement"], three),
+    ]
+    return table(columns, rows)
+
+
+def sinder_direction(name: str) -> str:
+    """The outliers' direction beside SINDER's prediction, one row for each model."""
+    columns = ["|cosine| with the outliers' direction", "after block"]
+    kinds = ["attention and MLP", "attention", "both, centred"]
+    rules = ["as released", "in the recipe"]
+    shares = ["outliers at the border", *(f"photographs flagged, {rule}" for rule in rules)]
+
+    def line(row: Row) -> list[str]:
+        cosines = [three(row["cosine"][kind]) for kind in kinds]
+        found = [row["outliers_at_border"], *(row["flagged"][rule] for rule in rules)]
+        return [
+            row["model"],
+            str(row["block"]),
+            *cosines,
+            three(row["random"]),
+            *(percent(share, 0) for share in found),
+        ]
+
+    columns = [column.replace("|", "\\|") for column in [*columns, *kinds, "at random", *shares]]
+    return table(columns, [line(row) for row in load(name)["models"]])
