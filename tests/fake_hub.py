@@ -7,6 +7,7 @@ import base64
 import hashlib
 import json
 import threading
+import time
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -37,12 +38,16 @@ class Repository:
 
 
 class FakeHub:
-    """A server on a free port, with its repositories by name and the requests that it got."""
+    """A server on a free port, with its repositories by name and the requests that it got.
+
+    ``delay``: seconds for which it keeps the next request waiting.
+    """
 
     def __init__(self) -> None:
         self.repositories: dict[str, Repository] = {}
         self.objects: dict[str, bytes] = {}
         self.requests: list[str] = []
+        self.delay = 0.0
         hub = self
 
         class Handler(_Handler):
@@ -92,6 +97,8 @@ class _Handler(BaseHTTPRequestHandler):
         return self.headers.get("Authorization") == f"Bearer {TOKEN}"
 
     def _handle(self) -> None:
+        delay, self.state.delay = self.state.delay, 0.0
+        time.sleep(delay)
         body = self.rfile.read(int(self.headers.get("Content-Length") or 0))
         parts = [unquote(part) for part in urlsplit(self.path).path.strip("/").split("/")]
         self.state.requests.append(f"{self.command} {urlsplit(self.path).path}")

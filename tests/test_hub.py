@@ -1,6 +1,8 @@
 """Students and bundles are pushed to a hub and read from it by name, against a hub on this machine."""
 
+import io
 import json
+import logging
 import os
 import shutil
 import socket
@@ -12,6 +14,8 @@ import pytest
 
 from phreg_deploy.errors import PhregError
 from phreg_deploy.hub.names import HubName, check_repository, parse_hub_name
+from phreg_deploy.hub.reports import PATIENCE, reported, shown_by
+from phreg_deploy.progress import Progress
 from tests.cli_helpers import ROOT, without
 from tests.fake_hub import TOKEN, FakeHub
 from tests.key_pairs import write_pair
@@ -203,6 +207,41 @@ def test_what_cannot_be_read_is_said(hub, online, world):
     online(["check", "hf-hub:org/odd", "--json"], blocked=["huggingface_hub"]).refused(
         4, "needs the module 'huggingface_hub'", 'pip install "phreg-deploy[hub]"'
     )
+
+
+def test_a_slow_hub_is_named_unless_the_command_is_quiet(hub, online, world):
+    hub.add("org/slow", world.bundle)
+    hub.delay = 2 * PATIENCE
+    said = online(["inspect", "hf-hub:org/slow", "--json"], blocked=TORCH)
+    assert said.code == 0
+    assert said.err.count(f"hub: org/slow: waiting for {hub.address}\n") == 1
+    hub.delay = 2 * PATIENCE
+    quiet = online(["inspect", "hf-hub:org/slow", "--json", "--quiet"], blocked=TORCH, home="another")
+    assert (quiet.code, quiet.err) == (0, "")
+    nowhere = {"HF_ENDPOINT": f"http://127.0.0.1:{free_port()}"}
+    lost = online(["inspect", "hf-hub:org/slow", "--json", "--quiet"], home="fresh", **nowhere)
+    lost.refused(2, "the hub cannot be reached")
+    assert lost.err.startswith("Error: hub: ")
+
+
+@pytest.mark.parametrize(("quiet", "passed"), [(False, ["from the cache", "broken"]), (True, ["broken"])])
+def test_lines_about_retries_are_dropped(quiet, passed):
+    """huggingface_hub logs two lines for each attempt."""
+    import huggingface_hub  # noqa: F401
+
+    lines, handler = io.StringIO(), logging.StreamHandler()
+    handler.setStream(lines)
+    parent, logger = logging.getLogger("huggingface_hub"), logging.getLogger("huggingface_hub.utils._http")
+    parent.addHandler(handler)
+    try:
+        with shown_by(Progress(quiet)), reported("org/name"):
+            logger.warning("'timed out' thrown while requesting HEAD https://huggingface.co/org/name")
+            logger.warning("Retrying in 1s [Retry 1/5].")
+            logger.warning("from the cache")
+            logger.error("broken")
+    finally:
+        parent.removeHandler(handler)
+    assert lines.getvalue().splitlines() == passed
 
 
 def test_what_cannot_be_pushed_is_said(hub, online, world, tmp_path):

@@ -144,6 +144,7 @@ MAY = {
         "cli/testing",
         "bundle",
         "heads",
+        "hub",
         "runtime/backends",
         "signing",
         "distill/devices",
@@ -178,7 +179,7 @@ LATE = {
     "cli/signing": set(MAY) - {"", "cli", "cli/signing"},
     "cli/probing": set(MAY) - {"", "files", "images", "bundle", "cli", "cli/commands", "cli/probing", "cli/tables"},
     "cli/tables": set(MAY) - {"", "files", "images", "bundle", "cli"},
-    "cli": {"bundle", "heads", "runtime/backends", "signing", "distill/devices"},
+    "cli": {"bundle", "heads", "hub", "runtime/backends", "signing", "distill/devices"},
 }
 HEAVY = {"torch", "timm", "onnx", "onnxscript", "safetensors", "torchvision", "open_clip"}
 # Folder -> the heavy modules that it may import.

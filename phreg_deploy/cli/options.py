@@ -29,7 +29,18 @@ def output_options(command: Callable[..., Any]) -> Callable[..., Any]:
     command = click.option(
         "--json", "as_json", is_flag=True, help="One JSON document as the last line of stdout; tables go to stderr."
     )(command)
-    return click.option("--quiet", is_flag=True, help="No progress bars and no tables.")(command)
+    return click.option("--quiet", is_flag=True, callback=_report_downloads, help="No progress bars and no tables.")(
+        command
+    )
+
+
+def _report_downloads(ctx: click.Context, _param: click.Parameter, quiet: bool) -> bool:
+    """Let downloads of this command say what they wait for, unless it is quiet."""
+    from phreg_deploy.hub.reports import shown_by
+    from phreg_deploy.progress import Progress
+
+    ctx.with_resource(shown_by(Progress(quiet)))
+    return quiet
 
 
 def images_option(required: bool, text: str) -> Callable[..., Any]:

@@ -6,9 +6,7 @@ import functools
 import glob
 import os
 import shutil
-import sys
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from pathlib import Path
 
 from phreg_deploy.errors import PhregError, write_error
@@ -16,6 +14,7 @@ from phreg_deploy.extras import HUB, require
 from phreg_deploy.files.temporary import temporary
 from phreg_deploy.hub.failures import explained
 from phreg_deploy.hub.names import HubName, is_hub_name, parse_hub_name
+from phreg_deploy.hub.reports import reported
 from phreg_deploy.json_files import read_json
 
 MANIFEST, CONFIG = "manifest.json", "config.json"
@@ -84,10 +83,7 @@ def _fetch(name: HubName, revision: str | None, files: Sequence[str]) -> Path:
     """Download the files that the repository has of ``files``, and return the folder of the commit."""
     from huggingface_hub import snapshot_download
 
-    with (
-        explained(name.repository, name.revision, "downloaded"),
-        bars(sys.stderr.isatty() and "--quiet" not in sys.argv),
-    ):
+    with explained(name.repository, name.revision, "downloaded"), reported(name.repository):
         try:
             return Path(
                 snapshot_download(
@@ -102,21 +98,6 @@ def _fetch(name: HubName, revision: str | None, files: Sequence[str]) -> Path:
             if error.errno is None or isinstance(error, ConnectionError):
                 raise
             raise write_error(error, Path(error.filename or "the cache of the hub")) from error
-
-
-@contextmanager
-def bars(shown: bool) -> Iterator[None]:
-    """Let huggingface_hub show its progress bars within the block, or hide them."""
-    from huggingface_hub.utils.tqdm import are_progress_bars_disabled, disable_progress_bars, enable_progress_bars
-
-    if shown or are_progress_bars_disabled():
-        yield
-        return
-    disable_progress_bars()
-    try:
-        yield
-    finally:
-        enable_progress_bars()
 
 
 def _bundle_files(path: Path, name: HubName) -> list[str]:

@@ -20,6 +20,7 @@ from torch import nn
 from phreg_deploy.arguments import check_model
 from phreg_deploy.errors import PhregError
 from phreg_deploy.hub.names import is_hub_name
+from phreg_deploy.hub.reports import reported
 from phreg_deploy.models.families import refused_model, refused_name
 from phreg_deploy.models.hooks import ViT
 from phreg_deploy.models.weights import check_declared, read_weights
@@ -190,7 +191,8 @@ def _from_name(name: str, random_weights: bool) -> ViT:
             known = f"Pretrained weights exist as {', '.join(tags[:6])}."
         raise PhregError(f"model: timm has no pretrained weights named {name!r}. {known} Or give --checkpoint FILE.")
     try:
-        return _create(name, pretrained=True)
+        with reported(name):
+            return _create(name, pretrained=True)
     except PhregError:
         raise
     # The hub client raises many types of its own if there is no network.

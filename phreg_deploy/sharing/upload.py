@@ -8,9 +8,9 @@ from phreg_deploy import __version__
 from phreg_deploy.bundle.manifest import MANIFEST
 from phreg_deploy.cards.metadata import CARD
 from phreg_deploy.errors import PhregError
-from phreg_deploy.hub.download import bars
 from phreg_deploy.hub.failures import LOG_IN, explained
 from phreg_deploy.hub.names import HubName
+from phreg_deploy.hub.reports import reported, shown_by
 from phreg_deploy.progress import Progress
 from phreg_deploy.sharing.contents import Contents, Pushed
 from phreg_deploy.student_record import RECORD
@@ -28,7 +28,7 @@ def upload(contents: Contents, name: HubName, private: bool, message: str | None
     api = HfApi(library_name="phreg-deploy", library_version=__version__)
     operations = [CommitOperationAdd(CARD, contents.card.encode())]
     operations += [CommitOperationAdd(file, path) for file, path in contents.paths.items()]
-    with explained(repository, revision, "pushed"), bars(not progress.quiet):
+    with explained(repository, revision, "pushed"), shown_by(progress), reported(repository):
         api.create_repo(repository, private=private, exist_ok=True)
         if revision is not None:
             api.create_branch(repository, branch=revision, exist_ok=True)
