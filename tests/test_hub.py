@@ -1,5 +1,6 @@
 """Students and bundles are pushed to a hub and read from it by name, against a hub on this machine."""
 
+import errno
 import io
 import json
 import logging
@@ -13,6 +14,7 @@ from unittest import mock
 import pytest
 
 from phreg_deploy.errors import PhregError
+from phreg_deploy.hub.download import _replace_link
 from phreg_deploy.hub.names import HubName, check_repository, parse_hub_name
 from phreg_deploy.hub.reports import PATIENCE, reported, shown_by
 from phreg_deploy.progress import Progress
@@ -329,3 +331,18 @@ def test_weights_beside_the_graph_are_in_its_folder(hub, online, world, tmp_path
     assert [outcome.code for outcome in outcomes] == [0, 0], outcomes[0].err
     (weights,) = (tmp_path / "home").rglob("weights.bin")
     assert not weights.is_symlink()
+
+
+@pytest.mark.parametrize("without_links", [False, True])
+def test_processes_that_replace_one_link_at_once_leave_the_file_alone(tmp_path, monkeypatch, without_links):
+    """Each has seen the link; the system does not rename a file to another name of itself, and keeps both names."""
+    if without_links:
+        monkeypatch.setattr(os, "link", mock.Mock(side_effect=OSError(errno.EPERM, "no hard links")))
+    (tmp_path / "blob").write_bytes(b"weights")
+    folder = tmp_path / "snapshot"
+    folder.mkdir()
+    (folder / "weights.bin").symlink_to(tmp_path / "blob")
+    for _ in range(2):
+        _replace_link(folder / "weights.bin")
+    (left,) = folder.iterdir()
+    assert (left.name, left.is_symlink(), left.read_bytes()) == ("weights.bin", False, b"weights")

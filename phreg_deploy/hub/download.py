@@ -7,6 +7,7 @@ import glob
 import os
 import shutil
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 
 from phreg_deploy.errors import PhregError, write_error
@@ -77,6 +78,10 @@ def _replace_link(path: Path) -> None:
         os.replace(partial, path)
     except OSError as error:
         raise write_error(error, path) from error
+    finally:
+        # If another process has put the same file there already, the system leaves both names.
+        with suppress(OSError):
+            partial.unlink(missing_ok=True)
 
 
 def _fetch(name: HubName, revision: str | None, files: Sequence[str]) -> Path:
