@@ -66,6 +66,7 @@ def test_a_killed_actor_loses_nothing_and_repeats_nothing(bundle, images, tmp_pa
         assert done.document["kept"] > 0, "what the killed actor finished was kept"
         assert done.document["kept"] + done.document["extracted"] == 60
         assert files_of(out) == files_of(tmp_path / "plain")
+        assert index_of(out).keys() >= index_of(tmp_path / "plain").keys()
         assert sorted(journaled(out)) == sorted(entry["name"] for entry in index_of(out)["images"])
         extract(bundle, images, out, "--ray", "2").refused(2, "was begun before", "--resume")
         again = extract(bundle, images, out, "--ray", "1", "--resume").document

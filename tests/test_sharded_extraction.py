@@ -11,8 +11,10 @@ import pytest
 from phreg_deploy.errors import PhregError
 from phreg_deploy.extraction.inputs.bad_files import BadFiles, check_max_bad
 from phreg_deploy.extraction.inputs.shards import Shard
+from phreg_deploy.heads import attach
 from tests.cli_helpers import leftovers, photograph
 from tests.extraction_helpers import extract, files_of, index_of, journaled, journals, kill_in
+from tests.head_helpers import NAMES, head
 
 
 @pytest.fixture(scope="module")
@@ -237,3 +239,26 @@ def test_a_replaced_image_is_extracted_again(bundle, images, tmp_path):
     assert changed == {"photo-03.npy", "photo-03.cls.npy"}
     (photos / "photo-03.png").unlink()
     shard(bundle, photos, out, "1/1", "--resume").refused(2, "not asked for now")
+
+
+@pytest.mark.parametrize("more", [(), ("--shard", "1/1")])
+def test_the_index_names_the_classes_of_each_answer(bundle, street, images, tmp_path, more):
+    several, out = tmp_path / "several.bundle", tmp_path / "out"
+    attach(bundle, {"": street, "far": head(1, task="depth", seed=2)}, several)
+    words = (several, images, out, "--outputs", "segmentation,labels,depth.far,features", *more)
+    assert extract(*words).code == 0
+    expected = [
+        {"output": "segmentation", "kind": "segmentation", "classes": list(NAMES)},
+        {"output": "depth.far", "kind": "depth", "classes": []},
+        {"output": "labels", "kind": "labels", "classes": list(NAMES)},
+    ]
+    index = index_of(out)
+    assert index["heads"] == expected
+    # As older versions wrote it.
+    (out / "features.json").write_text(json.dumps({key: index[key] for key in index if key != "heads"}))
+    before = {name: (out / name).stat().st_ino for name in files_of(out)}
+    assert extract(*words, "--resume").code == 0
+    assert index_of(out)["heads"] == expected
+    assert {name: (out / name).stat().st_ino for name in files_of(out)} == before, "nothing was extracted again"
+    assert extract(several, images, tmp_path / "plain", *more).code == 0
+    assert index_of(tmp_path / "plain")["heads"] == []

@@ -23,13 +23,14 @@ from phreg_deploy.runtime.features import FeatureExtractor
 
 @dataclass(frozen=True)
 class Extraction:
-    """The index of an output folder. ``skipped``: name of each unreadable file -> reason."""
+    """The index of an output folder. ``skipped``: name of each unreadable file -> reason; ``heads``: as of the task."""
 
     output: str
     backend: str
     settings: dict[str, Any]
     complete: bool
     skipped: dict[str, str]
+    heads: list[dict[str, Any]]
     images: list[ExtractedImage]
 
     def to_json(self) -> dict[str, Any]:
@@ -101,7 +102,7 @@ def extract_images(
             reason = next(iter(bad.files.values()))
             raise PhregError(f"extract: none of the {len(images)} images can be read. The first: {reason}")
         entries = [done[str(image)] for image in images if str(image) in done]
-        index = Extraction(str(output), extractor.backend, task.settings, not stopped, bad.files, entries)
+        index = Extraction(str(output), extractor.backend, task.settings, not stopped, bad.files, task.heads, entries)
         (folder / INDEX).write_text(json.dumps(index.to_json(), indent=1) + "\n")
     if stopped:
         kind = PhregError if bad.too_many else Interrupted

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 from pathlib import Path
+from typing import Any
 
 from phreg_deploy.errors import PhregError
 from phreg_deploy.extraction.feature_files import INDEX
@@ -14,10 +15,13 @@ from phreg_deploy.files.temporary import make_locked_file, remove_dead
 from phreg_deploy.json_files import read_json
 
 
-def join_parts(output: Path) -> bool:
+def join_parts(output: Path, heads: list[dict[str, Any]]) -> bool:
     """Write ``features.json`` if every shard is complete; return whether it was written.
 
     Images stand in the order of their shards. Processes that finish at once may all join: each writes the same index.
+
+    Args:
+        heads: of ``ExtractionTask``.
 
     Raises:
         PhregError: a file of a finished image is missing or has another size.
@@ -43,6 +47,7 @@ def join_parts(output: Path) -> bool:
         "shards": plan["shards"],
         "complete": True,
         "skipped": whole.skipped,
+        "heads": heads,
     }
     remove_dead(output / PARTS)
     draft, descriptor = make_locked_file(output / PARTS / INDEX)

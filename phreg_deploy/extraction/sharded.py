@@ -95,7 +95,7 @@ def extract_shard(
     if bad.too_many:
         raise PhregError(f"{bad.message} {_kept(result)}", result.to_json())
     try:
-        result.joined = join_parts(output)
+        result.joined = join_parts(output, task.heads)
     except OSError as error:
         raise write_error(error, output) from error
     return result

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from phreg_deploy.bundle.heads import NAME
+from phreg_deploy.bundle.heads import NAME, ServedHead
 from phreg_deploy.errors import PhregError
 from phreg_deploy.extraction.inputs.archives import ArchiveReader
 from phreg_deploy.extraction.inputs.sources import MASK, OUTPUTS, ImageSource
@@ -51,7 +51,10 @@ class ExtractionOptions:
 
 
 class ExtractionTask:
-    """Options for one extractor: ``settings`` identify what is written, ``outputs`` name it."""
+    """Options for one extractor: ``settings`` identify what is written, ``outputs`` name it.
+
+    ``heads``: for each written answer of a head, its ``output``, ``kind`` and ``classes``, as in the manifest.
+    """
 
     def __init__(self, extractor: FeatureExtractor, options: ExtractionOptions) -> None:
         """Check the options.
@@ -69,6 +72,7 @@ class ExtractionTask:
         if missing := [name for name in self.outputs if name not in served]:
             advice = f" Choose, e.g. --outputs {manifest.heads[0].output}." if manifest.only_heads else ""
             raise PhregError(f"outputs: this bundle has no {missing[0]}; it has {', '.join(manifest.outputs)}.{advice}")
+        self.heads = _describe_heads(manifest.heads, self.outputs)
         self.size = options.size or options.window or manifest.sizes.default
         manifest.sizes.check(self.size, extractor.spec.patch)
         windowed = options.window is not None
@@ -131,3 +135,11 @@ def _with_mask(outputs: tuple[str, ...], masked: bool) -> tuple[str, ...]:
     if MASK in outputs and not masked:
         raise PhregError("outputs: got mask without padding; expected --fit pad or --window with it.")
     return (*outputs, MASK) if masked and MASK not in outputs else outputs
+
+
+def _describe_heads(heads: Sequence[ServedHead], outputs: Sequence[str]) -> list[dict[str, Any]]:
+    """Describe the heads whose answers are among the outputs; ``labels`` may be those of ``segmentation``."""
+    served = {head.output: {"kind": head.kind, "classes": list(head.classes)} for head in heads}
+    if SEGMENTATION in served:
+        served.setdefault(LABELS, {**served[SEGMENTATION], "kind": LABELS})
+    return [{"output": output, **facts} for output, facts in served.items() if output in outputs]
