@@ -163,6 +163,40 @@ def test_a_full_disk_leaves_no_plan_that_counts(bundle_copy, old, size):
         assert b"small" not in plans, "a plan without its sidecar is removed"
 
 
+def test_a_killed_process_leaves_the_old_plan_or_the_new_one(bundle_copy, monkeypatch):
+    """At every change of a name there is a plan that runs, with its own report; the next build ends as unharmed."""
+    first, real, found = store_plan(bundle_copy, plan=b"old"), os.replace, []
+
+    class Killed(BaseException):
+        pass
+
+    def killing(at):
+        steps = []
+
+        def replace(source, target):
+            for when in (-1, 1):
+                if when == 1:
+                    real(source, target)
+                steps.append(when)
+                if len(steps) == at:
+                    raise Killed
+
+        return replace
+
+    for at in range(1, 7):
+        with monkeypatch.context() as patch:
+            patch.setattr(os, "replace", killing(at))
+            with pytest.raises(Killed):
+                store_plan(bundle_copy, plan=b"new", report={"seconds": 2.5})
+        stored = find_plan(bundle_copy, *ORIN)
+        found.append((stored.read(), stored.report["seconds"]))
+        assert leftovers(bundle_copy.folder) == []
+        store_plan(bundle_copy, plan=b"old")
+        assert find_plan(bundle_copy, *ORIN) == first
+        assert "replaces" not in first.path.with_suffix(".json").read_text()
+    assert found == [(b"old", 1.5)] * 3 + [(b"new", 2.5)] * 3
+
+
 def test_a_file_in_place_of_the_folder_is_refused_and_kept(bundle_copy):
     (bundle_copy.folder / ENGINES).write_text("mine")
     with pytest.raises(PhregError, match="cannot be written"):

@@ -62,12 +62,13 @@ def engine(output: Path) -> View | None:
     plans = list_plans(Bundle.read(output))
     if not plans:
         return None
-    found = {f"engines/{path.name}": _read(path) for plan in plans for path in _files_of(plan.path, INSPECTED)}
+    found = {}
+    for plan in plans:
+        found |= {f"engines/{path.name}": _read(path) for path in (plan.path, plan.path.with_suffix(INSPECTED))}
+        # A sidecar may hold the facts of two plans; those of the plan that is there count.
+        facts = {"sha256": plan.sha256, "report": plan.report}
+        found[f"engines/{plan.path.with_suffix('.json').name}"] = json.dumps(facts).encode()
     return {**{p.name: p.read_bytes() for p in sorted(output.iterdir()) if p.is_file()}, **found}
-
-
-def _files_of(plan: Path, inspected: str) -> list[Path]:
-    return [plan, plan.with_suffix(".json"), plan.with_suffix(inspected)]
 
 
 def _read(path: Path) -> bytes:

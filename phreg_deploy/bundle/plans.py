@@ -16,7 +16,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from phreg_deploy.bundle.bundle import Bundle
+from phreg_deploy.bundle.bundle import Bundle, file_digest
 from phreg_deploy.bundle.manifest import ENGINES
 from phreg_deploy.bundle.plan_keys import BuildSettings, PlanKey, differences, graph_digest, make_key
 from phreg_deploy.bundle.profiles import ProfileShapes, profiles_of
@@ -84,14 +84,22 @@ def draft_plan(bundle: Bundle, key: PlanKey, plan: bytes) -> Iterator[StoredPlan
 def keep_plan(bundle: Bundle, draft: StoredPlan, report: dict[str, Any], inspected: str = "") -> StoredPlan:
     """Give a draft its name and its sidecar. From now on ``find_plan`` prefers this plan to the others that fit.
 
-    ``inspected``: the JSON text of TensorRT's engine inspector, which is stored beside the plan. The system can refuse
-    to write only before the old plan goes. A process that is killed between the three renames leaves no plan of this
-    key that counts.
+    ``inspected``: the JSON text of TensorRT's engine inspector, which is stored beside the plan. While the files get
+    their names, the sidecar fits the old plan and the new one, so a killed process leaves one of them.
     """
     stored = _numbered(bundle, replace(draft, path=plan_path(bundle, draft.key)), report)
     sidecar, text = stored.path.with_suffix(".json"), stored.path.with_suffix(INSPECTED)
-    with draft_file(text, inspected.encode()) as new_text, draft_file(sidecar, _sidecar(stored)) as new_sidecar:
-        sidecar.unlink(missing_ok=True)
+    old = next((plan for plan in list_plans(bundle) if plan.path == stored.path), None)
+    with (
+        draft_file(text, inspected.encode()) as new_text,
+        draft_file(sidecar, _sidecar(stored, old)) as for_both,
+        draft_file(sidecar, _sidecar(stored)) as new_sidecar,
+    ):
+        if old is None:
+            # One that does not count.
+            sidecar.unlink(missing_ok=True)
+        else:
+            os.replace(for_both, sidecar)
         os.replace(draft.path, stored.path)
         if inspected:
             os.replace(new_text, text)
@@ -107,15 +115,15 @@ def _numbered(bundle: Bundle, plan: StoredPlan, report: dict[str, Any]) -> Store
     return replace(plan, report={**report, "serial": 1 + max(map(_serial, others), default=0)})
 
 
-def _sidecar(plan: StoredPlan) -> bytes:
-    content = {
-        "format": FORMAT,
-        "key": plan.key.to_json(),
-        "sha256": plan.sha256,
-        "profiles": plain(plan.profiles),
-        "report": plan.report,
-    }
+def _sidecar(plan: StoredPlan, old: StoredPlan | None = None) -> bytes:
+    content = {"format": FORMAT, "key": plan.key.to_json(), **_facts(plan)}
+    if old is not None:
+        content["replaces"] = _facts(old)
     return (json.dumps(content, indent=1, sort_keys=True) + "\n").encode()
+
+
+def _facts(plan: StoredPlan) -> dict[str, Any]:
+    return {"sha256": plan.sha256, "profiles": plain(plan.profiles), "report": plan.report}
 
 
 def prefer(bundle: Bundle, plan: StoredPlan) -> StoredPlan:
@@ -153,9 +161,12 @@ def _read_sidecar(path: Path) -> StoredPlan:
 
     Raises ``KeyError``, ``TypeError``, ``ValueError`` or ``PhregError`` if it is none of ours.
     """
-    data = read_json(path)
+    data, plan = read_json(path), path.with_suffix(".plan")
     if data["format"] != FORMAT:
         raise ValueError(f"{path}: format {data['format']}, expected {FORMAT}")
+    if "replaces" in data and file_digest(plan) == data["replaces"]["sha256"]:
+        # A build was killed before it replaced the plan.
+        data |= data["replaces"]
     key, profiles = PlanKey.from_json(data["key"]), [ProfileShapes.from_json(p) for p in data["profiles"]]
     texts = (key.graph, key.precision, key.profiles, key.gpu, key.tensorrt, key.system, data["sha256"])
     numbers = (key.architecture, key.cuda)
@@ -165,7 +176,7 @@ def _read_sidecar(path: Path) -> StoredPlan:
         raise TypeError(f"{path}: no object")
     if any(len(low) != len(high) for p in profiles for low, _, high in p.inputs.values()):
         raise TypeError(f"{path}: no profile")
-    return StoredPlan(path.with_suffix(".plan"), key, data["sha256"], profiles, data["report"])
+    return StoredPlan(plan, key, data["sha256"], profiles, data["report"])
 
 
 def find_plan(bundle: Bundle, gpu: str, architecture: int, tensorrt: str, cuda: int) -> StoredPlan:
