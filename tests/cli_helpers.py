@@ -127,11 +127,11 @@ def interrupted(owner: Any, name: str, at: int) -> Any:
     """Raise ``KeyboardInterrupt`` in the ``at``-th call of ``owner.name``, and assert that it leaves the block."""
     real, calls = getattr(owner, name), []
 
-    def broken(*arguments: Any) -> Any:
+    def broken(*arguments: Any, **options: Any) -> Any:
         calls.append(1)
         if len(calls) == at:
             raise KeyboardInterrupt
-        return real(*arguments)
+        return real(*arguments, **options)
 
     with mock.patch.object(owner, name, broken), pytest.raises(KeyboardInterrupt):
         yield

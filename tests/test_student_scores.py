@@ -105,9 +105,11 @@ def test_a_student_that_cannot_be_scored_is_written_all_the_same(world, run_cli,
         assert (world.out / "model.safetensors").is_file()
         raise failure
 
-    monkeypatch.setattr(distillation, "score_student", broken)
     words = ["distill", world.base, "--images", world.photos, "-o", world.out, "--epochs", "0", "--views", "2"]
-    done = run_cli(*words, "--precision", "fp32", "--quiet", "--json")
+    words += ["--precision", "fp32", "--quiet", "--json"]
+    with monkeypatch.context() as patch:
+        patch.setattr(distillation, "score_student", broken)
+        done = run_cli(*words)
     assert done.code == 0
     assert done.document["scores"] == {"missing": f"{type(failure).__name__}: {failure}"}
     assert f"has no scores ({type(failure).__name__}" in done.err
@@ -116,6 +118,9 @@ def test_a_student_that_cannot_be_scored_is_written_all_the_same(world, run_cli,
     assert inspected.document["record"]["scores"] == done.document["scores"]
     scored = run_cli("artifacts", world.out, "--images", world.photos, "--limit", "2", "--json")
     assert scored.document["images"] == 2
+    again = run_cli(*words, "--resume")
+    assert (again.code, again.err) == (0, "")
+    assert "missing" not in again.document["scores"]
 
 
 def test_an_interrupt_while_scoring_leaves_a_whole_student(world, run_cli, monkeypatch):
@@ -130,6 +135,6 @@ def test_an_interrupt_while_scoring_leaves_a_whole_student(world, run_cli, monke
     done = run_cli(*words, "--precision", "fp32")
     assert done.code == 130
     assert "only its scores are missing" in " ".join(done.err.split())
-    assert leftovers(world.tmp) == []
+    assert leftovers(world.tmp) == ["out.partial"]
     exported = run_cli("export", world.out, "-o", world.tmp / "bundle", "--no-check", "--json")
     assert exported.document["manifest"]["norm_median"] is None

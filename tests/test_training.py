@@ -3,6 +3,7 @@ import shutil
 import subprocess
 import sys
 from dataclasses import replace
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -115,6 +116,33 @@ def test_an_interrupted_run_resumes_to_the_same_student(inputs, tmp_path):
     distil(inputs, tmp_path / "halves", resume=True)
     assert digest(tmp_path / "halves") == digest(tmp_path / "whole")
     assert not (tmp_path / "halves.partial").exists()
+
+
+def test_a_student_that_lacks_its_scores_is_scored_without_training_again(inputs, tmp_path):
+    whole, out = distil(inputs, tmp_path / "whole"), tmp_path / "out"
+    with interrupted(distillation, "score_student", at=1):
+        distil(inputs, out)
+    assert "missing" in json.loads((out / "phreg.json").read_text())["scores"]
+    with pytest.raises(PhregError, match=r"interrupted run is kept in .*--resume"):
+        distil(inputs, out)
+    with pytest.raises(PhregError, match=r"other settings .*seed"):
+        distil(inputs, out, seed=1, resume=True)
+    with mock.patch.object(training, "write_state", side_effect=AssertionError("it is trained again")):
+        scored = distil(inputs, out, resume=True)
+    assert scored.scores == whole.scores
+    assert digest(out) == digest(tmp_path / "whole")
+    assert {p.name for p in out.iterdir()} == {p.name for p in (tmp_path / "whole").iterdir()}
+    assert not (tmp_path / "out.partial").exists()
+
+
+def test_a_student_of_another_run_is_not_replaced_by_resuming(inputs, tmp_path):
+    distil(inputs, tmp_path / "out", seed=1)
+    before = digest(tmp_path / "out")
+    with interrupted(training, "objective", at=5):
+        distil(inputs, tmp_path / "out", force=True)
+    with pytest.raises(PhregError, match="exists already"):
+        distil(inputs, tmp_path / "out", resume=True)
+    assert digest(tmp_path / "out") == before
 
 
 @pytest.mark.parametrize(

@@ -106,7 +106,7 @@ def _judge_case(
             wrong.append(state)
             state = "neither"
         tally.left[state] += 1
-        old = old or state.startswith("new")
+        old = old or state == "new"
     wrong += run_again(writer, case, expected, old, tally)
     if wrong:
         tally.bad.append({"command": writer.name, "signal": name, "seed": seed, "sent": told, "found": wrong})

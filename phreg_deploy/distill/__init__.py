@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 from phreg_deploy.arguments import check_distillation, check_model, check_resume
 from phreg_deploy.distill.devices.launch import find_launch
 from phreg_deploy.distill.recipes import Request
-from phreg_deploy.distill.work_folder import refuse_running
+from phreg_deploy.distill.work_folder import refuse_running, wrote
 from phreg_deploy.files.atomic import check_target
 from phreg_deploy.images.photographs import list_images
 from phreg_deploy.layers import check_layers
@@ -92,7 +92,8 @@ def distill(
         layers: further layers to train against denoised targets of their own, as in ``export``, e.g. "1/4,1/2,3/4,1";
             for heads that read several layers, such as DPT.
         cache: folder of teacher targets; None for ``$XDG_CACHE_HOME/phreg-deploy``.
-        resume: continue the interrupted run of the same settings in ``OUTPUT.partial``.
+        resume: continue the interrupted run of the same settings in ``OUTPUT.partial``, also one that has written the
+            student and lacks its scores alone.
         force: replace an output or an interrupted run.
 
     ``micro_batch``, ``grad_checkpointing`` and the number of GPUs or processes change the student by rounding only.
@@ -135,8 +136,8 @@ def distill(
         check_layers(layers)
         check_model(model, checkpoint)
         list_images(images)
-        check_target(output, force, [model_path(model), images, checkpoint])
-        work = output.with_name(output.name + ".partial")
+        work = output.parent / f"{output.name}.partial"
+        check_target(output, force or wrote(work, output), [model_path(model), images, checkpoint])
         refuse_running(work)
         check_resume(work, resume, force)
         # Raises BackendMissing if torch, timm or safetensors is missing or broken.

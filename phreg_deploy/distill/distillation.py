@@ -24,7 +24,7 @@ from phreg_deploy.distill.record import History, Seconds, StudentRecord, Student
 from phreg_deploy.distill.run import Run, load_run
 from phreg_deploy.distill.teacher import TargetCache, Teacher
 from phreg_deploy.distill.training import loss_of, train
-from phreg_deploy.distill.work_folder import remove, work_folder
+from phreg_deploy.distill.work_folder import remove, work_folder, wrote
 from phreg_deploy.errors import PhregError, write_error
 from phreg_deploy.files.atomic import atomic_folder, write_atomic
 from phreg_deploy.files.cache import cache_folder
@@ -118,10 +118,9 @@ def _distil(
         versions=versions,
         processes=run.processes.count,
     )
-    with atomic_folder(output, force) as folder:
+    with atomic_folder(output, force or wrote(work, output)) as folder:
         write_student(student, record.to_json(), folder)
         write_student_card(record.to_json(), folder)
-    remove(work)
     scores, reason = _score(run, student, held_out or training, range_images, output)
     seconds = replace(seconds, total=time.perf_counter() - started)
     record = replace(record, scores=scores, missing_scores=reason, seconds=seconds)
@@ -129,6 +128,8 @@ def _distil(
     if scores is not None:
         _draw(run, student, held_out or training, scores.median_norm, output)
     write_student_card(record.to_json(), output)
+    if scores is not None:
+        remove(work)
     return run.processes.first_of(record)
 
 
@@ -266,7 +267,7 @@ def _score(
     except (PhregError, OSError, RuntimeError, MemoryError) as error:
         return None, f"{type(error).__name__}: {error}"
     except KeyboardInterrupt:
-        progress.say(f"{output} is complete; only its scores are missing.")
+        progress.say(f"{output} is complete; only its scores are missing. The same command with --resume adds them.")
         raise
     return scores, ""
 

@@ -18,9 +18,12 @@ from phreg_deploy.errors import PhregError, write_error
 from phreg_deploy.files.atomic import write_atomic
 from phreg_deploy.files.temporary import is_locked, open_locked
 from phreg_deploy.json_files import read_json
+from phreg_deploy.student_record import RECORD
 
 # In ``OUTPUT.partial``: what must be equal to resume the run, and its training state after the last whole epoch.
 SETTINGS, STATE = "settings.json", "state.pt"
+# Settings that a student's record has under the same names.
+WRITTEN = ("preprocess", "recipe", "registers", "views", "strength", "seed", "autocast")
 
 
 @contextmanager
@@ -29,7 +32,7 @@ def work_folder(
 ) -> Iterator[Path]:
     """Yield ``OUTPUT.partial`` with this run's settings in it, locked; only its path unless this process ``writes`` it.
 
-    The folder stays after the block, unless it is empty; ``remove`` removes it once the student is written.
+    The folder stays after the block, unless it is empty; ``remove`` removes it once the student is scored.
 
     Raises ``PhregError`` if another process is at work in it, or if it holds a run of other settings, or one that
     neither ``resume`` nor ``force`` allows for.
@@ -65,6 +68,17 @@ def remove(work: Path) -> None:
     """Remove the folder of a run; first its settings, without which nothing is left to resume."""
     (work / SETTINGS).unlink(missing_ok=True)
     shutil.rmtree(work, ignore_errors=True)
+
+
+def wrote(work: Path, output: Path) -> bool:
+    """Whether the run in ``work`` has written the student in ``output`` already, and ended before its scores were."""
+    try:
+        settings, record = read_json(work / SETTINGS), read_json(output / RECORD)
+        same = {key: record[key] for key in WRITTEN}
+        same |= {"images": record["images"]["digest"], "weights": record["source"]["weights_sha256"]}
+        return same == {key: settings[key] for key in same}
+    except (OSError, ValueError, KeyError, TypeError):
+        return False
 
 
 def refuse_running(work: Path) -> None:

@@ -16,7 +16,8 @@ def show_record(record: StudentRecord, output: Path, images: Path, result: Resul
     if record.scores is None:
         # Shown with --quiet too, since expected figures are missing.
         echo(
-            f"Warning: {output} is written but has no scores ({record.missing_scores}). Its artifact rates: "
+            f"Warning: {output} is written but has no scores ({record.missing_scores}). The same command with --resume "
+            "tries again without training. The artifact rates alone: "
             f"phreg-deploy artifacts {output} --images {images}",
             err=True,
         )
