@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
-from tests import conftest
+from tests import student_fixtures
 from tests.cli_helpers import invoke, photograph
 
 HERE = ("--backend", "onnxruntime-cpu", "--threads", "1", "--json")
@@ -50,14 +50,14 @@ class Subjects:
             from timm.models import save_for_hf
 
             shape = {
-                "img_size": conftest.SIDE,
-                "patch_size": conftest.PATCH,
-                "embed_dim": conftest.WIDTH,
-                "depth": conftest.DEPTH,
+                "img_size": student_fixtures.SIDE,
+                "patch_size": student_fixtures.PATCH,
+                "embed_dim": student_fixtures.WIDTH,
+                "depth": student_fixtures.DEPTH,
                 "num_heads": 3,
             }
             model = timm.create_model("vit_tiny_patch16_224", num_classes=5, **shape)
-            conftest.plant(model, torch)
+            student_fixtures.plant(model, torch)
             save_for_hf(model, str(target), model_args=shape, safe_serialization=True)
         return target
 
