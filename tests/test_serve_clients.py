@@ -1,14 +1,18 @@
 """Clients of ``serve`` that hang up, or do not read their answer, on sockets of their own."""
 
+import contextlib
 import http.client
+import os
+import shutil
 import socket
+import subprocess
 import time
 
 import numpy as np
 import pytest
 from PIL import Image
 
-from tests.service_helpers import encoded, figures, running
+from tests.service_helpers import encoded, figures, httpx, running
 
 for module in ("fastapi", "uvicorn", "prometheus_client", "python_multipart", "onnxruntime"):
     pytest.importorskip(module)
@@ -89,6 +93,68 @@ def test_a_client_that_does_not_read_is_disconnected_in_time(service):
     assert pieces[0].startswith(b"HTTP/1.1 200")
     kept = sum(map(len, pieces)) / len(whole.content)
     assert kept < 0.9, "the whole answer was kept for a client that did not read"
+
+
+def pieces(path):
+    with path.open("rb") as file:
+        yield from iter(lambda: file.read(1 << 20), b"")
+
+
+def send_by_http_client(url, path, chunked, _more):
+    connection = http.client.HTTPConnection(url.host, url.port, timeout=60)
+    with contextlib.closing(connection):
+        connection.request("POST", "/artifacts", pieces(path) if chunked else path.read_bytes())
+        return connection.getresponse().status
+
+
+def send_by_httpx(url, path, chunked, _more):
+    body = pieces(path) if chunked else path.read_bytes()
+    return httpx.post(url.join("/artifacts"), content=body, timeout=60, trust_env=False).status_code
+
+
+def send_by_requests(url, path, chunked, _more):
+    body = pieces(path) if chunked else path.read_bytes()
+    return pytest.importorskip("requests").post(str(url.join("/artifacts")), data=body, timeout=60).status_code
+
+
+def send_by_curl(url, path, chunked, more):
+    if shutil.which("curl") is None:
+        pytest.skip("curl is not installed")
+    how = ["-sS", "-m", "60", "-o", os.devnull, "-w", "%{http_code}", "--data-binary", f"@{path}", *more]
+    how += ["-H", "Transfer-Encoding: chunked"] if chunked else []
+    command = ["curl", *how, str(url.join("/artifacts"))]
+    return int(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
+
+
+@pytest.mark.parametrize("chunked", [False, True])
+@pytest.mark.parametrize(
+    ("send", "more"),
+    [
+        (send_by_http_client, ()),
+        (send_by_httpx, ()),
+        (send_by_requests, ()),
+        (send_by_curl, ()),
+        (send_by_curl, ("-H", "Expect:")),
+    ],
+)
+def test_a_client_that_sends_far_too_much_reads_why(service, tmp_path, send, more, chunked):
+    """100 MB, where 20 MiB are allowed. Most clients read no answer before they have sent all of it."""
+    (tmp_path / "body").write_bytes(bytes(100 << 20))
+    assert send(service[0].base_url, tmp_path / "body", chunked, more) == 413
+
+
+def test_a_body_without_end_is_refused_in_time(service):
+    from phreg_deploy.serving.exchange import PATIENCE
+
+    client, _ = service
+    with socket.create_connection((client.base_url.host, client.base_url.port)) as connection:
+        connection.sendall(b"POST /artifacts HTTP/1.1\r\nHost: x\r\nContent-Length: 1000000000000\r\n\r\n")
+        connection.settimeout(2 * PATIENCE)
+        started = time.monotonic()
+        assert connection.recv(1 << 16).startswith(b"HTTP/1.1 413")
+        assert time.monotonic() - started < PATIENCE + 3
+        connection.settimeout(5)
+        assert connection.recv(1 << 16) == b"", "the service closes the connection"
 
 
 def test_an_idle_connection_is_used_again(service):

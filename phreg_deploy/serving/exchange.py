@@ -13,8 +13,9 @@ Receive = Callable[[], Awaitable[Any]]
 Send = Callable[[Any], Awaitable[None]]
 # Bytes of an answer that are handed to the connection at once: it then waits until the client has read those before.
 PIECE = 1 << 18
-# Seconds for which the body of a refused request is read and dropped: a client that still sends reads no answer.
-PATIENCE = 5.0
+# Seconds and bytes for which the body of a refused request is read and dropped: a client that still sends reads no
+# answer, and sees a broken connection if this one is closed.
+PATIENCE, MOST_DROPPED = 10.0, 256 << 20
 
 
 class Exchange:
@@ -62,15 +63,15 @@ class Exchange:
         await self.send({"type": "http.response.start", "status": refused.status, "headers": encoded})
         await self.send({"type": "http.response.body", "body": body})
 
-    async def drop_body(self, limit: int) -> None:
-        """Read what the client still sends, at most ``limit`` bytes and for ``PATIENCE`` seconds."""
+    async def drop_body(self) -> None:
+        """Read what the client still sends, at most ``MOST_DROPPED`` bytes and for ``PATIENCE`` seconds."""
         # A client that waits for "100 Continue" sends nothing.
         if b"100-continue" in dict(self._scope["headers"]).get(b"expect", b"").lower():
             return
 
         async def drop() -> None:
             read = 0
-            while read <= limit:
+            while read <= MOST_DROPPED:
                 message = await self._receive()
                 read += len(message.get("body", b""))
                 if not message.get("more_body", False):

@@ -48,7 +48,7 @@ class Gate:
                 await self._accept(exchange, has_image)
             else:
                 if has_image:
-                    await exchange.drop_body(self.limits.bytes)
+                    await exchange.drop_body()
                 await exchange.refuse(refused)
         except Exception:
             # The answer is made outside.
