@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from phreg_deploy.errors import PhregError, write_error
+from phreg_deploy.errors import FORCE, RESUME, PhregError, write_error
 from phreg_deploy.hub.names import is_hub_name
 from phreg_deploy.json_files import read_json
 from phreg_deploy.readout import FINAL, Readout
@@ -100,7 +100,7 @@ def check_resume(work: Path, resume: bool, force: bool) -> None:
     if resume and not interrupted:
         raise PhregError(f"resume: there is no interrupted run in {work}; start without --resume.")
     if interrupted and not resume and not force:
-        raise PhregError(f"output: an interrupted run is kept in {work}; add --resume, or --force to start over.")
+        raise PhregError(f"output: an interrupted run is kept in {work}; add {RESUME}, or {FORCE} to start over.")
 
 
 def check_device(device: str) -> None:

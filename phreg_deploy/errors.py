@@ -11,6 +11,9 @@ import os
 from pathlib import Path
 from typing import Any
 
+# How a message names these options: of a command, and of the Python function that it calls.
+FORCE, RESUME = "--force (in Python force=True)", "--resume (in Python resume=True)"
+
 
 class PhregError(Exception):
     """Bad input or bad usage. Exit code 2.

@@ -10,6 +10,7 @@ import time
 
 import pytest
 
+from phreg_deploy.arguments import check_resume
 from phreg_deploy.errors import PhregError
 from phreg_deploy.files import atomic, renames, temporary
 from phreg_deploy.files.atomic import atomic_folder, check_target, write_atomic
@@ -303,3 +304,11 @@ def test_two_writers_of_one_file_leave_one_whole_file(tmp_path):
     assert len(target.read_bytes()) == 1000
     assert len(set(target.read_bytes())) == 1
     assert [p.name for p in tmp_path.iterdir()] == ["file"]
+
+
+def test_a_message_names_the_option_and_the_argument(tmp_path):
+    with pytest.raises(PhregError, match=r"add --force \(in Python force=True\) to replace it"):
+        check_target(tmp_path, force=False)
+    (tmp_path / "settings.json").touch()
+    with pytest.raises(PhregError, match=r"add --resume \(in Python resume=True\), or --force"):
+        check_resume(tmp_path, resume=False, force=False)

@@ -24,7 +24,7 @@ from phreg_deploy.calibration.ranges import observe_magnitudes, observe_ranges
 from phreg_deploy.calibration.report import CalibrationReport, FallbackStep, LayerReport, Sensitivity, Trial
 from phreg_deploy.calibration.request import CalibrationRequest
 from phreg_deploy.calibration.search import CANDIDATES, EvalSet, Search, compare, run_session
-from phreg_deploy.errors import GateFailed, PhregError
+from phreg_deploy.errors import FORCE, GateFailed, PhregError
 from phreg_deploy.files.atomic import atomic_folder
 from phreg_deploy.onnx_graph import external
 from phreg_deploy.onnx_graph.external import load_apart, put_together
@@ -208,7 +208,7 @@ def _refusal(report: CalibrationReport) -> str:
     return (
         f"calibrate: {'; '.join(report.missed)} ({layers}). Nothing was written. Allow more float with --float-macs, "
         "give more images or images closer to the deployment's, distil with `phreg-deploy distill --int8-aware`, or "
-        "add --force to write it anyway, marked as missed."
+        f"add {FORCE} to write it anyway, marked as missed."
     )
 
 

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from phreg_deploy.arguments import check_resume
-from phreg_deploy.errors import PhregError, write_error
+from phreg_deploy.errors import FORCE, PhregError, write_error
 from phreg_deploy.files.atomic import write_atomic
 from phreg_deploy.files.temporary import is_locked, open_locked
 from phreg_deploy.json_files import read_json
@@ -110,12 +110,12 @@ def _check_settings(path: Path, settings: dict[str, Any]) -> None:
         if not isinstance(before, dict):
             raise ValueError("no object")
     except ValueError:
-        raise PhregError(f"resume: {path} is damaged; add --force instead of --resume to start over.") from None
+        raise PhregError(f"resume: {path} is damaged; start over with {FORCE}, without --resume.") from None
     changed = sorted(k for k in settings if before.get(k) != json.loads(json.dumps(settings[k])))
     if changed:
         raise PhregError(
             f"resume: {path.parent} was started with other settings ({', '.join(changed)}); give the same ones, or "
-            "--force to start over."
+            f"{FORCE} to start over."
         )
 
 
@@ -146,5 +146,5 @@ def read_state(work: Path, device: str) -> dict[str, Any] | None:
     # PyTorch raises pickle, zip, EOF and runtime errors for damaged files.
     except Exception as error:
         kind = type(error).__name__
-        raise PhregError(f"resume: {path} is damaged ({kind}); add --force, not --resume, to start over.") from None
+        raise PhregError(f"resume: {path} is damaged ({kind}); start over with {FORCE}, without --resume.") from None
     return state

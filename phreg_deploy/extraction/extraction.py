@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from phreg_deploy.errors import Interrupted, PhregError
+from phreg_deploy.errors import FORCE, RESUME, Interrupted, PhregError
 from phreg_deploy.extraction.feature_files import INDEX, ExtractedImage, FeatureWriter, file_names
 from phreg_deploy.extraction.inputs.archives import ArchiveReader
 from phreg_deploy.extraction.inputs.bad_files import BadFiles
@@ -108,7 +108,7 @@ def extract_images(
         kind = PhregError if bad.too_many else Interrupted
         raise kind(
             f"{stopped} {output} holds the features of {len(done)} of {len(images)} images, each of them whole; "
-            "the same command with --resume extracts the rest.",
+            f"the same command with {RESUME} extracts the rest.",
             index.to_json(),
         )
     return index
@@ -129,11 +129,11 @@ def _resumed(
         earlier = {entry["image"]: entry for entry in index["images"]}
         if differing := sorted(key for key in settings if index["settings"].get(key) != settings[key]):
             raise PhregError(
-                f"resume: {output} was written with another {differing[0]}; choose another output, or --force."
+                f"resume: {output} was written with another {differing[0]}; choose another output, or {FORCE}."
             )
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         raise PhregError(
-            f"resume: {output} holds no whole {INDEX}; expected an output of extract. Use --force."
+            f"resume: {output} holds no whole {INDEX}; expected an output of extract. Use {FORCE}."
         ) from None
     if others := [name for name in earlier if name not in files]:
         raise PhregError(

@@ -7,7 +7,7 @@ import os
 from pathlib import Path
 from typing import Any
 
-from phreg_deploy.errors import PhregError
+from phreg_deploy.errors import RESUME, PhregError
 from phreg_deploy.extraction.feature_files import INDEX
 from phreg_deploy.extraction.inputs.shards import Shard
 from phreg_deploy.extraction.parts import PARTS, PLAN, Journal, journal_path, read_groups
@@ -37,7 +37,7 @@ def join_parts(output: Path, heads: list[dict[str, Any]]) -> bool:
                 if not (output / name).is_file() or (output / name).stat().st_size != size:
                     raise PhregError(
                         f"extract: {output / name} is missing or has another size than {size} bytes; run shard "
-                        f"{shard} again with --resume."
+                        f"{shard} again with {RESUME}."
                     )
     head = {
         "output": str(output),

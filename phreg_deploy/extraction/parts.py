@@ -18,7 +18,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from phreg_deploy.errors import PhregError
+from phreg_deploy.errors import FORCE, RESUME, PhregError
 from phreg_deploy.extraction.feature_files import INDEX
 from phreg_deploy.extraction.inputs.shards import Shard
 from phreg_deploy.extraction.inputs.sources import ImageSource
@@ -108,8 +108,8 @@ class Part(AbstractContextManager["Part"]):
         if self.path.exists() and not (resume or force):
             self.close()
             raise PhregError(
-                f"shard: shard {shard} of {output} was begun before; add --resume to continue it, or --force to start "
-                "it over."
+                f"shard: shard {shard} of {output} was begun before; add {RESUME} to continue it, or {FORCE} "
+                "to start it over."
             )
         shutil.rmtree(self.scratch, ignore_errors=True)
         self.scratch.mkdir()

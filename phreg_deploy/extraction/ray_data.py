@@ -9,7 +9,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from phreg_deploy.errors import BackendMissing, PhregError
+from phreg_deploy.errors import RESUME, BackendMissing, PhregError
 from phreg_deploy.extraction.formats import check_format
 from phreg_deploy.extraction.inputs.shards import Shard
 from phreg_deploy.extraction.inputs.sources import find_images
@@ -160,7 +160,7 @@ def _shards_of(output: Path, resume: bool) -> int | None:
     if not (output / PLAN).exists():
         return None
     if not resume:
-        raise PhregError(f"ray: {output} was begun before; add --resume to continue it, or choose another output.")
+        raise PhregError(f"ray: {output} was begun before; add {RESUME} to continue it, or choose another output.")
     try:
         return Shard.parse(f"1/{read_json(output / PLAN)['shards']}").count
     except (OSError, ValueError, KeyError, TypeError):

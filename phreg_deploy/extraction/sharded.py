@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from phreg_deploy.errors import Interrupted, PhregError, write_error
+from phreg_deploy.errors import RESUME, Interrupted, PhregError, write_error
 from phreg_deploy.extraction.formats import ImageWriter, check_format, open_writer
 from phreg_deploy.extraction.inputs.archives import ArchiveReader
 from phreg_deploy.extraction.inputs.bad_files import BadFiles
@@ -133,5 +133,5 @@ def _extract(
 def _kept(result: ShardExtraction) -> str:
     return (
         f"{result.output} keeps {result.kept + result.extracted} of {result.images} images of shard {result.shard}, "
-        "each of them whole; the same command with --resume extracts the rest."
+        f"each of them whole; the same command with {RESUME} extracts the rest."
     )

@@ -8,7 +8,7 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from phreg_deploy.errors import PhregError, write_error
+from phreg_deploy.errors import FORCE, PhregError, write_error
 from phreg_deploy.files.renames import claim, exchange
 from phreg_deploy.files.temporary import make_locked_file, make_locked_folder, open_locked, remove_dead, temporary
 
@@ -42,7 +42,7 @@ def check_target(target: Path, force: bool, reads: Iterable[Path | None] = ()) -
             "Name what it points to."
         )
     if os.path.exists(target) and not force:
-        raise PhregError(f"output: {target} exists already; add --force to replace it, or choose another name.")
+        raise PhregError(f"output: {target} exists already; add {FORCE} to replace it, or choose another name.")
     _check_replaceable(target)
     for source in reads:
         if source is None or not os.path.exists(target):
@@ -134,7 +134,7 @@ def _publish(partial: Path, target: Path, force: bool) -> None:
             if not force:
                 raise PhregError(
                     f"output: {target} appeared while this was at work, so it was kept and nothing was written; "
-                    "choose another name, or add --force to replace it."
+                    f"choose another name, or add {FORCE} to replace it."
                 ) from None
         except FileNotFoundError:
             # Another process removed the target, or is replacing it in three steps.

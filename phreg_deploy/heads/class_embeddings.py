@@ -12,7 +12,7 @@ import numpy as np
 
 from phreg_deploy.arguments import refuse_url
 from phreg_deploy.bundle.heads import PromptRule
-from phreg_deploy.errors import PhregError
+from phreg_deploy.errors import FORCE, PhregError
 from phreg_deploy.files.atomic import write_atomic
 from phreg_deploy.heads.text_head import TextHead
 
@@ -168,6 +168,6 @@ def check_output(path: Path | str, force: bool) -> None:
     if path.suffix != ".npz":
         raise PhregError(f"classes: got the output {path.name}, expected a name with .npz, e.g. classes.npz.")
     if path.is_dir() or (path.exists() and not force):
-        raise PhregError(f"classes: {path} exists; choose another name, or replace it with --force.")
+        raise PhregError(f"classes: {path} exists; choose another name, or replace it with {FORCE}.")
     if not path.absolute().parent.is_dir():
         raise PhregError(f"classes: there is no folder {path.absolute().parent}; make it first.")

@@ -14,7 +14,7 @@ import zipfile
 from pathlib import Path
 from typing import Any
 
-from phreg_deploy.errors import PhregError, write_error
+from phreg_deploy.errors import FORCE, PhregError, write_error
 from phreg_deploy.files.atomic import write_atomic
 from phreg_deploy.spec import plain
 
@@ -31,7 +31,7 @@ def check_archive(target: Path, force: bool) -> None:
     if target.is_dir():
         raise PhregError(f"output: {target} is a folder; expected the name of a .zip.")
     if target.exists() and not force:
-        raise PhregError(f"output: {target} exists already; add --force to replace it, or choose another name.")
+        raise PhregError(f"output: {target} exists already; add {FORCE} to replace it, or choose another name.")
     if not target.absolute().parent.is_dir():
         raise PhregError(f"output: there is no folder {target.parent} to write {target.name} into; create it first.")
 

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from phreg_deploy.bundle.manifest import ENGINES, ENGINES_SIGNATURE, SIGNATURE
-from phreg_deploy.errors import PhregError
+from phreg_deploy.errors import FORCE, PhregError
 from phreg_deploy.extras import SIGN, require
 from phreg_deploy.files.atomic import write_atomic
 from phreg_deploy.files.temporary import scratch_folder
@@ -53,7 +53,7 @@ def sign(folder: Path | str, key: Path | str, *, password: str | None = None, fo
     signer = _signer(key, password)
     for name in (SIGNATURE, ENGINES_SIGNATURE):
         if (folder / name).exists() and not force:
-            raise PhregError(f"sign: {folder / name} is there already; replace it with --force.")
+            raise PhregError(f"sign: {folder / name} is there already; replace it with {FORCE}.")
     engines = list_present(folder / ENGINES, ()) if (folder / ENGINES).is_dir() else []
     written = [SIGNATURE]
     _write(signer, folder, UNSIGNED, folder / SIGNATURE)

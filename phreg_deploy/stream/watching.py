@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from phreg_deploy.arguments import check_file
-from phreg_deploy.errors import PhregError
+from phreg_deploy.errors import FORCE, PhregError
 from phreg_deploy.extras import require
 from phreg_deploy.runtime.features import FeatureExtractor
 from phreg_deploy.spec import Stored
@@ -44,7 +44,7 @@ def check_video(path: Path | None, force: bool) -> None:
     if path.suffix.lower() != ".mp4":
         raise PhregError(f"write: got {path.name}, expected a name that ends in .mp4.")
     if path.exists() and not force:
-        raise PhregError(f"write: {path} exists already; add --force to replace it, or choose another name.")
+        raise PhregError(f"write: {path} exists already; add {FORCE} to replace it, or choose another name.")
     check_file(path, "write")
 
 

@@ -19,7 +19,7 @@ from phreg_deploy.bundle.plans import (
     prefer,
 )
 from phreg_deploy.bundle.profiles import profiles_of
-from phreg_deploy.errors import GateFailed, PhregError, write_error
+from phreg_deploy.errors import FORCE, GateFailed, PhregError, write_error
 from phreg_deploy.export.engine.builder import SerializedPlan, build_plan
 from phreg_deploy.export.engine.exam import examine
 from phreg_deploy.export.engine.findings import judge_census
@@ -201,7 +201,7 @@ def _check(bundle: Bundle, draft: StoredPlan, report: BuildReport, request: Buil
         raise GateFailed(
             f"parity: {bundle.folder} on TensorRT {report.key.tensorrt}: {'; '.join(report.missed)}. The engine "
             f"was not kept. See where it diverges: phreg-deploy build {bundle.folder} --bisect (needs onnx, "
-            "onnxruntime and a second build); or --force to keep it.",
+            f"onnxruntime and a second build); or {FORCE} to keep it.",
             report.to_sidecar(),
         )
     return report
