@@ -54,3 +54,8 @@ def write_error(error: OSError, target: Path) -> PhregError:
         reason = os.strerror(error.errno)
         return PhregError(f"output: {target.parent} cannot be written to ({reason}); choose another folder.")
     return PhregError(f"output: {target} cannot be written ({error.strerror or error}).")
+
+
+def closed_error() -> PhregError:
+    """The error of a call after ``close``, also where another thread closed the extractor during the call."""
+    return PhregError("extract: this FeatureExtractor was closed; load the bundle again.")

@@ -19,6 +19,7 @@ def device(monkeypatch):
     fake_gpu.install(monkeypatch, device)
     yield device
     assert device.undefined == []
+    assert device.memory.check_freed() == 0, "freed memory was written to"
 
 
 @pytest.fixture

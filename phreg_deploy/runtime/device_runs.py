@@ -15,7 +15,7 @@ from phreg_deploy.runtime.backends.interface import Backend, DeviceBackend
 from phreg_deploy.runtime.dense_features import DenseFeatures
 from phreg_deploy.runtime.feed import InputFeed
 from phreg_deploy.runtime.gpu.arrays import as_device
-from phreg_deploy.runtime.gpu.closing import Closing
+from phreg_deploy.runtime.gpu.closing import Calls, Closing
 from phreg_deploy.runtime.gpu_images.fitter import FittedFrames, GpuFitter
 from phreg_deploy.runtime.gpu_images.frames import DeviceFrame
 from phreg_deploy.runtime.parts import dense_in_parts
@@ -30,7 +30,7 @@ class DeviceRuns(Closing):
 
     def __init__(self, manifest: Manifest, feed: InputFeed) -> None:
         self.manifest, self.feed = manifest, feed
-        self._lock = threading.Lock()
+        self._calls, self._lock = Calls(), threading.Lock()
         self._fitter: GpuFitter | None = None
 
     def run(self, backend: Backend, batch: Any, out: Mapping[str, Any], stream: int | None) -> dict[str, Any]:
@@ -55,17 +55,17 @@ class DeviceRuns(Closing):
 
     def fit(self, backend: Backend, frames: Sequence[Any], steps: Steps, stream: int | None = None) -> FittedFrames:
         """Frames on the GPU at the input size; without a stream the frames were read when this returns."""
-        fitter, read = self._read(backend, frames, steps[0], stream)
-        fitted = fitter.fit(read, *steps, stream)
-        if stream is None:
-            fitter.wait()
-            fitted.images.filled_on(None)
-        return fitted
+        with self._calls.one():
+            fitter, read = self._read(backend, frames, steps[0], stream)
+            fitted = fitter.fit(read, *steps, stream)
+            if stream is None:
+                fitter.wait()
+                fitted.images.filled_on(None)
+            return fitted
 
     def dense(self, backend: Backend, frames: Sequence[Any], steps: Steps) -> DenseFeatures:
         """Features on the host of frames on the GPU, of any number and sizes."""
-        fitter, read = self._read(backend, frames, steps[0], None)
-        gpu, lowest, masks = _on_gpu(backend, "frames"), self.manifest.batches.lowest, list[np.ndarray]()
+        lowest, masks = self.manifest.batches.lowest, list[np.ndarray]()
 
         def run(part: list[DeviceFrame]) -> dict[str, np.ndarray]:
             fitted = fitter.fit(part + part[-1:] * (lowest - len(part)), *steps)
@@ -73,7 +73,10 @@ class DeviceRuns(Closing):
                 masks.append(fitted.mask[: len(part)])
             return gpu.run_to_host(fitted.images, self.feed.others(steps[0]))
 
-        dense = dense_in_parts(self.manifest, read, steps[0], run)
+        with self._calls.one():
+            fitter, read = self._read(backend, frames, steps[0], None)
+            gpu = _on_gpu(backend, "frames")
+            dense = dense_in_parts(self.manifest, read, steps[0], run)
         return dense.masked(np.concatenate(masks) if masks else None)
 
     def _read(
@@ -94,7 +97,9 @@ class DeviceRuns(Closing):
         return fitter, fitter.read(frames, stream)
 
     def close(self) -> None:
-        """Free the kernel and its memory."""
+        """Wait for the calls of other threads, then free the kernel and its memory."""
+        if not self._calls.end():
+            return
         fitter, self._fitter = self._fitter, None
         if fitter is not None:
             fitter.close()

@@ -11,8 +11,8 @@ import threading
 import weakref
 from collections.abc import Callable
 
-from phreg_deploy.errors import PhregError
-from phreg_deploy.runtime.backends.interface import Backend, closed_error
+from phreg_deploy.errors import PhregError, closed_error
+from phreg_deploy.runtime.backends.interface import Backend
 
 
 class ForkSafeBackend:

@@ -81,11 +81,6 @@ def check_outputs(bundle: Bundle, names: Collection[str]) -> None:
         )
 
 
-def closed_error() -> PhregError:
-    """The error of a call after ``close``, also where another thread closed the extractor during the call."""
-    return PhregError("extract: this FeatureExtractor was closed; load the bundle again.")
-
-
 def run_error(name: str, bundle: Bundle, error: Exception) -> PhregError:
     """The error that a runtime raised in an inference, as one line."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]

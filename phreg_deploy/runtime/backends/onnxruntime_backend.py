@@ -7,8 +7,8 @@ from typing import Any
 import numpy as np
 
 from phreg_deploy.bundle.bundle import Bundle
-from phreg_deploy.errors import BackendMissing, PhregError
-from phreg_deploy.runtime.backends.interface import check_outputs, closed_error, run_error
+from phreg_deploy.errors import BackendMissing, PhregError, closed_error
+from phreg_deploy.runtime.backends.interface import check_outputs, run_error
 from phreg_deploy.runtime.backends.onnxruntime_options import (
     PROVIDERS,
     compute_precision,

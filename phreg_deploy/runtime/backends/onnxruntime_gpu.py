@@ -15,6 +15,7 @@ from phreg_deploy.runtime.backends.onnxruntime_backend import OrtBackend
 from phreg_deploy.runtime.backends.onnxruntime_options import load_onnxruntime, replayable
 from phreg_deploy.runtime.backends.options import BackendOptions
 from phreg_deploy.runtime.gpu.arrays import DeviceArray
+from phreg_deploy.runtime.gpu.closing import Calls
 from phreg_deploy.runtime.gpu.cuda import Cuda
 from phreg_deploy.runtime.gpu.ort_graph import Staging
 
@@ -39,7 +40,7 @@ class OrtGpuBackend(OrtBackend):
 
     def __init__(self, bundle: Bundle, name: str, options: BackendOptions) -> None:
         onnxruntime = load_onnxruntime(bundle.manifest, name, options)
-        self.cuda = Cuda(options.device)
+        self.cuda, self._calls = Cuda(options.device), Calls()
         if hasattr(onnxruntime, "preload_dlls"):
             # pip puts CUDA and cuDNN into folders that the system's loader does not search.
             onnxruntime.preload_dlls()
@@ -67,7 +68,8 @@ class OrtGpuBackend(OrtBackend):
         return self._staging is not None
 
     def run(self, feed: Feed) -> Feed:
-        return super().run(feed) if self._staging is None else self._staging.run(feed)
+        with self._calls.one():
+            return super().run(feed) if self._staging is None else self._staging.run(feed)
 
     def run_device(
         self, image: DeviceArray, others: Feed, stream: int | None = None, out: Mapping[str, DeviceArray] | None = None
@@ -79,7 +81,7 @@ class OrtGpuBackend(OrtBackend):
         """
         if stream is not None:
             raise PhregError("stream: onnxruntime-cuda runs on a stream of its own; use tensorrt for one of yours.")
-        with self.cuda.selected():
+        with self._calls.one(), self.cuda.selected():
             return self._run_selected(image, others, out or {})
 
     def run_to_host(self, image: DeviceArray, others: Feed) -> Feed:
@@ -105,6 +107,8 @@ class OrtGpuBackend(OrtBackend):
         return outputs
 
     def close(self) -> None:
+        if not self._calls.end():
+            return
         staging, self._staging = self._staging, None
         super().close()
         if staging is not None:

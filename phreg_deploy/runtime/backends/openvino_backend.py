@@ -9,8 +9,8 @@ from typing import Any
 import numpy as np
 
 from phreg_deploy.bundle.bundle import Bundle
-from phreg_deploy.errors import PhregError
-from phreg_deploy.runtime.backends.interface import check_outputs, closed_error, import_runtime, run_error
+from phreg_deploy.errors import PhregError, closed_error
+from phreg_deploy.runtime.backends.interface import check_outputs, import_runtime, run_error
 from phreg_deploy.runtime.backends.openvino_exact import fold_weights, saturates
 from phreg_deploy.runtime.backends.options import BackendOptions
 

@@ -14,7 +14,7 @@ from phreg_deploy.bundle.profiles import ProfileShapes
 from phreg_deploy.errors import PhregError
 from phreg_deploy.runtime.backends.options import BackendOptions
 from phreg_deploy.runtime.gpu.arrays import DeviceArray
-from phreg_deploy.runtime.gpu.closing import Closing, close_all
+from phreg_deploy.runtime.gpu.closing import Calls, Closing, close_all
 from phreg_deploy.runtime.gpu.cuda import Cuda
 from phreg_deploy.runtime.gpu.pool import OutputPool
 from phreg_deploy.runtime.gpu.trt_library import deserialise, load_tensorrt, make_logger, plan_cuda
@@ -47,7 +47,7 @@ class Plan(Closing):
         self._idle: SimpleQueue[TrtContext] = SimpleQueue()
         self._contexts: list[TrtContext] = []
         self._pool = OutputPool(cuda)
-        self._closed = False
+        self._calls = Calls()
         # The engine needs the logger as long as it lives.
         self._logger = make_logger(trt)
         with cuda.selected():
@@ -103,9 +103,7 @@ class Plan(Closing):
     @contextmanager
     def context(self) -> Iterator[TrtContext]:
         """A context that no other thread uses during the block, in which its GPU is selected."""
-        if self._closed:
-            raise PhregError("engine: it was closed; load the bundle again.")
-        with self.cuda.selected():
+        with self._calls.one(), self.cuda.selected():
             try:
                 context = self._idle.get_nowait()
             except Empty:  # other threads use every context
@@ -117,10 +115,9 @@ class Plan(Closing):
                 self._idle.put(context)
 
     def close(self) -> None:
-        """Wait for all work, then free the contexts, the engine and the runtime, also after an error."""
-        if self._closed:
+        """Wait for the calls of other threads and for all work, then free the contexts, the engine and the runtime."""
+        if not self._calls.end():
             return
-        self._closed = True
         contexts, self._contexts, self._idle = self._contexts, [], SimpleQueue()
         with self.cuda.selected():
             try:
