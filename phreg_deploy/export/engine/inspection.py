@@ -14,12 +14,19 @@ FP8_TYPE = re.compile(r"fp8|float8|e4m3", re.IGNORECASE)
 EIGHT_BIT_TYPE = re.compile(r"int8|fp8|float8|e4m3", re.IGNORECASE)
 # A linear layer's node, or a part of one that was split (``attn.qkv.q``).
 LINEAR = re.compile(r"^(blocks\.\d+\..+?)(?:\.(?:[qkv]|\d))?/MatMul(?:_\d+)?$")
+# A node in the name of a layer without metadata.
+NODE = re.compile(r"blocks\.\d+\.[\w.]+/\w+")
 ATTENTION = re.compile(r"^(blocks\.\d+\.attn)/MatMul(?:_\d+)?$")
 SOFTMAX = re.compile(r"^blocks\.\d+\.attn/Softmax$")
-# The name of a fused attention: ``_gemm_mha_v2_myl0_4`` in TensorRT 10 and 11, and in NVIDIA's other kernels.
-FUSED = re.compile(r"mha|attention", re.IGNORECASE)
+# The name of a fused attention: ``_gemm_mha_v2_myl0_4`` in TensorRT 10 and 11, and in NVIDIA's other kernels. One with
+# "attention" alone is of a node, e.g. ``[scaled_dot_product_attention]`` in TensorRT 9.2.
+FUSED = re.compile(r"gem[mv]_mha|fmha|flash_?attention", re.IGNORECASE)
 # The name of a softmax that is a kernel of its own, also as Myelin spells its steps.
 SOFTMAX_KERNEL = re.compile(r"softmax|MaxSubExp|SubExpSumDiv", re.IGNORECASE)
+# Layers that move data for a product, and have its nodes in their names.
+MOVES = ("NoOp", "Reformat")
+# What the compiler adds to the name of a layer.
+ADDED = re.compile(r"_myl\d+_\d+\b")
 # A part of the graph that the inspector does not open.
 REGION = "ForeignNode["
 
@@ -67,7 +74,7 @@ class _Layer:
             return cls(text("Name"), [], "", "", [])
         return cls(
             name=text("Name"),
-            nodes=ONNX.findall(text("Metadata")) or re.findall(r"blocks\.\d+\.[\w.]+/\w+", text("Name")),
+            nodes=ONNX.findall(text("Metadata")) or NODE.findall(ADDED.sub("", text("Name"))),
             kernel=text("Name", "TacticName", "LayerType", "Kernel"),
             kind=text("LayerType", "TacticName", "ParameterType"),
             types=[str(value.get("Format/Datatype", value.get("Format", ""))) for value in inputs],
@@ -89,6 +96,8 @@ class _Layer:
 
     def multiplies(self) -> bool:
         """Whether it is the matrix product itself, and not an epilogue that the compiler split off."""
+        if self.kind.startswith(MOVES):
+            return False
         kind = re.search(r"gemm|matmul|matrix|fully|xmma|cutlass|cask", self.kind, re.IGNORECASE)
         return bool(kind or re.search(r"/MatMul|gemm|fc_", self.name, re.IGNORECASE))
 
