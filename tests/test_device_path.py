@@ -9,6 +9,7 @@ import pytest
 
 from phreg_deploy.runtime import FeatureExtractor
 from tests import fake_gpu
+from tests.cli_helpers import ROOT
 from tests.frames import assert_same_outputs, create_stream, random_frames, read_now, to_host
 
 # Bytes before frame 1 of a batch at 518 px, modulo 256: 518 * 518 * 3 % 256.
@@ -61,12 +62,23 @@ def calls_of_a_frame(device, run, frames=5):
     return {name: count // frames for name, count in counts.items()}, device.waits[: len(device.waits) // frames]
 
 
+def assert_documented(kind, calls, waits):
+    """Assert that the table in docs/tensorrt.md says what was counted: calls, copies, allocations and waits."""
+    lines = (ROOT / "docs" / "tensorrt.md").read_text().splitlines()
+    (row,) = [line for line in lines if line.startswith(f"| {kind} |")]
+    copies, allocations = calls.get("cudaMemcpyAsync", "in the graph"), calls.get("cudaMalloc", 0)
+    assert [cell.strip() for cell in row.split("|")[2:-1]] == [
+        str(number) for number in (sum(calls.values()), copies, allocations, len(waits))
+    ]
+
+
 @pytest.mark.parametrize("name", ["bundle", "wide_bundle"])
 def test_a_frame_on_the_host_takes_four_calls_and_one_wait(load_engine, device, name):
     extractor, image = load_engine(name), random_frames()
     calls, waits = calls_of_a_frame(device, lambda: extractor.run(image))
     assert calls == {"cudaGetDevice": 1, "cudaSetDevice": 1, "cudaGraphLaunch": 1, "cudaStreamSynchronize": 1}
     assert waits == ["cudaStreamSynchronize"]
+    assert_documented("a frame of the host", calls, waits)
 
 
 @pytest.mark.parametrize("given", [False, True])
@@ -85,6 +97,7 @@ def test_a_frame_on_the_callers_stream_takes_eleven_calls_and_no_wait(load_engin
         "cudaMemcpyAsync": 4,  # the image, and features, token_norm and cls
     }
     assert waits == []
+    assert_documented("a frame on the GPU, with your stream", calls, waits)
 
 
 def test_a_frame_on_the_device_without_a_stream_waits_once(load_engine, device):
@@ -98,6 +111,7 @@ def test_a_frame_on_the_device_without_a_stream_waits_once(load_engine, device):
         "cudaStreamSynchronize": 1,
     }
     assert waits == ["cudaStreamSynchronize"]
+    assert_documented("a frame on the GPU, without a stream", calls, waits)
 
 
 def test_host_and_device_calls_in_turn_cost_what_each_costs_alone(load_engine, device):
