@@ -7,8 +7,13 @@ import pytest
 from phreg_deploy.errors import BackendMissing
 from tests.build_helpers import build, plan_files
 from tests.cli_helpers import invoke, leftovers
+from tests.test_inspector_dumps import DUMPS
 
 pytestmark = pytest.mark.usefixtures("all_freed")
+
+# Real layers of other networks.
+REAL = json.dumps({"Layers": [layer for dump in DUMPS.values() for layer in dump["layers"]], "Bindings": []})
+REGION = json.dumps({"Layers": ["{ForeignNode[blocks.0.norm1...blocks.2.mlp]}"]})
 
 
 def test_unfused_attention_is_kept_and_said(copy_bundle, tensorrt):
@@ -34,7 +39,7 @@ def test_unfused_attention_is_refused_if_asked(copy_bundle, tensorrt):
     assert len(plan_files(folder)) == 2, "an engine that was there already stays"
 
 
-@pytest.mark.parametrize("text", ["no JSON", json.dumps({"Layers": ["{ForeignNode[blocks.0.norm1...blocks.2.mlp]}"]})])
+@pytest.mark.parametrize("text", ["no JSON", REGION, REAL], ids=["no JSON", "one region", "real layers"])
 def test_an_engine_that_the_inspector_does_not_show_is_kept_in_doubt(copy_bundle, tensorrt, text):
     folder, tensorrt.inspected = copy_bundle("int8_trt_bundle"), text
     done = build(folder)
