@@ -11,7 +11,7 @@ RUNS = {
     "transplant": "default recipe",
     "random-registers": "random-registers",
     "no registers": "no registers",
-    "sinder": "sinder, no registers",
+    "sinder": "sinder, no registers, 4 epochs",
     "singular values": "singular values on targets, no registers",
 }
 
@@ -85,33 +85,25 @@ def demo(_name: str) -> str:
 
 def present_recipe(name: str) -> str:
     """The scores in ``phreg.json``: of each model the base, the students of all seeds, and the controls'."""
-    columns, read = [""], []
+    figures: dict[str, Callable[[Row], str]] = {
+        "norm-outlier rate": lambda run: percent(run["student"]["norm_outliers"]["rate"], 3),
+        "largest norm / median": lambda run: f"{run['student']['norm_outliers']['largest']:.2f}",
+        "cosine to the denoised target, mean": lambda run: three(run["student"]["fidelity"]["mean"]),
+        "1st percentile": lambda run: three(run["student"]["fidelity"]["p1"]),
+        "over the base's outlier tokens": lambda run: three(run["student"]["fidelity"]["outliers"]),
+        "class token cosine": lambda run: three(run["class_cosine"]),
+        "top-1 agreement": lambda run: three(run["top1_agreement"]),
+    }
+    rows = []
     for model, record in load(name).items():
         scores = record["scores"]
-        runs = {"transplant, seed 0": scores, **record["further_runs"]}
-        read.append([{"student": scores["base"], "class_cosine": 1.0, "top1_agreement": 1.0}])
-        columns.append(f"{model}, base")
-        for kind, title in RUNS.items():
-            of_kind = [run for name, run in runs.items() if name.startswith(f"{kind}, seed")]
-            if of_kind:
-                read.append(of_kind)
-                columns.append(f"{title}, {f'{len(of_kind)} seeds' if len(of_kind) > 1 else 'one seed'}")
-
-    def line(title: str, value: Callable[[Row], float], text: Callable[[float], str]) -> list[str]:
-        return [title, *(" / ".join(text(value(run)) for run in runs) for runs in read)]
-
-    rate, largest = (lambda run, key=key: run["student"]["norm_outliers"][key] for key in ("rate", "largest"))
-    fidelity = {key: lambda run, key=key: run["student"]["fidelity"][key] for key in ("mean", "p1", "outliers")}
-    rows = [
-        line("norm-outlier rate", rate, lambda value: percent(value, 3)),
-        line("largest norm / median", largest, lambda value: f"{value:.2f}"),
-        line("cosine to the denoised target, mean", fidelity["mean"], three),
-        line("1st percentile", fidelity["p1"], three),
-        line("over the base's outlier tokens", fidelity["outliers"], three),
-        line("class token cosine", lambda run: run["class_cosine"], three),
-        line("top-1 agreement", lambda run: run["top1_agreement"], three),
-    ]
-    return table(columns, rows)
+        named = {"transplant, seed 0": scores, **record["further_runs"]}
+        of_kind = {t: [run for key, run in named.items() if key.startswith(f"{k}, seed")] for k, t in RUNS.items()}
+        base = {"student": scores["base"], "class_cosine": 1.0, "top1_agreement": 1.0}
+        for title, runs in {f"**{model}**, base": [base], **of_kind}.items():
+            if runs:
+                rows.append([title, *(" / ".join(text(run) for run in runs) for text in figures.values())])
+    return table(["", *figures], rows)
 
 
 def sinder_direction(name: str) -> str:
