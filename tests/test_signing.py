@@ -230,6 +230,7 @@ def test_only_what_belongs_to_a_bundle_is_signed(bundle, tmp_path, pair, run_cli
     (folder / "model.onnx").write_bytes(b"x")
     run_cli(*words, pair[0]).refused(2, "model.onnx has another sha256")
     run_cli("sign", tmp_path, "--json", "--key", pair[0]).refused(2, "expected a student or a bundle")
+    run_cli("sign", tmp_path / "none", "--json", "--key", pair[0]).refused(2, "none, where there is no folder")
     assert not (folder / "model.sig").exists()
 
 
@@ -279,16 +280,19 @@ def test_commands_take_a_key(signed, photos, tmp_path, pair, run_cli, monkeypatc
         "extract": ["extract", signed, image, "-o", tmp_path / "out", *CPU],
         "check": ["check", signed, *CPU],
         "watch": ["watch", photos, signed, "--frames", "1", *CPU],
+        "export": ["export", signed, "-o", tmp_path / "models", "--format", "triton"],
     }
     for words in commands.values():
         done = run_cli(*words, *option, "--quiet", "--json")
         assert done.code == 0, done.err
     add(signed, "more.txt")
-    shutil.rmtree(tmp_path / "out")
+    for name in ("out", "models"):
+        shutil.rmtree(tmp_path / name)
     commands["serve"] = ["serve", signed, "--port", "0", *CPU]
     for words in commands.values():
         run_cli(*words, *option, "--json").refused(2, "added: more.txt")
     assert not (tmp_path / "out").exists()
+    assert not (tmp_path / "models").exists()
 
 
 def test_verify_needs_a_key(signed, run_cli, monkeypatch):

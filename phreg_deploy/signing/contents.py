@@ -31,7 +31,9 @@ def list_signed(folder: Path) -> tuple[str, list[str]]:
         bundle.verify()
         kind, names = "bundle", [MANIFEST, *bundle.manifest.files]
     else:
-        if not folder.is_dir() or read_record(folder) is None:
+        if not folder.is_dir():
+            raise PhregError(f"sign: got {folder}, where there is no folder; expected a student or a bundle.")
+        if read_record(folder) is None:
             raise PhregError(f"sign: {folder} holds neither {MANIFEST} nor {RECORD}; expected a student or a bundle.")
         kind, names = "student", list(STUDENT)
     there = list_present(folder)

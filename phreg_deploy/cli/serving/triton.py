@@ -14,7 +14,18 @@ from phreg_deploy.errors import PhregError
 
 FORMAT = "triton"
 # Options that say something of the repository; all others are of a bundle that is exported first.
-OWN = ("model", "output", "formats", "image_size", "triton_backend", "instances", "force", "as_json", "quiet")
+OWN = (
+    "model",
+    "output",
+    "formats",
+    "public_key",
+    "image_size",
+    "triton_backend",
+    "instances",
+    "force",
+    "as_json",
+    "quiet",
+)
 
 
 def triton_options(command: Callable[..., Any]) -> Callable[..., Any]:
