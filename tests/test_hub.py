@@ -15,6 +15,7 @@ import pytest
 
 from phreg_deploy.errors import PhregError
 from phreg_deploy.hub.download import _replace_link
+from phreg_deploy.hub.failures import explained
 from phreg_deploy.hub.names import HubName, check_repository, parse_hub_name
 from phreg_deploy.hub.reports import PATIENCE, reported, shown_by
 from phreg_deploy.progress import Progress
@@ -278,6 +279,14 @@ def test_what_cannot_be_pushed_is_said(hub, online, world, tmp_path):
     assert len(hub.requests) == count
     online(words, HF_HUB_OFFLINE="1").refused(2, "org/new was not pushed")
     online(words, blocked=["huggingface_hub"]).refused(4, "phreg-deploy[hub]")
+
+
+@pytest.mark.parametrize("error", [ConnectionError, ConnectionResetError, TimeoutError])
+def test_a_broken_connection_is_said_whichever_client_had_it(error):
+    """hf_xet, which uploads large files, raises Python's own types."""
+    with pytest.raises(PhregError, match=rf"org/new was not pushed: the hub cannot be reached \({error.__name__}\)"):
+        with explained("org/new", None, "pushed"):
+            raise error("Network error: HTTP status client error (404 Not Found)")
 
 
 def test_a_branch_is_made_and_a_card_that_was_edited_is_kept(hub, online, world, tmp_path):

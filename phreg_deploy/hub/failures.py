@@ -50,9 +50,12 @@ def explained(repository: str, revision: str | None, doing: str) -> Iterator[Non
         ) from None
     except PhregError:
         raise
-    # The clients of different versions raise the types of requests, httpx and httpx2 if there is no network.
+    # The clients of different versions raise the types of requests, httpx and httpx2 if there is no network, and hf_xet
+    # Python's own.
     except Exception as error:
-        if type(error).__module__.split(".")[0] not in ("requests", "httpx", "httpx2", "httpcore", "httpcore2"):
+        module = type(error).__module__.split(".")[0]
+        clients = ("requests", "httpx", "httpx2", "httpcore", "httpcore2", "hf_xet")
+        if module not in clients and not isinstance(error, ConnectionError | TimeoutError):
             raise
         raise PhregError(_unreachable(repository, doing, False, type(error).__name__)) from error
 
