@@ -16,10 +16,10 @@ import tempfile
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
-# What serves, calibrates and shares without torch.
-EXTRAS = ("cpu", "openvino", "calibration", "evaluate", "hub", "parquet", "video", "pytest")
+# What serves, calibrates, shares and signs without torch. Zarr needs Python 3.11.
+EXTRAS = ("cpu", "openvino", "calibration", "evaluate", "hub", "sign", "serve", "parquet", "zarr", "video", "pytest")
 # What tests import beside these.
-TOOLS = ("filelock>=3.12", "pytest-xdist>=3.6", "av>=12")
+TOOLS = ("filelock>=3.12", "pytest-xdist>=3.6", "av>=12", "httpx>=0.27")
 TORCH = ("torch", "timm", "onnxscript")
 FILES = [
     "archives",
@@ -49,7 +49,12 @@ FILES = [
     "quantisation",
     "roofline",
     "saturation",
+    "serve",
+    "serve_clients",
+    "serve_process",
+    "serve_under_load",
     "sharded_extraction",
+    "signing",
     "stream",
     "stream_sources",
     "telemetry",
