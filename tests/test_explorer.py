@@ -128,6 +128,8 @@ def test_a_missed_gate_is_on_the_page(bundle, photos, tmp_path):
     text = page.read_text(encoding="utf-8")
     assert "✗ 1 gate missed" in text or "✗ 2 gates missed" in text
     assert "<td>✗ missed</td>" in text
+    assert "1st-percentile patch cosine 1.0000000, expected at least" in text
+    assert "No photographs were given" in text
     assert "models" not in data_of(text)
 
 

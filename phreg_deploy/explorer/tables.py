@@ -33,13 +33,13 @@ def verdict(exploration: Exploration) -> str:
 def gates(exploration: Exploration) -> str:
     """Every gate with its figure and bar; missed ones first."""
     rows = [
-        (not gate.passed, [b.name, reference, gate.name, _number(gate.figure), _number(gate.bar), _passed(gate.passed)])
+        (not gate.passed, [b.name, reference, gate.name, str(gate), _passed(gate.passed)])
         for b in exploration.bundles
         for reference, of_reference in b.check.gates.items()
         for gate in of_reference
     ]
     rows.sort(key=lambda row: not row[0])
-    columns = ["bundle", "compared with", "figure", "measured", "bar", "verdict"]
+    columns = ["bundle", "compared with", "figure", "measured and bar", "verdict"]
     text = table("", columns, [row for _, row in rows], ["bad" if missed else "" for missed, _ in rows])
     return f'<details open class="gates"><summary>Gates ({len(rows)})</summary>{text}</details>'
 
@@ -95,7 +95,7 @@ def artifacts(exploration: Exploration) -> str:
                 own = f"{label}, layer {layer}"
                 rows[own] = [own, _percent(of_layer.rate), _number(of_layer.largest), "-", rates.note]
     if not rows:
-        return ""
+        return "<p>No photographs were given, so the artifact rates are not known: add --images photos/.</p>"
     return table(f"Artifacts on {exploration.bundles[0].check.images} images", columns, list(rows.values()))
 
 
