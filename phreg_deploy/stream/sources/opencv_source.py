@@ -19,9 +19,10 @@ OPEN_TIMEOUT, READ_TIMEOUT = 10_000, 5_000
 @contextmanager
 def _silent() -> Iterator[None]:
     """Keep OpenCV from writing on stderr what it tries: the error says what failed."""
-    levels = cv2.utils.logging
+    # OpenCV before 4.13 has the functions in cv2 itself, and no name for the level 0, silence.
+    levels = getattr(cv2.utils, "logging", cv2)
     before = levels.getLogLevel()
-    levels.setLogLevel(levels.LOG_LEVEL_SILENT)
+    levels.setLogLevel(0)
     try:
         yield
     finally:
