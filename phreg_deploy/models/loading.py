@@ -26,6 +26,8 @@ from phreg_deploy.models.hooks import ViT
 from phreg_deploy.models.weights import check_declared, read_weights
 from phreg_deploy.spec import ModelSpec, Preprocess, check_multiple
 
+# What to do without a download.
+FILE = "its weights as a file: --checkpoint FILE, or --base-checkpoint FILE for --base"
 # What timm raises if it cannot build a model from a configuration.
 BUILD_ERRORS = (
     ArithmeticError,
@@ -189,7 +191,7 @@ def _from_name(name: str, random_weights: bool) -> ViT:
         known = "timm knows no pretrained weights for it."
         if tags:
             known = f"Pretrained weights exist as {', '.join(tags[:6])}."
-        raise PhregError(f"model: timm has no pretrained weights named {name!r}. {known} Or give --checkpoint FILE.")
+        raise PhregError(f"model: timm has no pretrained weights named {name!r}. {known} Or give {FILE}.")
     try:
         with reported(name):
             return _create(name, pretrained=True)
@@ -199,7 +201,7 @@ def _from_name(name: str, random_weights: bool) -> ViT:
     except Exception as error:
         raise PhregError(
             f"model: the pretrained weights of {name} cannot be downloaded ({type(error).__name__}). Check the "
-            "network, or give --checkpoint FILE."
+            f"network, or give {FILE}."
         ) from error
 
 
