@@ -42,7 +42,10 @@ def verify_signature(folder: Path | str, public_key: Path | str) -> Signed:
     require("a signature", sign=SIGN)
     place, key = local_path(folder), Path(public_key)
     if not place.is_dir():
-        raise PhregError(f"signature: got {folder}, where there is no folder; expected a student or a bundle.")
+        raise PhregError(
+            f"signature: got {folder}, where there is no folder; expected a student or a bundle. A timm model has no "
+            "signature: for its name leave out --public-key, and unset PHREG_PUBLIC_KEY."
+        )
     verifier = _verifier(key)
     names = _verify(verifier, place, UNSIGNED, place / SIGNATURE, key)
     files, written = names, [SIGNATURE]
