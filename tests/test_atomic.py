@@ -312,3 +312,15 @@ def test_a_message_names_the_option_and_the_argument(tmp_path):
     (tmp_path / "settings.json").touch()
     with pytest.raises(PhregError, match=r"add --resume \(in Python resume=True\), or --force"):
         check_resume(tmp_path, resume=False, force=False)
+
+
+@pytest.mark.parametrize("make", [temporary.make_locked_folder, temporary.make_locked_file])
+def test_an_interrupt_before_the_lock_leaves_nothing(tmp_path, monkeypatch, make):
+    def interrupted(*_arguments):
+        assert list(tmp_path.iterdir()), "it was made"
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(temporary, "_lock", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        make(tmp_path / "out")
+    assert not list(tmp_path.iterdir())

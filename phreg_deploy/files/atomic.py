@@ -55,9 +55,11 @@ def check_target(target: Path, force: bool, reads: Iterable[Path | None] = ()) -
     # Write instead of reading permission bits, which do not bind root or network mounts.
     try:
         probe = temporary(target, "probe")
-        probe.mkdir()
-        with suppress(FileNotFoundError):
-            probe.rmdir()
+        try:
+            probe.mkdir()
+        finally:
+            with suppress(FileNotFoundError):
+                probe.rmdir()
     except OSError as error:
         raise write_error(error, target) from None
 

@@ -67,30 +67,38 @@ def make_locked_folder(target: Path, mode: int = 0o777) -> tuple[Path, int | Non
     """Make a folder beside ``target``; closing the descriptor unlocks it. The descriptor is None without locks."""
     while True:
         path = temporary(target, "writing")
-        path.mkdir(mode)
         try:
-            return path, open_locked(path)
-        except (BlockingIOError, FileNotFoundError):
-            # Another process's ``remove_dead`` found the folder before it was locked.
+            path.mkdir(mode)
+            try:
+                return path, open_locked(path)
+            except (BlockingIOError, FileNotFoundError):
+                # Another process's ``remove_dead`` found the folder before it was locked.
+                shutil.rmtree(path, ignore_errors=True)
+            except OSError:
+                return path, None
+        except KeyboardInterrupt:
             shutil.rmtree(path, ignore_errors=True)
-        except OSError:
-            return path, None
+            raise
 
 
 def make_locked_file(target: Path) -> tuple[Path, int]:
     """Make a file beside ``target``; its descriptor is locked if the system has locks."""
     while True:
         path = temporary(target, "writing")
-        descriptor = os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o666)
         try:
-            _lock(path, descriptor)
-        except (BlockingIOError, FileNotFoundError):
-            os.close(descriptor)
+            descriptor = os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o666)
+            try:
+                _lock(path, descriptor)
+            except (BlockingIOError, FileNotFoundError):
+                os.close(descriptor)
+                path.unlink(missing_ok=True)
+                continue
+            except OSError:
+                pass
+            return path, descriptor
+        except KeyboardInterrupt:
             path.unlink(missing_ok=True)
-            continue
-        except OSError:
-            pass
-        return path, descriptor
+            raise
 
 
 def open_locked(path: Path) -> int:
