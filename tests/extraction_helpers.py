@@ -3,6 +3,7 @@
 import json
 import multiprocessing
 import os
+import pathlib
 import signal
 from pathlib import Path
 
@@ -34,6 +35,10 @@ def kill_in(function, at, *arguments):
             return answer
 
         setattr(os, function, killing)
+        # Python 3.10 keeps its own names of these functions.
+        accessor = getattr(pathlib, "_NormalAccessor", None)
+        if hasattr(accessor, function):
+            setattr(accessor, function, staticmethod(killing))
         os._exit(0 if extract(*arguments).code == 0 else 1)
 
     child = multiprocessing.get_context("fork").Process(target=run)
