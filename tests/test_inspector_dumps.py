@@ -1,7 +1,7 @@
 """The census on layers of public dumps of TensorRT's inspector, whole and unchanged: ``inspector_dumps.json``.
 
 They are facts of networks of other people, taken as each ``source`` shows them. The networks are not this project's, so
-each dump is read twice: as it is, where nothing may be said of our blocks, and with its nodes under our names.
+the census reads each dump twice: unchanged, when it must say nothing of our blocks, and with its nodes renamed to ours.
 """
 
 import json

@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -87,9 +87,10 @@ def keep_plan(bundle: Bundle, draft: StoredPlan, report: dict[str, Any], inspect
     ``inspected``: the JSON text of TensorRT's engine inspector, which is stored beside the plan. While the files get
     their names, the sidecar fits the old plan and the new one, so a killed process leaves one of them.
     """
-    stored = _numbered(bundle, replace(draft, path=plan_path(bundle, draft.key)), report)
+    plans = list_plans(bundle)
+    stored = _numbered(plans, replace(draft, path=plan_path(bundle, draft.key)), report)
     sidecar, text = stored.path.with_suffix(".json"), stored.path.with_suffix(INSPECTED)
-    old = next((plan for plan in list_plans(bundle) if plan.path == stored.path), None)
+    old = next((plan for plan in plans if plan.path == stored.path), None)
     with (
         draft_file(text, inspected.encode()) as new_text,
         draft_file(sidecar, _sidecar(stored, old)) as for_both,
@@ -109,9 +110,9 @@ def keep_plan(bundle: Bundle, draft: StoredPlan, report: dict[str, Any], inspect
     return stored
 
 
-def _numbered(bundle: Bundle, plan: StoredPlan, report: dict[str, Any]) -> StoredPlan:
-    """Add the ``serial`` number, counted up in the bundle: file times differ between devices and copies."""
-    others = (other for other in list_plans(bundle) if other.key != plan.key)
+def _numbered(plans: Iterable[StoredPlan], plan: StoredPlan, report: dict[str, Any]) -> StoredPlan:
+    """Add the ``serial`` number, counted up over all ``plans``: file times differ between devices and copies."""
+    others = (other for other in plans if other.key != plan.key)
     return replace(plan, report={**report, "serial": 1 + max(map(_serial, others), default=0)})
 
 
@@ -128,9 +129,10 @@ def _facts(plan: StoredPlan) -> dict[str, Any]:
 
 def prefer(bundle: Bundle, plan: StoredPlan) -> StoredPlan:
     """Make ``find_plan`` prefer this plan to the others that fit."""
-    if all(_serial(other) <= _serial(plan) for other in list_plans(bundle)):
+    plans = list_plans(bundle)
+    if all(_serial(other) <= _serial(plan) for other in plans):
         return plan
-    preferred = _numbered(bundle, plan, plan.report)
+    preferred = _numbered(plans, plan, plan.report)
     write_atomic(plan.path.with_suffix(".json"), _sidecar(preferred))
     return preferred
 
