@@ -38,9 +38,11 @@ docs: $(READY)
 elsewhere: $(READY)
 	$(BIN)/python -m tests.torch_free
 
-# The same with the lowest versions that pyproject.toml allows, on the oldest Python.
+# The same with the lowest versions that pyproject.toml allows, on the oldest Python; then, on Python 3.11, the lowest
+# torch, timm, onnxscript, open_clip, transformers, zarr and ray, which downloads 3 GB more.
 lowest: $(READY)
 	$(BIN)/python -m tests.torch_free --lowest --python 3.10
+	$(BIN)/python -m tests.lowest_torch --python 3.11
 
 # What is installed, in CycloneDX 1.6.
 sbom: $(READY)

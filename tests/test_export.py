@@ -95,6 +95,15 @@ def test_one_graph_serves_a_range_of_sizes_and_batches(family, size, batch):
     assert agreement(got["features"].reshape(batch, -1, 48), expected.patches.numpy()).minimum > 0.999999
 
 
+@pytest.mark.parametrize(("sizes", "batches"), [("fixed", "1:2:8"), ("range", "1")])
+def test_torch_2_9_is_refused_for_a_range(monkeypatch, sizes, batches):
+    """https://github.com/pytorch/pytorch/issues/172903: torch's own error is ``name 'L' is not defined``."""
+    monkeypatch.setattr(torch, "__version__", "2.9.1+cu128")
+    sizes = {"fixed": Sizes("fixed", ((56, 56),)), "range": Sizes.parse("28:56:126", (14, 14))}[sizes]
+    with pytest.raises(PhregError, match=r"torch 2\.9\.1\+cu128 cannot trace a range"):
+        run_both(small("dinov2"), random_images(1, (56, 56)), sizes=sizes, batch=batches)
+
+
 def test_rotary_models_are_served_at_sizes_that_are_not_square():
     model = add_registers(small("eva02"), 4)
     got, expected, _ = run_both(model, random_images(1, (42, 70)))

@@ -13,6 +13,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -73,11 +74,11 @@ def run(*words: object, **options: object) -> None:
         sys.exit(code)
 
 
-def requirements(folder: Path, python: Path, lowest: bool) -> Path:
-    """Write the versions to install for ``python``."""
+def requirements(folder: Path, python: Path, lowest: bool, extras: Sequence[str] = EXTRAS) -> Path:
+    """Write the versions of ``extras`` and of ``TOOLS`` to install for ``python``."""
     out, tools = folder / "requirements.txt", folder / "tools.in"
     tools.write_text("\n".join(TOOLS) + "\n")
-    extras = [word for extra in EXTRAS for word in ("--extra", extra)]
+    extras = [word for extra in extras for word in ("--extra", extra)]
     how = "lowest-direct" if lowest else "highest"
     uv = [sys.executable, "-m", "uv", "pip", "compile", "--quiet", "--resolution", how, "--python", python]
     run(*uv, *extras, ROOT / "pyproject.toml", tools, "-o", out, stdout=subprocess.DEVNULL)

@@ -67,8 +67,14 @@ def trace(module: DenseViT, sizes: Sizes, batches: Batches) -> Traced:
     """Trace ``module`` in float32 for the sizes and batches that the bundle serves.
 
     Raises:
-        PhregError: torch returns no program.
+        PhregError: torch returns no program, or is a version that cannot trace a range.
     """
+    if torch.__version__.startswith("2.9.") and (sizes.dynamic or batches.dynamic):
+        # https://github.com/pytorch/pytorch/issues/172903
+        raise PhregError(
+            f"export: torch {torch.__version__} cannot trace a range of sizes or of batches. Install another version: "
+            'pip install "torch>=2.10", or 2.8.'
+        )
     inputs, shapes = _examples(module, sizes, batches)
     with _silence():
         program = torch.onnx.export(
