@@ -13,7 +13,7 @@ from pathlib import Path
 
 from tests.torch_free import ROOT, requirements, run
 
-EXTRAS = ("cpu", "distill", "export", "calibration", "evaluate", "text", "parquet", "zarr", "ray", "pytest")
+EXTRAS = ("cpu", "distill", "export", "calibration", "evaluate", "openvino", "text", "parquet", "zarr", "ray", "pytest")
 FILES = [
     "attach",
     "averaged_weights",

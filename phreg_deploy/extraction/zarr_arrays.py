@@ -51,12 +51,15 @@ class ZarrWriter(BlockWriter):
 
     def write(self, rows: list[Row]) -> None:
         """Write one file for each output."""
+        import zarr
+
         while self.block in self.blocks:
             self.block += 1
         start, files = self.block * self.rows, []
         self.blocks.add(self.block)
         for kind in self.task.outputs:
-            array = self.group[kind].with_config({"write_empty_chunks": True})
+            with zarr.config.set({"array.write_empty_chunks": True}):
+                array = self.group[kind]
             if array.shape[0] < start + len(rows):
                 array.resize((start + len(rows), *array.shape[1:]))
             array[start : start + len(rows)] = np.stack([row.arrays[kind] for row in rows])

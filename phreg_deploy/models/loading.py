@@ -174,6 +174,9 @@ def _create(name: str, **arguments: Any) -> ViT:
     try:
         return timm.create_model(name, **arguments)
     except BUILD_ERRORS as error:
+        # Before huggingface_hub 1.0 the error of a missing network is a ValueError.
+        if type(error).__module__.startswith("huggingface_hub"):
+            raise
         raise PhregError(f"model: timm cannot build {name}: {' '.join(str(error).split())[:400]}") from error
 
 
