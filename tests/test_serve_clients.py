@@ -154,7 +154,9 @@ def test_a_body_without_end_is_refused_in_time(service):
         assert connection.recv(1 << 16).startswith(b"HTTP/1.1 413")
         assert time.monotonic() - started < PATIENCE + 3
         connection.settimeout(5)
-        assert connection.recv(1 << 16) == b"", "the service closes the connection"
+        # The rest of the answer, which may come in pieces; a connection that stays open runs into the timeout.
+        while connection.recv(1 << 16):
+            pass
 
 
 def test_an_idle_connection_is_used_again(service):
