@@ -9,6 +9,10 @@ from benchmarks.tables.cells import Row, interval, load, percent, table, three
 # Titles of the runs in ``present_recipe.json``, by how they start; a run of each but the first is optional.
 RUNS = {
     "transplant": "default recipe",
+    "40 epochs": "default recipe, 40 epochs",
+    "batches of 8 for 24 epochs": "default recipe, batches of 8, 24 epochs",
+    "16 registers": "default recipe, 16 registers",
+    "averaged weights": "default recipe, weights averaged (.99)",
     "random-registers": "random-registers",
     "no registers": "no registers",
     "sinder": "sinder, no registers, 4 epochs",
