@@ -7,11 +7,10 @@ from __future__ import annotations
 
 import argparse
 import os
-import sys
 import tempfile
 from pathlib import Path
 
-from tests.torch_free import ROOT, requirements, run
+from tests.torch_free import ROOT, install, make_environment, run
 
 EXTRAS = ("cpu", "distill", "export", "calibration", "evaluate", "openvino", "text", "parquet", "zarr", "ray", "pytest")
 FILES = [
@@ -64,13 +63,8 @@ def main() -> None:
     parser.add_argument("--python", default="3.11", help="its version, or its path")
     arguments, more = parser.parse_known_args()
     with tempfile.TemporaryDirectory() as name:
-        folder = Path(name)
-        run(sys.executable, "-m", "uv", "venv", "--quiet", "--python", arguments.python, folder / "venv")
-        python = folder / "venv" / "bin" / "python"
-        versions = requirements(folder, python, True, EXTRAS)
-        install = (sys.executable, "-m", "uv", "pip", "install", "--quiet", "--python", python)
-        run(*install, "-r", versions)
-        run(*install, "--no-deps", "--editable", ROOT)
+        python = make_environment(Path(name), arguments.python, True, EXTRAS)
+        install(python, "--no-deps", "--editable", ROOT)
         # What the tests make is of these versions, and commands that they start are of this environment.
         path = f"{python.parent}{os.pathsep}{os.environ['PATH']}"
         environment = {**os.environ, "PATH": path, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}

@@ -59,6 +59,7 @@ FILES = [
     "stream",
     "stream_sources",
     "telemetry",
+    "temporary",
     "tiling",
     "views",
     "watch",
@@ -74,15 +75,27 @@ def run(*words: object, **options: object) -> None:
         sys.exit(code)
 
 
-def requirements(folder: Path, python: Path, lowest: bool, extras: Sequence[str] = EXTRAS) -> Path:
-    """Write the versions of ``extras`` and of ``TOOLS`` to install for ``python``."""
-    out, tools = folder / "requirements.txt", folder / "tools.in"
+def install(python: Path, *words: object) -> None:
+    """Install with pip's words into the environment of ``python``."""
+    run(sys.executable, "-m", "uv", "pip", "install", "--quiet", "--python", python, *words)
+
+
+def make_environment(folder: Path, version: str, lowest: bool, extras: Sequence[str] = EXTRAS) -> Path:
+    """Make ``folder/venv`` with what ``extras`` and ``TOOLS`` need, without the project; return its Python.
+
+    Args:
+        version: of Python, or the path of one.
+        lowest: install the lowest versions that are allowed, in place of the newest.
+    """
+    run(sys.executable, "-m", "uv", "venv", "--quiet", "--python", version, folder / "venv")
+    python, versions, tools = folder / "venv" / "bin" / "python", folder / "requirements.txt", folder / "tools.in"
     tools.write_text("\n".join(TOOLS) + "\n")
-    extras = [word for extra in extras for word in ("--extra", extra)]
+    chosen = [word for extra in extras for word in ("--extra", extra)]
     how = "lowest-direct" if lowest else "highest"
     uv = [sys.executable, "-m", "uv", "pip", "compile", "--quiet", "--resolution", how, "--python", python]
-    run(*uv, *extras, ROOT / "pyproject.toml", tools, "-o", out, stdout=subprocess.DEVNULL)
-    return out
+    run(*uv, *chosen, ROOT / "pyproject.toml", tools, "-o", versions, stdout=subprocess.DEVNULL)
+    install(python, "-r", versions)
+    return python
 
 
 def main() -> None:
@@ -108,13 +121,9 @@ def main() -> None:
         environment = {**os.environ, "PHREG_MADE": str(made), "OMP_NUM_THREADS": "1"}
         pytest = ("-m", "pytest", "-q", "-p", "no:cacheprovider")
         run(sys.executable, *pytest, ROOT / "tests" / "test_made_fixtures.py", cwd=ROOT, env=environment)
-        run(sys.executable, "-m", "uv", "venv", "--quiet", "--python", arguments.python, folder / "venv")
-        python = folder / "venv" / "bin" / "python"
-        versions = requirements(folder, python, arguments.lowest)
-        install = (sys.executable, "-m", "uv", "pip", "install", "--quiet", "--python", python)
-        run(*install, "-r", versions)
+        python = make_environment(folder, arguments.python, arguments.lowest)
         (wheel,) = (folder / "dist").glob("*.whl")
-        run(*install, "--no-deps", wheel)
+        install(python, "--no-deps", wheel)
         elsewhere = folder / "elsewhere"
         ignored = shutil.ignore_patterns("__pycache__")
         shutil.copytree(ROOT / "tests", elsewhere / "tests", ignore=ignored)

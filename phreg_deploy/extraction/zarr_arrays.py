@@ -43,8 +43,6 @@ class ZarrWriter(BlockWriter):
                     shards=(rows, *array.shape),
                     dtype=array.dtype,
                     fill_value=np.nan if array.dtype.kind == "f" else 0,
-                    # A label map of zeros is a result, too.
-                    config={"write_empty_chunks": True},
                 )
         self.blocks = {used // rows for used in self.used}
         return rows
@@ -57,9 +55,10 @@ class ZarrWriter(BlockWriter):
             self.block += 1
         start, files = self.block * self.rows, []
         self.blocks.add(self.block)
-        for kind in self.task.outputs:
-            with zarr.config.set({"array.write_empty_chunks": True}):
-                array = self.group[kind]
+        # A label map of zeros is a result, too. An array takes this setting when it is opened.
+        with zarr.config.set({"array.write_empty_chunks": True}):
+            arrays = {kind: self.group[kind] for kind in self.task.outputs}
+        for kind, array in arrays.items():
             if array.shape[0] < start + len(rows):
                 array.resize((start + len(rows), *array.shape[1:]))
             array[start : start + len(rows)] = np.stack([row.arrays[kind] for row in rows])

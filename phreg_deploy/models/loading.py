@@ -10,6 +10,7 @@ from typing import Any
 
 import timm
 import torch
+from huggingface_hub.errors import LocalEntryNotFoundError
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from timm.data.config import resolve_model_data_config
@@ -173,10 +174,9 @@ def _check_name(name: str) -> None:
 def _create(name: str, **arguments: Any) -> ViT:
     try:
         return timm.create_model(name, **arguments)
+    except LocalEntryNotFoundError:  # no network; a ValueError before huggingface_hub 1.0
+        raise
     except BUILD_ERRORS as error:
-        # Before huggingface_hub 1.0 the error of a missing network is a ValueError.
-        if type(error).__module__.startswith("huggingface_hub"):
-            raise
         raise PhregError(f"model: timm cannot build {name}: {' '.join(str(error).split())[:400]}") from error
 
 
